@@ -1,0 +1,50 @@
+# Every target sets up what it needs: Python 3.11 and git are enough.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export DO_NOT_TRACK := 1
+export DVC_NO_ANALYTICS := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lock check format test test-all clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## Create .venv and install everything from the lock file
+
+$(READY): pyproject.toml requirements.lock requirements-torch.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	touch $@
+
+lock: ## Resolve requirements.lock again from pyproject.toml
+	$(BIN)/uv pip compile pyproject.toml --extra all --universal --no-annotate --no-header \
+		--python-version 3.11 --constraint requirements-torch.txt --quiet \
+		| grep -vE '^(torch|torchvision|triton|cuda-[a-z]+|nvidia-(cu|nc|nv[jst])[a-z0-9-]*)==' > requirements.lock
+
+check: $(READY) ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Apply the formatter and the safe lint fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(READY) ## The default tests
+	$(BIN)/python -m pytest
+
+test-all: $(READY) ## Everything: large variants, real servers
+	$(BIN)/python -m pytest -m ""
+
+clean: ## Remove caches (not data, models or state)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,1 @@
+"""The retraining pipeline: DVC stages, the Prefect flow, the MLflow registry."""

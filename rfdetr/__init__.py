@@ -1,0 +1,1 @@
+"""RF-DETR detection and instance segmentation with a retraining pipeline around it."""

@@ -1,0 +1,35 @@
+"""The error hierarchy. Every message says what was found, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class RFDETRError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class ConfigError(RFDETRError, ValueError):
+    """A configuration value, or a combination of values, that cannot work."""
+
+
+class CheckpointError(RFDETRError, ValueError):
+    """A checkpoint that is corrupt, refused for safety, or does not fit the model."""
+
+
+class DownloadError(RFDETRError, OSError):
+    """Published weights that could not be fetched."""
+
+
+class DatasetError(RFDETRError, ValueError):
+    """A dataset folder or annotation file that cannot be read as asked."""
+
+
+class InputError(RFDETRError, ValueError):
+    """An image, batch or target that the network cannot take."""
+
+
+class NonFiniteLossError(RFDETRError, ValueError):
+    """A loss term became NaN or infinite; names the term, the step and the images."""
+
+
+class MissingDependencyError(RFDETRError, ImportError):
+    """An optional package that a requested feature needs is not installed."""
