@@ -87,7 +87,13 @@ class StrictConfig(BaseModel):
         """Assign a validated field; an unknown one raises ValueError."""
         if not name.startswith("_") and name not in type(self).model_fields:
             raise ConfigError(self._unknown_text([name]))
-        super().__setattr__(name, value)
+        kept, kept_set = dict(self.__dict__), set(self.model_fields_set)
+        try:
+            super().__setattr__(name, value)
+        except ValueError:  # a check of several fields runs after pydantic has stored the value
+            self.__dict__.update(kept)
+            self.model_fields_set.intersection_update(kept_set)
+            raise
 
     @classmethod
     def _unknown_text(cls, unknown: list[str]) -> str:

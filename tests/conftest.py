@@ -1,0 +1,36 @@
+"""Settings that hold for every test: no phoning home, no pickle, threads that fit small machines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    DO_NOT_TRACK="1",
+    DVC_NO_ANALYTICS="true",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false",
+    NO_ALBUMENTATIONS_UPDATE="1",
+)
+
+PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    """The folder of reference numbers."""
+    return PARITY
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's caches, state or servers."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("RF_HOME", str(home / "weights"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("RFDETR_STATE_DIR", str(home / "state"))
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
