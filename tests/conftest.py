@@ -1,4 +1,4 @@
-"""Settings that hold for every test: no phoning home, no pickle, threads that fit small machines."""
+"""Settings that hold for every test: no phoning home, no pickle, no user caches."""
 
 from __future__ import annotations
 
