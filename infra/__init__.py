@@ -1,0 +1,1 @@
+"""What a team deploys: the local stack, containers, Kubernetes, cloud resources."""

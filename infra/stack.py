@@ -1,0 +1,290 @@
+"""The local stack without containers: start it, watch it, stop it.
+
+    python -m infra.stack up            in the foreground, Ctrl-C stops everything
+    python -m infra.stack up --detach   in the background, returns when all services are healthy
+    python -m infra.stack status | env | down
+
+PostgreSQL, an S3 server, MLflow, Prefect and a process worker listen on loopback, on ports drawn
+once per folder. A service that dies is started again. Logs: FOLDER/logs/<service>.log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from infra.services import Service, StackError, StackSettings, all_services, quiet_environment
+
+START_SECONDS = 120.0
+STOP_SECONDS = 15.0
+RESTART_PAUSE_SECONDS = 2.0
+
+
+class Running:
+    """A started service: its process, and how often it had to be started."""
+
+    def __init__(self, service: Service, folder: Path) -> None:
+        self.service = service
+        self.log = folder / "logs" / f"{service.name}.log"
+        self.starts = 0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process in a group of its own; it is told when the supervisor dies."""
+        if self.service.prepare:
+            self.service.prepare()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        supervisor = os.getpid()
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                self.service.command,
+                env={**_inherited(), **quiet_environment(), **self.service.env},
+                user=self.service.user,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=lambda: _die_with(supervisor),  # noqa: PLW1509  (no threads here)
+                cwd="/" if self.service.user else None,
+            )
+        self.starts += 1
+
+    def wait_healthy(self, seconds: float = START_SECONDS) -> None:
+        """Wait until the service answers; StackError with the tail of its log when it does not."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self.process is None or self.process.poll() is not None:
+                break
+            if self.service.healthy():
+                return
+            time.sleep(0.2)
+        tail = self.log.read_text(errors="replace")[-1500:] if self.log.exists() else ""
+        raise StackError(f"{self.service.name} did not become healthy; {self.log}:\n{tail}")
+
+    def stop(self) -> None:
+        """SIGINT to the group (a clean stop for all five), then SIGKILL to what is left."""
+        if self.process is None:
+            return
+        _signal_group(self.process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
+        _signal_group(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Stack:
+    """All services of one folder. Use as a context manager, or through the command line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.settings = StackSettings.load(self.folder)
+        services = all_services(self.folder, self.settings)
+        self.running = {s.name: Running(s, self.folder) for s in services}
+
+    def environment(self) -> dict[str, str]:
+        """The environment of the stack's clients."""
+        return self.settings.client_environment(self.folder)
+
+    def start(self) -> None:
+        """Start the services in order, each when the one before is healthy."""
+        try:
+            for item in self.running.values():
+                item.start()
+                item.wait_healthy()
+        except BaseException:
+            self.stop()
+            raise
+
+    def revive(self) -> None:
+        """Start again whatever has died."""
+        for item in self.running.values():
+            if item.process is not None and item.process.poll() is not None:
+                print(f"{item.service.name} ended ({item.process.returncode}); starting it again")
+                _signal_group(item.process.pid, signal.SIGKILL)
+                item.start()
+
+    def stop(self) -> None:
+        """Stop the services in reverse order."""
+        for item in reversed(self.running.values()):
+            item.stop()
+
+    def health(self) -> dict[str, bool]:
+        """Service name -> does it answer."""
+        return {name: item.service.healthy() for name, item in self.running.items()}
+
+    def __enter__(self) -> Stack:
+        """Start everything."""
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop everything."""
+        self.stop()
+
+
+def up(folder: Path) -> int:
+    """Run the stack in the foreground until SIGINT or SIGTERM."""
+    with _only_supervisor(folder):
+        stack = Stack(folder)
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            stack.start()
+            print(describe(stack), flush=True)
+            (stack.folder / "ready").write_text(str(os.getpid()))
+            while True:
+                time.sleep(RESTART_PAUSE_SECONDS)
+                stack.revive()
+        except KeyboardInterrupt:
+            print("stopping")
+        finally:
+            (stack.folder / "ready").unlink(missing_ok=True)
+            stack.stop()
+    return 0
+
+
+def up_detached(folder: Path) -> int:
+    """Start the supervisor in the background and wait until it reports readiness."""
+    if (pid := _supervisor(folder)) is not None:
+        print(f"already running (process {pid})")
+        print(describe(Stack(folder)))
+        return 0
+    log = folder / "logs" / "stack.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as stream:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "infra.stack", "--folder", str(folder), "up"],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    while not (folder / "ready").exists():
+        if child.poll() is not None:
+            print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
+            return 1
+        time.sleep(0.2)
+    print(describe(Stack(folder)))
+    return 0
+
+
+def down(folder: Path) -> int:
+    """Stop a stack that runs in the background; a stopped stack is no error."""
+    pid = _supervisor(folder)
+    if pid is None:
+        print(f"no stack runs in {folder}")
+        return 0
+    os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + 5 * STOP_SECONDS
+    while time.monotonic() < until:
+        if _supervisor(folder) is None:
+            return 0
+        time.sleep(0.1)
+    print(f"process {pid} is still stopping; see {folder / 'logs'}", file=sys.stderr)
+    return 1
+
+
+def describe(stack: Stack) -> str:
+    """A short text with the addresses, for a person."""
+    settings = stack.settings
+    return "\n".join(
+        [
+            f"stack in {stack.folder} (logs: {stack.folder / 'logs'})",
+            f"  Prefect  {settings.url('prefect')}",
+            f"  MLflow   {settings.url('mlflow')}",
+            f"  S3       {settings.url('s3')}  buckets under {stack.folder / 's3'}",
+            '  clients: eval "$(python -m infra.stack env)"',
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m infra.stack", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--folder", type=Path, default=Path("stack"), help="default: ./stack")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("up").add_argument("--detach", action="store_true")
+    for name in ("down", "status", "env"):
+        commands.add_parser(name)
+    options = parser.parse_args(arguments)
+    folder = options.folder.absolute()
+    try:
+        if options.command == "up":
+            return up_detached(folder) if options.detach else up(folder)
+        if options.command == "down":
+            return down(folder)
+        if options.command == "env":
+            for name, value in Stack(folder).environment().items():
+                print(f"export {name}={shlex.quote(value)}")
+            return 0
+        health = Stack(folder).health()
+    except StackError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name, healthy in health.items():
+        print(f"{name:10} {'healthy' if healthy else 'down'}")
+    return 0 if all(health.values()) else 1
+
+
+def _inherited() -> dict[str, str]:
+    """The caller's environment without settings that would point a server at another server."""
+    drop = ("PREFECT_", "MLFLOW_", "AWS_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(drop)}
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _signal_group(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
+def _supervisor(folder: Path) -> int | None:
+    """The process of the supervisor that has reported readiness, None when there is none."""
+    ready = folder / "ready"
+    if not ready.exists():
+        return None
+    try:
+        pid = int(ready.read_text())
+        os.kill(pid, 0)
+    except (ProcessLookupError, ValueError):
+        ready.unlink(missing_ok=True)  # left by a supervisor that was killed
+        return None
+    return pid
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _only_supervisor(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: two supervisors of one folder would fight over ports and data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StackError(f"a stack already runs in {folder}; stop it with 'down'") from error
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
