@@ -1,0 +1,135 @@
+"""Secrets never leave this process: masking in text, in mappings and in log records."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+MIN_LITERAL = 6  # shorter values of secret variables would mask ordinary words
+
+_SECRET_NAME = re.compile(
+    r"(?:secret|passw(?:or)?d|passwd|passphrase|pwd|credential|api_?key|access_?key|account_?key|"
+    r"private_?key|signing_?key|bearer|authorization|cookie|webhook|auth_string|"
+    r"connection_(?:url|string)|(?:^|[_.\-/])(?:token|tokens|auth|dsn)$|"
+    r"(?:auth|access|refresh|api|session|security|id|bot|git|github|gitlab|hf|wandb)_?token)",
+    re.IGNORECASE,
+)
+_NOT_SECRET = re.compile(r"(?:cls|reg|class|mask|num|max|min|pad|eos|bos)_tokens?$", re.IGNORECASE)
+
+_URI_USERINFO = re.compile(
+    r"(?P<scheme>\b[a-z][a-z0-9+.\-]*://)"
+    r"(?P<user>[^\s/?#'\"<>]+|[^\s/:@]*:(?!\d+/)[^\s@'\"<>]+)@",  # or a raw / in it
+    re.IGNORECASE,
+)
+_URI_PASSWORD = re.compile(r"://[^\s/:@]*:([^\s@]+)@")
+_QUERY = re.compile(
+    r"(?P<key>[?&;](?:[\w.\-]*(?:token|secret|password|passwd|api[_-]?key|access[_-]?key(?:id)?|"
+    r"signature|credential)[\w.\-]*|sig|key|auth|pwd|code)=)[^&#\s'\"<>]+",
+    re.IGNORECASE,
+)
+_ASSIGNMENT = re.compile(
+    r"(?P<key>(?P<quote>\\?[\"']|)(?P<name>[A-Za-z_][\w.\-]*)(?P=quote)\s*(?:=>|[:=])\s*)"
+    r"(?P<value>\\\"[^\"\\\n]*\\\"|\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|[^\s,;'\"}\])&]+)",
+)
+_HEADER = re.compile(r"(?i)\b(?P<key>(?:bearer|basic|authorization:)\s+)[A-Za-z0-9+/=_.~\-]{8,}")
+_OPTION = re.compile(
+    r"(?i)(?P<key>--?[\w\-]*(?:password|passwd|token|secret|api-key|access-key)[\w\-]*[ =])\S+"
+)
+_SHAPES = re.compile(
+    r"\b(?:A(?:KIA|SIA)[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|"
+    r"glpat-[\w\-]{16,}|xox[abposr]-[\w\-]{10,}|sk-[A-Za-z0-9_\-]{20,}|hf_[A-Za-z0-9]{20,}|"
+    r"AIza[\w\-]{30,}|pnu_[A-Za-z0-9]{20,}|pnb_[A-Za-z0-9]{20,}|npm_[A-Za-z0-9]{30,}|"
+    r"(?:hooks\.slack\.com/services|discord(?:app)?\.com/api/webhooks)/[\w/\-]+|"
+    r"pypi-[\w\-]{20,}|dapi[0-9a-f]{32}|eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]*)"
+)
+_PEM = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
+)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a variable, option or column of this name holds a secret."""
+    return bool(_SECRET_NAME.search(name)) and not _NOT_SECRET.search(name)
+
+
+def _userinfo(match: re.Match[str]) -> str:
+    """`user:password@` and `token@` lose everything secret; an SSH user name stays."""
+    scheme, user = match["scheme"], match["user"]
+    if scheme.lower() in {"ssh://", "git+ssh://", "sftp://"} and ":" not in user:
+        return match.group()
+    return f"{scheme}{MASK}@"
+
+
+def _assignment(match: re.Match[str]) -> str:
+    value = match["value"]
+    bare = value.strip("\\\"'")
+    if not is_secret_name(match["name"]) or bare.lower() in {
+        "",
+        "none",
+        "null",
+        "true",
+        "false",
+        MASK,
+    }:
+        return match.group()
+    quote = value[: len(value) - len(value.lstrip("\\\"'"))]
+    return f"{match['key']}{quote}{MASK}{quote}"
+
+
+def _literals() -> list[str]:
+    """Values of secret environment variables and passwords inside URI variables, longest first."""
+    found: set[str] = set()
+    for name, value in os.environ.items():
+        found.update(_URI_PASSWORD.findall(value))
+        if is_secret_name(name):
+            found.add(value)
+    return sorted((value for value in found if len(value) >= MIN_LITERAL), key=len, reverse=True)
+
+
+def redact(text: str) -> str:
+    """Mask every secret in `text`: URI credentials, signed queries, named values, token shapes.
+
+    The values of the process's own secret environment variables are masked wherever they stand.
+    Masking twice changes nothing.
+    """
+    for literal in _literals():
+        text = text.replace(literal, MASK)
+    text = _PEM.sub(MASK, text)
+    text = _URI_USERINFO.sub(_userinfo, text)
+    text = _QUERY.sub(rf"\g<key>{MASK}", text)
+    text = _HEADER.sub(rf"\g<key>{MASK}", text)
+    text = _OPTION.sub(rf"\g<key>{MASK}", text)
+    text = _ASSIGNMENT.sub(_assignment, text)
+    return _SHAPES.sub(MASK, text)
+
+
+def redact_value(name: str, value: Any) -> Any:
+    """`value` of a key called `name`, masked when name or text is secret; containers too."""
+    if isinstance(value, Mapping):
+        return redact_mapping(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(redact_value(name, item) for item in value)
+    if isinstance(value, str):
+        return MASK if value and is_secret_name(name) else redact(value)
+    return value
+
+
+def redact_mapping(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `values` without secrets, at every depth."""
+    return {key: redact_value(str(key), value) for key, value in values.items()}
+
+
+class RedactingFilter(logging.Filter):
+    """Masks secrets in log records; add it to handlers, so that records of every logger pass it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg = redact(record.getMessage())
+        record.args = None
+        if record.exc_info:
+            text = logging.Formatter().formatException(record.exc_info)
+            record.exc_text, record.exc_info = redact(text), None
+        return True
