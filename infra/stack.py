@@ -149,8 +149,8 @@ def up(folder: Path) -> int:
         except KeyboardInterrupt:
             print("stopping")
         finally:
-            (stack.folder / "ready").unlink(missing_ok=True)
             stack.stop()
+            (stack.folder / "ready").unlink(missing_ok=True)
     return 0
 
 
