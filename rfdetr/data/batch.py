@@ -1,0 +1,90 @@
+"""A batch of images with its padding mask, and the collate function that builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from rfdetr.errors import InputError
+
+Target = dict[str, Any]
+
+
+class NestedTensor:
+    """Images of a batch on one canvas.
+
+    `tensors` is (B, 3, H, W) float, `mask` is (B, H, W) bool with True on padding, or None.
+    `padded` is False when it is known on the host that nothing is padded: the network then skips
+    the mask. It is never read from the mask itself, which would stall an accelerator.
+    """
+
+    def __init__(self, tensors: Tensor, mask: Tensor | None, *, padded: bool | None = None) -> None:
+        self.tensors = tensors
+        self.mask = mask
+        self.padded = mask is not None if padded is None else padded
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked host memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def decompose(self) -> tuple[Tensor, Tensor | None]:
+        """(tensors, mask)."""
+        return self.tensors, self.mask
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors.device
+
+    def __len__(self) -> int:
+        return self.tensors.shape[0]
+
+    def __repr__(self) -> str:
+        return f"NestedTensor({tuple(self.tensors.shape)}, padded={self.padded})"
+
+    def _map(self, move: Any) -> Self:
+        mask = None if self.mask is None else move(self.mask)
+        return type(self)(move(self.tensors), mask, padded=self.padded)
+
+
+def pad_images(images: Sequence[Tensor], block_size: int = 1) -> NestedTensor:
+    """Put images (3, h, w) top left on a canvas of zeros whose sides are multiples of `block_size`.
+
+    Raises InputError for an empty list and for images of another shape (training specification,
+    section 4.6).
+    """
+    if not images:
+        raise InputError("The batch holds no images; give at least one.")
+    wrong = [i for i, image in enumerate(images) if image.ndim != 3 or image.shape[0] != 3]
+    if wrong:
+        shapes = ", ".join(f"image {i}: {tuple(images[i].shape)}" for i in wrong[:5])
+        raise InputError(f"Images must be (3, height, width) tensors; found {shapes}.")
+    sizes = {tuple(image.shape[1:]) for image in images}
+    height, width = (
+        -(-max(size[axis] for size in sizes) // block_size) * block_size for axis in (0, 1)
+    )
+    if sizes == {(height, width)}:
+        mask = torch.zeros(len(images), height, width, dtype=torch.bool)
+        return NestedTensor(torch.stack(list(images)), mask, padded=False)
+    tensors = images[0].new_zeros(len(images), 3, height, width)
+    mask = torch.ones(len(images), height, width, dtype=torch.bool)
+    for i, image in enumerate(images):
+        tensors[i, :, : image.shape[1], : image.shape[2]] = image
+        mask[i, : image.shape[1], : image.shape[2]] = False
+    return NestedTensor(tensors, mask)
+
+
+def collate(
+    samples: Sequence[tuple[Tensor, Target]], block_size: int = 1
+) -> tuple[NestedTensor, tuple[Target, ...]]:
+    """Batch (image, target) pairs. Targets pass through untouched.
+
+    `block_size` is patch size times windows; use `functools.partial` to hand it to a DataLoader.
+    """
+    return pad_images([image for image, _ in samples], block_size), tuple(t for _, t in samples)
