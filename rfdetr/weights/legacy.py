@@ -1,0 +1,136 @@
+"""Names of tensors in our network and in legacy `.pth` files, both ways, tensor by tensor.
+
+Only the encoder differs (model specification, section 2): timm's names here, the names of another
+library there, with query, key and value in one tensor here and in three there. Everything works on
+partial dictionaries too, and on anything with the shape of the weights, for example gradients.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+OURS = "backbone.0.encoder."
+LEGACY = "backbone.0.encoder.encoder."
+QKV = ("query", "key", "value")
+
+# legacy name -> our name, after the prefixes; {} stands for the block number or for weight|bias
+_TENSORS = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.register_tokens": "reg_token",
+    "embeddings.position_embeddings": "pos_embed",
+}
+_MODULES = {
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+}
+_BLOCK_MODULES = {
+    "norm1": "norm1",
+    "attention.output.dense": "attn.proj",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_BLOCK_TENSORS = {"layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma"}
+_LEGACY_BLOCK = re.compile(r"encoder\.layer\.(\d+)\.(.+)$")
+_OUR_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)$")
+_LEGACY_QKV = re.compile(r"attention\.attention\.(query|key|value)\.(weight|bias)$")
+_OUR_QKV = re.compile(r"attn\.qkv\.(weight|bias)$")
+
+
+def _both(modules: Mapping[str, str]) -> dict[str, str]:
+    return {f"{a}.{k}": f"{b}.{k}" for a, b in modules.items() for k in ("weight", "bias")}
+
+
+_TO_OURS = {**_TENSORS, **_both(_MODULES)}
+_TO_LEGACY = {ours: legacy for legacy, ours in _TO_OURS.items()}
+_BLOCK_TO_OURS = {**_BLOCK_TENSORS, **_both(_BLOCK_MODULES)}
+_BLOCK_TO_LEGACY = {ours: legacy for legacy, ours in _BLOCK_TO_OURS.items()}
+
+
+def legacy_names(name: str) -> tuple[str, ...]:
+    """Legacy names that hold our tensor `name`: three for a fused qkv tensor, otherwise one."""
+    if not name.startswith(OURS):
+        return (name,)
+    tail = name[len(OURS) :]
+    block = _OUR_BLOCK.match(tail)
+    if block is None:
+        return (LEGACY + _TO_LEGACY[tail],) if tail in _TO_LEGACY else (name,)
+    prefix, tail = f"{LEGACY}encoder.layer.{block.group(1)}.", block.group(2)
+    fused = _OUR_QKV.match(tail)
+    if fused is not None:
+        return tuple(f"{prefix}attention.attention.{part}.{fused.group(1)}" for part in QKV)
+    return (prefix + _BLOCK_TO_LEGACY[tail],) if tail in _BLOCK_TO_LEGACY else (name,)
+
+
+def legacy_name(name: str) -> str:
+    """The legacy name of our tensor `name` (the query's for a fused qkv tensor)."""
+    return legacy_names(name)[0]
+
+
+def our_name(name: str) -> str:
+    """Our name of the tensor that holds legacy entry `name`; other names stay as they are."""
+    if not name.startswith(LEGACY):
+        return name
+    tail = name[len(LEGACY) :]
+    block = _LEGACY_BLOCK.match(tail)
+    if block is None:
+        return OURS + _TO_OURS[tail] if tail in _TO_OURS else name
+    prefix, tail = f"{OURS}blocks.{block.group(1)}.", block.group(2)
+    part = _LEGACY_QKV.match(tail)
+    if part is not None:
+        return f"{prefix}attn.qkv.{part.group(2)}"
+    return prefix + _BLOCK_TO_OURS[tail] if tail in _BLOCK_TO_OURS else name
+
+
+def to_legacy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under legacy names, in legacy order; split tensors are views, not copies."""
+    return dict(_legacy_entries(state))
+
+
+def _legacy_entries(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    mask, first = OURS + "mask_token", OURS + "cls_token"
+    for name, value in state.items():
+        names = legacy_names(name)
+        if name == mask and first in state:
+            continue  # a buffer comes after the parameters here, second in a legacy file
+        if len(names) == 1:
+            yield names[0], value
+        elif name.endswith("weight"):
+            yield from _split_qkv(state, name)
+        elif name.removesuffix("bias") + "weight" not in state:
+            yield from zip(names, value.chunk(len(names)), strict=True)
+        if name == first and mask in state:
+            yield legacy_name(mask), state[mask]
+
+
+def _split_qkv(state: Mapping[str, Tensor], weight: str) -> Iterator[tuple[str, Tensor]]:
+    """Weight and bias of the query, then of the key, then of the value, as legacy files have it."""
+    pair = [n for n in (weight, weight.removesuffix("weight") + "bias") if n in state]
+    parts = {name: state[name].chunk(len(QKV)) for name in pair}
+    for i in range(len(QKV)):
+        for name in pair:
+            yield legacy_names(name)[i], parts[name][i]
+
+
+def from_legacy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A legacy state dict under our names; names that are ours already stay.
+
+    Query, key and value are joined where all three are present. An incomplete triple keeps its
+    legacy names, so that a loader reports it instead of guessing.
+    """
+    result: dict[str, Tensor] = {}
+    for name, value in state.items():
+        ours = our_name(name)
+        parts = legacy_names(ours)
+        if len(parts) == 1 or name == ours:
+            result[ours] = value
+        elif not all(part in state for part in parts):
+            result[name] = value
+        elif name == parts[0]:
+            result[ours] = torch.cat([state[part] for part in parts])
+    return result
