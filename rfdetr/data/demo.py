@@ -60,7 +60,8 @@ def build_demo(
 
     `classes` are the digits to use; category ids start at 0 in that order. Pictures are `size`
     pixels square with one to four digits whose longer side has 28 to 48 pixels; one in twenty has
-    none. A split of 0 images is left out. The same arguments give the same bytes. The folder appears complete or not at all.
+    none. A split of 0 images is left out. The same arguments give the same bytes, and the folder
+    appears complete or not at all.
     Raises DatasetError when `root` is not empty or an argument cannot work.
     """
     target = Path(root).expanduser().absolute()
