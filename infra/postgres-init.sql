@@ -1,0 +1,6 @@
+-- One database per server. Prefect's migrations need pg_trgm, which only an administrator may add.
+create database mlflow;
+create database mlflow_auth;
+create database prefect;
+\connect prefect
+create extension if not exists pg_trgm;
