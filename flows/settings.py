@@ -1,0 +1,273 @@
+"""Reads params.yaml with all of its mistakes at once, the overrides of a run, the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+
+from flows.sections import (
+    BatchPlan,
+    ConvertSettings,
+    DatasetSettings,
+    DemoSettings,
+    EvaluateSettings,
+    FitSettings,
+    GateSettings,
+    ModelSettings,
+    RegistrySettings,
+    RuntimeSettings,
+    SourceSettings,
+    ValidateSettings,
+    plan_batch,
+)
+from rfdetr.config import StrictConfig
+from rfdetr.errors import ConfigError
+
+__all__ = [
+    "SECTIONS",
+    "BatchPlan",
+    "ConvertSettings",
+    "DatasetSettings",
+    "DemoSettings",
+    "Environment",
+    "EvaluateSettings",
+    "FitSettings",
+    "GateSettings",
+    "ModelSettings",
+    "Params",
+    "RegistrySettings",
+    "RetrainParams",
+    "RuntimeSettings",
+    "SourceSettings",
+    "ValidateSettings",
+    "load_params",
+    "parse_params",
+    "plan_batch",
+]
+
+PARAMS_FILE = "params.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """All of params.yaml. A section that the file leaves out has its defaults."""
+
+    demo: DemoSettings
+    dataset: DatasetSettings
+    model: ModelSettings
+    validate: ValidateSettings
+    convert: ConvertSettings
+    fit: FitSettings
+    evaluate: EvaluateSettings
+    gate: GateSettings
+    registry: RegistrySettings
+    runtime: RuntimeSettings
+    sources: dict[str, SourceSettings] = dataclasses.field(default_factory=dict)
+
+    def snapshot(self, *sections: str) -> dict[str, Any]:
+        """The named sections (default: all) as plain data, in the order of their fields."""
+        names = sections or tuple(SECTIONS)
+        return {name: getattr(self, name).model_dump(mode="json") for name in names}
+
+
+SECTIONS: dict[str, type[StrictConfig]] = {
+    name: kind for name, kind in get_type_hints(Params).items() if name != "sources"
+}
+
+
+def load_params(path: str | os.PathLike[str] = PARAMS_FILE) -> Params:
+    """Read and check params.yaml. Raises one ConfigError that lists every mistake of the file."""
+    file = Path(path)
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file} is missing; run from the project's root folder.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no valid YAML: {error}") from None
+    return parse_params(data, origin=str(file))
+
+
+def parse_params(data: Any, *, origin: str = PARAMS_FILE) -> Params:
+    """Check plain data of the shape of params.yaml; `origin` names it in the error."""
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{origin}: expected sections, found {type(data).__name__}.")
+    problems: list[str] = []
+    for name in data:
+        if name not in (*SECTIONS, "sources"):
+            problems.append(_unknown(str(name), "", [*SECTIONS, "sources"]))
+    values = {
+        name: _section(name, kind, data.get(name), problems) for name, kind in SECTIONS.items()
+    }
+    given = data.get("sources") or {}
+    if not isinstance(given, dict):
+        problems.append(f"sources: expected names with their settings, found {given!r}.")
+        given = {}
+    sources = {
+        str(key): _section(f"sources.{key}", SourceSettings, value, problems)
+        for key, value in given.items()
+    }
+    problems.extend(_combinations(values))
+    if problems:
+        count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
+        raise ConfigError(f"{origin} has {count}:\n" + "\n".join(f"- {p}" for p in problems))
+    return Params(**values, sources=sources)
+
+
+def _section(name: str, kind: type[StrictConfig], data: Any, problems: list[str]) -> Any:
+    """The checked section, or None after its mistakes were added to `problems`."""
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        problems.append(f"{name}: expected fields with values, found {data!r}.")
+        return None
+    known = {key: value for key, value in data.items() if key in kind.model_fields}
+    wrong = [_unknown(str(key), f"{name}.", kind.model_fields) for key in data if key not in known]
+    section = None
+    try:
+        section = kind(**known)
+    except ValidationError as error:
+        wrong.extend(_texts(name, error))
+    problems.extend(wrong)
+    return None if wrong else section
+
+
+def _texts(name: str, error: ValidationError) -> list[str]:
+    texts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in (name, *item["loc"]))
+        text = item["msg"].removeprefix("Value error, ")
+        found = f" (found {item['input']!r})" if item["loc"] else ""
+        texts.append(f"{where}: {text.removesuffix('.')}{found}.")
+    return texts
+
+
+def _unknown(name: str, prefix: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    kind = "field" if prefix else "section"
+    return f"{prefix}{name}: unknown {kind}.{hint} Known: {', '.join(sorted(known))}."
+
+
+def _combinations(values: dict[str, Any]) -> list[str]:
+    """Mistakes that only show when fields are taken together."""
+    problems = []
+    model, fit, runtime = values["model"], values["fit"], values["runtime"]
+    if model is not None:
+        try:
+            model.config()
+        except ValidationError as error:
+            problems.extend(_texts("model", error))
+    if fit is not None and runtime is not None and isinstance(runtime.devices, int):
+        try:
+            plan_batch(fit, runtime.devices * runtime.nodes)
+        except ConfigError as error:
+            problems.append(str(error))
+    if runtime is not None and runtime.nodes > 1 and not runtime.rendezvous:
+        problems.append("runtime.rendezvous: host:port of the first node is needed with nodes > 1.")
+    return problems
+
+
+def _optional_fields(kind: type[StrictConfig]) -> type[BaseModel]:
+    fields: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        annotation: Any = field.annotation
+        for extra in field.metadata:
+            annotation = Annotated[annotation, extra]
+        fields[name] = (Optional[annotation], None)  # noqa: UP045
+    doc = f"Fields of {kind.__name__} that a run changes; an empty one keeps params.yaml's value."
+    return create_model(
+        kind.__name__.replace("Settings", "Overrides"),
+        __config__=ConfigDict(extra="forbid", protected_namespaces=()),
+        __doc__=doc,
+        **fields,
+    )
+
+
+if TYPE_CHECKING:
+
+    class Overrides(BaseModel):
+        """Sections with the fields that a run changes."""
+else:
+    Overrides = create_model(
+        "Overrides",
+        __config__=ConfigDict(extra="forbid", protected_namespaces=(), populate_by_name=True),
+        **{
+            f"{name}_" if name == "validate" else name: (
+                _optional_fields(kind),
+                Field(default_factory=_optional_fields(kind), alias=name),
+            )
+            for name, kind in SECTIONS.items()
+        },
+    )
+
+
+class RetrainParams(BaseModel):
+    """What a person may choose when starting the pipeline."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    overrides: Overrides = Field(default_factory=Overrides, title="Changes to params.yaml")
+    ref: str | None = Field(None, description="Git commit, tag or branch of the project to run")
+    promote: bool = Field(True, description="Let the gate's winner become champion")
+    publish: bool = Field(False, description="Push dvc.lock and params.yaml to a branch")
+
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """The given fields per section: an empty field that cannot be null is left out."""
+        given: dict[str, dict[str, Any]] = {}
+        for name, section in self.overrides.model_dump(exclude_unset=True, by_alias=True).items():
+            fields = {k: v for k, v in section.items() if v is not None or _nullable(name, k)}
+            if fields:
+                given[name] = fields
+        return given
+
+
+def _nullable(section: str, field: str) -> bool:
+    annotation: Any = SECTIONS[section].model_fields[field].annotation
+    try:
+        TypeAdapter(annotation).validate_python(None)
+    except ValidationError:
+        return False
+    return True
+
+
+class Environment(BaseModel, frozen=True):
+    """What belongs to the machine and not to the project. Keys and passwords are not read here."""
+
+    state_dir: Path
+    state_url: str | None = None
+    dvc_cache: Path | None = None
+    dvc_remote: str | None = None
+    s3_endpoint: str | None = None
+    tracking_uri: str | None = None
+    git_url: str | None = None
+    git_branch: str | None = None
+    work_pool: str | None = None
+
+    @classmethod
+    def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
+        """The settings of `env`; an empty value counts as not set."""
+        names = {
+            "state_url": "RFDETR_STATE_URL",
+            "dvc_cache": "RFDETR_DVC_CACHE",
+            "dvc_remote": "RFDETR_DVC_REMOTE",
+            "s3_endpoint": "AWS_ENDPOINT_URL",
+            "tracking_uri": "MLFLOW_TRACKING_URI",
+            "git_url": "RFDETR_GIT_URL",
+            "git_branch": "RFDETR_GIT_BRANCH",
+            "work_pool": "RFDETR_WORK_POOL",
+        }
+        given = {field: env[name] for field, name in names.items() if env.get(name)}
+        state = env.get("RFDETR_STATE_DIR")
+        if not state:
+            cache = env.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+            state = str(Path(cache) / "rfdetr-pipeline")
+        return cls.model_validate({"state_dir": Path(state).expanduser().absolute(), **given})

@@ -1,0 +1,162 @@
+"""params.yaml: all mistakes at once, overrides, the batch plan, the environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from flows.settings import (
+    SECTIONS,
+    Environment,
+    FitSettings,
+    ModelSettings,
+    RetrainParams,
+    load_params,
+    parse_params,
+    plan_batch,
+)
+from rfdetr.config import ModelConfig, TrainConfig
+from rfdetr.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_shipped_file_is_valid_and_names_every_section() -> None:
+    params = load_params(ROOT / "params.yaml")
+    assert params.dataset.dir == "data/demo"
+    assert params.model.config().encoder_dim == 192
+    text = (ROOT / "params.yaml").read_text()
+    assert all(f"\n{name}:" in f"\n{text}" for name in SECTIONS)
+
+
+def test_all_mistakes_of_all_sections_are_reported_at_once() -> None:
+    wrong = {
+        "modle": {},
+        "fit": {"epoch": 3, "epochs": 0, "lr": "x"},
+        "dataset": {"name": "a b"},
+        "model": {"variant": "nano", "resolution": 100},
+        "runtime": {"nodes": 0},
+        "gate": 7,
+        "sources": {"x": {"uri": "http://somewhere"}},
+    }
+    with pytest.raises(ConfigError) as caught:
+        parse_params(wrong)
+    text = str(caught.value)
+    assert "9 mistakes" in text
+    for part in (
+        "modle: unknown section. Did you mean 'model'?",
+        "fit.epoch: unknown field. Did you mean 'epochs'? Known: aug_config,",
+        "fit.epochs: Input should be greater than or equal to 1",
+        "fit.lr:",
+        "dataset.name:",
+        "use 96 or 128",
+        "runtime.nodes:",
+        "gate: expected fields",
+        "sources.x.uri:",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [", "no valid YAML"), ("- 1", "expected sections"), (None, "is missing")],
+)
+def test_an_unreadable_file_is_one_clear_error(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    file = tmp_path / "params.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_params(file)
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text("")
+    assert load_params(file).fit == FitSettings()
+
+
+def test_fit_and_model_fields_are_those_of_the_library() -> None:
+    own = {"effective_batch_size", "precision"}
+    for name, field in FitSettings.model_fields.items():
+        if name not in own:
+            assert name in TrainConfig.model_fields
+        if name not in {*own, "seed", "grad_accum_steps"}:
+            assert field.default == TrainConfig.model_fields[name].default, name
+    assert set(ModelSettings.model_fields) - {"variant"} <= set(ModelConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("effective", "batch", "steps", "world", "expected"),
+    [
+        (16, 4, None, 1, (4, 4)),
+        (16, 4, None, 2, (4, 2)),
+        (16, 4, None, 4, (4, 1)),
+        (16, 4, None, 8, (2, 1)),
+        (16, 4, 8, 1, (2, 8)),
+        (7, 4, None, 1, (1, 7)),
+        (None, 4, None, 2, (4, 4)),
+        (None, 3, 2, 2, (3, 2)),
+    ],
+)
+def test_the_effective_batch_is_kept(
+    effective: int | None, batch: int, steps: int | None, world: int, expected: tuple[int, int]
+) -> None:
+    fit = FitSettings(effective_batch_size=effective, batch_size=batch, grad_accum_steps=steps)
+    plan = plan_batch(fit, world)
+    assert (plan.batch_size, plan.grad_accum_steps) == expected
+    assert plan.effective == plan.batch_size * plan.grad_accum_steps * world
+    assert effective in (None, plan.effective)
+
+
+@pytest.mark.parametrize(
+    ("fields", "world", "possible"),
+    [
+        ({"effective_batch_size": 16}, 3, "effective_batch_size 15 on 3"),
+        ({"effective_batch_size": 16}, 3, "keep 16 on 1, 2, 4, 8, 16 device"),
+        ({"effective_batch_size": 16, "grad_accum_steps": 5}, 1, "effective_batch_size 15"),
+        ({"effective_batch_size": 2}, 4, "effective_batch_size 4 on 4"),
+    ],
+)
+def test_an_impossible_batch_names_a_possible_one(
+    fields: dict[str, int], world: int, possible: str
+) -> None:
+    with pytest.raises(ConfigError, match="cannot be reached") as caught:
+        plan_batch(FitSettings(**fields), world)
+    assert possible in str(caught.value)
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        parse_params({"fit": fields, "runtime": {"devices": world}})
+
+
+def test_overrides_keep_only_what_was_given() -> None:
+    given = {"overrides": {"fit": {"epochs": 3, "lr": None, "aug_config": None}, "validate": {}}}
+    assert RetrainParams.model_validate(given).changes() == {
+        "fit": {"epochs": 3, "aug_config": None}
+    }
+    assert RetrainParams().changes() == {}
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"fit": {"epochs": 0}}, {"fit": {"epoch": 1}}, {"nothing": {}}]
+)
+def test_wrong_overrides_are_refused_before_a_run_exists(overrides: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        RetrainParams.model_validate({"overrides": overrides})
+
+
+def test_the_form_names_every_section_by_its_own_name() -> None:
+    schema = RetrainParams.model_json_schema()
+    assert set(schema["$defs"]["Overrides"]["properties"]) == set(SECTIONS)
+
+
+def test_environment_has_a_state_folder_always(tmp_path: Path) -> None:
+    env = Environment.read({"XDG_CACHE_HOME": str(tmp_path), "RFDETR_STATE_URL": ""})
+    assert env.state_dir == tmp_path / "rfdetr-pipeline"
+    assert env.state_url is None
+    given = Environment.read({"RFDETR_STATE_DIR": str(tmp_path), "AWS_SECRET_ACCESS_KEY": "k3y"})
+    assert given.state_dir == tmp_path
+    assert "k3y" not in repr(given)
