@@ -1,0 +1,129 @@
+"""Applies prefect.yaml to a Prefect server, with the pool, the limits and the automations.
+
+    python -m infra.deploy [--gpus N] [--pool-type process|kubernetes]
+
+Needs PREFECT_API_URL and every variable that prefect.yaml names. Running it again changes nothing
+that is already right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+ROOT = Path(__file__).parent.parent
+PROJECT_FILE = ROOT / "prefect.yaml"
+AUTOMATIONS = Path(__file__).parent / "prefect" / "automations.yaml"
+RESUME_DEPLOYMENT = "retrain/manual"
+
+
+class DeployError(RuntimeError):
+    """Something that the deployment needs is missing; the text names all of it."""
+
+
+def required_variables(text: str) -> list[str]:
+    """Names of the environment variables that a prefect.yaml asks for."""
+    return sorted(set(re.findall(r"\{\{\s*\$(\w+)\s*\}\}", text)))
+
+
+def check_environment(text: str) -> None:
+    """Raise DeployError when a variable is unset: Prefect would deploy the placeholder itself."""
+    missing = [n for n in required_variables(text) if not os.environ.get(n)]
+    if not os.environ.get("PREFECT_API_URL"):
+        missing.append("PREFECT_API_URL")
+    if missing:
+        raise DeployError(f"set {', '.join(missing)} in the environment and run this again")
+
+
+def prepare_server(client: SyncPrefectClient, pool: str, pool_type: str, gpus: int) -> None:
+    """Create the work pool when missing and set the concurrency limits of params.yaml."""
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectNotFound
+
+    from flows.settings import load_params
+
+    params = load_params(ROOT / "params.yaml")
+    try:
+        client.read_work_pool(pool)
+    except ObjectNotFound:
+        client.create_work_pool(WorkPoolCreate(name=pool, type=pool_type))
+    client.upsert_global_concurrency_limit_by_name(params.runtime.gpu_slot, gpus)
+    client.upsert_global_concurrency_limit_by_name(f"registry-{params.registry.name}", 1)
+
+
+def apply_deployments() -> list[str]:
+    """`prefect deploy --all`; returns the names flow/deployment of prefect.yaml."""
+    subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"], cwd=ROOT, check=True
+    )
+    project = yaml.safe_load(PROJECT_FILE.read_text())
+    return [
+        f"{entry['entrypoint'].rpartition(':')[2].replace('_', '-')}/{entry['name']}"
+        for entry in project["deployments"]
+    ]
+
+
+def install_automations(client: SyncPrefectClient, names: list[str]) -> list[str]:
+    """Replace the automations of automations.yaml, bound to the deployments' ids."""
+    from prefect.automations import AutomationCore
+
+    ids = {name: client.read_deployment_by_name(name).id for name in names}
+    resumable = [
+        f"prefect.deployment.{i}" for name, i in ids.items() if name.startswith("retrain/")
+    ]
+    values = {"{{ deployments }}": resumable, "{{ resume }}": str(ids[RESUME_DEPLOYMENT])}
+    installed = []
+    for entry in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
+        automation = AutomationCore.model_validate(fill(entry, values))
+        for old in client.read_automations_by_name(automation.name):
+            client.delete_automation(old.id)
+        client.create_automation(automation)
+        installed.append(automation.name)
+    return installed
+
+
+def fill(value: Any, values: dict[str, Any]) -> Any:
+    """Replace whole-text placeholders anywhere in plain data."""
+    if isinstance(value, dict):
+        return {key: fill(item, values) for key, item in value.items()}
+    if isinstance(value, list):
+        return [fill(item, values) for item in value]
+    return values.get(value, value) if isinstance(value, str) else value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m infra.deploy", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--gpus", type=int, default=1, help="slots of the GPU limit (default 1)")
+    parser.add_argument("--pool-type", default="process", help="type of a new work pool")
+    options = parser.parse_args(arguments)
+    try:
+        check_environment(PROJECT_FILE.read_text())
+        from prefect.client.orchestration import get_client
+
+        with get_client(sync_client=True) as client:
+            pool = os.environ["RFDETR_WORK_POOL"]
+            prepare_server(client, pool, options.pool_type, options.gpus)
+            names = apply_deployments()
+            automations = install_automations(client, names)
+    except (DeployError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("deployed: " + ", ".join(names))
+    print("automations: " + ", ".join(automations))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
