@@ -1,0 +1,43 @@
+"""Box geometry. Boxes are (..., 4): `cxcywh` centre and size, `xyxy` corners."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SMALLEST_AREA = 1e-7
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Corners of centre-size boxes; negative sizes count as 0 (model specification, section 7)."""
+    centre, half = boxes[..., :2], boxes[..., 2:].clamp(min=0) * 0.5
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Centre and size of corner boxes."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) * 0.5, high - low], dim=-1)
+
+
+def apply_box_delta(delta: Tensor, reference: Tensor) -> Tensor:
+    """Move and scale `reference` (cxcywh) by `delta` (model specification, section 4.1)."""
+    delta = delta.to(reference.dtype)
+    size = reference[..., 2:]
+    return torch.cat([delta[..., :2] * size + reference[..., :2], delta[..., 2:].exp() * size], -1)
+
+
+def iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU of corner boxes, element by element with broadcasting.
+
+    Union and enclosing area are at least 1e-7. GIoU: Rezatofighi et al., CVPR 2019.
+    """
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    intersection = (high - low).clamp(min=0).prod(dim=-1)
+    area_a = (a[..., 2:] - a[..., :2]).prod(dim=-1)
+    area_b = (b[..., 2:] - b[..., :2]).prod(dim=-1)
+    union = area_a + area_b - intersection
+    iou = intersection / union.clamp(min=_SMALLEST_AREA)
+    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+    enclosing = (high - low).clamp(min=0).prod(dim=-1)
+    return iou, iou - (enclosing - union) / enclosing.clamp(min=_SMALLEST_AREA)
