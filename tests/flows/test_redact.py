@@ -94,11 +94,11 @@ def test_mappings_are_masked_at_every_depth() -> None:
 def test_log_records_and_tracebacks_are_masked(caplog: pytest.LogCaptureFixture) -> None:
     caplog.handler.addFilter(RedactingFilter())
     try:
-        raise ValueError(f"cannot reach postgresql://u:{SECRET}@db")
+        int(f"postgresql://u:{SECRET}@db")
     except ValueError:
         logging.getLogger("flows.test").exception("token=%s", SECRET)
     assert SECRET not in caplog.text
-    assert "cannot reach" in caplog.text
+    assert "invalid literal" in caplog.text
 
 
 def test_names_of_machine_learning_tokens_are_not_secret() -> None:
