@@ -1,0 +1,183 @@
+"""What needs a container engine or a cluster is checked against its schema, linter or renderer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+INFRA = ROOT / "infra"
+BIN = Path(sys.executable).parent
+MANIFESTS = sorted(
+    f for f in (INFRA / "kubernetes").glob("*.yaml") if f.name != "kustomization.yaml"
+)
+
+
+def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, cwd=ROOT, check=False, **options
+    )
+
+
+def passes(*command: str | Path) -> None:
+    done = run(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_file_matches_its_schema() -> None:
+    passes(
+        BIN / "check-jsonschema",
+        "--builtin-schema",
+        "vendor.compose-spec",
+        INFRA / "compose.yaml",
+    )
+
+
+def test_compose_services_are_hardened_and_publish_on_loopback() -> None:
+    services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
+    assert {"postgres", "s3", "mlflow", "prefect", "worker", "gpu-worker"} <= set(services)
+    for name, service in services.items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        for port in service.get("ports", []):
+            assert port.startswith("${BIND_ADDRESS:-127.0.0.1}:"), name
+    for name in ("mlflow", "prefect", "worker", "gpu-worker"):
+        environment = services[name]["environment"]
+        assert environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+    assert "basic-auth" in " ".join(services["mlflow"]["command"])
+    assert "PREFECT_SERVER_API_AUTH_STRING" in services["prefect"]["environment"]
+
+
+def test_every_compose_variable_is_in_the_example() -> None:
+    import re
+
+    text = (INFRA / "compose.yaml").read_text()
+    used = set(re.findall(r"\$\{(\w+)", text))
+    lines = (INFRA / ".env.example").read_text().splitlines()
+    given = {line.split("=")[0] for line in lines if "=" in line and not line.startswith("#")}
+    assert used == given
+    for line in lines:
+        name, _, value = line.partition("=")
+        if any(word in name for word in ("PASSWORD", "SECRET", "KEY", "AUTH")):
+            assert not value, f"{name} must stay empty in the example"
+
+
+def test_images_pass_hadolint() -> None:
+    passes(BIN / "hadolint", *sorted((INFRA / "docker").glob("*.Dockerfile")))
+
+
+def test_images_run_without_root_and_report_health() -> None:
+    for file in (INFRA / "docker").glob("*.Dockerfile"):
+        text = file.read_text()
+        assert "\nUSER 10001:10001\n" in text
+        assert "\nHEALTHCHECK " in text
+        assert all(":latest" not in line for line in text.splitlines() if line.startswith("FROM"))
+
+
+def test_yaml_files_are_tidy() -> None:
+    passes(BIN / "yamllint", "-c", ".yamllint.yaml", "infra", "prefect.yaml", "dvc.yaml")
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda f: f.name)
+def test_manifest_is_valid_kubernetes(manifest: Path) -> None:
+    passes(BIN / "kubernetes-validate", "--strict", manifest)
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
+def test_kustomization_renders() -> None:
+    done = run("kubectl", "kustomize", INFRA / "kubernetes")
+    assert done.returncode == 0, done.stderr
+    kinds = [item["kind"] for item in yaml.safe_load_all(done.stdout)]
+    assert kinds.count("ServiceAccount") == 2
+    assert "Deployment" in kinds
+    assert "Secret" not in kinds
+
+
+@pytest.mark.skipif(not shutil.which("terraform"), reason="terraform is not installed")
+def test_terraform_is_formatted() -> None:
+    passes("terraform", f"-chdir={INFRA / 'terraform'}", "fmt", "-check", "-recursive", "-diff")
+
+
+def test_terraform_files_parse() -> None:
+    import hcl2
+
+    names: set[str] = set()
+    for file in (INFRA / "terraform").glob("*.tf"):
+        with open(file) as stream:
+            parsed = hcl2.load(stream)
+        for block in parsed.get("resource", []):
+            names |= {key.strip('"') for key in block}
+    assert {"aws_s3_bucket", "aws_iam_role", "aws_s3_bucket_public_access_block"} <= names
+
+
+RENDER = """
+import asyncio, json, sys, uuid
+from prefect.client.schemas.objects import Flow, FlowRun
+from prefect.client.orchestration import PrefectClient
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration as Configuration
+template = json.loads(sys.stdin.read())
+configuration = asyncio.run(Configuration.from_template_and_values(
+    template, {"gpus": 2, "env": {"RFDETR_STATE_DIR": "/state"}},
+    client=PrefectClient("http://127.0.0.1:1/api")))
+run = FlowRun(id=uuid.UUID(int=7), name="night", flow_id=uuid.UUID(int=8))
+configuration.prepare_for_flow_run(run, flow=Flow(id=uuid.UUID(int=8), name="retrain"))
+manifest = dict(configuration.job_manifest)
+manifest["metadata"] = {**manifest["metadata"], "name": "night"}
+manifest["metadata"].pop("generateName", None)
+print(json.dumps(manifest))
+"""
+
+
+def test_job_template_renders_as_the_worker_would(tmp_path: Path) -> None:
+    """Rendered without PREFECT_* settings, which would leak into the manifest."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    clean |= {"PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONWARNINGS": "ignore"}
+    template = (INFRA / "kubernetes" / "prefect-job-template.json").read_text()
+    done = run(sys.executable, "-c", RENDER, input=template, env=clean)
+    assert done.returncode == 0, done.stderr[-2000:]
+    manifest = json.loads(done.stdout.splitlines()[-1])
+    file = tmp_path / f"{uuid.uuid4().hex}.yaml"
+    file.write_text(yaml.safe_dump(manifest))
+    passes(BIN / "kubernetes-validate", "--strict", file)
+    pod = manifest["spec"]["template"]["spec"]
+    assert "completions" not in pod
+    assert manifest["spec"]["parallelism"] == 1
+    assert pod["terminationGracePeriodSeconds"] == 120
+    container = pod["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert {"name": "RFDETR_STATE_DIR", "value": "/state"} in container["env"]
+    assert "/dev/shm" in {m["mountPath"] for m in container["volumeMounts"]}
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+
+
+def test_deployment_names_the_variables_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from infra import deploy
+
+    text = deploy.PROJECT_FILE.read_text()
+    names = deploy.required_variables(text)
+    assert names == ["RFDETR_GIT_BRANCH", "RFDETR_GIT_URL", "RFDETR_WORK_POOL"]
+    for name in (*names, "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(deploy.DeployError, match=r"RFDETR_GIT_URL.*PREFECT_API_URL"):
+        deploy.check_environment(text)
+
+
+def test_automations_bind_to_the_deployments() -> None:
+    from prefect.automations import AutomationCore
+
+    from infra import deploy
+
+    values = {"{{ deployments }}": ["prefect.deployment.a"], "{{ resume }}": str(uuid.UUID(int=3))}
+    entries = yaml.safe_load(deploy.AUTOMATIONS.read_text())["automations"]
+    built = [AutomationCore.model_validate(deploy.fill(e, values)) for e in entries]
+    assert [a.trigger.posture.value for a in built] == ["Proactive", "Reactive"]
+    assert built[1].actions[0].deployment_id == uuid.UUID(int=3)
+    assert "{{" not in json.dumps([a.model_dump(mode="json") for a in built])
