@@ -1,0 +1,316 @@
+"""Entries of a COCO file: their types, and a slow reading that says what is wrong with each."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+UNKNOWN = -(2**63)  # an id, width or height that the file does not give
+MAX_PROBLEMS = 10_000  # of one section; the rest is counted
+SECTIONS = ("images", "annotations", "categories")
+
+Raw = msgspec.Raw
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+FAILURES = (ValueError, RecursionError)  # msgspec's errors and UnicodeDecodeError are ValueErrors
+NO_BYTES = Raw(b"")
+
+
+class ImageRow(msgspec.Struct, gc=False):
+    """An entry of "images"."""
+
+    id: Int64
+    file_name: Annotated[str, msgspec.Meta(min_length=1)]
+    width: Int64 | None = None
+    height: Int64 | None = None
+
+
+class AnnotationRow(msgspec.Struct, gc=False):
+    """An entry of "annotations"; the segmentation stays text."""
+
+    image_id: Int64
+    category_id: Int64
+    bbox: tuple[float, float, float, float]
+    id: Int64 | None = None
+    area: float | None = None
+    iscrowd: bool | Int64 | None = 0
+    segmentation: Raw = NO_BYTES
+
+
+class CategoryRow(msgspec.Struct, gc=False):
+    """An entry of "categories"."""
+
+    id: Int64
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    supercategory: str | None = None
+
+
+class Document(msgspec.Struct, gc=False):
+    """A well-formed file in one pass."""
+
+    images: list[ImageRow]
+    annotations: list[AnnotationRow]
+    categories: list[CategoryRow]
+
+
+class _Outline(msgspec.Struct, gc=False):
+    segmentation: Raw = NO_BYTES
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in an annotation file. A `fatal` one keeps its entry out of the tables."""
+
+    section: str  # "file", "images", "annotations" or "categories"
+    row: int | None
+    key: str | None
+    value: str
+    reason: str
+    fatal: bool = True
+    id: int | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        place = self.section if self.row is None else f"{self.section}[{self.row}]"
+        if self.key:
+            place += f".{self.key}"
+        where = [f"id {self.id}"] if self.id is not None else []
+        where += [f"line {self.line}"] if self.line is not None else []
+        place += f" ({', '.join(where)})" if where else ""
+        found = f" (found {self.value})" if self.value else ""
+        return f"{place}: {self.reason}{found}"
+
+
+class Rows(NamedTuple):
+    """Entries of one section that could be read, and their positions in the file's list."""
+
+    entries: list[Any]
+    numbers: Sequence[int]
+
+
+def byte_offset(raw: msgspec.Raw, data: bytes) -> int:
+    """Where the bytes of `raw` begin in the buffer that it was decoded from."""
+    here = np.frombuffer(raw, np.uint8).ctypes.data
+    return int(here - np.frombuffer(data, np.uint8).ctypes.data)
+
+
+_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?Infinity|NaN', re.DOTALL)
+
+
+def quote_constants(data: bytes) -> bytes:
+    """NaN and Infinity, which Python writes and JSON forbids, as texts of the same length."""
+
+    def quoted(match: re.Match[bytes]) -> bytes:
+        token = match.group()
+        return token if token.startswith(b'"') else b'"' + token[:-2] + b'"'
+
+    return _TOKENS.sub(quoted, data)
+
+
+def outline(data: bytes) -> tuple[dict[str, msgspec.Raw], bytes, list[Problem]]:
+    """The top-level values as text, the buffer that they lie in, and what is wrong."""
+    try:
+        return _top_level(data), data, []
+    except msgspec.ValidationError:
+        reason = "the top level is not an object {}"
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 text: {error.reason}"
+    except RecursionError:
+        reason = "lists are nested too deeply"
+    except msgspec.DecodeError as error:
+        return _outline_of_python_json(data, str(error))
+    return {}, data, [Problem("file", None, None, "", reason)]
+
+
+def _outline_of_python_json(
+    data: bytes, failure: str
+) -> tuple[dict[str, msgspec.Raw], bytes, list[Problem]]:
+    text = quote_constants(data)
+    try:
+        return _top_level(text), text, []
+    except FAILURES as error:
+        return {}, data, [_syntax_problem(data, str(error) if text != data else failure)]
+
+
+def _top_level(text: bytes) -> dict[str, msgspec.Raw]:
+    return msgspec.json.decode(text, type=dict[str, Raw])
+
+
+def _syntax_problem(data: bytes, message: str) -> Problem:
+    found = re.search(r"\(byte (\d+)\)", message)
+    offset = int(found.group(1)) if found else len(data)
+    near = data[max(0, offset - 20) : offset + 20].decode("utf-8", "replace").strip()
+    column = offset - (data.rfind(b"\n", 0, offset) + 1) + 1
+    reason = f"{re.sub(r' *.byte .*', '', message)} at column {column}"
+    return Problem("file", None, None, repr(near), reason, line=line_of(data, offset))
+
+
+def line_of(data: bytes, offset: int) -> int:
+    """The line number, from 1, of a byte."""
+    return data.count(b"\n", 0, offset) + 1
+
+
+def read_rows(data: bytes) -> tuple[dict[str, Rows], bytes, list[Problem]]:
+    """Every entry that can be read, the text that it was read from, and what is wrong with others.
+
+    The text has the length of `data`; constants that JSON forbids are quoted in it.
+    """
+    values, text, problems = outline(data)
+    sections = {name: Rows([], []) for name in SECTIONS}
+    if problems:
+        return sections, text, problems
+    for name in SECTIONS:
+        raws, wrong = section_rows(values, name)
+        problems += wrong
+        sections[name], wrong = _check_section(name, raws, data, text)
+        problems += wrong
+    return sections, text, problems
+
+
+def section_rows(
+    values: dict[str, msgspec.Raw], name: str
+) -> tuple[list[msgspec.Raw], list[Problem]]:
+    """The entries of one section as text."""
+    if name not in values:
+        keys = ", ".join(sorted(values)[:10]) or "nothing"
+        return [], [Problem("file", None, name, "", f"the key is missing; the file has {keys}")]
+    try:
+        return msgspec.json.decode(values[name], type=list[Raw]), []
+    except FAILURES:
+        return [], [Problem("file", None, name, _short(bytes(values[name])), "is not a list")]
+
+
+def _check_section(
+    name: str, raws: Sequence[msgspec.Raw], data: bytes, text: bytes
+) -> tuple[Rows, list[Problem]]:
+    kind = _KINDS[name]
+    decoder = msgspec.json.Decoder(kind)
+    entries, numbers, left_out = [], [], 0
+    problems: list[Problem] = []
+    for number, raw in enumerate(raws):
+        try:
+            entry = decoder.decode(raw)
+        except FAILURES:
+            start = byte_offset(raw, text)
+            here = _Place(name, number, line_of(data, start))
+            original = data[start : start + len(memoryview(raw))]
+            entry, found = _examine(kind, original, raw, here)
+            space = MAX_PROBLEMS - len(problems)
+            problems += found[:space]
+            left_out += len(found[space:])
+        if entry is not None:
+            entries.append(entry)
+            numbers.append(number)
+    if left_out:
+        problems.append(Problem(name, None, None, "", f"{left_out} further problems"))
+    return Rows(entries, numbers), problems
+
+
+class _Place(NamedTuple):
+    section: str
+    row: int
+    line: int
+
+    def problem(self, key: str | None, value: str, reason: str, own_id: Any = None) -> Problem:
+        known = own_id if type(own_id) is int else None
+        return Problem(self.section, self.row, key, value, reason, id=known, line=self.line)
+
+
+def _examine(
+    kind: type[msgspec.Struct], text: bytes, raw: msgspec.Raw, place: _Place
+) -> tuple[msgspec.Struct | None, list[Problem]]:
+    """One entry that the typed decoder refused: as Python reads it, or what is wrong with it."""
+    try:
+        entry = json.loads(text)
+    except FAILURES as error:
+        return None, [place.problem(None, _short(text), f"cannot be read: {error}")]
+    if not isinstance(entry, dict):
+        return None, [place.problem(None, _short(entry), "is not an object {}")]
+    problems, values = [], {}
+    for key, (convert, need, required) in _FIELDS[kind].items():
+        value = entry.get(key)
+        if value is not None:
+            try:
+                values[key] = convert(value)
+            except (ValueError, TypeError, OverflowError):
+                problems.append(
+                    place.problem(key, _short(value), f"is not {need}", entry.get("id"))
+                )
+        elif required:
+            reason = "is null" if key in entry else "the key is missing"
+            problems.append(place.problem(key, "", reason, entry.get("id")))
+    if problems:
+        return None, problems
+    if kind is AnnotationRow:
+        values["segmentation"] = msgspec.json.decode(raw, type=_Outline).segmentation
+    return kind(**values), []
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise TypeError
+    if not -(2**63) <= value < 2**63:
+        raise OverflowError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError
+    return float(value)
+
+
+def _box(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != 4:
+        raise TypeError
+    return tuple(_number(v) for v in value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError
+    return value.encode("utf-16", "surrogatepass").decode("utf-16")
+
+
+def _flag(value: Any) -> int:
+    return int(value) if isinstance(value, bool) else _integer(value)
+
+
+_KINDS: dict[str, type[msgspec.Struct]] = {
+    "images": ImageRow,
+    "annotations": AnnotationRow,
+    "categories": CategoryRow,
+}
+# key -> (conversion, what it must be, whether it must be there)
+_FIELDS: dict[type[msgspec.Struct], dict[str, tuple[Callable[[Any], Any], str, bool]]] = {
+    ImageRow: {
+        "id": (_integer, "an integer", True),
+        "file_name": (_text, "a text", True),
+        "width": (_integer, "an integer", False),
+        "height": (_integer, "an integer", False),
+    },
+    AnnotationRow: {
+        "image_id": (_integer, "an integer", True),
+        "category_id": (_integer, "an integer", True),
+        "bbox": (_box, "a list of four finite numbers [x, y, width, height]", True),
+        "id": (_integer, "an integer", False),
+        "area": (_number, "a finite number", False),
+        "iscrowd": (_flag, "0 or 1", False),
+    },
+    CategoryRow: {
+        "id": (_integer, "an integer", True),
+        "name": (_text, "a text", True),
+        "supercategory": (_text, "a text", False),
+    },
+}
+
+
+def _short(value: Any) -> str:
+    shown = value.decode("utf-8", "replace") if isinstance(value, bytes) else repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
