@@ -41,10 +41,10 @@ from rfdetr.data.coco_rows import (
     SECTIONS,
     UNKNOWN,
     Document,
+    Lines,
     Problem,
     Rows,
     byte_offset,
-    line_of,
     outline,
     read_rows,
     section_rows,
@@ -123,7 +123,8 @@ class CocoFile:
         """Line numbers, from 1, where the given entries of a section begin in the file."""
         values, text, _ = outline(self.data)
         entries, _ = section_rows(values, section)
-        return [line_of(self.data, byte_offset(entries[row], text)) for row in rows]
+        lines = Lines(self.data)
+        return [lines.at(byte_offset(entries[row], text)) for row in rows]
 
 
 def parse_segmentation(text: bytes) -> Any:
@@ -184,9 +185,8 @@ def _parse(data: bytes) -> tuple[dict[str, Rows], bytes, list[Problem]]:
         document = msgspec.json.decode(data, type=Document)
     except FAILURES:
         return read_rows(data)
-    parts: tuple[list[Any], ...]
-    parts = (document.images, document.annotations, document.categories)
-    return {n: Rows(p, range(len(p))) for n, p in zip(SECTIONS, parts, strict=True)}, data, []
+    lists: dict[str, list[Any]] = {name: getattr(document, name) for name in SECTIONS}
+    return {n: Rows(part, range(len(part))) for n, part in lists.items()}, data, []
 
 
 def _column(entries: list[Any], key: str) -> Integers:

@@ -148,12 +148,22 @@ def _syntax_problem(data: bytes, message: str) -> Problem:
     near = data[max(0, offset - 20) : offset + 20].decode("utf-8", "replace").strip()
     column = offset - (data.rfind(b"\n", 0, offset) + 1) + 1
     reason = f"{re.sub(r' *.byte .*', '', message)} at column {column}"
-    return Problem("file", None, None, repr(near), reason, line=line_of(data, offset))
+    return Problem("file", None, None, repr(near), reason, line=Lines(data).at(offset))
 
 
-def line_of(data: bytes, offset: int) -> int:
-    """The line number, from 1, of a byte."""
-    return data.count(b"\n", 0, offset) + 1
+class Lines:
+    """Line numbers, from 1, of bytes; cheap when asked in ascending order."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._offset, self._line = data, 0, 1
+
+    def at(self, offset: int) -> int:
+        """The line that holds the byte."""
+        if offset < self._offset:
+            self._offset, self._line = 0, 1
+        self._line += self._data.count(b"\n", self._offset, offset)
+        self._offset = offset
+        return self._line
 
 
 def read_rows(data: bytes) -> tuple[dict[str, Rows], bytes, list[Problem]]:
@@ -191,14 +201,17 @@ def _check_section(
 ) -> tuple[Rows, list[Problem]]:
     kind = _KINDS[name]
     decoder = msgspec.json.Decoder(kind)
-    entries, numbers, left_out = [], [], 0
+    lines = Lines(data)
+    entries: list[msgspec.Struct] = []
+    numbers, left_out = [], 0
     problems: list[Problem] = []
     for number, raw in enumerate(raws):
+        entry: msgspec.Struct | None
         try:
             entry = decoder.decode(raw)
         except FAILURES:
             start = byte_offset(raw, text)
-            here = _Place(name, number, line_of(data, start))
+            here = _Place(name, number, lines.at(start))
             original = data[start : start + len(memoryview(raw))]
             entry, found = _examine(kind, original, raw, here)
             space = MAX_PROBLEMS - len(problems)
