@@ -171,19 +171,9 @@ def evaluate_coco(
 
 
 class CocoEvaluator:
-    """Collects validation batches and evaluates them; ranks exchange their `state()`.
+    """Collects validation batches and evaluates them; ranks exchange their `state()`."""
 
-    `class_ids` are the labels to report (default: those of the ground truth).
-    """
-
-    def __init__(
-        self,
-        class_ids: Sequence[int] | None = None,
-        *,
-        iou_types: Sequence[IouType] = ("bbox",),
-        max_dets: int = 500,
-    ) -> None:
-        self.class_ids = class_ids
+    def __init__(self, iou_types: Sequence[IouType] = ("bbox",), max_dets: int = 500) -> None:
         self.iou_types = tuple(sorted(iou_types))
         self.max_dets = max_dets
         self._parts: list[Columns] = []
@@ -203,12 +193,15 @@ class CocoEvaluator:
         """Continue with the states of all ranks (this one's included) instead of the own."""
         self._parts = list(states)
 
-    def compute(self, engine: Engine = "fast") -> EvaluationResult:
-        """Evaluate what was collected; all classes undefined (-1) without ground truth."""
+    def compute(self, class_ids: Sequence[int] = (), engine: Engine = "fast") -> EvaluationResult:
+        """Evaluate what was collected, for `class_ids` and all labels of the ground truth.
+
+        Classes without ground truth are undefined (-1).
+        """
         columns = self.state()
         return evaluate(
             columns,
-            self.class_ids,
+            [*class_ids, *columns.truth.label],
             iou_types=self.iou_types,
             max_dets=self.max_dets,
             engine=engine,

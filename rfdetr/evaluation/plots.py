@@ -1,0 +1,198 @@
+"""Pictures of an evaluation: confusion matrix, curves, and sample predictions, as PNG files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from rfdetr.evaluation.accumulate import RECALL_POINTS
+from rfdetr.evaluation.coco import EvaluationResult
+from rfdetr.evaluation.columns import Columns, Rows
+from rfdetr.evaluation.f1 import THRESHOLDS
+from rfdetr.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CLASSES_IN_LEGEND = 10
+CELLS_WITH_NUMBERS = 16
+TICKS = 40
+CELL_PIXELS = 288
+TRUTH_COLOUR = (0, 170, 60)
+DETECTION_COLOUR = (220, 30, 30)
+CROWD_COLOUR = (150, 150, 150)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A validation image to draw on: `picture` (h, w, 3) uint8, `size` = original (H, W)."""
+
+    image_id: int
+    picture: NDArray[np.uint8]
+    size: tuple[int, int]
+
+
+def draw_evaluation(
+    result: EvaluationResult,
+    columns: Columns,
+    names: Sequence[str],
+    samples: Sequence[Sample],
+    folder: Path,
+) -> dict[str, Path]:
+    """Write all pictures into `folder` and return them by name; `names` follow `class_ids`.
+
+    Needs matplotlib, which is imported here.
+    """
+    drawn = {
+        "confusion_matrix": _confusion(result, names),
+        "precision_recall": _precision_recall(result, names),
+        "f1_threshold": _f1_threshold(result),
+    }
+    paths = {name: folder / f"{name}.png" for name in drawn}
+    for name, figure in drawn.items():
+        with atomic_path(paths[name]) as temporary:
+            figure.savefig(temporary, format="png", dpi=90)
+    if samples:
+        paths["samples"] = folder / "samples.png"
+        sheet = sample_sheet(result, columns, names, samples)
+        with atomic_path(paths["samples"]) as temporary:
+            sheet.quantize(128).save(temporary, format="png", optimize=True)
+    return paths
+
+
+def _axes(width: float, height: float, **labels: str) -> tuple[Figure, Any]:
+    # Without pyplot: nothing global, no window, works beside the user's own figures.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="tight")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(**labels)
+    return figure, axes
+
+
+def _confusion(result: EvaluationResult, names: Sequence[str]) -> Figure:
+    counts = result.confusion
+    size = len(counts)
+    side = min(14.0, 4.0 + 0.35 * size)
+    title = f"Boxes at score >= {result.sweep.best_threshold:.2f}, IoU >= 0.5"
+    figure, axes = _axes(side, side, title=title, xlabel="detected as", ylabel="truth")
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    step = -(-size // TICKS)
+    labels = [_shown(name) for name in names] + ["background"]
+    ticks = list(range(0, size, step))
+    axes.set_xticks(ticks, [labels[i] for i in ticks], rotation=90)
+    axes.set_yticks(ticks, [labels[i] for i in ticks])
+    if size <= CELLS_WITH_NUMBERS:
+        for i, j in np.argwhere(counts > 0):
+            colour = "white" if share[i, j] > 0.5 else "black"
+            axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=colour)
+    return figure
+
+
+def _precision_recall(result: EvaluationResult, names: Sequence[str]) -> Figure:
+    figure, axes = _axes(7, 5, title="Precision over recall at IoU 0.5", xlabel="recall")
+    axes.set(ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    part = result.segm or result.bbox
+    if part is None:
+        return figure
+    present = np.flatnonzero(part.ap > -1)
+    often = present[np.argsort(-result.sweep.positives[present], kind="stable")]
+    for k in often[:CLASSES_IN_LEGEND]:
+        label = f"{_shown(names[k])} {part.ap50[k]:.3f}"
+        axes.plot(RECALL_POINTS, part.precision_curve[k], linewidth=1, label=label)
+    if len(present):
+        mean = part.precision_curve[present].mean(axis=0)
+        label = f"mean of {len(present)} classes {part.summary.ap50:.3f}"
+        axes.plot(RECALL_POINTS, mean, color="black", linewidth=2.5, label=label)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _f1_threshold(result: EvaluationResult) -> Figure:
+    sweep = result.sweep
+    title = f"Best macro F1 {sweep.macro_f1[sweep.best]:.3f} at score {sweep.best_threshold:.2f}"
+    figure, axes = _axes(7, 5, title=title, xlabel="score threshold", ylabel="mean over classes")
+    axes.plot(THRESHOLDS, sweep.macro_f1, label="F1", linewidth=2.5)
+    axes.plot(THRESHOLDS, sweep.macro_precision, label="precision")
+    axes.plot(THRESHOLDS, sweep.macro_recall, label="recall")
+    axes.axvline(sweep.best_threshold, color="gray", linestyle=":")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend()
+    return figure
+
+
+def sample_sheet(
+    result: EvaluationResult, columns: Columns, names: Sequence[str], samples: Sequence[Sample]
+) -> Image.Image:
+    """A grid of images: truth in green, detections above the best threshold in red."""
+    across = min(3, len(samples))
+    down = -(-len(samples) // across)
+    sheet = Image.new("RGB", (across * CELL_PIXELS, down * CELL_PIXELS), "white")
+    labels = dict(zip(result.class_ids.tolist(), names, strict=True))
+    for number, sample in enumerate(samples):
+        cell = _cell(sample, columns, labels, result.sweep.best_threshold)
+        sheet.paste(cell, (number % across * CELL_PIXELS, number // across * CELL_PIXELS))
+    return sheet
+
+
+def _cell(
+    sample: Sample, columns: Columns, labels: dict[int, str], threshold: float
+) -> Image.Image:
+    height, width = sample.size
+    scale = CELL_PIXELS / max(height, width)
+    small = (max(1, round(width * scale)), max(1, round(height * scale)))
+    picture = Image.fromarray(sample.picture).resize(small)
+    place = int(np.searchsorted(columns.image_ids, sample.image_id))
+    truth = columns.truth.take(columns.truth.image == place)
+    detections = columns.detections.take(columns.detections.image == place)
+    score = detections.score.astype(np.float32).astype(np.float64)
+    detections = detections.take(score >= threshold)
+    colours = [CROWD_COLOUR if crowd else TRUTH_COLOUR for crowd in truth.crowd]
+    _draw(picture, truth, colours, [labels.get(i, str(i)) for i in truth.label], scale)
+    texts = [
+        f"{labels.get(label, str(label))} {value:.2f}"
+        for label, value in zip(detections.label, detections.score, strict=True)
+    ]
+    _draw(picture, detections, [DETECTION_COLOUR] * len(texts), texts, scale)
+    return picture
+
+
+def _draw(
+    picture: Image.Image,
+    rows: Rows,
+    colours: Sequence[tuple[int, int, int]],
+    texts: Sequence[str],
+    scale: float,
+) -> None:
+    from pycocotools import mask as mask_api
+
+    draw = ImageDraw.Draw(picture)
+    for number, (colour, text) in enumerate(zip(colours, texts, strict=True)):
+        if rows.rle is not None:
+            shape = Image.fromarray(mask_api.decode(rows.rle[number]) * np.uint8(90))
+            picture.paste(colour, (0, 0), shape.resize(picture.size))
+        x, y, w, h = rows.box[number] * scale
+        corner = (max(x, x + w), max(y, y + h))
+        draw.rectangle((x, y, *corner), outline=colour, width=2)
+        # Truth is named above its box, detections inside, so that both can be read.
+        above = colour != DETECTION_COLOUR
+        draw.text((x + 2, max(0, y - 11) if above else y + 1), _plain(text), fill=colour)
+
+
+def _plain(text: str) -> str:
+    """The built-in bitmap font knows Latin-1 only."""
+    return _shown(text).encode("latin-1", "replace").decode("latin-1")
+
+
+def _shown(name: str) -> str:
+    """A name as matplotlib may print it: short, and no formula between dollar signs."""
+    return (name if len(name) <= 24 else name[:23] + "…").replace("$", r"\$")

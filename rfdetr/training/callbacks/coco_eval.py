@@ -1,0 +1,267 @@
+"""COCO metrics of every validation and test epoch (training specification, section 12)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
+from torch import nn
+
+from rfdetr.evaluation import report
+from rfdetr.evaluation.coco import CocoEvaluator, EvaluationResult
+from rfdetr.evaluation.columns import IouType
+from rfdetr.evaluation.plots import Sample
+from rfdetr.training import pictures
+from rfdetr.training.callbacks.ema import RFDETREMACallback
+
+
+class COCOEvalCallback(Callback):
+    """Logs AP, AR, F1 and per-class AP of what `validation_step` and `test_step` return.
+
+    The averaged weights of an `RFDETREMACallback` are evaluated on the same batches as
+    `val/ema_*`. In a fit, epochs with (epoch + 1) % `eval_interval` == 0 and the last one are
+    evaluated; `validate` and `test` always are. Values are equal on all ranks and the same as of a
+    single process; images that a sampler repeats count once. Without any ground truth nothing is
+    logged. Keys follow the metrics table of the training API; additions: `best_threshold`,
+    `ema_mAP_50`, `ema_mAP_75`, `ema_mAR`, `ema_segm_*`, and in tests `coco_*` at 100 detections.
+
+    segmentation: evaluate masks too; None asks the module's configuration. output_dir: pictures go
+    to its folder `plots` when a fit reaches its best value so far and after a test; None asks the
+    module's configuration and, failing that, draws none.
+    """
+
+    def __init__(
+        self,
+        max_dets: int = 500,
+        eval_interval: int = 1,
+        *,
+        log_per_class_metrics: bool = True,
+        segmentation: bool | None = None,
+        output_dir: str | Path | None = None,
+        pictures: bool = True,
+    ) -> None:
+        self.max_dets = max_dets
+        self.eval_interval = eval_interval
+        self.log_per_class_metrics = log_per_class_metrics
+        self.segmentation = segmentation
+        self.output_dir = output_dir
+        self.pictures = pictures
+        self.best = -math.inf
+        self.results: list[EvaluationResult] = []  # live weights, then averaged ones
+        self._live: CocoEvaluator | None = None
+        self._averaged: CocoEvaluator | None = None
+        self._names: report.ClassNames | None = None
+        self._samples: list[Sample] = []
+        self._warned: set[str] = set()
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._live = self._averaged = None
+        self.results = []
+        if not trainer.sanity_checking and self._due(trainer):
+            self._start(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return True
+        epoch = trainer.current_epoch + 1
+        return epoch % self.eval_interval == 0 or epoch == trainer.max_epochs
+
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        masks = self.segmentation
+        if masks is None:
+            masks = bool(_setting(pl_module, "model_config", "segmentation_head"))
+        types: tuple[IouType, ...] = ("bbox", "segm") if masks else ("bbox",)
+        self._live = CocoEvaluator(types, self.max_dets)
+        self._averaged = None
+        if _averaged_model(trainer) is not None:
+            self._averaged = CocoEvaluator(types, self.max_dets)
+        self._samples = []
+
+    def on_validation_batch_end(  # noqa: PLR0917 - the signature of the hook
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._live is None:
+            return
+        if dataloader_idx > 0:
+            self._warn_once("COCO metrics cover the first of the given dataloaders only.")
+            return
+        results, targets = outputs["results"], outputs["targets"]
+        self._live.update(results, targets)
+        if self._averaged is not None:
+            self._averaged.update(_averaged_results(trainer, pl_module, batch[0], targets), targets)
+        missing = pictures.SAMPLES - len(self._samples)
+        if missing > 0 and self._plots_folder(trainer, pl_module) is not None:
+            self._samples += pictures.take_samples(batch[0], targets, missing)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._live is not None:
+            self._finish(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish(trainer, pl_module, "test")
+
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        evaluators = [e for e in (self._live, self._averaged) if e is not None]
+        _share(trainer, evaluators)
+        self._names = class_names(trainer, pl_module, stage)
+        known = report.named_labels(self._names)
+        self.results = [evaluator.compute(known) for evaluator in evaluators]
+        live = self.results[0]
+        if not live.has_ground_truth:
+            self._warn_once(f"The {stage} images have no ground truth: no metrics are logged.")
+            self.results = []
+            return
+        metrics = report.main_metrics(live) | report.sweep_metrics(live)
+        if self.log_per_class_metrics:
+            metrics |= report.class_metrics(live, self._names)
+        for averaged in self.results[1:]:
+            values = report.main_metrics(averaged)
+            metrics |= {f"ema_{name}": value for name, value in values.items()}
+        if stage == "test":
+            metrics |= report.standard_metrics(live)
+            _print_table(live)
+        _log(trainer, pl_module, stage, metrics)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.results and trainer.state.fn == TrainerFn.FITTING:
+            value = max(map(_monitored, self.results))
+            if value > self.best:
+                self.best = value
+                self._draw(trainer, pl_module, "val")
+        self._live = self._averaged = None
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.results:
+            self._draw(trainer, pl_module, "test")
+        self._live = self._averaged = None
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Pictures of the better of live and averaged weights, on rank 0."""
+        folder = self._plots_folder(trainer, pl_module)
+        if folder is None:
+            return
+        from rfdetr.evaluation.plots import draw_evaluation
+
+        evaluators = [e for e in (self._live, self._averaged) if e is not None]
+        result, evaluator = max(
+            zip(self.results, evaluators, strict=True), key=lambda pair: _monitored(pair[0])
+        )
+        labels = report.class_labels(self._names, result.class_ids.tolist())
+        drawn = draw_evaluation(result, evaluator.state(), labels, self._samples, folder / stage)
+        pictures.send_pictures(trainer.loggers, drawn, stage, trainer.global_step)
+
+    def _plots_folder(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path | None:
+        """Where this rank draws: nowhere outside rank 0 and in a smoke run."""
+        folder = self.output_dir or _setting(pl_module, "train_config", "output_dir")
+        smoke = getattr(trainer, "fast_dev_run", False)
+        if not self.pictures or folder is None or smoke or not trainer.is_global_zero:
+            return None
+        return Path(folder) / "plots"
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            rank_zero_warn(text, category=UserWarning)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+def class_names(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+) -> report.ClassNames | None:
+    """Names of the classes: of the loader's data set, else of the data module or the module."""
+    loaders = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
+    loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
+    holder = getattr(loader, "dataset", None)
+    while holder is not None:
+        names = getattr(holder, "class_names", None)
+        if names is not None:
+            return cast(report.ClassNames, names)
+        holder = getattr(holder, "dataset", None)  # a Subset or another wrapper
+    for source in (getattr(trainer, "datamodule", None), pl_module):
+        names = getattr(source, "class_names", None)
+        if names is not None:
+            return cast(report.ClassNames, names)
+    return None
+
+
+def _setting(pl_module: pl.LightningModule, config: str, name: str) -> Any:
+    return getattr(getattr(pl_module, config, None), name, None)
+
+
+def _monitored(result: EvaluationResult) -> float:
+    """The value that selects the best epoch: mask AP where masks are evaluated."""
+    part = result.segm or result.bbox
+    return part.summary.ap if part is not None else -1.0
+
+
+def _averaged_model(trainer: pl.Trainer) -> nn.Module | None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RFDETREMACallback):
+            return callback.averaged_model
+    return None
+
+
+def _averaged_results(
+    trainer: pl.Trainer, pl_module: Any, samples: Any, targets: Sequence[Mapping[str, Any]]
+) -> Any:
+    """Detections of the averaged model on a batch, under the precision of the live one."""
+    model = _averaged_model(trainer)
+    assert model is not None
+    with trainer.precision_plugin.forward_context():
+        return pl_module.detect(pl_module.evaluation_forward(model, samples), targets)
+
+
+def _share(trainer: pl.Trainer, evaluators: Sequence[CocoEvaluator]) -> None:
+    """Give every rank the images of all; one collective that each rank always enters."""
+    if trainer.world_size == 1 or not dist.is_initialized():
+        return
+    gathered: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(gathered, [evaluator.state() for evaluator in evaluators])
+    for evaluator, states in zip(evaluators, zip(*gathered, strict=True), strict=True):
+        evaluator.merge(states)
+
+
+def _log(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, metrics: Mapping[str, float]
+) -> None:
+    dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
+    for name, value in metrics.items():
+        number = torch.tensor(value, dtype=dtype, device=pl_module.device)
+        pl_module.log(f"{stage}/{name}", number, prog_bar=name == "mAP_50_95", batch_size=1)
+    with warnings.catch_warnings():
+        # Reading the values here lets Lightning give its advice to reduce them over the ranks
+        # where it can be dropped: they are equal on all ranks already.
+        warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
+        _ = trainer.callback_metrics
+
+
+@rank_zero_only
+def _print_table(result: EvaluationResult) -> None:
+    from rich.console import Console
+
+    Console().print(report.summary_table(result, "Test"))

@@ -1,0 +1,73 @@
+"""Pictures of a validation: collect sample images, draw, hand the files to the loggers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_lightning.loggers import Logger, MLFlowLogger
+from torch import Tensor
+
+from rfdetr.evaluation.plots import Sample
+
+SAMPLES = 6
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def take_samples(samples: Any, targets: Sequence[Mapping[str, Any]], wanted: int) -> list[Sample]:
+    """The first `wanted` images of a batch, normalisation undone, on the CPU."""
+    tensors: Tensor = samples if isinstance(samples, Tensor) else samples.tensors
+    taken = []
+    for tensor, target in zip(tensors[:wanted], targets, strict=False):
+        height, width = tensor.shape[-2:]
+        if "size" in target:
+            height, width = (int(side) for side in target["size"])
+        image = tensor[:, :height, :width].detach().float().cpu()
+        image = image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        picture = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        rows, columns = (int(side) for side in target["orig_size"])
+        image_id = int(torch.as_tensor(target["image_id"]).reshape(-1)[0])
+        taken.append(Sample(image_id, picture, (rows, columns)))
+    return taken
+
+
+def send_pictures(
+    loggers: Iterable[Logger], pictures: Mapping[str, Path], prefix: str, step: int
+) -> None:
+    """Hand `pictures` to every logger that takes some, as `prefix`/<name>.
+
+    A logger that fails is warned about and skipped: a picture never ends a training.
+    """
+    for logger in loggers:
+        for name, path in pictures.items():
+            try:
+                _send(logger, f"{prefix}/{name}", path, step)
+            except Exception as error:  # noqa: BLE001 - clients of servers raise anything
+                warnings.warn(
+                    f"{type(logger).__name__} did not take the picture {path.name}: {error}. "
+                    f"It is kept in {path.parent}.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                break
+
+
+def _send(logger: Logger, tag: str, path: Path, step: int) -> None:
+    if isinstance(logger, MLFlowLogger):
+        folder = f"plots/{tag.rpartition('/')[0]}"
+        logger.experiment.log_artifact(logger.run_id, str(path), folder)
+        return
+    log_image = getattr(logger, "log_image", None)
+    if callable(log_image):  # Weights & Biases
+        log_image(key=tag, images=[str(path)], step=step)
+    else:  # TensorBoard
+        add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
+        if callable(add_image):
+            with Image.open(path) as image:
+                add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
