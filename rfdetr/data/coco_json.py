@@ -105,7 +105,10 @@ class AnnotationTable:
 
 @dataclass(frozen=True)
 class CocoFile:
-    """The content of one annotation file; `data` is its text, where byte ranges point."""
+    """The content of one annotation file; `data` is its text, where byte ranges point.
+
+    `texts` are the segmentations of the annotations as JSON text, empty where there is none.
+    """
 
     path: Path
     images: ImageTable
@@ -113,6 +116,7 @@ class CocoFile:
     categories: list[Category]
     problems: list[Problem]
     data: bytes = field(repr=False)
+    texts: list[msgspec.Raw] = field(repr=False)
 
     def segmentation(self, index: int) -> Any:
         """Polygons (list of lists) or RLE (dict) of an annotation; None where it has none."""
@@ -162,7 +166,8 @@ def read_coco(
     problems += _unknown_values(images, annotations)
     if not tolerant:
         _raise_fatal(path, problems)
-    return CocoFile(path, images, annotations, categories, problems, data)
+    texts = [entry.segmentation for entry in sections["annotations"].entries]
+    return CocoFile(path, images, annotations, categories, problems, data, texts)
 
 
 @contextmanager
