@@ -8,18 +8,18 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from rfdetr.errors import DatasetError
 
 Pixels = npt.NDArray[np.uint8]
 
 JPEG_START = b"\xff\xd8\xff"
+FAILURES = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -28,54 +28,65 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        eight_bit = (levels >> 8).astype(np.uint8) if levels.max(initial=0) > 255 else levels
+        eight_bit = levels >> 8 if levels.max(initial=0) > 255 else levels
         return Image.fromarray(eight_bit.astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
-def decode_image(path: str | os.PathLike[str], min_size: tuple[int, int] = (0, 0)) -> Pixels:
-    """Read an image file as uint8 RGB (H, W, 3).
+class ImageFile:
+    """One picture: its size is known before its pixels are decoded.
 
-    A JPEG may come back smaller by a power of two when `min_size` (height, width) is given and the
-    smaller picture still has at least those sides; with (0, 0) every pixel is decoded.
-    Raises DatasetError that names the file.
+    Raises DatasetError that names the file when it cannot be read.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise DatasetError(
-            f"{path}: the image cannot be read: {error.strerror or error}"
-        ) from error
-    if not data:
-        raise DatasetError(f"{path}: the image file is empty (0 bytes). Restore or remove it.")
-    if data.startswith(JPEG_START):
-        pixels = _decode_jpeg(data, min_size)
-        if pixels is not None:
-            return pixels
-    return _decode_any(path, data)
 
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._data = self.path.read_bytes()
+        except OSError as error:
+            raise self._failure("cannot be read", error.strerror or error) from error
+        if not self._data:
+            raise self._failure("is empty", "0 bytes")
+        self.width, self.height, self._jpeg = self._header()
 
-def _decode_jpeg(data: bytes, min_size: tuple[int, int]) -> Pixels | None:
-    """The pixels, equal to Pillow's; None where Pillow must look (CMYK, damaged files)."""
-    height, width = min_size
-    try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
-    except ValueError:
-        return None
-    return cast(Pixels, pixels)
+    def _header(self) -> tuple[int, int, bool]:
+        """(width, height, whether the fast decoder may try)."""
+        if self._data.startswith(JPEG_START):
+            try:
+                height, width, space, _ = simplejpeg.decode_jpeg_header(self._data)
+            except ValueError:
+                pass  # Pillow decides, and words the error
+            else:
+                if space != "CMYK":
+                    return width, height, True
+        try:
+            with Image.open(io.BytesIO(self._data)) as image:
+                return image.width, image.height, False
+        except FAILURES as error:
+            raise self._failure("cannot be decoded", error) from error
 
+    def decode(self, min_height: int = 0, min_width: int = 0) -> Pixels:
+        """The pixels as uint8 RGB (H, W, 3).
 
-def _decode_any(path: str | os.PathLike[str], data: bytes) -> Pixels:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(to_rgb(image))
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-    ) as error:
-        raise DatasetError(
-            f"{path}: the image cannot be decoded ({error}). Replace or remove the file."
-        ) from error
+        With `min_height` and `min_width` a JPEG may come back reduced by the decoder, to no less
+        than those sides; without them every pixel is decoded.
+        """
+        if self._jpeg:
+            try:
+                pixels: Pixels = simplejpeg.decode_jpeg(
+                    self._data, "RGB", min_height=min_height, min_width=min_width
+                )
+                return pixels
+            except ValueError:
+                pass  # damaged, or a kind that only Pillow reads; it words the error
+        try:
+            with Image.open(io.BytesIO(self._data)) as image:
+                return np.asarray(to_rgb(image))
+        except FAILURES as error:
+            raise self._failure("cannot be decoded", error) from error
+
+    def _failure(self, what: str, why: object) -> DatasetError:
+        return DatasetError(
+            f"{self.path}: the image {what} ({why}). Restore the file, or remove it from the "
+            "dataset; `python -m rfdetr.data.checks` lists all such files."
+        )

@@ -1,0 +1,97 @@
+"""Category ids of a file to labels of the network: one table, taken from the training split."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from rfdetr.data.coco_json import Category
+from rfdetr.errors import DatasetError
+
+UNUSED = "N/A"  # the name of a label that no category has, where raw ids have gaps
+
+
+@dataclass(frozen=True)
+class CategoryTable:
+    """`labels` maps category ids to labels; `class_names[i]` is the name of label i."""
+
+    labels: Mapping[int, int]
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """What `ModelConfig.num_classes` must be at least.
+
+        Heads have one row more, so raw ids 1..90 need 90.
+        """
+        highest = max(self.labels.values(), default=0)
+        return max(1, highest + 1 if 0 in self.labels.values() else highest)
+
+    def lookup(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Labels of an array of category ids; -1 where the table has none."""
+        known = np.array(sorted(self.labels), np.int64)
+        if not len(known):
+            return np.full(len(ids), -1, np.int64)
+        values = np.array([self.labels[i] for i in known.tolist()], np.int64)
+        place = np.searchsorted(known, ids).clip(max=len(known) - 1)
+        return np.where(known[place] == ids, values[place], -1)
+
+
+def exported_table(categories: Sequence[Category], used_ids: Collection[int]) -> CategoryTable:
+    """The table of a COCO export: ids ascending, without parents that only group others.
+
+    A category goes when its name is the supercategory of a differently named one and no annotation
+    uses it; if that left nothing, all stay (training specification, section 4.3).
+    """
+    parents = {c.supercategory for c in categories if c.supercategory != c.name}
+    parents -= {None, "", "none"}
+    used = set(used_ids)
+    kept = [c for c in categories if c.name not in parents or c.id in used] or list(categories)
+    kept = sorted(kept, key=lambda category: category.id)
+    return CategoryTable({c.id: i for i, c in enumerate(kept)}, tuple(c.name for c in kept))
+
+
+def raw_table(categories: Sequence[Category]) -> CategoryTable:
+    """The table of plain COCO: labels are the ids themselves; gaps are named "N/A"."""
+    names = {c.id: c.name for c in categories}
+    class_names = tuple(names.get(i, UNUSED) for i in range(max(names, default=-1) + 1))
+    return CategoryTable({i: i for i in names}, class_names)
+
+
+def check_ids(path: Path, categories: Sequence[Category], raw: bool) -> None:
+    """Refuse a category list that cannot become a table."""
+    problems = []
+    seen: dict[int, str] = {}
+    for category in categories:
+        if category.id in seen:
+            problems.append(f"id {category.id} is both {seen[category.id]!r} and {category.name!r}")
+        seen.setdefault(category.id, category.name)
+    if raw and any(not 0 <= i <= 10_000 for i in seen):
+        problems.append("ids of plain COCO become labels and must lie in 0..10000")
+    if not categories:
+        problems.append("there is no category")
+    if problems:
+        raise DatasetError(f"{path}: the categories cannot be used: {'; '.join(problems)}.")
+
+
+def check_same(
+    path: Path, categories: Sequence[Category], train: Sequence[Category], train_path: Path
+) -> None:
+    """Raise DatasetError where a split gives a category of train another id or another name."""
+    names = {c.id: c.name for c in train}
+    ids = {c.name: c.id for c in train}
+    problems = []
+    for c in categories:
+        if names.get(c.id, c.name) != c.name:
+            problems.append(f"id {c.id} is {c.name!r} here and {names[c.id]!r} in train")
+        elif ids.get(c.name, c.id) != c.id and c.id not in names:
+            problems.append(f"{c.name!r} has id {c.id} here and id {ids[c.name]} in train")
+    if problems:
+        raise DatasetError(
+            f"{path}: the categories differ from those of {train_path}: {'; '.join(problems)}. "
+            "Export the splits again with one category list."
+        )

@@ -1,0 +1,132 @@
+"""COCO annotation files to an AnnotationIndex (training specification, section 4.3)."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from rfdetr.data.categories import (
+    CategoryTable,
+    check_ids,
+    check_same,
+    exported_table,
+    raw_table,
+)
+from rfdetr.data.coco_json import Category, CocoFile, read_coco
+from rfdetr.data.index import (
+    AnnotationIndex,
+    FileOutlines,
+    PackedTexts,
+    missing_files,
+    raise_problems,
+)
+from rfdetr.data.layouts import Layout, SplitPaths
+
+CHECKS = "`python -m rfdetr.data.checks` reports everything at once."
+
+
+class CocoSplits:
+    """Reads the splits of a COCO layout with one category table, that of train."""
+
+    def __init__(self, layout: Layout, *, masks: bool = False, check_files: bool = True) -> None:
+        self.layout = layout
+        self.masks = masks
+        self.check_files = check_files
+        self._train: tuple[list[Category], CategoryTable, Path] | None = None
+
+    def index(self, name: str) -> AnnotationIndex:
+        """The index of one split. Raises DatasetError that lists its problems."""
+        split = self.layout.require(name)
+        assert split.annotations is not None
+        coco = read_coco(split.annotations, segmentation=self.masks)
+        table = self._table(split, coco)
+        return build_index(
+            coco, split.images[0], table, masks=self.masks, check_files=self.check_files
+        )
+
+    def _table(self, split: SplitPaths, coco: CocoFile) -> CategoryTable:
+        if self._train is None:
+            train = self.layout.splits.get("train", split)
+            assert train.annotations is not None
+            source = coco if train is split else read_coco(train.annotations, segmentation=False)
+            raw = self.layout.kind == "coco"
+            check_ids(source.path, source.categories, raw)
+            used = set(np.unique(source.annotations.category_ids).tolist())
+            table = raw_table(source.categories) if raw else exported_table(source.categories, used)
+            self._train = (source.categories, table, source.path)
+        categories, table, path = self._train
+        check_same(coco.path, coco.categories, categories, path)
+        return table
+
+
+def build_index(
+    coco: CocoFile,
+    folder: Path,
+    table: CategoryTable,
+    *,
+    masks: bool = False,
+    check_files: bool = True,
+) -> AnnotationIndex:
+    """The arrays of one file. `folder` holds its pictures; `check_files` looks for each of them."""
+    images, rows = coco.images, coco.annotations
+    order = np.argsort(images.ids, kind="stable")
+    owner = _owners(images.ids, order, rows.image_ids)
+    labels = table.lookup(rows.category_ids)
+    problems = _duplicates(images.ids[order])
+    for i in np.flatnonzero((labels < 0) & (owner >= 0)):
+        problems.append(
+            f"annotation {rows.ids[i]}: its category {rows.category_ids[i]} is not one of "
+            f"{sorted(table.labels)}"
+        )
+    if check_files:
+        missing = missing_files(folder, images.names)
+        problems += [f"image file {folder / name} does not exist" for name in missing]
+    raise_problems(coco.path, problems, f"Mend the annotation file. {CHECKS}")
+    _warn_dangling(coco, int((owner < 0).sum()))
+
+    kept = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]  # by image, in file order
+    corners = rows.boxes[kept].astype(np.float32)
+    corners[:, 2:] += corners[:, :2]
+    box_areas = rows.boxes[kept, 2] * rows.boxes[kept, 3]
+    areas = np.where(np.isnan(rows.areas[kept]), box_areas, rows.areas[kept])
+    starts, stops = rows.starts[kept], rows.stops[kept]
+    return AnnotationIndex(
+        root=folder,
+        names=PackedTexts(images.names),
+        image_ids=images.ids,
+        first=np.searchsorted(owner[kept], np.arange(len(images.ids) + 1)),
+        boxes=corners,
+        labels=labels[kept],
+        areas=areas.astype(np.float32),
+        crowd=rows.crowd[kept],
+        class_names=table.class_names,
+        num_classes=table.num_classes,
+        outlines=FileOutlines.of(coco.path, starts, stops) if masks else None,
+    )
+
+
+def _owners(
+    ids: npt.NDArray[np.int64], order: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Position in `ids` of every wanted id, -1 where there is none; `order` sorts `ids`."""
+    if not len(ids):
+        return np.full(len(wanted), -1, np.int64)
+    place = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+    return np.where(ids[place] == wanted, place, -1)
+
+
+def _duplicates(ascending: npt.NDArray[np.int64]) -> list[str]:
+    repeated = np.unique(ascending[1:][ascending[1:] == ascending[:-1]])
+    return [f"image id {i} occurs more than once" for i in repeated.tolist()]
+
+
+def _warn_dangling(coco: CocoFile, count: int) -> None:
+    if count:
+        warnings.warn(
+            f"{coco.path}: {count} annotation(s) belong to image ids that the file does not list; "
+            f"they are ignored. {CHECKS}",
+            stacklevel=3,
+        )

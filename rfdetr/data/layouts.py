@@ -1,0 +1,220 @@
+"""Where the pictures and annotations of each split lie (training specification, section 4.2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rfdetr.errors import DatasetError
+
+Kind = Literal["roboflow", "coco", "yolo"]
+SPLITS = ("train", "val", "test")
+FOLDERS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
+YAML_KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+ANNOTATIONS = "_annotations.coco.json"
+YAML_NAMES = ("data.yaml", "data.yml")
+
+
+@dataclass(frozen=True)
+class SplitPaths:
+    """One split: its picture folders (YOLO also list files) and, for COCO, the annotation file."""
+
+    name: str
+    images: tuple[Path, ...]
+    annotations: Path | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A dataset folder that was recognised.
+
+    `kind` is "roboflow" for a COCO export, "coco" for plain COCO, "yolo" for YOLO. `splits` holds
+    those that exist. `names` are the classes of a YOLO data.yaml.
+    """
+
+    kind: Kind
+    root: Path
+    splits: Mapping[str, SplitPaths]
+    yaml_file: Path | None = None
+    names: tuple[str, ...] = ()
+
+    def require(self, name: str) -> SplitPaths:
+        """The split, or a DatasetError that tells what was expected and what is there."""
+        if name in self.splits:
+            return self.splits[name]
+        raise DatasetError(
+            f"{self.root}: no {name!r} split. Expected {_expected(self.kind, name)}. "
+            f"{found_in(self.root)}"
+        )
+
+
+def detect_layout(dataset_dir: str | os.PathLike[str], dataset_file: Kind = "roboflow") -> Layout:
+    """Recognise the layout of `dataset_dir`.
+
+    "roboflow" is a COCO export (train/_annotations.coco.json) or, failing that, YOLO (data.yaml);
+    "coco" and "yolo" ask for that layout. Raises DatasetError that lists what was found.
+    """
+    root = Path(dataset_dir).expanduser().absolute()
+    if not root.is_dir():
+        raise DatasetError(
+            f"{root}: the dataset folder does not exist. Set dataset_dir to the folder that "
+            "contains the splits."
+        )
+    if dataset_file == "coco":
+        return _plain_coco(root)
+    if dataset_file == "yolo":
+        return _yolo(root)
+    if (root / "train" / ANNOTATIONS).is_file():
+        return Layout("roboflow", root, dict(_exported(root)))
+    if _yaml_file(root):
+        return _yolo(root)
+    raise DatasetError(
+        f"{root}: neither a COCO export (train/{ANNOTATIONS}) nor a YOLO dataset (data.yaml or "
+        f"data.yml) was found. {found_in(root)}"
+    )
+
+
+def found_in(folder: Path, limit: int = 20) -> str:
+    """A sentence with the entries of a folder, two levels deep where the first is a folder."""
+    if not folder.is_dir():
+        return f"{folder} does not exist."
+    entries = []
+    for path in sorted(folder.iterdir())[:limit]:
+        if path.is_dir():
+            inside = sorted(
+                p.name for p in path.iterdir() if p.suffix in (".json", "") or p.is_dir()
+            )
+            entries.append(f"{path.name}/" + (f" ({', '.join(inside[:4])})" if inside else ""))
+        else:
+            entries.append(path.name)
+    return f"Found in {folder}: {', '.join(entries) or 'nothing'}."
+
+
+def _exported(root: Path) -> Iterable[tuple[str, SplitPaths]]:
+    for name, folders in FOLDERS.items():
+        for folder in folders:
+            annotations = root / folder / ANNOTATIONS
+            if annotations.is_file():
+                yield name, SplitPaths(name, (root / folder,), annotations)
+                break
+
+
+def _plain_coco(root: Path) -> Layout:
+    splits = {}
+    for name in ("train", "val"):
+        annotations = root / "annotations" / f"instances_{name}2017.json"
+        folders = [root / f"{name}2017", root / "images" / f"{name}2017"]
+        images = next((f for f in folders if f.is_dir()), folders[0])
+        if annotations.is_file():
+            splits[name] = SplitPaths(name, (images,), annotations)
+    if not splits:
+        raise DatasetError(f"{root}: expected {_expected('coco', 'train')}. {found_in(root)}")
+    return Layout("coco", root, splits)
+
+
+def _expected(kind: Kind, name: str) -> str:
+    if kind == "roboflow":
+        return " or ".join(f"{folder}/{ANNOTATIONS}" for folder in FOLDERS[name])
+    if kind == "coco":
+        return f"annotations/instances_{name}2017.json and the folder {name}2017"
+    keys = " or ".join(f"{key}:" for key in YAML_KEYS[name])
+    folders = " or ".join(f"{folder}/images" for folder in FOLDERS[name])
+    return f"a path {keys} in data.yaml or the folder {folders}"
+
+
+def _yaml_file(root: Path) -> Path | None:
+    return next((root / name for name in YAML_NAMES if (root / name).is_file()), None)
+
+
+def _yolo(root: Path) -> Layout:
+    path = _yaml_file(root)
+    if path is None:
+        raise DatasetError(f"{root}: expected data.yaml or data.yml. {found_in(root)}")
+    content = _read_yaml(path)
+    problems: list[str] = []
+    names = _class_names(content, problems)
+    splits = {}
+    for name in SPLITS:
+        images = _yolo_images(path, content, name, problems)
+        if images:
+            splits[name] = SplitPaths(name, images)
+    if problems:
+        raise DatasetError(f"{path}: " + " ".join(problems))
+    return Layout("yolo", root, splits, path, names)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise DatasetError(f"{path}: not valid YAML: {error}") from error
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not isinstance(content, dict):
+        raise DatasetError(f"{path}: expected keys such as names: and train:, found {content!r}.")
+    return content
+
+
+def _class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
+    """The `names` list, or the values of a `names` mapping with the keys 0..N-1."""
+    names = content.get("names")
+    if isinstance(names, dict):
+        keys = list(range(len(names)))
+        if (
+            any(isinstance(k, bool) or not isinstance(k, int) for k in names)
+            or sorted(names) != keys
+        ):
+            problems.append(
+                f"the keys of names: must be 0..{len(names) - 1}, found {list(names)[:20]}."
+            )
+            return ()
+        names = [names[key] for key in keys]
+    if not isinstance(names, list) or not names:
+        problems.append(f"names: must be a list of class names, found {names!r}.")
+        return ()
+    if any(isinstance(name, dict | list) or name is None for name in names):
+        problems.append(f"names: must hold texts only, found {names!r}.")
+    count = content.get("nc")
+    if count is not None and count != len(names):
+        problems.append(f"nc: is {count!r} but names: has {len(names)} entries; make them agree.")
+    return tuple(str(name) for name in names)
+
+
+def _yolo_images(
+    path: Path, content: Mapping[str, Any], name: str, problems: list[str]
+) -> tuple[Path, ...]:
+    """Picture folders or list files of a split: those of the yaml, else the usual folders."""
+    key = next((key for key in YAML_KEYS[name] if content.get(key)), None)
+    if key is None:
+        usual = [path.parent / folder / "images" for folder in FOLDERS[name]]
+        usual += [path.parent / "images" / folder for folder in FOLDERS[name]]
+        return tuple([folder for folder in usual if folder.is_dir()][:1])
+    given = content[key] if isinstance(content[key], list) else [content[key]]
+    found = []
+    for entry in given:
+        tried = _candidates(path.parent, content.get("path"), str(entry))
+        existing = next((place for place in tried if place.exists()), None)
+        if existing is None:
+            places = ", ".join(str(place) for place in tried)
+            problems.append(f"{key}: {entry} does not exist (looked at {places}).")
+        else:
+            found.append(existing)
+    return tuple(found)
+
+
+def _candidates(folder: Path, base: Any, entry: str) -> list[Path]:
+    """Where a path of data.yaml may point: below `path:`, below the yaml's folder, and there
+    without leading "../", which Roboflow writes although the splits lie beside the yaml.
+    """
+    bases = [folder / Path(str(base)).expanduser()] if base else []
+    bases.append(folder)
+    inner = Path(*[part for part in Path(entry).parts if part not in ("..", ".")])
+    places = [place / entry for place in bases]
+    if not inner.is_absolute():
+        places.append(folder / inner)
+    return list(dict.fromkeys(Path(os.path.normpath(place)) for place in places))

@@ -1,0 +1,96 @@
+"""Polygons and run lengths to masks, one picture at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+
+from rfdetr.errors import DatasetError
+
+Mask = npt.NDArray[np.bool_]
+RLE = dict[str, Any]
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> RLE:
+    """A COCO segmentation as compressed run lengths {"size", "counts"}.
+
+    Takes polygons (their union; those of fewer than three points are skipped), uncompressed or
+    compressed run lengths, or None (an empty mask). Raises DatasetError for anything else.
+    """
+    if isinstance(segmentation, dict):
+        return _run_lengths(segmentation, height, width)
+    if segmentation is not None and not isinstance(segmentation, list):
+        raise DatasetError(f"a segmentation must be polygons or RLE, found {segmentation!r:.60}.")
+    polygons = []
+    for polygon in segmentation or []:
+        values = _numbers(polygon)
+        if len(values) >= 6:
+            polygons.append(values[: len(values) // 2 * 2])
+    if not polygons:
+        return dict(coco_mask.encode(np.zeros((height, width), np.uint8, order="F")))
+    return dict(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
+
+
+def _numbers(polygon: Any) -> list[float]:
+    try:
+        values = np.asarray(polygon, np.float64)
+    except (TypeError, ValueError):
+        values = np.empty(0)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise DatasetError(f"a polygon must be a list of finite numbers, found {polygon!r:.60}.")
+    listed: list[float] = values.tolist()
+    return listed
+
+
+def _run_lengths(segmentation: RLE, height: int, width: int) -> RLE:
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if size != [height, width]:
+        raise DatasetError(f"RLE size {size} is not the picture's [{height}, {width}].")
+    if isinstance(counts, str):
+        counts = _uncompressed(counts)
+    if not isinstance(counts, list) or not all(type(c) is int and c >= 0 for c in counts):
+        raise DatasetError(f"RLE counts must be a text or whole numbers, found {counts!r:.60}.")
+    if sum(counts) != height * width:
+        raise DatasetError(
+            f"RLE counts cover {sum(counts)} pixels, the picture has {height * width}."
+        )
+    return dict(coco_mask.frPyObjects({"size": size, "counts": counts}, height, width))
+
+
+def _uncompressed(text: str) -> list[int]:
+    """Run lengths from COCO's text form (six bits a character, later ones as differences).
+
+    Decoded here because pycocotools trusts the text and may write outside its memory.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for code in text.encode("ascii", "replace"):
+        bits = code - 48
+        if not 0 <= bits < 64:
+            raise DatasetError(f"RLE counts hold the character {chr(code)!r}.")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value |= -1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
+
+
+def rasterise(segmentation: Any, height: int, width: int) -> Mask:
+    """A COCO segmentation as a mask (height, width)."""
+    mask: Mask = coco_mask.decode(to_rle(segmentation, height, width)).astype(bool)
+    return mask
+
+
+def fill_polygon(points: npt.NDArray[np.floating[Any]], height: int, width: int) -> Mask:
+    """A filled polygon (n, 2) of pixel coordinates, its outline included."""
+    canvas = Image.new("1", (width, height))
+    inside = np.clip(points, 0, [width - 1, height - 1])
+    ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in inside], fill=1, outline=1)
+    return np.array(canvas)

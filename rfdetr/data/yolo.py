@@ -1,0 +1,158 @@
+"""YOLO label files to an AnnotationIndex (training specification, section 4.4)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rfdetr.data.index import AnnotationIndex, PackedTexts, PolygonOutlines, raise_problems
+from rfdetr.data.layouts import Layout, SplitPaths
+from rfdetr.errors import DatasetError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+class LabelRow(NamedTuple):
+    """One line: class, box x0 y0 x1 y1, polygon x y x y ... (empty for a box), in fractions."""
+
+    label: int
+    box: tuple[float, float, float, float]
+    polygon: list[float]
+    line: int
+
+
+class LabelProblem(NamedTuple):
+    """A line that cannot be used."""
+
+    line: int
+    text: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.reason} (found {self.text!r})"
+
+
+class YoloSplits:
+    """Reads the splits of a YOLO layout."""
+
+    def __init__(self, layout: Layout, *, masks: bool = False) -> None:
+        self.layout = layout
+        self.masks = masks
+
+    def index(self, name: str) -> AnnotationIndex:
+        """The index of one split. Raises DatasetError that lists every bad line."""
+        split, root = self.layout.require(name), self.layout.root
+        files = list(image_files(split))
+        if not files:
+            places = ", ".join(map(str, split.images))
+            raise DatasetError(f"{places}: no pictures ({', '.join(SUFFIXES)}) for {name!r}.")
+        listed = [file for file in files if not file.is_file()]
+        raise_problems(
+            root, [f"picture {f} does not exist" for f in listed], "Mend the list files."
+        )
+        rows: list[LabelRow] = []
+        first = [0]
+        problems: list[str] = []
+        for file in files:
+            path = label_path(file)
+            found, wrong = read_labels(path, len(self.layout.names))
+            rows += found
+            problems += [f"{path}, {problem}" for problem in wrong]
+            first.append(len(rows))
+        raise_problems(
+            root,
+            problems,
+            "A line has 5 numbers (class cx cy w h) or a class and at least 3 points (x y).",
+        )
+        return self._arrays(files, rows, first)
+
+    def _arrays(self, files: list[Path], rows: list[LabelRow], first: list[int]) -> AnnotationIndex:
+        root = self.layout.root
+        stops = np.cumsum([len(row.polygon) for row in rows], dtype=np.int64)
+        lengths = np.diff(stops, prepend=0)
+        values = np.array([v for row in rows for v in row.polygon], np.float32)
+        return AnnotationIndex(
+            root=root,
+            names=PackedTexts(os.path.relpath(file, root) for file in files),
+            image_ids=np.arange(len(files), dtype=np.int64),
+            first=np.array(first, np.int64),
+            boxes=np.array([row.box for row in rows], np.float64).reshape(-1, 4),
+            labels=np.array([row.label for row in rows], np.int64),
+            areas=None,
+            crowd=np.zeros(len(rows), np.bool_),
+            class_names=self.layout.names,
+            num_classes=len(self.layout.names),
+            relative=True,
+            outlines=PolygonOutlines(values, stops - lengths, stops) if self.masks else None,
+        )
+
+
+def image_files(split: SplitPaths) -> Iterator[Path]:
+    """Picture files of a split, sorted: of folders with subfolders, or of files that list them."""
+    for source in split.images:
+        if source.is_dir():
+            yield from sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif source.suffix.lower() == ".txt":
+            for line in source.read_text(encoding="utf-8-sig").splitlines():
+                if line.strip():
+                    yield Path(os.path.normpath(source.parent / line.strip()))
+        else:
+            yield source
+
+
+def label_path(image: Path) -> Path:
+    """The label file: the last folder named images becomes labels, the suffix .txt."""
+    parts = list(image.parts)
+    folders = [i for i, part in enumerate(parts[:-1]) if part == "images"]
+    if folders:
+        parts[folders[-1]] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
+def read_labels(path: Path, classes: int) -> tuple[list[LabelRow], list[LabelProblem]]:
+    """The usable lines of a label file and the others. No file means no objects."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return [], []
+    except UnicodeDecodeError as error:
+        return [], [LabelProblem(1, "", f"the file is not UTF-8 text: {error.reason}")]
+    except OSError as error:
+        return [], [LabelProblem(1, "", f"the file cannot be read: {error.strerror or error}")]
+    rows, problems = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(parse_line(line, classes, number))
+            except ValueError as error:
+                problems.append(LabelProblem(number, line.strip()[:80], str(error)))
+    return rows, problems
+
+
+def parse_line(line: str, classes: int, number: int = 1) -> LabelRow:
+    """One label line. Raises ValueError that says what is wrong with it."""
+    words = line.split()
+    if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
+        raise DatasetError(f"{len(words)} numbers; expected 5, or an odd count of at least 7")
+    try:
+        label = int(words[0])
+    except ValueError:
+        raise DatasetError(f"the class {words[0]!r} is not an integer") from None
+    if not 0 <= label < classes:
+        raise DatasetError(f"the class {label} is not in 0..{classes - 1}")
+    try:
+        values = [float(word) for word in words[1:]]
+    except ValueError:
+        raise DatasetError("not all values are numbers") from None
+    if not all(map(math.isfinite, values)):
+        raise DatasetError("not all values are finite")
+    if len(values) == 4:
+        cx, cy, w, h = values
+        return LabelRow(label, (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), [], number)
+    xs, ys = values[::2], values[1::2]
+    return LabelRow(label, (min(xs), min(ys), max(xs), max(ys)), values, number)
