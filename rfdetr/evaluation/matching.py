@@ -133,7 +133,7 @@ def box_pairs(detections: Rows, group: Ints, truth: Rows, truth_group: Ints) -> 
     ends = np.cumsum(count)
     cuts = np.searchsorted(ends, np.arange(0, ends[-1] if len(ends) else 0, PAIRS_AT_ONCE))
     found: list[Pairs] = []
-    for low, high in zip(cuts, [*cuts[1:], len(owner)], strict=True):
+    for low, high in itertools.pairwise([*cuts, len(owner)]):
         n = count[low:high]
         pair_det = np.repeat(owner[low:high], n)
         start = np.cumsum(n) - n
