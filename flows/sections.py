@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
 from rfdetr.config import MODEL_CONFIGS, Level, ModelConfig, StrictConfig, TrainConfig
+from rfdetr.data.checks.config import CheckConfig
 from rfdetr.errors import ConfigError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -87,14 +88,11 @@ class ModelSettings(StrictConfig):
         return MODEL_CONFIGS[self.variant](**{"pretrain_weights": None, **given, **more})
 
 
-class ValidateSettings(StrictConfig):
-    """Which findings stop the pipeline before a GPU is used."""
+class ValidateSettings(CheckConfig):
+    """Which findings stop the pipeline before a GPU is used: the checks' options and two more."""
 
     min_images: int = Field(20, ge=1)  # in the train split
     max_bad_fraction: float = Field(0.0, ge=0, le=1)  # images with an error
-    severities: dict[str, Literal["error", "warning", "info"]] = Field(default_factory=dict)
-    silence: list[str] = Field(default_factory=list)
-    check_pixels: bool = True
 
 
 class ConvertSettings(StrictConfig):

@@ -1,0 +1,154 @@
+"""A folder in which one run of the pipeline works: clone, overrides, DVC settings, data."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ruamel.yaml import YAML
+
+from flows.process import CommandFailed, run_streaming
+from flows.redact import redact
+from flows.settings import PARAMS_FILE, Environment, load_params, parse_params
+from rfdetr.errors import ConfigError, DatasetError
+from rfdetr.files import atomic_path
+
+REMOTE = "store"
+LINK_TYPES = "reflink,hardlink,symlink,copy"
+Line = Callable[[str], None]
+
+
+def dvc(root: Path, *args: str, on_line: Line, **limits: Any) -> list[str]:
+    """Run one DVC command in `root` as a child process; the last lines of its output."""
+    beside = str(Path(sys.executable).parent)  # stages say `python`; it must be this one
+    env = {**os.environ, "PATH": f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [sys.executable, "-m", "dvc", *args]
+    return run_streaming(command, on_line, cwd=root, env=env, **limits)
+
+
+def git(root: Path, *args: str, on_line: Line) -> list[str]:
+    """Run one git command in `root` as a child process."""
+    return run_streaming(["git", *args], on_line, cwd=root)
+
+
+def clone(source: Path, ref: str, target: Path, on_line: Line) -> Path:
+    """A clone of the repository `source` at `ref` (commit, tag, branch) in the folder `target`."""
+    git(source, "clone", "--quiet", "--no-checkout", str(source), str(target), on_line=on_line)
+    try:
+        git(target, "checkout", "--quiet", ref, on_line=on_line)
+    except CommandFailed as error:
+        if not _is_local_branch(target, ref, on_line):
+            raise ConfigError(f"ref '{ref}' is no commit, tag or branch of {source}.") from error
+    return target
+
+
+def _is_local_branch(target: Path, ref: str, on_line: Line) -> bool:
+    try:
+        git(target, "checkout", "--quiet", "--detach", f"origin/{ref}", on_line=on_line)
+    except CommandFailed:
+        return False
+    return True
+
+
+def write_overrides(root: Path, changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a run's changes into params.yaml of `root`; comments and order stay.
+
+    The result is checked first: one ConfigError lists every mistake, and nothing is written.
+    """
+    if not changes:
+        return
+    file = root / PARAMS_FILE
+    editor = YAML()
+    editor.preserve_quotes = True
+    editor.width = 1 << 16  # lines stay whole
+    with open(file, encoding="utf-8") as stream:
+        data = editor.load(stream) or {}
+    for section, fields in changes.items():
+        if data.get(section) is None:
+            data[section] = {}
+        data[section].update(fields)
+    with atomic_path(file) as temporary:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            editor.dump(data, stream)
+        parse_params(yaml.safe_load(temporary.read_text(encoding="utf-8")), origin=str(file))
+
+
+def configure_dvc(root: Path, env: Environment) -> None:
+    """Write .dvc/config.local: without git or with it, shared cache, remote of the environment.
+
+    Keys are not written: DVC reads them from the environment too. Raises ConfigError.
+    """
+    from dvc.config import Config
+    from dvc.config import ConfigError as DvcConfigError
+
+    try:
+        with Config(str(root / ".dvc"), validate=False).edit("local") as local:
+            if not _has_git(root):
+                local["core"]["no_scm"] = True
+            if env.dvc_cache is not None:
+                folder = str(env.dvc_cache.expanduser().absolute())
+                local["cache"].update(dir=folder, type=LINK_TYPES)
+            if env.dvc_remote:
+                local["core"]["remote"] = REMOTE
+                remote = local["remote"].setdefault(REMOTE, {})
+                remote["url"] = env.dvc_remote
+                if env.s3_endpoint and env.dvc_remote.startswith("s3://"):
+                    remote["endpointurl"] = env.s3_endpoint
+    except DvcConfigError as error:
+        raise ConfigError(f"{root / '.dvc'}: {redact(str(error))}") from error
+
+
+def _has_git(root: Path) -> bool:
+    return any((folder / ".git").exists() for folder in (root, *root.parents))
+
+
+def has_remote(root: Path) -> bool:
+    """Whether DVC of `root` has a default remote."""
+    from dvc.config import Config
+
+    return "remote" in Config(str(root / ".dvc"))["core"]
+
+
+def prepare_workspace(
+    root: Path, changes: Mapping[str, Mapping[str, Any]], env: Environment, on_line: Line
+) -> None:
+    """Make `root` ready for the stages: overrides, DVC settings, and what the remote has.
+
+    Raises DatasetError when the dataset is neither there, nor pulled, nor the product of a stage.
+    """
+    write_overrides(root, changes)
+    configure_dvc(root, env)
+    if has_remote(root):
+        dvc(root, "pull", "--allow-missing", on_line=on_line)
+    folder = load_params(root / PARAMS_FILE).dataset.dir
+    if not (root / folder).exists() and data_stage(root) is None:
+        pointer = root / f"{folder}.dvc"
+        found = (
+            f"{pointer} exists but its data is not on the DVC remote"
+            if pointer.exists()
+            else (f"there is no {pointer} and no stage that makes it")
+        )
+        raise DatasetError(
+            f"The dataset {folder} is missing: {found}. Copy it there and run `dvc add {folder}`, "
+            "or name its s3:// address under `sources` in params.yaml."
+        )
+
+
+def data_stage(root: Path) -> str | None:
+    """The DVC stage that makes `dataset.dir` (`demo`, `fetch@<name>`), or None for a user's own."""
+    params = load_params(root / PARAMS_FILE)
+    folder = os.path.normpath(params.dataset.dir)
+    makers = {os.path.normpath("data/demo"): "demo"}
+    makers |= {os.path.normpath(f"data/{name}"): f"fetch@{name}" for name in params.sources}
+    return makers.get(folder)
+
+
+def stage_names(root: Path) -> Sequence[str]:
+    """The stages of a run in their order: the one that makes the data, then those of dvc.yaml."""
+    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    first = data_stage(root)
+    return [*([first] if first else []), *(n for n in stages if n not in ("demo", "fetch"))]
