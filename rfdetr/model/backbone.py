@@ -5,6 +5,7 @@ Model specification, section 2. Names follow timm, so published DINOv2 weights f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -28,9 +29,9 @@ def resize_position_table(table: Tensor, height: int, width: int) -> Tensor:
 
     Bicubic with antialias, in float32 (model specification, sections 2 and 10).
     """
-    cells = table.shape[1] - 1
-    side = round(cells**0.5)
-    if height == width and height * width == cells:
+    cells = int(table.shape[1]) - 1
+    side = math.isqrt(cells)
+    if height == width == side:
         return table
     grid = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(
@@ -136,7 +137,7 @@ class WindowedEncoder(nn.Module):
         """Images (B, 3, H, W) to tokens (B * windows^2, prefix + T, D), class token first."""
         projection = self.patch_embed.proj
         patches = projection(images.to(projection.weight.dtype)).permute(0, 2, 3, 1)
-        rows, columns, channels = patches.shape[1:]
+        rows, columns, channels = (int(size) for size in patches.shape[1:])
         table = self.position_table(rows, columns)
         patches = patches + table[:, 1:].reshape(1, rows, columns, channels).to(patches.dtype)
         tokens = split_windows(patches, self.windows)
@@ -149,7 +150,7 @@ class WindowedEncoder(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps (B, D, H/patch, W/patch) in channels-last memory, one per selected block."""
         self.check_size(images)
-        rows, columns = (side // self.patch_size for side in images.shape[-2:])
+        rows, columns = (int(side) // self.patch_size for side in images.shape[-2:])
         tokens = self.embed(images)
         maps = []
         for done in range(1, self.out_feature_indexes[-1] + 1):
@@ -167,7 +168,7 @@ class WindowedEncoder(nn.Module):
                 f"The network takes images as (batch, 3, height, width); got "
                 f"{tuple(images.shape)}. Convert grey or RGBA images to RGB."
             )
-        height, width = images.shape[-2:]
+        height, width = (int(side) for side in images.shape[-2:])
         block = self.patch_size * self.windows
         if images.shape[0] == 0:
             raise InputError("The batch holds no images; give at least one.")

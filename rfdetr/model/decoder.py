@@ -43,9 +43,9 @@ class SelfAttention(nn.Module):
     def forward(self, state: Tensor, placed: Tensor, groups: int) -> Tensor:
         """State and state plus position, both (B, groups * Q, C)."""
         batch, queries, width = state.shape
-        cut = [2 * width, width]
-        weight, value_weight = torch.split(self.in_proj_weight, cut)
-        bias, value_bias = torch.split(self.in_proj_bias, cut)
+        cut = 2 * width
+        weight, value_weight = self.in_proj_weight[:cut], self.in_proj_weight[cut:]
+        bias, value_bias = self.in_proj_bias[:cut], self.in_proj_bias[cut:]
         chunk = (batch * groups, queries // groups, -1, self.heads, width // self.heads)
         query, key = F.linear(placed, weight, bias).reshape(chunk).permute(2, 0, 3, 1, 4).unbind()
         value = F.linear(state, value_weight, value_bias).reshape(chunk).squeeze(2).transpose(1, 2)
@@ -147,7 +147,7 @@ class Transformer(nn.Module):
         groups: int,
     ) -> TransformerOutput:
         """Levels (B, C, h, w), their padding masks, learned (references (G*Q, 4), features)."""
-        shapes = [(level.shape[2], level.shape[3]) for level in levels]
+        shapes = [(int(level.shape[2]), int(level.shape[3])) for level in levels]
         rows = [level.flatten(2).transpose(1, 2) for level in levels]
         cells = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
         padding = None if masks is None else torch.cat([m.flatten(1) for m in masks], dim=1)

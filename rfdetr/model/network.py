@@ -76,7 +76,7 @@ class RFDETRNetwork(nn.Module):
         rows = groups * self.num_queries
         learned = (self.refpoint_embed.weight[:rows], self.query_feat.weight[:rows])
         decoded: TransformerOutput = self.transformer(levels, masks, learned, groups)
-        size = (images.shape[2], images.shape[3])
+        size = (int(images.shape[2]), int(images.shape[3]))
         return self._outputs(decoded, self._masks(decoded, levels[0], size))
 
     def set_drop_path(self, rates: Sequence[float]) -> None:

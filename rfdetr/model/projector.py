@@ -70,7 +70,8 @@ class C2f(nn.Module):
         self.m = nn.ModuleList(Bottleneck(self.part) for _ in range(bottlenecks))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = list(self.cv1(x).split(self.part, dim=1))
+        mixed = self.cv1(x)
+        parts = [mixed[:, : self.part], mixed[:, self.part :]]
         for bottleneck in self.m:
             parts.append(bottleneck(parts[-1]))
         y: Tensor = self.cv2(torch.cat(parts, dim=1))
