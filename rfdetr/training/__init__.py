@@ -1,0 +1,49 @@
+"""The training stack on PyTorch Lightning. Names are imported when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rfdetr.training.callbacks import (
+        BestModelCallback,
+        COCOEvalCallback,
+        DropPathCallback,
+        RFDETREarlyStopping,
+        RFDETREMACallback,
+    )
+    from rfdetr.training.checkpoint import convert_legacy_checkpoint
+    from rfdetr.training.datamodule import RFDETRDataModule
+    from rfdetr.training.module import RFDETRModule
+    from rfdetr.training.trainer import build_trainer
+
+__all__ = [
+    "BestModelCallback",
+    "COCOEvalCallback",
+    "DropPathCallback",
+    "RFDETRDataModule",
+    "RFDETREMACallback",
+    "RFDETREarlyStopping",
+    "RFDETRModule",
+    "build_trainer",
+    "convert_legacy_checkpoint",
+]
+
+_HOMES = {
+    "RFDETRModule": "module",
+    "RFDETRDataModule": "datamodule",
+    "build_trainer": "trainer",
+    "convert_legacy_checkpoint": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'callbacks')}")
+    return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

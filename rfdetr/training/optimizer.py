@@ -126,18 +126,19 @@ def _fits(moments: dict[str, Any], parameter: nn.Parameter) -> bool:
     return isinstance(average, torch.Tensor) and average.shape == parameter.shape
 
 
-def lr_factor(step: int, *, total_steps: int, epochs: int, train_config: TrainConfig) -> float:
-    """Factor on every base rate after `step` optimizer steps of `total_steps` in `epochs` epochs.
+def lr_factor(
+    step: int, *, total_steps: int, steps_per_epoch: int, train_config: TrainConfig
+) -> float:
+    """Factor on every base rate after `step` optimizer steps of `total_steps`.
 
     Linear warm-up, then half a cosine down to `lr_min_factor`, or one tenfold drop at `lr_drop`
     epochs counted from the start of training.
     """
-    per_epoch = max(1, total_steps // max(1, epochs))
-    warmup = int(per_epoch * train_config.warmup_epochs)
+    warmup = int(steps_per_epoch * train_config.warmup_epochs)
     if step < warmup:
         return step / max(1, warmup)
     if train_config.lr_scheduler == "cosine":
         progress = (step - warmup) / max(1, total_steps - warmup)
         low = train_config.lr_min_factor
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0 if step < train_config.lr_drop * per_epoch else 0.1
+    return 1.0 if step < train_config.lr_drop * steps_per_epoch else 0.1

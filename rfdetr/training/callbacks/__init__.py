@@ -1,0 +1,42 @@
+"""The callbacks of a training run. Names are imported when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rfdetr.training.callbacks.best_model import BestModelCallback
+    from rfdetr.training.callbacks.checkpoints import CheckpointCallback
+    from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
+    from rfdetr.training.callbacks.drop_path import DropPathCallback
+    from rfdetr.training.callbacks.early_stopping import RFDETREarlyStopping
+    from rfdetr.training.callbacks.ema import RFDETREMACallback
+
+__all__ = [
+    "BestModelCallback",
+    "COCOEvalCallback",
+    "CheckpointCallback",
+    "DropPathCallback",
+    "RFDETREMACallback",
+    "RFDETREarlyStopping",
+]
+
+_HOMES = {
+    "BestModelCallback": "best_model",
+    "COCOEvalCallback": "coco_eval",
+    "CheckpointCallback": "checkpoints",
+    "DropPathCallback": "drop_path",
+    "RFDETREMACallback": "ema",
+    "RFDETREarlyStopping": "early_stopping",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

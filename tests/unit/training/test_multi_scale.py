@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from rfdetr.data.batch import NestedTensor
-from rfdetr.training.multi_scale import draw_size, resize_batch
+from rfdetr.data.transforms import resize_batch
+from rfdetr.training.multi_scale import draw_size
 
 
 def test_sizes_drawn_per_step_equal_the_reference(parity: Path):

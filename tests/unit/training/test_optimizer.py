@@ -67,7 +67,10 @@ def test_schedule_equals_the_reference(parity: Path):
         config = TrainConfig(dataset_dir=".", **{name: case[name] for name in fields})
         for step, factor in case["samples"]:
             actual = lr_factor(
-                step, total_steps=case["total_steps"], epochs=case["epochs"], train_config=config
+                step,
+                total_steps=case["total_steps"],
+                steps_per_epoch=case["steps_per_epoch"],
+                train_config=config,
             )
             assert actual == pytest.approx(factor, abs=1e-9), (case, step)
 

@@ -1,0 +1,232 @@
+"""The LightningModule: network, losses, post-processing, optimizer and schedule of one run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from rfdetr.config import ModelConfig, TrainConfig
+from rfdetr.data.batch import NestedTensor
+from rfdetr.data.transforms import multi_scale_sizes, resize_batch
+from rfdetr.model.criterion import build_criterion
+from rfdetr.model.network import build_network
+from rfdetr.model.postprocess import PostProcess
+from rfdetr.training import resume
+from rfdetr.training.multi_scale import draw_size
+from rfdetr.training.non_finite import check_finite
+from rfdetr.training.optimizer import build_optimizer, lr_factor
+from rfdetr.training.settings import hyper_parameters, warn_ignored_settings
+from rfdetr.weights.load import initialise_weights
+
+Batch = tuple[NestedTensor, Sequence[dict[str, Any]]]
+
+
+class RFDETRModule(pl.LightningModule):
+    """Trains and evaluates one detector; `model` is the network.
+
+    Pretrained weights are loaded at construction (`load_report` says how). Raises CheckpointError
+    or DownloadError when weights that were asked for cannot be used.
+    """
+
+    def __init__(self, model_config: ModelConfig, train_config: TrainConfig) -> None:
+        super().__init__()
+        self.model_config = model_config
+        self.train_config = train_config
+        warn_ignored_settings(model_config, train_config)
+        self.model = build_network(model_config)
+        self.load_report = initialise_weights(self.model, model_config)
+        self.criterion = build_criterion(model_config, train_config)
+        self.postprocess = PostProcess(model_config.num_select)
+        self.legacy_ema_state: dict[str, Tensor] | None = None
+        self.resume_record: dict[str, Any] | None = None
+        self.strict_loading = False  # on_load_checkpoint checks and reports
+        if model_config.compile:
+            self.model.compile()
+        self.save_hyperparameters(hyper_parameters(model_config, train_config))
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Class names of the data, of the configuration, or of the loaded weights."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        names = getattr(datamodule, "class_names", None) or self.train_config.class_names
+        if not names and self.load_report is not None:
+            names = self.load_report.class_names
+        return list(names) if names else None
+
+    @functools.cached_property
+    def _sizes(self) -> list[int]:
+        config = self.model_config
+        return multi_scale_sizes(
+            config.resolution, config.block_size, self.train_config.expanded_scales
+        )
+
+    @property
+    def _window(self) -> int:
+        """Micro-batches of one optimizer step."""
+        return 1 if self._trainer is None else self._trainer.accumulate_grad_batches
+
+    def on_fit_start(self) -> None:
+        if self.train_config.seed is not None:
+            pl.seed_everything(self.train_config.seed + self.global_rank, workers=True)
+        resume.begin_history(self)
+
+    def on_train_start(self) -> None:
+        resume.start(self)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Resize the batch in place to the size drawn for this optimizer step."""
+        config = self.train_config
+        if config.multi_scale and not config.do_random_resize_via_padding:
+            resize_batch(batch[0], draw_size(self._sizes, self.trainer.global_step))
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> tuple[Any, list[dict[str, Any]]]:
+        """Move images, mask and every tensor of every target; targets come back as a list."""
+        samples, targets = batch
+        move = functools.partial(_to_device, device=device)
+        moved = [{key: move(value) for key, value in target.items()} for target in targets]
+        return move(samples), moved
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The weighted loss over the accumulation window; `backward` undoes that division.
+
+        Raises NonFiniteLossError, on all ranks together.
+        """
+        samples, targets = batch
+        terms = self.criterion(self.model(samples, targets), targets)
+        loss = self._weighted(terms)
+        check_finite(self, loss, terms, targets)
+        self._log_training(loss, terms, len(targets))
+        return loss / self._window
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward of the mean over the window: Lightning has divided by its length again."""
+        super().backward(loss * self._window, *args, **kwargs)
+
+    def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        weights = self.criterion.weight_dict
+        return torch.stack([terms[name] * weights[name] for name in terms if name in weights]).sum()
+
+    def _log_training(self, loss: Tensor, terms: dict[str, Tensor], batch_size: int) -> None:
+        if self._trainer is None:
+            return
+        config = self.train_config
+        values = {f"train/{name}": value.detach() for name, value in terms.items()}
+        values["train/loss"] = loss.detach()
+        self.log_dict(
+            values,
+            on_step=False,
+            on_epoch=True,
+            batch_size=batch_size,
+            sync_dist=config.train_log_sync_dist,
+        )
+        if config.train_log_on_step:
+            steps = {f"{name}_step": value for name, value in values.items()}
+            self.log_dict(steps, on_step=True, on_epoch=False, batch_size=batch_size)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=batch_size)
+        rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
+        rates_now = {"train/lr": rates[0], "train/lr_min": min(rates), "train/lr_max": max(rates)}
+        self.log_dict(rates_now, on_step=True, on_epoch=False, batch_size=batch_size)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """{"results", "targets"} of one batch for COCOEvalCallback; logs val/loss."""
+        return self._evaluate(batch, "val", self.train_config.compute_val_loss)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """As `validation_step`, under test/."""
+        return self._evaluate(batch, "test", self.train_config.compute_test_loss)
+
+    def predict_step(
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Tensor]]:
+        """One dictionary per image: scores, labels, boxes (xyxy, original pixels), masks."""
+        samples, targets = batch
+        return self.detect(self.evaluation_forward(self.model, samples), targets)
+
+    def _evaluate(self, batch: Batch, stage: str, with_loss: bool) -> dict[str, Any]:
+        samples, targets = batch
+        outputs = self.evaluation_forward(self.model, samples)
+        if with_loss:
+            loss = self._weighted(self.criterion(outputs, targets))
+            self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=len(targets), sync_dist=True)
+        return {"results": self.detect(outputs, targets), "targets": targets}
+
+    def evaluation_forward(self, network: nn.Module, samples: Any) -> dict[str, Any]:
+        """Outputs of `network` (the live or the averaged one) in the precision of evaluation."""
+        half = self.train_config.fp16_eval and self.device.type == "cuda"
+        context: contextlib.AbstractContextManager[Any] = (
+            torch.autocast("cuda", torch.float16) if half else contextlib.nullcontext()
+        )
+        with torch.no_grad(), context:
+            outputs: dict[str, Any] = network(samples)
+        return outputs
+
+    def detect(
+        self, outputs: dict[str, Any], targets: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Tensor]]:
+        """Detections in original pixels of the images that `targets` describe."""
+        sizes = torch.stack([target["orig_size"].reshape(2) for target in targets])
+        detections: list[dict[str, Tensor]] = self.postprocess(outputs, sizes)
+        return detections
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with layer-wise rates, and the schedule over the trainer's real step count."""
+        optimizer = build_optimizer(
+            self.model, self.model_config, self.train_config, fused=self._fused()
+        )
+        total, per_epoch = resume.planned_steps(self.trainer)
+        factor = functools.partial(
+            lr_factor, total_steps=total, steps_per_epoch=per_epoch, train_config=self.train_config
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _fused(self) -> bool:
+        """Fused AdamW: on CUDA in bf16 only (a gradient scaler forbids it), on CPU in float32."""
+        needed = {"cuda": "bf16-mixed", "cpu": "32-true"}
+        kind = self.trainer.strategy.root_device.type
+        wanted = self.model_config.fused_optimizer and kind in needed
+        return wanted and str(self.trainer.precision) == needed[kind]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does; it refuses a fused optimizer, whose norm is clipped here."""
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if not fused or not by_norm or getattr(self.trainer.precision_plugin, "scaler", None):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val and math.isfinite(gradient_clip_val):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        resume.save(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Accept our checkpoints and legacy dictionaries; CheckpointError on a misfit."""
+        resume.load(self, checkpoint)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, NestedTensor):
+        return value.to(device, non_blocking=device.type == "cuda")
+    if not isinstance(value, Tensor):
+        return value
+    if device.type == "mps" and value.dtype == torch.float64:
+        value = value.float()
+    return value.to(device, non_blocking=device.type == "cuda")

@@ -1,0 +1,184 @@
+"""`build_trainer`: the Trainer that the two configurations describe."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, RichProgressBar, TQDMProgressBar
+
+from rfdetr.config import ModelConfig, TrainConfig
+from rfdetr.training.callbacks.best_model import BestModelCallback
+from rfdetr.training.callbacks.checkpoints import CheckpointCallback
+from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
+from rfdetr.training.callbacks.drop_path import DropPathCallback
+from rfdetr.training.callbacks.early_stopping import RFDETREarlyStopping
+from rfdetr.training.callbacks.ema import RFDETREMACallback
+from rfdetr.training.checkpoint import LegacyCheckpointIO
+from rfdetr.training.loggers import build_loggers
+
+SHARDED = ("fsdp", "deepspeed")
+BF16_CAPABILITY = (8, 0)
+
+
+def build_trainer(
+    train_config: TrainConfig, model_config: ModelConfig, **trainer_kwargs: Any
+) -> pl.Trainer:
+    """A Trainer with the callbacks and loggers of the configurations.
+
+    Every argument of `pytorch_lightning.Trainer` can be given as a keyword and wins over the
+    configuration; `callbacks=` replaces the whole list. A sharded `strategy` trains without
+    averaged weights, with a UserWarning if the configuration asks for them. Raises
+    MissingDependencyError for a logger that was asked for and is not installed.
+    """
+    given = dict(trainer_kwargs)
+    accelerator = given.get("accelerator", train_config.accelerator)
+    devices = given.get("devices", train_config.devices)
+    settings: dict[str, Any] = {
+        "max_epochs": train_config.epochs,
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": train_config.num_nodes,
+        "strategy": "auto",
+        "accumulate_grad_batches": train_config.grad_accum_steps,
+        "gradient_clip_val": train_config.clip_max_norm,
+        "sync_batchnorm": train_config.sync_bn,
+        "enable_progress_bar": train_config.progress_bar is not None,
+        "default_root_dir": train_config.output_dir,
+        "log_every_n_steps": 10,
+        "num_sanity_val_steps": 0,
+        **given,
+    }
+    if "precision" not in given and not _has_precision_plugin(given.get("plugins")):
+        settings["precision"] = choose_precision(model_config, accelerator, devices)
+    if "callbacks" not in given:
+        settings["callbacks"] = build_callbacks(train_config, model_config, settings)
+    if "logger" not in given:
+        settings["logger"] = build_loggers(train_config)
+    settings["plugins"] = _with_checkpoint_io(given.get("plugins"))
+    return pl.Trainer(**settings)
+
+
+def build_callbacks(
+    train_config: TrainConfig, model_config: ModelConfig, settings: dict[str, Any]
+) -> list[Callback]:
+    """The default callbacks, given the Trainer arguments they depend on."""
+    kind = "segm_mAP_50_95" if model_config.segmentation_head else "mAP_50_95"
+    monitors = {"monitor": f"val/{kind}", "monitor_ema": f"val/ema_{kind}"}
+    callbacks: list[Callback] = []
+    if _use_ema(train_config, settings["strategy"]):
+        callbacks.append(
+            RFDETREMACallback(
+                train_config.ema_decay, train_config.ema_tau, train_config.ema_update_interval
+            )
+        )
+    if train_config.drop_path > 0:
+        callbacks.append(
+            DropPathCallback(
+                train_config.drop_path,
+                train_config.drop_mode,
+                train_config.drop_schedule,
+                train_config.cutoff_epoch,
+            )
+        )
+    callbacks.append(
+        COCOEvalCallback(
+            train_config.eval_max_dets,
+            train_config.eval_interval,
+            log_per_class_metrics=train_config.log_per_class_metrics,
+            segmentation=model_config.segmentation_head,
+            output_dir=train_config.output_dir,
+        )
+    )
+    if train_config.early_stopping:
+        callbacks.append(
+            RFDETREarlyStopping(
+                train_config.early_stopping_patience,
+                train_config.early_stopping_min_delta,
+                train_config.early_stopping_use_ema,
+                **monitors,
+            )
+        )
+    bar = _progress_bar(train_config, settings)
+    return [*callbacks, *bar, *_checkpoints(train_config, settings, monitors)]
+
+
+def _checkpoints(
+    train_config: TrainConfig, settings: dict[str, Any], monitors: dict[str, str]
+) -> list[Callback]:
+    if settings.get("enable_checkpointing") is False:
+        return []  # Lightning refuses checkpoint callbacks then
+    save = not train_config.dont_save_weights
+    best = BestModelCallback(
+        train_config.output_dir,
+        **monitors,
+        run_test=train_config.run_test,
+        save_weights=save,
+    )
+    last = CheckpointCallback(train_config.output_dir, train_config.checkpoint_interval)
+    return [best, last] if save else [best]
+
+
+def _progress_bar(train_config: TrainConfig, settings: dict[str, Any]) -> list[Callback]:
+    if not settings["enable_progress_bar"]:
+        return []
+    return [RichProgressBar() if train_config.progress_bar == "rich" else TQDMProgressBar()]
+
+
+def _use_ema(train_config: TrainConfig, strategy: Any) -> bool:
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if not train_config.use_ema or not any(kind in name.lower() for kind in SHARDED):
+        return train_config.use_ema
+    warnings.warn(
+        f"Averaged weights are switched off: they do not work with the sharded strategy {name}. "
+        'Use strategy="ddp" or strategy="auto" to keep them.',
+        UserWarning,
+        stacklevel=4,
+    )
+    return False
+
+
+def choose_precision(model_config: ModelConfig, accelerator: Any, devices: Any) -> str:
+    """float32 without `amp` and on the CPU; bfloat16 where every chosen GPU computes it natively.
+
+    Capability counts, not `is_bf16_supported`, which is also true for emulation.
+    """
+    kind = accelerator if isinstance(accelerator, str) else type(accelerator).__name__.lower()
+    if not model_config.amp or "cpu" in kind:
+        return "32-true"
+    if torch.cuda.is_available() and kind not in ("mps", "tpu"):
+        chosen = _chosen_gpus(devices)
+        able = all(torch.cuda.get_device_capability(i) >= BF16_CAPABILITY for i in chosen)
+        return "bf16-mixed" if able else "16-mixed"
+    if torch.backends.mps.is_available() and kind in ("auto", "mps", "gpu"):
+        return "16-mixed"
+    return "32-true"
+
+
+def _chosen_gpus(devices: Any) -> list[int]:
+    present = torch.cuda.device_count()
+    if isinstance(devices, str) and "," in devices:
+        devices = [int(part) for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list | tuple):
+        return [int(index) for index in devices if int(index) < present]
+    number = int(devices) if str(devices).lstrip("-").isdigit() else -1
+    return list(range(present if number < 0 else min(number, present)))
+
+
+def _with_checkpoint_io(plugins: Any) -> list[Any]:
+    """The user's plugins, and ours for checkpoints unless there is one of that kind."""
+    own = (
+        list(plugins) if isinstance(plugins, list | tuple) else [] if plugins is None else [plugins]
+    )
+    from lightning_fabric.plugins import CheckpointIO
+
+    return own if any(isinstance(p, CheckpointIO) for p in own) else [*own, LegacyCheckpointIO()]
+
+
+def _has_precision_plugin(plugins: Any) -> bool:
+    from lightning_fabric.plugins import Precision
+
+    several = plugins if isinstance(plugins, list | tuple) else [plugins]
+    return any(isinstance(plugin, Precision) for plugin in several)
