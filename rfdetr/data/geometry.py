@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 Boxes = npt.NDArray[np.float32]
-Masks = npt.NDArray[np.bool_]
+Mask = npt.NDArray[np.bool_]  # (H, W)
+Masks = npt.NDArray[np.bool_]  # (n, H, W)
 
 
 class View(NamedTuple):
@@ -88,12 +89,13 @@ def show(shapes: Shapes, view: View) -> Shapes:
     return flip(shapes) if view.flip else shapes
 
 
-def show_masks(masks: Masks, view: View) -> Masks:
-    """Masks (n, H, W) as a view shows them: the nearest pixel."""
+def show_mask(mask: Mask, view: View) -> Mask:
+    """A mask (H, W) as a view shows it: the nearest pixel."""
     y = view.top + (np.arange(view.out_height) + 0.5) * (view.height / view.out_height)
     x = view.left + (np.arange(view.out_width) + 0.5) * (view.width / view.out_width)
     if view.flip:
         x = x[::-1]
-    rows = y.astype(np.int64).clip(0, masks.shape[1] - 1)
-    columns = x.astype(np.int64).clip(0, masks.shape[2] - 1)
-    return masks[:, rows[:, None], columns[None, :]]
+    rows = y.astype(np.int64).clip(0, mask.shape[0] - 1)
+    columns = x.astype(np.int64).clip(0, mask.shape[1] - 1)
+    shown: Mask = mask[rows[:, None], columns[None, :]]
+    return shown

@@ -1,18 +1,34 @@
-"""Pixels to network input: one function for validation, test, prediction, export and serving."""
+"""Pixels to network input.
+
+`preprocess` serves validation, test, prediction, export and serving; `TrainTransform` draws the
+random views of training (training specification, section 5).
+"""
 
 from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as V
 
-from rfdetr.data.decode import Pixels, to_rgb
+from rfdetr.data.batch import NestedTensor
+from rfdetr.data.decode import ImageFile, Pixels, to_rgb
+from rfdetr.data.geometry import View
 from rfdetr.errors import InputError
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+LONGEST = 1333  # of the longer side, where the aspect ratio is kept
+SHORT_SIDES = (400, 500, 600)
+CROP_SIDES = (384, 600)
+REDUCE = 2  # a JPEG may be decoded smaller while it keeps this many pixels per pixel shown
 
 ImageLike = Image.Image | npt.NDArray[np.uint8] | Tensor
 
@@ -72,3 +88,107 @@ def normalise(pixels: Tensor) -> Tensor:
     scale = torch.tensor(STD).mul(255).reciprocal().view(3, 1, 1)
     out = torch.empty(pixels.shape, dtype=torch.float32)
     return out.copy_(pixels).sub_(mean).mul_(scale)
+
+
+def multi_scale_sizes(resolution: int, block_size: int, expanded: bool = True) -> list[int]:
+    """Picture sides for training, ascending: whole blocks around `resolution`, at least two."""
+    offsets = range(-5, 6) if expanded else range(-3, 5)
+    blocks = (resolution // block_size + offset for offset in offsets)
+    return [n * block_size for n in blocks if n >= 2]
+
+
+def compute_multi_scale_scales(
+    resolution: int, expanded_scales: bool, patch_size: int, num_windows: int
+) -> list[int]:
+    """`multi_scale_sizes` with the arguments of the specification (section 5.3)."""
+    return multi_scale_sizes(resolution, patch_size * num_windows, expanded_scales)
+
+
+def resize_batch(nested: NestedTensor, size: int) -> None:
+    """Resize a batch in place to (size, size): bilinear without antialias; the mask nearest."""
+    nested.tensors = F.interpolate(
+        nested.tensors, (size, size), mode="bilinear", align_corners=False
+    )
+    if nested.mask is not None:
+        mask = F.interpolate(nested.mask[None].float(), (size, size), mode="nearest")
+        nested.mask = mask[0].bool()
+
+
+def keep_aspect(height: int, width: int, short: int) -> tuple[int, int]:
+    """(height, width) with the shorter side `short`, less where the longer would pass 1333."""
+    low, high = min(height, width), max(height, width)
+    if short * high / low > LONGEST:
+        short = round(LONGEST * low / high)
+    long = round(short * high / low)
+    return (short, long) if height <= width else (long, short)
+
+
+class EvalTransform:
+    """The whole picture at the model's resolution."""
+
+    def __init__(self, resolution: int, *, square: bool = True) -> None:
+        self.resolution = resolution
+        self.square = square
+
+    def view(self, height: int, width: int, _rng: random.Random | None = None) -> View:
+        """Square, or the aspect ratio kept."""
+        size = (self.resolution, self.resolution)
+        if not self.square:
+            size = keep_aspect(height, width, self.resolution)
+        return View(0, 0, height, width, *size)
+
+    def pixels(self, file: ImageFile, view: View) -> tuple[Tensor, View]:
+        """The network's input (3, h, w)."""
+        return preprocess(file.decode(), (view.out_height, view.out_width)), view
+
+
+class TrainTransform:
+    """A random view: all of the picture, or a square crop, at a random size; mirrored or not.
+
+    `sizes` are the sides to draw from. The crop is taken as if the shorter side had first been
+    resized to 400, 500 or 600 pixels; both steps are one resampling here. Randomness comes from
+    the generator given to `view` alone.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, square: bool = True, mirror: bool = True) -> None:
+        self.sizes = list(sizes)
+        self.square = square
+        self.mirror = mirror
+
+    def view(self, height: int, width: int, rng: random.Random) -> View:
+        """Draw a view of a picture of the given size."""
+        size = rng.choice(self.sizes)
+        whole = rng.random() < 0.5
+        part = (0, 0, height, width) if whole else self._crop(height, width, rng)
+        mirrored = self.mirror and rng.random() < 0.5
+        out = (size, size) if self.square else keep_aspect(part[2], part[3], size)
+        return View(*part, *out, mirrored)
+
+    @staticmethod
+    def _crop(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the crop in the picture's own pixels."""
+        short = rng.choice(SHORT_SIDES)
+        scale = min(height, width) / short
+        side = rng.randint(*(min(bound, short) for bound in CROP_SIDES))
+        spare_y, spare_x = (round(n / scale) - side for n in (height, width))
+        top, left = rng.randint(0, max(0, spare_y)), rng.randint(0, max(0, spare_x))
+        own = max(1, round(side * scale))
+        own_top = min(round(top * scale), height - own)
+        own_left = min(round(left * scale), width - own)
+        return own_top, own_left, own, own
+
+    def pixels(self, file: ImageFile, view: View) -> tuple[Tensor, View]:
+        """uint8 (3, h, w), and the view as it came out: whole pixels of a reduced decoding."""
+        ratio_y, ratio_x = (
+            REDUCE * out / own
+            for out, own in ((view.out_height, view.height), (view.out_width, view.width))
+        )
+        pixels = file.decode(math.ceil(file.height * ratio_y), math.ceil(file.width * ratio_x))
+        y, x = pixels.shape[0] / file.height, pixels.shape[1] / file.width
+        top, left = int(view.top * y), int(view.left * x)
+        height, width = max(1, round(view.height * y)), max(1, round(view.width * x))
+        height, width = min(height, pixels.shape[0] - top), min(width, pixels.shape[1] - left)
+        part = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)
+        image = V.resize(part, [view.out_height, view.out_width], antialias=True)
+        shown = View(top / y, left / x, height / y, width / x, *view[4:])
+        return (V.horizontal_flip(image) if view.flip else image), shown

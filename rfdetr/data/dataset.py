@@ -1,0 +1,175 @@
+"""One split as a torch dataset of (image, target) pairs."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rfdetr.data.augment import Augmentation
+from rfdetr.data.batch import Target
+from rfdetr.data.decode import ImageFile
+from rfdetr.data.geometry import Mask, Masks, Shapes, View, clip, relative, show, show_mask
+from rfdetr.data.index import AnnotationIndex, PolygonOutlines
+from rfdetr.data.masks import RLE, fill_polygon, rasterise, to_rle
+from rfdetr.data.transforms import EvalTransform, TrainTransform, normalise
+from rfdetr.errors import DatasetError
+
+
+class SampleKey(NamedTuple):
+    """A picture, the epoch, and the draw within the epoch: all that randomness depends on."""
+
+    image: int
+    epoch: int
+    draw: int
+
+
+class DetectionDataset(Dataset[tuple[Tensor, Target]]):
+    """Pictures and targets of a split (training specification, section 4.3).
+
+    An item is an image (3, H, W) float32, normalised, and a target: `boxes` (n, 4) centre x,
+    centre y, width, height in fractions, `labels`, `image_id`, `area`, `iscrowd`, `orig_size` and
+    `size` as (H, W), with `masks` also `masks` (n, H, W) bool. Crowd regions are not in them;
+    outside training they come as `crowd_boxes` (m, 4) x0 y0 x1 y1 in pixels of the original
+    picture, `crowd_labels` and, with `masks`, `crowd_masks` (RLE). An item is a function of
+    `seed` and its key, whatever the worker. Raises DatasetError that names the file.
+    """
+
+    def __init__(
+        self,
+        index: AnnotationIndex,
+        transform: TrainTransform | EvalTransform,
+        *,
+        masks: bool = False,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.index = index
+        self.transform = transform
+        self.masks = masks
+        self.augmentation = augmentation
+        self.seed = seed
+        self._warned = False
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in label order."""
+        return list(self.index.class_names)
+
+    @property
+    def num_classes(self) -> int:
+        """What `ModelConfig.num_classes` must be at least."""
+        return self.index.num_classes
+
+    def __getitem__(self, key: int | SampleKey) -> tuple[Tensor, Target]:
+        if not isinstance(key, SampleKey):
+            key = SampleKey(range(len(self))[key], 0, key)
+        rng = random.Random(f"{self.seed} {key.epoch} {key.draw} {key.image}")  # noqa: S311
+        file = ImageFile(self.index.path(key.image))
+        view = self.transform.view(file.height, file.width, rng)
+        image, view = self.transform.pixels(file, view)
+        rows = self.index.rows(key.image)
+        crowd = self.index.crowd[rows]
+        original = self._shapes(rows[~crowd], file)
+        shapes = show(original, view)
+        masks = self._shown_masks(shapes.rows, file, view) if self.masks else None
+        if isinstance(self.transform, TrainTransform):
+            image, shapes, masks = self._finish(image, shapes, masks, rng)
+        target = self._target(key.image, file, shapes, masks)
+        if crowd.any() and isinstance(self.transform, EvalTransform):
+            target |= self._crowd(rows[crowd], file)
+        return image, target
+
+    def _shapes(self, rows: npt.NDArray[np.int64], file: ImageFile) -> Shapes:
+        boxes = self.index.pixel_boxes(rows, file.width, file.height)
+        areas = np.zeros(len(rows), np.float32)
+        if self.index.areas is not None:
+            areas = self.index.areas[rows]
+        shapes = clip(Shapes(boxes, areas, rows, file.height, file.width))
+        if self.index.areas is None:
+            sides = shapes.boxes[:, 2:] - shapes.boxes[:, :2]
+            shapes = Shapes(shapes.boxes, sides.prod(1), shapes.rows, file.height, file.width)
+        return shapes
+
+    def _finish(
+        self, image: Tensor, shapes: Shapes, masks: Masks | None, rng: random.Random
+    ) -> tuple[Tensor, Shapes, Masks | None]:
+        if self.augmentation is not None:
+            pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+            seed = rng.getrandbits(32)
+            pixels, shapes, masks = self.augmentation(pixels, shapes, masks, seed)
+            image = torch.from_numpy(pixels).permute(2, 0, 1)
+        return normalise(image), shapes, masks
+
+    def _target(self, number: int, file: ImageFile, shapes: Shapes, masks: Masks | None) -> Target:
+        target: dict[str, Any] = {
+            "boxes": torch.from_numpy(relative(shapes)),
+            "labels": torch.from_numpy(self.index.labels[shapes.rows]),
+            "image_id": torch.tensor([int(self.index.image_ids[number])]),
+            "area": torch.from_numpy(shapes.areas.astype(np.float32)),
+            "iscrowd": torch.zeros(len(shapes.rows), dtype=torch.int64),
+            "orig_size": torch.tensor([file.height, file.width]),
+            "size": torch.tensor([int(shapes.height), int(shapes.width)]),
+        }
+        if masks is not None:
+            target["masks"] = torch.from_numpy(masks)
+        return target
+
+    def _crowd(self, rows: npt.NDArray[np.int64], file: ImageFile) -> Target:
+        boxes = self.index.pixel_boxes(rows, file.width, file.height)
+        found: dict[str, Any] = {
+            "crowd_boxes": torch.from_numpy(boxes),
+            "crowd_labels": torch.from_numpy(self.index.labels[rows]),
+        }
+        if self.masks:
+            found["crowd_masks"] = [self._rle(int(row), file) for row in rows]
+        return found
+
+    def _shown_masks(self, rows: npt.NDArray[np.int64], file: ImageFile, view: View) -> Masks:
+        shown = np.zeros((len(rows), view.out_height, view.out_width), bool)
+        for place, row in enumerate(rows.tolist()):
+            shown[place] = show_mask(self._mask(row, file), view)
+        return shown
+
+    def _mask(self, row: int, file: ImageFile) -> Mask:
+        if isinstance(self.index.outlines, PolygonOutlines):
+            points = self.index.outlines[row] * np.array([file.width, file.height])
+            if not len(points):
+                x0, y0, x1, y1 = self.index.pixel_boxes(np.array([row]), file.width, file.height)[0]
+                points = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+            return fill_polygon(points, file.height, file.width)
+        segmentation = self._segmentation(row)
+        try:
+            return rasterise(segmentation, file.height, file.width)
+        except DatasetError as error:
+            raise self._failure(file.path, error) from error
+
+    def _rle(self, row: int, file: ImageFile) -> RLE:
+        try:
+            return to_rle(self._segmentation(row), file.height, file.width)
+        except DatasetError as error:
+            raise self._failure(file.path, error) from error
+
+    def _segmentation(self, row: int) -> Any:
+        found = self.index.outlines[row] if self.index.outlines is not None else None
+        if found is None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.index.root}: objects without a segmentation get an empty mask.",
+                stacklevel=2,
+            )
+        return found
+
+    @staticmethod
+    def _failure(path: Path, error: DatasetError) -> DatasetError:
+        return DatasetError(f"{path}: one of its annotations cannot be rasterised: {error}")
