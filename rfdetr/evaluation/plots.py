@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,9 @@ def draw_evaluation(
     }
     paths = {name: folder / f"{name}.png" for name in drawn}
     for name, figure in drawn.items():
-        with atomic_path(paths[name]) as temporary:
+        with atomic_path(paths[name]) as temporary, warnings.catch_warnings():
+            # Class names of any script: what the font lacks is drawn as a box.
+            warnings.filterwarnings("ignore", message="Glyph")
             figure.savefig(temporary, format="png", dpi=90)
     if samples:
         paths["samples"] = folder / "samples.png"
@@ -71,7 +74,7 @@ def _axes(width: float, height: float, **labels: str) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="tight")
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set(**labels)
@@ -84,6 +87,7 @@ def _confusion(result: EvaluationResult, names: Sequence[str]) -> Figure:
     side = min(14.0, 4.0 + 0.35 * size)
     title = f"Boxes at score >= {result.sweep.best_threshold:.2f}, IoU >= 0.5"
     figure, axes = _axes(side, side, title=title, xlabel="detected as", ylabel="truth")
+    figure.set_layout_engine("tight")  # long class names need room
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     step = -(-size // TICKS)

@@ -59,13 +59,12 @@ def send_pictures(
 
 
 def _send(logger: Logger, tag: str, path: Path, step: int) -> None:
-    if isinstance(logger, MLFlowLogger):
+    log_image = getattr(logger, "log_image", None)
+    if callable(log_image):  # Weights & Biases, our MLflow logger
+        log_image(key=tag, images=[str(path)], step=step)
+    elif isinstance(logger, MLFlowLogger):
         folder = f"plots/{tag.rpartition('/')[0]}"
         logger.experiment.log_artifact(logger.run_id, str(path), folder)
-        return
-    log_image = getattr(logger, "log_image", None)
-    if callable(log_image):  # Weights & Biases
-        log_image(key=tag, images=[str(path)], step=step)
     else:  # TensorBoard
         add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
         if callable(add_image):

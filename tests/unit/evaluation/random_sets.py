@@ -38,11 +38,12 @@ def random_set(
                 "iscrowd": int(random.random() < 0.2),
             }
             truth.append(row | ({"segmentation": _mask(random, box, side)} if masks else {}))
+        in_image = [row for row in truth if row["image_id"] == image * 3]
         for _ in range(random.integers(0, per_image)):
-            box = _near(random, own, side)
+            box, label = _near(random, in_image, side)
             row = {
                 "image_id": image * 3,
-                "category_id": int(random.choice(ids)),
+                "category_id": label or int(random.choice(ids)),
                 "score": float(random.choice([random.random(), random.integers(0, 11) / 10])),
             }
             extra = {"segmentation": _mask(random, box, side)} if masks else {"bbox": box}
@@ -62,12 +63,15 @@ def _box(random: np.random.Generator, side: int) -> list[float]:
     return [float(v) for v in (*corner, *size)]
 
 
-def _near(random: np.random.Generator, own: list[list[float]], side: int) -> list[float]:
+def _near(random: np.random.Generator, own: Results, side: int) -> tuple[list[float], int]:
+    """A box near one of `own`, mostly with its class; anywhere and without class (0) otherwise."""
     if not own or random.random() < 0.3:
-        return _box(random, side)
-    x, y, w, h = own[random.integers(len(own))]
+        return _box(random, side), 0
+    row = own[random.integers(len(own))]
+    x, y, w, h = row["bbox"]
     dx, dy, dw, dh = random.integers(-1, 2, 4) * 4 * (random.random() < 0.7)
-    return [float(x + dx), float(y + dy), float(max(2, w + dw)), float(max(2, h + dh))]
+    box = [float(x + dx), float(y + dy), float(max(2, w + dw)), float(max(2, h + dh))]
+    return box, row["category_id"] if random.random() < 0.8 else 0
 
 
 def _mask(random: np.random.Generator, box: list[float], side: int) -> dict[str, Any]:
