@@ -30,9 +30,9 @@ def dvc(root: Path, *args: str, on_line: Line, **limits: Any) -> list[str]:
     return run_streaming(command, on_line, cwd=root, env=env, **limits)
 
 
-def git(root: Path, *args: str, on_line: Line) -> list[str]:
+def git(root: Path, *args: str, on_line: Line, **limits: Any) -> list[str]:
     """Run one git command in `root` as a child process."""
-    return run_streaming(["git", *args], on_line, cwd=root)
+    return run_streaming(["git", *args], on_line, cwd=root, **limits)
 
 
 def clone(source: Path, ref: str, target: Path, on_line: Line) -> Path:
