@@ -216,9 +216,14 @@ class RetrainParams(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     overrides: Overrides = Field(default_factory=Overrides, title="Changes to params.yaml")
-    ref: str | None = Field(None, description="Git commit, tag or branch of the project to run")
-    promote: bool = Field(True, description="Let the gate's winner become champion")
-    publish: bool = Field(False, description="Push dvc.lock and params.yaml to a branch")
+    ref: str | None = Field(
+        default=None, description="Git commit, tag or branch of the project to run"
+    )
+    promote: bool = Field(default=True, description="Let the gate's winner become champion")
+    publish: bool = Field(default=False, description="Push dvc.lock and params.yaml to a branch")
+    only_if_data_changed: bool = Field(
+        default=False, description="Do nothing when the champion was trained on this dataset"
+    )
 
     def changes(self) -> dict[str, dict[str, Any]]:
         """The given fields per section: an empty field that cannot be null is left out."""

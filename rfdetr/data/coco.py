@@ -47,6 +47,13 @@ class CocoSplits:
             coco, split.images[0], table, masks=self.masks, check_files=self.check_files
         )
 
+    @property
+    def category_ids(self) -> dict[int, int]:
+        """Label -> category id of the annotation files; empty until an index was read."""
+        if self._train is None:
+            return {}
+        return {label: number for number, label in self._train[1].labels.items()}
+
     def _table(self, split: SplitPaths, coco: CocoFile) -> CategoryTable:
         if self._train is None:
             train = self.layout.splits.get("train", split)
