@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,20 @@ class SampleKey(NamedTuple):
     image: int
     epoch: int
     draw: int
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensor work of one picture is too small to share: on busy cores threads only wait."""
+    threads = torch.get_num_threads()
+    if threads == 1:  # as in every loader worker
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
@@ -72,6 +88,10 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         return self.index.num_classes
 
     def __getitem__(self, key: int | SampleKey) -> tuple[Tensor, Target]:
+        with _one_thread():
+            return self._item(key)
+
+    def _item(self, key: int | SampleKey) -> tuple[Tensor, Target]:
         if not isinstance(key, SampleKey):
             key = SampleKey(range(len(self))[key], 0, key)
         rng = random.Random(f"{self.seed} {key.epoch} {key.draw} {key.image}")  # noqa: S311

@@ -45,7 +45,7 @@ def preprocess(image: ImageLike, resolution: int | tuple[int, int]) -> Tensor:
     picture = as_picture(image)
     if picture.size != (size[1], size[0]):
         picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return normalise(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    return normalise(_tensor(np.asarray(picture)))
 
 
 def as_picture(image: ImageLike) -> Image.Image:
@@ -80,6 +80,11 @@ def _tensor_pixels(image: Tensor) -> Pixels:
         image = (image.detach().float() * 255).round().to(torch.uint8)
     pixels: Pixels = image.detach().permute(1, 2, 0).cpu().numpy()
     return pixels
+
+
+def _tensor(pixels: Pixels) -> Tensor:
+    """(H, W, 3) as a tensor (3, H, W) on the same memory, or on a copy where it is read-only."""
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -188,7 +193,7 @@ class TrainTransform:
         top, left = int(view.top * y), int(view.left * x)
         height, width = max(1, round(view.height * y)), max(1, round(view.width * x))
         height, width = min(height, pixels.shape[0] - top), min(width, pixels.shape[1] - left)
-        part = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)
+        part = _tensor(np.ascontiguousarray(pixels[top : top + height, left : left + width]))
         image = V.resize(part, [view.out_height, view.out_width], antialias=True)
         shown = View(top / y, left / x, height / y, width / x, *view[4:])
         return (V.horizontal_flip(image) if view.flip else image), shown
