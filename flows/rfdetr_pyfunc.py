@@ -1,0 +1,184 @@
+"""The served model: MLflow runs this file as code, so that no pickle is needed.
+
+It imports nothing of this package besides `rfdetr`: the file is copied into the model and loads
+wherever `rfdetr` is installed. One row is one image; its boxes are x1, y1, x2, y2 in pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+from PIL import Image, UnidentifiedImageError
+
+from rfdetr.data.decode import to_rgb
+
+LARGEST_BYTES = 64 << 20
+LARGEST_PIXELS = 100_000_000
+SECONDS = 20.0
+DATA_URI = re.compile(r"data:[\w/+.;=-]*,", re.IGNORECASE)
+
+
+class DetectorModel(PythonModel):  # type: ignore[misc]
+    """Detections of images given as path, http(s) URL, base64 text, data URI, bytes or array."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the weights that lie beside this file in the model."""
+        from rfdetr import RFDETR
+
+        card = json.loads(Path(context.artifacts["card"]).read_text(encoding="utf-8"))
+        self.detector = RFDETR.from_checkpoint(context.artifacts["weights"])
+        self.class_names = list(card.get("class_names") or self.detector.class_names)
+
+    def predict(self, context: Any, model_input, params=None):  # type: ignore[no-untyped-def] # noqa: ARG002
+        # type hints here would make MLflow replace the signature and drop the parameters
+        params = params or {}
+        threshold = float(params.get("threshold", 0.5))
+        most = int(params.get("max_detections", 300))
+        if not 0 <= threshold < 1 or most < 1:
+            raise MlflowException.invalid_parameter_value(
+                f"threshold must be in [0, 1) and max_detections at least 1; found {threshold} and "
+                f"{most}."
+            )
+        images = read_images(model_input)
+        found = self.detector.predict(images, threshold=threshold) if images else []
+        return pd.DataFrame(
+            [self._row(detections, most) for detections in found],
+            columns=["boxes", "scores", "labels", "names"],
+        )
+
+    def _row(self, detections: Any, most: int) -> dict[str, Any]:
+        order = np.argsort(-detections.confidence, kind="stable")[:most]
+        labels = [int(label) for label in detections.class_id[order]]
+        return {
+            "boxes": detections.xyxy[order].astype(float).tolist(),
+            "scores": detections.confidence[order].astype(float).tolist(),
+            "labels": labels,
+            "names": [
+                self.class_names[label] if label < len(self.class_names) else str(label)
+                for label in labels
+            ],
+        }
+
+
+def read_images(model_input: Any) -> list[Image.Image]:
+    """The images of a request. Raises one error that names every row that is no image."""
+    rows = _rows(model_input)
+    images, problems = [], []
+    for index, value in enumerate(rows):
+        try:
+            images.append(read_image(value))
+        except (ValueError, OSError, Image.DecompressionBombError) as error:
+            problems.append(f"row {index}: {error}")
+    if problems:
+        raise MlflowException.invalid_parameter_value(
+            "column 'image' needs a path, an http(s) URL, base64 text of an image file, or an "
+            f"array (height, width, 3) of uint8. {'; '.join(problems)}."
+        )
+    return images
+
+
+def _rows(model_input: Any) -> list[Any]:
+    if isinstance(model_input, pd.DataFrame):
+        if "image" not in model_input.columns:
+            raise MlflowException.invalid_parameter_value(
+                f"column 'image' is missing; found {list(map(str, model_input.columns))}."
+            )
+        return list(model_input["image"])
+    if isinstance(model_input, dict) and "image" in model_input:
+        value = model_input["image"]
+        return list(value) if isinstance(value, list) else [value]
+    return list(model_input) if isinstance(model_input, list) else [model_input]
+
+
+def read_image(value: Any) -> Image.Image:
+    """One RGB image as it is stored: EXIF rotation is not applied, as in training.
+
+    Raises ValueError or OSError that says what is wrong.
+    """
+    if isinstance(value, Image.Image):
+        return to_rgb(value)
+    if isinstance(value, np.ndarray | list | tuple):
+        return _from_array(value)
+    if isinstance(value, str):
+        data = _fetch(value)
+    elif isinstance(value, bytes | bytearray):
+        data = bytes(value)
+    else:
+        raise ValueError(f"{type(value).__name__} is no image")  # noqa: TRY004
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > LARGEST_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are too many")
+            return to_rgb(image).copy()
+    except UnidentifiedImageError:
+        raise ValueError(f"{_shown(value)} is no image file that can be read") from None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{_shown(value)} is a broken image: {error}") from None
+
+
+def _from_array(value: Any) -> Image.Image:
+    try:
+        array = np.array(value.tolist() if isinstance(value, np.ndarray) else value)
+    except ValueError:
+        array = np.zeros(0)
+    if array.ndim == 2:
+        array = np.stack([array] * 3, axis=-1)
+    if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
+        raise ValueError(f"an array of shape {array.shape} is not (height, width, 3)")
+    whole = np.issubdtype(array.dtype, np.integer) or np.all(array == np.floor(array))
+    if not whole or array.min() < 0 or array.max() > 255:
+        raise ValueError("an array must hold whole numbers from 0 to 255")
+    return Image.fromarray(array.astype(np.uint8))
+
+
+def _fetch(text: str) -> bytes:
+    if text.lower().startswith(("http://", "https://")):
+        return _download(text)
+    payload = text[match.end() :] if (match := DATA_URI.match(text)) else text
+    if match is None and len(text) < 4096 and "\n" not in text:
+        path = Path(text.removeprefix("file://"))
+        if path.is_file():
+            if path.stat().st_size > LARGEST_BYTES:
+                raise ValueError(f"{text} is larger than {LARGEST_BYTES >> 20} MB")
+            return path.read_bytes()
+        if path.suffix and len(path.suffix) <= 5:
+            raise ValueError(f"{text} is no file of this machine")
+    try:
+        return base64.b64decode(re.sub(r"\s+", "", payload), validate=True)
+    except binascii.Error:
+        raise ValueError(f"{_shown(text)} is neither a file, a URL nor base64 text") from None
+
+
+def _download(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=SECONDS) as response:  # noqa: S310 - http(s) only
+            data = response.read(LARGEST_BYTES + 1)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise ValueError(f"{_shown(url)} cannot be fetched: {error}") from None
+    if len(data) > LARGEST_BYTES:
+        raise ValueError(f"{_shown(url)} is larger than {LARGEST_BYTES >> 20} MB")
+    return bytes(data)
+
+
+def _shown(value: Any) -> str:
+    """A short form without the query of a URL, which may hold a signature."""
+    if not isinstance(value, str):
+        return f"{len(value)} bytes"
+    text = value.partition("?")[0]
+    return repr(text if len(text) <= 80 else f"{text[:60]}... ({len(value)} characters)")
+
+
+set_model(DetectorModel())
