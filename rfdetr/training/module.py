@@ -86,6 +86,10 @@ class RFDETRModule(pl.LightningModule):
         if config.multi_scale and not config.do_random_resize_via_padding:
             resize_batch(batch[0], draw_size(self._sizes, self.trainer.global_step))
 
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.resume_record is not None:
+            resume.add_epoch_sums(self)
+
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> tuple[Any, list[dict[str, Any]]]:

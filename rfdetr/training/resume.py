@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
 
 from rfdetr.errors import CheckpointError
 from rfdetr.training.rng import random_state, restore_random_state
@@ -50,6 +51,16 @@ def save(module: RFDETRModule, checkpoint: dict[str, Any]) -> None:
         "random": random_state(),
         "samples_per_batch": _samples_per_batch(module),
         "steps_per_epoch": planned_steps(trainer)[1],
+        "epoch_sums": _epoch_sums(trainer),
+    }
+
+
+def _epoch_sums(trainer: Any) -> dict[str, list[Tensor]]:
+    """Sums and counts behind the epoch means that are being logged."""
+    return {
+        key: [metric.value.detach().cpu(), metric.cumulated_batch_size.cpu()]
+        for key, metric in trainer.fit_loop.epoch_loop._results.items()
+        if metric.meta.on_epoch and metric.meta.is_mean_reduction
     }
 
 
@@ -148,6 +159,25 @@ def start(module: RFDETRModule) -> None:
         _place_steps(trainer)
         _place_schedule(trainer, record)
         _place_data(trainer, record.get("random"))
+    if trainer.fit_loop.restarted_mid_epoch and _batches_done(trainer):
+        return  # the first step of this epoch's remainder still needs the record
+    module.resume_record = None
+
+
+def _batches_done(trainer: Any) -> int:
+    """Batches of an unfinished epoch that need no repetition; 0 when only validation is left."""
+    done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    return done if done < trainer.num_training_batches else 0
+
+
+def add_epoch_sums(module: RFDETRModule) -> None:
+    """After the first step of an epoch that was resumed inside: count its earlier part too."""
+    results: Any = module.trainer.fit_loop.epoch_loop._results
+    sums = (module.resume_record or {}).get("epoch_sums", {})
+    for key, (value, count) in sums.items() if module.trainer.is_global_zero else ():
+        if key in results:
+            results[key].value += value.to(results[key].value)
+            results[key].cumulated_batch_size += count.to(results[key].cumulated_batch_size)
     module.resume_record = None
 
 
@@ -198,7 +228,7 @@ def _place_data(trainer: pl.Trainer, state: dict[str, Any] | None) -> None:
     inside = fit_loop.restarted_mid_epoch
     if state is not None and not inside:
         restore_random_state(state, trainer.global_rank)
-    done = fit_loop.epoch_loop.batch_progress.current.processed if inside else 0
+    done = _batches_done(trainer) if inside else 0
     combined = fit_loop._combined_loader
     for loader in combined.flattened if combined is not None else ():
         _place_loader(loader, fit_loop.epoch_progress.current.processed, done)

@@ -71,6 +71,22 @@ class CheckpointCallback(Checkpoint):
         by_time = self.every_minutes is not None and elapsed >= 60 * self.every_minutes
         return self._any_rank(trainer, by_time)
 
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if self._handler is None or trainer.sanity_checking:
+            return
+        if self._any_rank(trainer, self._terminated):
+            self._repeat_validation(trainer)
+            self._save(trainer, LAST)
+            self._leave(trainer)
+
+    @staticmethod
+    def _repeat_validation(trainer: Any) -> None:
+        """Mark the validation as begun, so that a resumed run does all of it again."""
+        progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        for part in (progress.total, progress.current):
+            part.ready = part.started = 1
+            part.processed = part.completed = 0
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._is_smoke_run(trainer):
             return

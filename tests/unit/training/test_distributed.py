@@ -1,0 +1,121 @@
+"""Two gloo processes on the CPU (training specification, section 16)."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.datasets import make_roboflow
+from tests.unit.training.helpers import Run, tiny_model, tiny_run
+from tests.unit.training.processes import group_is_gone, run, started, wait_for
+
+DDP = {"strategy": "ddp", "devices": 2}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last validation and test images are shared unevenly; every second one has no object."""
+    return make_roboflow(
+        tmp_path_factory.mktemp("data"),
+        splits={"train": 12, "valid": 5, "test": 3},
+        background=2,
+    )
+
+
+def read(output: Path, stage: str) -> list[dict[str, float]]:
+    return [json.loads((output / f"{stage}_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def coco_metrics(metrics: dict[str, float], stage: str) -> dict[str, float]:
+    """All metrics but the loss, which is normalised over the boxes of all processes."""
+    return {k: v for k, v in metrics.items() if k.startswith(stage) and not k.endswith("loss")}
+
+
+def check_run(dataset: Path, output: Path) -> None:
+    single = Run(
+        tiny_model(pretrain_weights=str(output / "checkpoint_best_total.pth")),
+        tiny_run(dataset, output / "single"),
+    )
+    for stage in ("validate", "test"):
+        first, second = read(output, stage)
+        assert first == second
+        getattr(single.trainer, stage)(single.module, single.data)
+        prefix = "val/" if stage == "validate" else "test/"
+        alone = coco_metrics(single.metrics(), prefix)
+        assert alone
+        assert {k: v for k, v in coco_metrics(first, prefix).items() if "ema_" not in k} == alone
+    assert (output / "last.ckpt").is_file()
+    assert math.isfinite(read(output, "fit")[0]["train/loss"])
+
+
+def job(dataset: Path, output: Path, **fields) -> dict:
+    config = {"epochs": 1, "batch_size": 1, "eval_max_dets": 100, "use_ema": False}
+    return {
+        "dataset": dataset,
+        "output": output,
+        "trainer": DDP,
+        "config": config | fields.pop("config", {}),
+        "do": ["fit", "validate", "test"],
+        **fields,
+    }
+
+
+def test_torchrun_trains_validates_and_tests_as_one_process(dataset, tmp_path):
+    status, output = run(job(dataset, tmp_path), torchrun=2)
+    assert status == 0, output
+    assert "find_unused_parameters" not in output
+    check_run(dataset, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "auto"])
+def test_lightning_launches_the_processes_itself(dataset, tmp_path, strategy):
+    trainer = {"strategy": strategy, "devices": 2}
+    do = ["fit"] if strategy == "ddp_spawn" else ["fit", "validate", "test"]
+    config = {"use_ema": True, "multi_scale": True, "grad_accum_steps": 2, "run_test": True}
+    status, output = run(job(dataset, tmp_path, trainer=trainer, do=do, config=config))
+    assert status == 0, output
+    assert (tmp_path / "checkpoint_best_total.pth").is_file()
+    if do != ["fit"]:
+        first, second = read(tmp_path, "validate")
+        assert first == second
+        assert "test/mAP_50_95" in read(tmp_path, "fit")[1]
+
+
+@pytest.mark.slow
+def test_a_split_smaller_than_the_number_of_processes(tmp_path):
+    """One image for two ranks: one of them has nothing of its own to validate or test."""
+    dataset = make_roboflow(tmp_path / "data", splits={"train": 1, "valid": 1, "test": 1})
+    status, output = run(job(dataset, tmp_path / "out"), torchrun=2)
+    assert status == 0, output
+    check_run(dataset, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [0, 2])
+def test_a_killed_rank_ends_all_processes_within_a_minute(dataset, tmp_path, torchrun):
+    with started(job(dataset, tmp_path, kill_step=2), torchrun=torchrun) as process:
+        wait_for(process, "step 2 rank")
+        assert process.wait(timeout=60) != 0
+        assert group_is_gone(process.pid, within=10)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_ranks_with_the_image(dataset, tmp_path):
+    status, output = run(job(dataset, tmp_path, nan_step=1), torchrun=2)
+    assert status != 0
+    assert "not finite at step 1" in output
+    assert "Image ids of the batch" in output
+    assert "Another rank met a loss" in output
+
+
+@pytest.mark.slow
+def test_resume_on_another_number_of_devices(dataset, tmp_path):
+    status, output = run(job(dataset, tmp_path, do=["fit"]), torchrun=2)
+    assert status == 0, output
+    config = tiny_run(dataset, tmp_path, epochs=2, batch_size=1)
+    resumed = Run(tiny_model(), config).fit(tmp_path / "last.ckpt")
+    assert resumed.trainer.current_epoch == 2

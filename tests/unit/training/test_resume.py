@@ -1,0 +1,86 @@
+"""A resumed run equals an uninterrupted one, bit by bit (training specification, section 14.4)."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.datasets import make_roboflow
+from tests.unit.training.helpers import Run, StopAt, tiny_model, tiny_run
+
+EPOCHS, BATCHES = 3, 5
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_roboflow(tmp_path_factory.mktemp("data"), splits={"train": 10, "valid": 3})
+
+
+def options(**fields):
+    return {
+        "epochs": EPOCHS,
+        "multi_scale": True,
+        "drop_path": 0.2,
+        "drop_schedule": "linear",
+        "lr_scheduler": "cosine",
+        "warmup_epochs": 0.5,
+        **fields,
+    }
+
+
+def interrupted(dataset: Path, output: Path, step: int, every: int | None, **fields) -> Path:
+    """Train until a crash after `step` steps; the checkpoint that is left."""
+    run = Run(tiny_model(), tiny_run(dataset, output, **options(**fields)))
+    for callback in run.trainer.callbacks:
+        if hasattr(callback, "every_n_steps"):
+            callback.every_n_steps = every
+    run.trainer.callbacks.append(StopAt(step))
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        run.fit()
+    return output / "last.ckpt"
+
+
+def equal(first, second, path="") -> None:
+    assert type(first) is type(second), path
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key in first:
+            equal(first[key], second[key], f"{path}.{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), path
+        for i, pair in enumerate(zip(first, second, strict=True)):
+            equal(*pair, f"{path}[{i}]")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), path
+    else:
+        assert first == second, path
+
+
+def assert_same_end(reference: Path, resumed: Path) -> None:
+    """Last checkpoints are equal in everything that training depends on, and so is the history."""
+    ends = [torch.load(p / "last.ckpt", weights_only=True) for p in (reference, resumed)]
+    parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "callbacks")
+    for part in parts:
+        equal(ends[0][part], ends[1][part], part)
+    equal(ends[0]["rfdetr_resume"]["random"], ends[1]["rfdetr_resume"]["random"], "random")
+    assert history(reference) == history(resumed)
+
+
+def history(output: Path) -> list[dict[str, str]]:
+    with open(output / "metrics.csv", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("step", "every"), [(BATCHES + 2, None), (BATCHES + 4, 2)])
+def test_resumed_equals_uninterrupted(dataset, tmp_path, step, every, workers):
+    fields = {"num_workers": workers}
+    Run(tiny_model(), tiny_run(dataset, tmp_path / "whole", **options(**fields))).fit()
+    last = interrupted(dataset, tmp_path / "parts", step, every, **fields)
+    saved = torch.load(last, weights_only=True)["global_step"]
+    assert saved == (BATCHES if every is None else BATCHES + 3)
+    Run(tiny_model(), tiny_run(dataset, tmp_path / "parts", **options(**fields))).fit(last)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
