@@ -70,7 +70,7 @@ def detect_layout(dataset_dir: str | os.PathLike[str], dataset_file: Kind = "rob
     if dataset_file == "yolo":
         return _yolo(root)
     if (root / "train" / ANNOTATIONS).is_file():
-        return Layout("roboflow", root, dict(_exported(root)))
+        return Layout("roboflow", root, dict(exported_splits(root)))
     if _yaml_file(root):
         return _yolo(root)
     raise DatasetError(
@@ -95,7 +95,8 @@ def found_in(folder: Path, limit: int = 20) -> str:
     return f"Found in {folder}: {', '.join(entries) or 'nothing'}."
 
 
-def _exported(root: Path) -> Iterable[tuple[str, SplitPaths]]:
+def exported_splits(root: Path) -> Iterable[tuple[str, SplitPaths]]:
+    """The splits of a COCO export that have an annotation file."""
     for name, folders in FOLDERS.items():
         for folder in folders:
             annotations = root / folder / ANNOTATIONS
@@ -137,10 +138,10 @@ def _yolo(root: Path) -> Layout:
         raise DatasetError(f"{root}: expected data.yaml or data.yml. {found_in(root)}")
     content = _read_yaml(path)
     problems: list[str] = []
-    names = _class_names(content, problems)
+    names = class_names(content, problems)
     splits = {}
     for name in SPLITS:
-        images = _yolo_images(path, content, name, problems)
+        images = yolo_images(path, content, name, problems)
         if images:
             splits[name] = SplitPaths(name, images)
     if problems:
@@ -160,7 +161,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
+def class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
     """The `names` list, or the values of a `names` mapping with the keys 0..N-1."""
     names = content.get("names")
     if isinstance(names, dict):
@@ -185,7 +186,7 @@ def _class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, 
     return tuple(str(name) for name in names)
 
 
-def _yolo_images(
+def yolo_images(
     path: Path, content: Mapping[str, Any], name: str, problems: list[str]
 ) -> tuple[Path, ...]:
     """Picture folders or list files of a split: those of the yaml, else the usual folders."""

@@ -1,0 +1,210 @@
+"""What one image file holds: read, measured and fully decoded, without trusting it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from rfdetr.data.decode import to_rgb
+
+PROBE_VERSION = 1  # part of the cache key: raise it when a field or its meaning changes
+THUMB_SIDE = 16
+MAX_PIXELS = 89_478_485  # Pillow's own warning limit
+
+# Formats that the training reader takes; Pillow tries no other plugin on an unknown file.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+MAGIC: tuple[tuple[bytes, str], ...] = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"RIFF", "WEBP"),
+    (b"BM", "BMP"),
+    (b"GIF8", "GIF"),
+)
+SUFFIXES: dict[str, frozenset[str]] = {
+    "JPEG": frozenset({".jpg", ".jpeg", ".jpe", ".jfif"}),
+    "MPO": frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}),
+    "PNG": frozenset({".png"}),
+    "BMP": frozenset({".bmp", ".dib"}),
+    "GIF": frozenset({".gif"}),
+    "TIFF": frozenset({".tif", ".tiff"}),
+    "WEBP": frozenset({".webp"}),
+    "PPM": frozenset({".ppm", ".pgm", ".pbm", ".pnm"}),
+    "JPEG2000": frozenset({".jp2", ".j2k", ".jpf", ".jpx", ".jpc"}),
+    "AVIF": frozenset({".avif"}),
+}
+IMAGE_SUFFIXES = frozenset().union(*SUFFIXES.values())
+
+# Modes that become RGB without losing what the detector sees.
+PLAIN_MODES = frozenset({"RGB", "L", "P", "RGBA", "1", "LA", "PA", "RGBX"})
+
+Status = Literal["ok", "missing", "empty", "unreadable", "truncated", "bomb"]
+_limit_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """Everything the checks need of one image; sizes are those stored, before EXIF rotation.
+
+    `dhash` is a 64-bit difference hash, `thumb` 16 x 16 grey bytes, `mean` the RGB mean in 0..255;
+    they are empty when the picture could not be decoded.
+    """
+
+    status: Status
+    detail: str = ""
+    format: str = ""
+    mode: str = ""
+    width: int = 0
+    height: int = 0
+    orientation: int = 1
+    frames: int = 1
+    dhash: int = 0
+    thumb: bytes = b""
+    mean: tuple[float, float, float] | None = None
+
+    def to_row(self) -> list[Any]:
+        """A list of JSON values, for the cache."""
+        values = [getattr(self, name) for name in self.__slots__]
+        values[self.__slots__.index("thumb")] = self.thumb.hex()
+        return values
+
+    @classmethod
+    def from_row(cls, row: list[Any]) -> ImageFacts:
+        """The record that `to_row` wrote."""
+        fields = dict(zip(cls.__slots__, row, strict=True))
+        fields["thumb"] = bytes.fromhex(fields["thumb"])
+        fields["mean"] = tuple(fields["mean"]) if fields["mean"] else None
+        return cls(**fields)
+
+
+def read_content(path: str) -> tuple[bytes, str, ImageFacts | None]:
+    """Bytes and SHA-256 of a file; where it cannot be read, the facts that say so."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return b"", "", ImageFacts("missing")
+    except (OSError, ValueError) as error:
+        return b"", "", ImageFacts("unreadable", _text(error))
+    if not data:
+        return b"", "", ImageFacts("empty")
+    return data, hashlib.sha256(data).hexdigest(), None
+
+
+def probe_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFacts:
+    """Facts of one image held in memory; a bomb is told from its header and never decoded."""
+    if not data:
+        return ImageFacts("empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with _no_pixel_limit():
+                image = Image.open(io.BytesIO(data), formats=_known_formats())
+            return _probe_open(image, data, max_pixels)
+        except UnidentifiedImageError:
+            return _unopened(data, "no known image format")
+        except Exception as error:  # noqa: BLE001 - decoders of hostile files raise anything
+            return _unopened(data, _text(error))
+
+
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _unopened(data: bytes, detail: str) -> ImageFacts:
+    for magic, name in MAGIC:
+        if data.startswith(magic) and not _ends_properly(name, data):
+            return ImageFacts("truncated", f"cut off within the {name} header", format=name)
+    return ImageFacts("unreadable", detail)
+
+
+def _probe_open(image: Image.Image, data: bytes, max_pixels: int) -> ImageFacts:
+    facts = ImageFacts(
+        "ok",
+        format=image.format or "",
+        mode=image.mode,
+        width=image.width,
+        height=image.height,
+    )
+    if image.width * image.height > max_pixels:
+        detail = f"{image.width} x {image.height} pixels, more than {max_pixels:,}"
+        return replace(facts, status="bomb", detail=detail)
+    facts = replace(facts, orientation=_orientation(image), frames=_frames(image))
+    try:
+        image.load()
+    except Exception as error:  # noqa: BLE001 - decoders of hostile files raise anything
+        text = _text(error)
+        cut = "truncated" in text.lower() or not _ends_properly(image.format, data)
+        return replace(facts, status="truncated" if cut else "unreadable", detail=text)
+    if not _ends_properly(image.format, data):
+        return replace(facts, status="truncated", detail="the end marker of the file is missing")
+    return _with_picture(facts, image)
+
+
+def _with_picture(facts: ImageFacts, image: Image.Image) -> ImageFacts:
+    small = to_rgb(image).resize((36, 32), Image.Resampling.BOX)
+    rgb = np.asarray(small, np.float64)
+    grey = (rgb * (0.299, 0.587, 0.114)).sum(axis=2)
+    cells = grey.reshape(8, 4, 9, 4).mean(axis=(1, 3))
+    bits = np.packbits(cells[:, 1:] > cells[:, :-1])
+    thumb = small.convert("L").resize((THUMB_SIDE, THUMB_SIDE), Image.Resampling.BOX)
+    red, green, blue = rgb.mean(axis=(0, 1)).round(2).tolist()
+    return replace(
+        facts,
+        dhash=int.from_bytes(bits.tobytes(), "big"),
+        thumb=thumb.tobytes(),
+        mean=(red, green, blue),
+    )
+
+
+@contextmanager
+def _no_pixel_limit() -> Iterator[None]:
+    """Open headers of any size: the limit is ours, checked before a pixel is decoded."""
+    with _limit_lock:
+        kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = kept
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # noqa: BLE001 - a broken EXIF block is no reason to refuse the picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _frames(image: Image.Image) -> int:
+    if image.format == "MPO":  # further pictures of a stereo or panorama JPEG, never an animation
+        return 1
+    return int(getattr(image, "n_frames", 1))
+
+
+def _ends_properly(format_name: str | None, data: bytes) -> bool:
+    """Whether the file is as long as it says; decoders forgive a missing end they do not need."""
+    if format_name in ("JPEG", "MPO"):
+        return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    if format_name == "PNG":
+        return b"IEND" in data
+    if format_name == "WEBP":
+        return len(data) >= int.from_bytes(data[4:8], "little") + 8
+    if format_name == "BMP":
+        return len(data) >= int.from_bytes(data[2:6], "little")
+    if format_name == "GIF":
+        return data.rstrip(b"\x00").endswith(b"\x3b")
+    return True
+
+
+def _text(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
