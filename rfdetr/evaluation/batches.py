@@ -24,8 +24,9 @@ def columns_from_batch(
 
     results: per image `scores` (n,), `labels` (n,), `boxes` (n, 4) xyxy in original pixels,
     `masks` (n, 1, H, W) bool. targets: `boxes` (m, 4) cxcywh fractions, `labels`, `image_id`,
-    `orig_size` (H, W), optional `size`, `area`, `iscrowd`, `masks`, and crowd regions in
-    `crowd_boxes` (c, 4) xyxy in original pixels, `crowd_labels`, `crowd_masks` (RLE).
+    `orig_size` (H, W), optional `size`, `area`, `iscrowd`, and crowd regions in `crowd_boxes`
+    (c, 4) xyxy in original pixels, `crowd_labels`, `crowd_masks` (RLE). Masks of the truth come as
+    `mask_codes` (RLE of the original size), else from `masks` (m, h, w), scaled back.
     Of the detections the `max_dets` best of each class stay; only their masks are encoded.
     """
     if len(results) != len(targets):
@@ -137,10 +138,14 @@ def _rows(value: Any, width: int) -> Floats:
 
 def _truth_codes(target: Mapping[str, Any], size: Floats) -> Iterator[dict[str, Any]]:
     height, width = int(size[0]), int(size[1])
-    if "masks" not in target:
+    if "mask_codes" in target:
+        yield from target["mask_codes"]
+    elif "masks" in target:
+        masks = target["masks"]
+        if len(masks) and masks.shape[-2:] != (height, width):
+            masks = masks[:, None].float()
+            masks = F.interpolate(masks, (height, width), mode="nearest-exact")[:, 0]
+        yield from encode_masks(masks > 0)
+    else:
         raise InputError("mask metrics were asked for, but a target has no 'masks'.")
-    masks = target["masks"]
-    if len(masks) and masks.shape[-2:] != (height, width):
-        masks = F.interpolate(masks[:, None].float(), (height, width), mode="nearest-exact")[:, 0]
-    yield from encode_masks(masks > 0)
     yield from target.get("crowd_masks", ())

@@ -87,3 +87,19 @@ def make_job(seed: int = 0, **options: Any) -> tuple[dict, list, list[Any]]:
 
 def make_loader(pairs: list[Any], batch_size: int = 3, **options: Any) -> DataLoader:
     return DataLoader(ReplaySet(pairs, **options), batch_size=batch_size, collate_fn=collate)
+
+
+def make_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    settings = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **(settings | options))
+
+
+def numbers(trainer: pl.Trainer) -> dict[str, float]:
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import pickle
-import warnings
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 
 from rfdetr.evaluation.coco import evaluate_coco
 from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from rfdetr.training.callbacks.ema import RFDETREMACallback
-from tests.unit.training.replay import ReplayModule, make_job, make_loader
+from tests.unit.training.replay import ReplayModule, make_job, make_loader, make_trainer, numbers
 
 BOX_KEYS = {"mAP_50_95", "mAP_50", "mAP_75", "mAR", "F1", "precision", "recall", "best_threshold"}
-
-
-def make_trainer(*callbacks, **options):
-    settings = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "num_sanity_val_steps": 0,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **(settings | options))
-
-
-def numbers(trainer):
-    return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
 def expected_numbers(document, results, **options):
@@ -220,89 +202,6 @@ def test_no_ground_truth_logs_nothing_and_warns_once():
     assert not numbers(trainer)
 
 
-class Deaf(Logger):
-    """A user's logger that takes no pictures."""
-
-    def __init__(self):
-        super().__init__()
-        self.keys = set()
-
-    name = version = "deaf"
-
-    def log_metrics(self, metrics, step=None):
-        self.keys |= set(metrics)
-
-    def log_hyperparams(self, params, *args, **kwargs):
-        pass
-
-
-class Broken(Deaf):
-    def log_image(self, key, images, step=None):
-        raise ConnectionError("server is away")
-
-
-def test_pictures_reach_the_loggers_that_take_them(tmp_path):
-    _, _, pairs = make_job(0)
-    board, deaf, broken = TensorBoardLogger(tmp_path, "", ""), Deaf(), Broken()
-    trainer = make_trainer(
-        COCOEvalCallback(output_dir=tmp_path),
-        logger=[deaf, broken, CSVLogger(tmp_path / "csv"), board],
-        max_epochs=1,
-        log_every_n_steps=1,
-    )
-    loader = make_loader(pairs)
-    with pytest.warns(UserWarning, match="server is away") as caught:
-        trainer.fit(ReplayModule(pairs), loader, loader)
-    assert sum("server is away" in str(w.message) for w in caught) == 1
-    names = {"confusion_matrix", "f1_threshold", "precision_recall", "samples"}
-    assert {p.stem for p in (tmp_path / "plots/val").iterdir()} == names
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["images"]) == {f"val/{name}" for name in names}
-    assert "val/mAP_50_95" in deaf.keys
-
-
-@pytest.mark.slow
-def test_pictures_reach_mlflow(tmp_path):
-    _, _, pairs = make_job(0)
-    store, folder = f"sqlite:///{tmp_path}/ml.db", tmp_path / "artifacts"
-    logger = MLFlowLogger(tracking_uri=store, artifact_location=str(folder))
-    trainer = make_trainer(COCOEvalCallback(output_dir=tmp_path), logger=logger)
-    trainer.test(ReplayModule(pairs), make_loader(pairs), verbose=False)
-    assert len(list(folder.rglob("plots/test/*.png"))) == 4
-
-
-def test_pictures_are_drawn_at_new_best_values_only(tmp_path):
-    _, _, pairs = make_job(1)
-    callback = COCOEvalCallback(output_dir=tmp_path)
-    folder = tmp_path / "plots/val"
-    written = []
-
-    class Watch(pl.Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            written.append({p.name: p.stat().st_mtime_ns for p in folder.glob("*.png")})
-
-    trainer = make_trainer(callback, Watch(), max_epochs=3)
-    loader = make_loader(pairs)
-    trainer.fit(ReplayModule(pairs, speed=0.7), loader, loader)  # worse every epoch
-    assert written[0] == {}
-    assert len(written[1]) == 4
-    assert written[2] == written[1]
-    restored = COCOEvalCallback(output_dir=tmp_path)
-    restored.load_state_dict(callback.state_dict())
-    assert restored.best == callback.best > 0
-
-
-def test_smoke_run_draws_nothing(tmp_path):
-    _, _, pairs = make_job(0)
-    trainer = make_trainer(COCOEvalCallback(output_dir=tmp_path), fast_dev_run=2)
-    loader = make_loader(pairs)
-    trainer.fit(ReplayModule(pairs), loader, loader)
-    assert "val/mAP_50_95" in numbers(trainer)
-    assert not (tmp_path / "plots").exists()
-
-
 def test_second_dataloader_is_left_out_with_a_warning():
     document, results, pairs = make_job(0)
 
@@ -323,61 +222,3 @@ def test_callback_pickles_after_use():
     callback = COCOEvalCallback()
     make_trainer(callback).validate(ReplayModule(pairs), make_loader(pairs), verbose=False)
     assert pickle.loads(pickle.dumps(callback)).max_dets == 500
-
-
-def test_ranks_agree_with_one_process(tmp_path):
-    """Seven images over two processes: the sampler repeats one, which must count once."""
-    _, _, pairs = make_job(4, images=7)
-    single = make_trainer(RFDETREMACallback(tau=0), COCOEvalCallback(pictures=False), max_epochs=1)
-    loader = make_loader(pairs, batch_size=2)
-    module = ReplayModule(pairs, speed=0.0)
-    single.fit(module, loader, loader)
-    single.test(module, loader, verbose=False)
-    expected = numbers(single)
-    worker = RanksWorker(tmp_path, pairs)
-    torch.multiprocessing.spawn(worker, args=(2, free_port()), nprocs=2)
-    for rank in range(2):
-        found, texts = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert {k: v for k, v in found.items() if "/" in k} == expected
-        assert not [text for text in texts if "sync_dist" in text]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class RanksWorker:
-    def __init__(self, folder, pairs):
-        self.folder, self.pairs = folder, pairs
-
-    def __call__(self, rank, world, port):
-        import os
-
-        torch.set_num_threads(1)
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "TORCHELASTIC_RUN_ID": "test",
-        }
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            trainer = make_trainer(
-                RFDETREMACallback(tau=0),
-                COCOEvalCallback(pictures=False),
-                max_epochs=1,
-                strategy="ddp",
-                devices=world,
-            )
-            loader = make_loader(self.pairs, batch_size=2)
-            module = ReplayModule(self.pairs, speed=0.0)
-            trainer.fit(module, loader, loader)
-            trainer.test(module, loader, verbose=False)
-        texts = [str(warning.message) for warning in caught]
-        torch.save((numbers(trainer), texts), self.folder / f"{rank}.pt")

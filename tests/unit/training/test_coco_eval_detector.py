@@ -1,0 +1,69 @@
+"""COCOEvalCallback with the real module, data and trainer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rfdetr.evaluation.coco import evaluate_coco
+from tests.datasets import make_coco
+from tests.unit.training.helpers import Run, tiny_model, tiny_run
+
+
+def results_of(predictions, loader):
+    """COCO results of what `trainer.predict` returned for the images of `loader`."""
+    images = [int(t["image_id"]) for _, targets in loader for t in targets]
+    detections = [found for batch in predictions for found in batch]
+    rows = []
+    for image, found in zip(images, detections, strict=True):
+        boxes = found["boxes"].double()
+        boxes[:, 2:] -= boxes[:, :2]
+        rows += [
+            {"image_id": image, "category_id": int(label), "bbox": box, "score": float(score)}
+            for label, box, score in zip(
+                found["labels"], boxes.tolist(), found["scores"], strict=True
+            )
+        ]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = make_coco(tmp_path_factory.mktemp("data"), splits={"train": 12, "val": 7}, crowd=True)
+    output = tmp_path_factory.mktemp("output")
+    config = tiny_run(root, output, dataset_file="coco", epochs=15, batch_size=4, eval_interval=10)
+    run = Run(tiny_model(num_queries=16, num_select=40), config).fit()
+    return root, run, run.metrics()
+
+
+def test_validation_equals_predictions_scored_against_the_file(trained):
+    root, run, _ = trained
+    run.trainer.validate(run.module, run.data, verbose=False)
+    found = run.metrics()
+    loader = run.data.val_dataloader()
+    predictions = run.trainer.predict(run.module, dataloaders=loader)
+    (file,) = root.rglob("*val*.json")
+    document = json.loads(file.read_text())
+    assert any(row["iscrowd"] for row in document["annotations"])
+    result = evaluate_coco(document, results_of(predictions, loader))
+    assert found["val/mAP_50_95"] == pytest.approx(result.bbox.summary.ap, abs=1e-6)
+    assert found["val/mAR"] == pytest.approx(result.bbox.summary.ar, abs=1e-6)
+    assert result.bbox.summary.ar > 0
+
+
+def test_fit_logs_live_and_averaged_values_and_draws(trained):
+    _, run, found = trained
+    for key in ("mAP_50_95", "mAP_50", "mAP_75", "mAR", "F1", "ema_mAP_50_95", "best_threshold"):
+        assert 0 <= found[f"val/{key}"] <= 1
+    assert len(list((run.output / "plots/val").glob("*.png"))) == 4
+
+
+def test_validate_of_a_fresh_module_names_the_classes(trained):
+    _, run, _ = trained
+    fresh = Run(tiny_model(), run.config)
+    fresh.trainer.validate(fresh.module, run.data.val_dataloader(), verbose=False)
+    names = set(run.data.class_names)
+    logged = {key.removeprefix("val/AP/") for key in fresh.metrics() if "/AP/" in key}
+    assert logged
+    assert logged <= names

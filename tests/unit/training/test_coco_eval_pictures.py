@@ -1,0 +1,93 @@
+"""Pictures of COCOEvalCallback: when they are drawn and which loggers receive them."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
+
+from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
+from tests.unit.training.replay import ReplayModule, make_job, make_loader, make_trainer, numbers
+
+
+class Deaf(Logger):
+    """A user's logger that takes no pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys = set()
+
+    name = version = "deaf"
+
+    def log_metrics(self, metrics, step=None):
+        self.keys |= set(metrics)
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+
+class Broken(Deaf):
+    def log_image(self, key, images, step=None):
+        raise ConnectionError("server is away")
+
+
+def test_pictures_reach_the_loggers_that_take_them(tmp_path):
+    _, _, pairs = make_job(0)
+    board, deaf, broken = TensorBoardLogger(tmp_path, "", ""), Deaf(), Broken()
+    trainer = make_trainer(
+        COCOEvalCallback(output_dir=tmp_path),
+        logger=[deaf, broken, CSVLogger(tmp_path / "csv"), board],
+        max_epochs=1,
+        log_every_n_steps=1,
+    )
+    loader = make_loader(pairs)
+    with pytest.warns(UserWarning, match="server is away") as caught:
+        trainer.fit(ReplayModule(pairs), loader, loader)
+    assert sum("server is away" in str(w.message) for w in caught) == 1
+    names = {"confusion_matrix", "f1_threshold", "precision_recall", "samples"}
+    assert {p.stem for p in (tmp_path / "plots/val").iterdir()} == names
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["images"]) == {f"val/{name}" for name in names}
+    assert "val/mAP_50_95" in deaf.keys
+
+
+@pytest.mark.slow
+def test_pictures_reach_mlflow(tmp_path):
+    _, _, pairs = make_job(0)
+    store, folder = f"sqlite:///{tmp_path}/ml.db", tmp_path / "artifacts"
+    logger = MLFlowLogger(tracking_uri=store, artifact_location=str(folder))
+    trainer = make_trainer(COCOEvalCallback(output_dir=tmp_path), logger=logger)
+    trainer.test(ReplayModule(pairs), make_loader(pairs), verbose=False)
+    assert len(list(folder.rglob("plots/test/*.png"))) == 4
+
+
+def test_pictures_are_drawn_at_new_best_values_only(tmp_path):
+    _, _, pairs = make_job(1)
+    callback = COCOEvalCallback(output_dir=tmp_path)
+    folder = tmp_path / "plots/val"
+    written = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            written.append({p.name: p.stat().st_mtime_ns for p in folder.glob("*.png")})
+
+    trainer = make_trainer(callback, Watch(), max_epochs=3)
+    loader = make_loader(pairs)
+    trainer.fit(ReplayModule(pairs, speed=0.7), loader, loader)  # worse every epoch
+    assert written[0] == {}
+    assert len(written[1]) == 4
+    assert written[2] == written[1]
+    restored = COCOEvalCallback(output_dir=tmp_path)
+    restored.load_state_dict(callback.state_dict())
+    assert restored.best == callback.best > 0
+
+
+def test_smoke_run_draws_nothing(tmp_path):
+    _, _, pairs = make_job(0)
+    trainer = make_trainer(COCOEvalCallback(output_dir=tmp_path), fast_dev_run=2)
+    loader = make_loader(pairs)
+    trainer.fit(ReplayModule(pairs), loader, loader)
+    assert "val/mAP_50_95" in numbers(trainer)
+    assert not (tmp_path / "plots").exists()
