@@ -140,3 +140,14 @@ def on_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> None:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def list_versions(uri: str, client: Any = None) -> list[tuple[str, str]]:
+    """(key, ETag) of every object below `uri`, sorted: a cheap name of a prefix's content."""
+    address = Address.parse(uri)
+    client = client or make_client()
+    pages = client.get_paginator("list_objects_v2").paginate(
+        Bucket=address.bucket, Prefix=address.key
+    )
+    found = guard(lambda: [o for page in pages for o in page.get("Contents", ())], f"list {uri}")
+    return sorted((item["Key"], item["ETag"].strip('"')) for item in found)

@@ -1,0 +1,199 @@
+"""Looks for what goes wrong silently: versions, unsent records, held slots, zombie runs, leftovers.
+
+`rfdetr-pipeline doctor` only looks; `python -m flows.doctor --repair` also mends what is safe to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+from pydantic import BaseModel
+
+from flows.redact import redact
+from flows.settings import Environment
+from flows.tracking import default_tracking_uri, sync, unsent_journals
+from flows.workspace import has_remote
+
+OLD_DAYS = 30
+LEASE_STORAGE = "prefect.server.concurrency.lease_storage.memory"
+
+
+class Finding(BaseModel, frozen=True):
+    """One thing that was looked at; `repair` says what --repair does about it."""
+
+    subject: str
+    level: Literal["ok", "note", "problem"]
+    text: str
+    repair: str | None = None
+
+
+def examine(root: Path, *, repair: bool = False) -> list[Finding]:
+    """Look at everything; with `repair`, mend what can be mended without losing anything."""
+    env = Environment.read()
+    looks: list[Callable[[], Iterator[Finding]]] = [
+        _versions,
+        lambda: _unsent(env, root, repair=repair),
+        lambda: _old_state(env, repair=repair),
+        lambda: _remote(root),
+        lambda: _registry(root),
+        lambda: _prefect(repair=repair),
+    ]
+    findings: list[Finding] = []
+    for look in looks:
+        try:
+            findings.extend(look())
+        except Exception as error:  # noqa: BLE001 - one dead server must not hide the rest
+            text = redact(f"{type(error).__name__}: {error}").splitlines()[0]
+            findings.append(Finding(subject="check", level="problem", text=text))
+    return findings
+
+
+def _versions() -> Iterator[Finding]:
+    """Installed packages against the bounds of pyproject.toml."""
+    wrong = []
+    for text in metadata.requires("rfdetr-pipeline") or ():
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": "pipeline"}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} is outside {requirement.specifier}")
+    level: Literal["ok", "problem"] = "problem" if wrong else "ok"
+    yield Finding(subject="packages", level=level, text="; ".join(wrong) or "as required")
+
+
+def _unsent(env: Environment, root: Path, *, repair: bool) -> Iterator[Finding]:
+    """Tracking records that did not reach the server."""
+    waiting = unsent_journals(env.state_dir)
+    if waiting and repair:
+        left = [p for p in sync(env.state_dir, default_tracking_uri(root)).values() if p]
+        text = f"{len(waiting) - len(left)} journals sent, {len(left)} still wait"
+        yield Finding(subject="journals", level="problem" if left else "ok", text=text)
+    elif waiting:
+        yield Finding(
+            subject="journals",
+            level="note",
+            text=f"{len(waiting)} with unsent records below {env.state_dir}",
+            repair="rfdetr-pipeline sync",
+        )
+    else:
+        yield Finding(subject="journals", level="ok", text="everything was sent")
+
+
+def _old_state(env: Environment, *, repair: bool) -> Iterator[Finding]:
+    """Resume state that nobody has touched for a month; only finished trainings are removed."""
+    old = [
+        folder
+        for folder in (env.state_dir / "fit").glob("*")
+        if time.time() - folder.stat().st_mtime > OLD_DAYS * 86400
+    ]
+    size = sum(f.stat().st_size for folder in old for f in folder.rglob("*") if f.is_file())
+    done = [folder for folder in old if (folder / "done").exists()]
+    if repair:
+        for folder in done:
+            shutil.rmtree(folder)
+    text = f"{len(old)} trainings older than {OLD_DAYS} days, {size >> 20} MiB"
+    if repair and done:
+        text += f"; {len(done)} finished ones removed"
+    advice = "python -m flows.doctor --repair" if done and not repair else None
+    yield Finding(subject="state", level="note" if old else "ok", text=text, repair=advice)
+
+
+def _remote(root: Path) -> Iterator[Finding]:
+    text = "a DVC remote is configured" if has_remote(root) else "no DVC remote: nothing is pushed"
+    yield Finding(subject="dvc", level="ok" if has_remote(root) else "note", text=text)
+
+
+def _registry(root: Path) -> Iterator[Finding]:
+    """The tracking server answers and its aliases point at versions that exist."""
+    from flows.registry import Registry
+    from flows.settings import load_params
+
+    registry = Registry(load_params(root / "params.yaml").registry.name, default_tracking_uri(root))
+    aliases = registry.aliases()
+    numbers = {version.number for version in registry.versions()}
+    lost = [f"{alias} -> {number}" for alias, number in aliases.items() if number not in numbers]
+    if lost:
+        text = f"aliases without a version: {', '.join(lost)}"
+        yield Finding(subject="registry", level="problem", text=text)
+    else:
+        named = ", ".join(f"{alias} {number}" for alias, number in sorted(aliases.items()))
+        text = f"{len(numbers)} versions; {named or 'no champion yet'}"
+        yield Finding(subject="registry", level="ok", text=text)
+
+
+def _prefect(*, repair: bool) -> Iterator[Finding]:
+    """Server reachable, leases on disk, no slot held and no run alive without its process."""
+    if not os.environ.get("PREFECT_API_URL"):
+        yield Finding(subject="prefect", level="ok", text="no server: flows use a temporary one")
+        return
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        problem = client.api_healthcheck()
+        if problem is not None:
+            raise problem
+        running = _running(client)
+        yield Finding(subject="prefect", level="ok", text=f"reachable, {len(running)} runs alive")
+        settings = client.request("GET", "/admin/settings").json()
+        storage = settings.get("server", {}).get("concurrency", {}).get("lease_storage")
+        if storage == LEASE_STORAGE:
+            text = "leases are in memory: a restart of the server leaks the slots of running flows"
+            yield Finding(subject="leases", level="problem", text=text)
+        yield from _slots(client, running, repair=repair)
+
+
+def _running(client: Any) -> list[Any]:
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    wanted = {"state": {"type": {"any_": ["RUNNING", "CANCELLING", "PENDING"]}}}
+    return list(client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted)))
+
+
+def _slots(client: Any, running: list[Any], *, repair: bool) -> Iterator[Finding]:
+    """Slots that are held although no run is alive: the leak of a restart."""
+    for limit in client.read_global_concurrency_limits(limit=200, offset=0):
+        if not limit.active_slots or running:
+            continue
+        if repair:
+            from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+
+            client.update_global_concurrency_limit(
+                limit.name, GlobalConcurrencyLimitUpdate(active_slots=0)
+            )
+        yield Finding(
+            subject=f"limit {limit.name}",
+            level="note" if repair else "problem",
+            text=f"{limit.active_slots} slots held without a live run"
+            + ("; freed" if repair else ""),
+            repair=None if repair else f"prefect gcl update {limit.name} --active-slots 0",
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; status 1 when a problem is left."""
+    parser = argparse.ArgumentParser(prog="python -m flows.doctor", description=__doc__)
+    parser.add_argument("--repair", action="store_true", help="mend what is safe to mend")
+    options = parser.parse_args(arguments)
+    findings = examine(Path.cwd(), repair=options.repair)
+    for finding in findings:
+        advice = f"  -> {finding.repair}" if finding.repair else ""
+        print(f"{finding.level:8} {finding.subject}: {finding.text}{advice}")
+    return int(any(finding.level == "problem" for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""The ONNX file of a trained model with its parity proof, made once per weights file."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.stage import read_json, write_json
+from rfdetr.files import sha256_file
+
+TOLERANCE = 1e-3  # largest accepted difference between the network and its export
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export and the JSON file that says how far it is from the weights."""
+
+    onnx: Path
+    parity: Path
+    agrees: bool
+
+
+def export_once(weights: Path, state_dir: Path) -> Exported:
+    """Export `weights` into the state folder, or find the export that is there already."""
+    folder = state_dir / "exports" / sha256_file(weights)[:32]
+    if not (folder / "parity.json").exists():
+        _export(weights, folder)
+    agrees = bool(read_json(folder / "parity.json")["agrees"])
+    return Exported(folder / "model.onnx", folder / "parity.json", agrees)
+
+
+def _export(weights: Path, folder: Path) -> None:
+    from rfdetr import RFDETR
+
+    work = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    result = RFDETR.from_checkpoint(str(weights)).export(str(work))
+    result.path.replace(work / "model.onnx")
+    difference = float(result.max_difference)
+    proof = {
+        "max_difference": difference,
+        "tolerance": TOLERANCE,
+        "agrees": difference <= TOLERANCE,
+        "opset": result.opset,
+    }
+    write_json(work / "parity.json", proof)
+    shutil.rmtree(folder, ignore_errors=True)
+    work.replace(folder)

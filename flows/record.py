@@ -1,0 +1,130 @@
+"""The one MLflow run of a retraining: found again, completed with what the stages wrote."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.delivery import experiment_id, tracking_client
+from flows.digest import digest_of
+from flows.journal import STATE, Journal
+from flows.provenance import collect_provenance
+from flows.redact import redact_mapping
+from flows.settings import Environment, Params
+from flows.stage import read_json
+from flows.tracking import sync
+from rfdetr.files import sha256_file
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+LOGGER = logging.getLogger(__name__)
+RECORDED = "pipeline.recorded"
+REPORTS = (
+    ("params.yaml", ""),
+    ("dvc.lock", ""),
+    ("reports/validation.json", "reports"),
+    ("reports/validation.md", "reports"),
+    ("reports/validation.html", "reports"),
+    ("reports/per_class.csv", "reports"),
+    ("reports/curves", "reports/curves"),
+    ("reports/pictures", "reports/pictures"),
+    ("models/initial/model.json", "models/initial"),
+    ("models/trained/model.json", "models/trained"),
+)
+
+
+def complete_run(root: Path, params: Params, uri: str, tags: Mapping[str, Any]) -> str:
+    """Send what is unsent, add metrics, reports and lineage to the fit's run; its id.
+
+    A training that never reached a server gets its run now. Repeating changes nothing; a changed
+    result (an evaluation with other settings) is added to the same run.
+    """
+    env = Environment.read()
+    for journal, problem in sync(env.state_dir, uri).items():
+        if problem:
+            LOGGER.warning("journal %s is still unsent: %s", journal, problem)
+    card = read_json(root / "models/trained/model.json")
+    client = tracking_client(uri)
+    run_id = _known_run(client, card, env.state_dir) or _new_run(client, params, card, uri)
+    metrics = read_json(root / "metrics/test.json")
+    state = digest_of([sha256_file(root / "dvc.lock"), metrics])[:16]
+    if client.get_run(run_id).data.tags.get(RECORDED) == state:
+        return run_id
+    _add_numbers(client, run_id, root, params)
+    for name, folder in REPORTS:
+        path = root / name
+        if path.is_dir():
+            client.log_artifacts(run_id, str(path), folder)
+        elif path.exists():
+            client.log_artifact(run_id, str(path), folder or None)
+    found = collect_provenance(root)
+    if found.git_diff:
+        client.log_text(run_id, found.git_diff, "git.diff")
+    client.log_text(
+        run_id, found.model_dump_json(indent=2, exclude={"git_diff"}), "environment.json"
+    )
+    for key, value in redact_mapping({**found.tags(), **tags, RECORDED: state}).items():
+        client.set_tag(run_id, key, value)
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def _known_run(client: MlflowClient, card: Mapping[str, Any], state_dir: Path) -> str | None:
+    """The run that the model card names, else the one of the training's journal, if it exists."""
+    from mlflow.exceptions import MlflowException
+
+    candidates = [card.get("mlflow_run_id")]
+    folder = state_dir / "fit" / str(card.get("fingerprint"))
+    if (folder / STATE).exists():
+        candidates.append(Journal(folder).run_id)
+    for run_id in filter(None, candidates):
+        try:
+            client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        else:
+            return str(run_id)
+    return None
+
+
+def _new_run(client: MlflowClient, params: Params, card: Mapping[str, Any], uri: str) -> str:
+    """A run for a model that was trained elsewhere or without tracking; found again by its sha."""
+    experiment = experiment_id(client, f"rfdetr/{params.dataset.name}", uri)
+    weights = card["weights_sha256"]
+    known = client.search_runs([experiment], f"tags.`weights.sha256` = '{weights}'", max_results=1)
+    if known:
+        return str(known[0].info.run_id)
+    tags = {"weights.sha256": weights, "pipeline.stage": "fit", "fit.reused": "true"}
+    name = f"fit {params.dataset.name}"
+    run = client.create_run(experiment, tags=tags, run_name=name)
+    for key, value in _flat(card["params"]):
+        client.log_param(run.info.run_id, key, value)
+    return str(run.info.run_id)
+
+
+def _add_numbers(client: MlflowClient, run_id: str, root: Path, params: Params) -> None:
+    numbers = {
+        **{f"test/{k}": v for k, v in _flat(read_json(root / "metrics/test.json"))},
+        **{f"fit/{k}": v for k, v in _flat(read_json(root / "metrics/fit.json"))},
+    }
+    price, seconds = params.runtime.price_per_hour, numbers.get("fit/seconds")
+    if price is not None and isinstance(seconds, int | float):
+        card = read_json(root / "models/trained/model.json")
+        devices = card["params"]["batch"]["world"]
+        numbers["cost"] = seconds / 3600 * price * devices
+    for key, value in numbers.items():
+        if isinstance(value, int | float):
+            client.log_metric(run_id, key, float(value))
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value

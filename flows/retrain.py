@@ -1,0 +1,245 @@
+"""The pipeline as a Prefect flow: one thin task per stage, then registry, gate and promotion.
+
+DVC decides what is out of date, so starting the flow again is always the right repair. No task
+holds stage logic: each runs `dvc repro --single-item <stage>` as a child process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.concurrency.sync import concurrency
+from prefect.states import Completed
+
+from flows import artifacts, release
+from flows.notify import notify
+from flows.process import CommandFailed, run_streaming
+from flows.promote import ChampionChangedError
+from flows.publish import publish_lock
+from flows.redact import redact
+from flows.release import Registered
+from flows.settings import Environment, RetrainParams, load_params
+from flows.stage import read_json
+from flows.tracking import default_tracking_uri
+from flows.verdict import Verdict
+from flows.workspace import dvc, has_remote, prepare_workspace, stage_names
+from rfdetr.errors import RFDETRError
+
+SKIPPED = ("didn't change, skipping", "is cached - skipping run")
+LEASE_SECONDS = 60
+SUMMARY = Path("reports/release.json")
+
+
+class StageFailedError(RFDETRError):
+    """A stage of the pipeline ended with an error; the text names the stage and the cause."""
+
+
+def _tell(what: str) -> Any:
+    """A state hook that sends a notification."""
+
+    def hook(_flow: Any, run: Any, state: State) -> None:
+        facts = {"run": run.name, "run_id": str(run.id), "state": state.name}
+        notify(f"{run.name} {what}", state.message or "no message", facts)
+
+    return hook
+
+
+@flow(
+    name="retrain",
+    on_failure=[_tell("failed")],
+    on_crashed=[_tell("crashed")],
+    on_cancellation=[_tell("was cancelled")],
+)
+def retrain(params: RetrainParams | None = None) -> State | dict[str, Any]:
+    """Check the data, train, evaluate, register, and let the gate choose the champion.
+
+    Works in the current folder: a checkout, or the clone that a worker made for this run. Returns
+    the release: version, verdict, champion.
+    """
+    params = params or RetrainParams()
+    root = Path.cwd()
+    os.environ.setdefault("MLFLOW_TRACKING_URI", default_tracking_uri(root))
+    if params.only_if_data_changed and not release.data_changed(root):
+        return Completed(name="Skipped", message="the champion was trained on this dataset")
+    prepare(root, params)
+    *before, fit, evaluate = stage_names(root)
+    for stage in before:
+        reproduce(root, stage)
+    with gpu_slot(root):
+        reproduce(root, fit)
+        reproduce(root, evaluate)
+    push_data(root)
+    number = register(root)
+    with gpu_slot(root):
+        verdict = gate(root, number)
+    promote(root, number, verdict, allowed=params.promote)
+    if params.publish:
+        publish(root)
+    return release.summarise(root, number, verdict)
+
+
+@flow(name="rollback")
+def rollback(reason: str, name: str | None = None, to: int | None = None) -> dict[str, Any]:
+    """Give `champion` back to its predecessor, or to version `to`; the reason goes on record."""
+    record = release.roll_back(Path.cwd(), reason=reason, name=name, to=to)
+    facts = record.model_dump(mode="json")
+    notify("champion rolled back", f"version {record.version} serves again: {reason}", facts)
+    return facts
+
+
+@task(retries=2, retry_delay_seconds=[5, 30], cache_policy=NO_CACHE)
+def prepare(root: Path, params: RetrainParams) -> None:
+    """Overrides, DVC settings, and the data that the remote holds."""
+    prepare_workspace(root, params.changes(), Environment.read(), _log_line())
+
+
+@task(task_run_name="{stage}", cache_policy=NO_CACHE)
+def reproduce(root: Path, stage: str) -> State:
+    """One DVC stage; the state is `Cached` when nothing had to be done."""
+    log, progress, lines = _log_line(), artifacts.TrainingProgress(), []
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        log(progress.read(line))
+
+    try:
+        dvc(root, "--wait-for-lock", "repro", "--single-item", stage, on_line=on_line)
+    except CommandFailed as error:
+        raise StageFailedError(f"stage {stage} failed: {_cause(stage, error.tail)}") from error
+    finally:
+        if stage == "validate":
+            artifacts.show_dataset_report(root)
+    if stage == "evaluate":
+        artifacts.show_pictures(root)
+    if any(mark in line for line in lines for mark in SKIPPED):
+        return Completed(name="Cached", message=f"{stage}: nothing has changed")
+    return Completed(message=f"{stage}: done")
+
+
+@task(retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+def push_data(root: Path) -> State:
+    """Send data, checkpoints and the run cache to the DVC remote, when there is one."""
+    if not has_remote(root):
+        return Completed(name="Skipped", message="no DVC remote is configured")
+    for command in (["push"], ["push", "--run-cache"]):
+        dvc(root, *command, on_line=_log_line())
+    return Completed(message="pushed")
+
+
+@task(retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+def register(root: Path) -> int:
+    """The trained model as a version of the registry; the same model is registered once."""
+    with registry_slot(root):
+        _release_child(root, "register")
+    registered = Registered.model_validate(read_json(root / release.REGISTERED))
+    artifacts.show_links(registered.links())
+    return registered.number
+
+
+@task(cache_policy=NO_CACHE)
+def gate(root: Path, number: int) -> Verdict:
+    """Champion and challenger on the same test set; the verdict is recorded whatever it is."""
+    verdict = _judge(root, number)
+    artifacts.show_verdict(verdict)
+    return verdict
+
+
+@task(retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+def promote(root: Path, number: int, verdict: Verdict, *, allowed: bool) -> State:
+    """Move the alias `champion` if the gate says so and the run may."""
+    if not verdict.promote:
+        return Completed(name="Kept", message=f"{verdict.outcome}: {verdict.reason}")
+    if not allowed:
+        return Completed(name="Kept", message="this run was started without promotion")
+    with registry_slot(root):
+        try:
+            record = release.promote_winner(root, number, verdict)
+        except ChampionChangedError:
+            record = release.promote_winner(root, number, _judge(root, number))
+    if record is None:
+        return Completed(name="Kept", message=f"version {number} is champion already")
+    notify("champion changed", f"version {number}: {record.reason}", record.model_dump())
+    return Completed(message=f"version {number} is champion: {record.reason}")
+
+
+@task(retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+def publish(root: Path) -> State:
+    """Push dvc.lock and params.yaml to a branch of the run, for a person to merge."""
+    branch = publish_lock(root, _flow_run() or "local", _log_line())
+    return Completed(message=f"pushed branch {branch}" if branch else "nothing has changed")
+
+
+@contextlib.contextmanager
+def gpu_slot(root: Path) -> Iterator[None]:
+    """Hold the machine's GPU slots; runs on other workers of the same limit wait."""
+    settings = load_params(root / "params.yaml").runtime
+    with _slot(settings.gpu_slot, settings.devices if isinstance(settings.devices, int) else 1):
+        yield
+
+
+@contextlib.contextmanager
+def registry_slot(root: Path) -> Iterator[None]:
+    """One writer of the registered model at a time."""
+    with _slot(f"registry-{load_params(root / 'params.yaml').registry.name}", 1):
+        yield
+
+
+@contextlib.contextmanager
+def _slot(name: str, occupy: int) -> Iterator[None]:
+    """A Prefect limit. A deployment needs it to exist; a local run makes it.
+
+    A renewal that fails does not end the run: a server that restarts must not kill a training.
+    """
+    if runtime.deployment.id is None:
+        with get_client(sync_client=True) as client:
+            client.upsert_global_concurrency_limit_by_name(name, occupy)
+    with concurrency(
+        name,
+        occupy=occupy,
+        lease_duration=LEASE_SECONDS,
+        strict=True,
+        raise_on_lease_renewal_failure=False,
+    ):
+        yield
+
+
+def _judge(root: Path, number: int) -> Verdict:
+    _release_child(root, "judge", str(number))
+    return Verdict.model_validate(read_json(root / release.VERDICT))
+
+
+def _release_child(root: Path, *arguments: str) -> None:
+    """A step of the release in a child process: no network lives in the flow's process."""
+    command = [sys.executable, "-m", "flows.release", "--flow-run", _flow_run() or "", *arguments]
+    try:
+        run_streaming(command, _log_line(), cwd=root)
+    except CommandFailed as error:
+        raise StageFailedError(f"{arguments[0]} failed: {_cause('release', error.tail)}") from error
+
+
+def _flow_run() -> str | None:
+    return runtime.flow_run.name if runtime.flow_run.id else None
+
+
+def _log_line() -> Any:
+    """Lines of a child process as log records of the run, without secrets."""
+    logger = get_run_logger()
+    return lambda line: logger.info("%s", redact(line))
+
+
+def _cause(stage: str, tail: list[str]) -> str:
+    """The stage's own last words: from the line that says it failed to DVC's."""
+    name = stage.partition("@")[0]
+    starts = [i for i, line in enumerate(tail) if line.startswith(f"{name} failed:")]
+    words = tail[starts[-1] :] if starts else tail[-5:]
+    ends = [i for i, line in enumerate(words) if line.startswith("ERROR: failed to reproduce")]
+    return "\n".join(words[: ends[0]] if ends and ends[0] else words)
