@@ -76,7 +76,8 @@ class COCOEvalCallback(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return True
         epoch = trainer.current_epoch + 1
-        return epoch % self.eval_interval == 0 or epoch == trainer.max_epochs
+        last = epoch == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
+        return last or epoch % self.eval_interval == 0
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         masks = self.segmentation
@@ -120,8 +121,11 @@ class COCOEvalCallback(Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._finish(trainer, pl_module, "test")
 
+    def _evaluators(self) -> list[CocoEvaluator]:
+        return [e for e in (self._live, self._averaged) if e is not None]
+
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        evaluators = [e for e in (self._live, self._averaged) if e is not None]
+        evaluators = self._evaluators()
         _share(trainer, evaluators)
         self._names = class_names(trainer, pl_module, stage)
         known = report.named_labels(self._names)
@@ -162,12 +166,16 @@ class COCOEvalCallback(Callback):
             return
         from rfdetr.evaluation.plots import draw_evaluation
 
-        evaluators = [e for e in (self._live, self._averaged) if e is not None]
-        result, evaluator = max(
-            zip(self.results, evaluators, strict=True), key=lambda pair: _monitored(pair[0])
-        )
+        pairs = zip(self.results, self._evaluators(), strict=True)
+        result, evaluator = max(pairs, key=lambda pair: _monitored(pair[0]))
         labels = report.class_labels(self._names, result.class_ids.tolist())
-        drawn = draw_evaluation(result, evaluator.state(), labels, self._samples, folder / stage)
+        try:
+            drawn = draw_evaluation(
+                result, evaluator.state(), labels, self._samples, folder / stage
+            )
+        except OSError as error:
+            self._warn_once(f"Pictures cannot be written to {folder}: {error}")
+            return
         pictures.send_pictures(trainer.loggers, drawn, stage, trainer.global_step)
 
     def _plots_folder(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path | None:

@@ -84,6 +84,15 @@ def test_pictures_are_drawn_at_new_best_values_only(tmp_path):
     assert restored.best == callback.best > 0
 
 
+def test_an_unwritable_folder_costs_only_the_pictures(tmp_path):
+    _, _, pairs = make_job(0)
+    (tmp_path / "plots").write_text("a file where the folder should be")
+    trainer = make_trainer(COCOEvalCallback(output_dir=tmp_path))
+    with pytest.warns(UserWarning, match="cannot be written"):
+        trainer.test(ReplayModule(pairs), make_loader(pairs), verbose=False)
+    assert "test/mAP_50_95" in numbers(trainer)
+
+
 def test_smoke_run_draws_nothing(tmp_path):
     _, _, pairs = make_job(0)
     trainer = make_trainer(COCOEvalCallback(output_dir=tmp_path), fast_dev_run=2)
