@@ -37,7 +37,6 @@ import numpy.typing as npt
 from rfdetr.data.coco_rows import (
     FAILURES,
     MAX_PROBLEMS,
-    NO_BYTES,
     SECTIONS,
     UNKNOWN,
     Document,
@@ -233,14 +232,26 @@ def _annotation_table(rows: Rows, data: bytes) -> AnnotationTable:
 
 
 def _byte_ranges(entries: list[Any], text: bytes) -> tuple[Integers, Integers]:
-    """Where in `text` each segmentation lies; (0, 0) for an entry without one."""
-    raws = [entry.segmentation for entry in entries] if text else [NO_BYTES] * len(entries)
-    lengths = np.fromiter((len(memoryview(raw)) for raw in raws), np.int64, len(raws))
-    starts = np.zeros(len(raws), np.int64)
-    base, uint8 = np.frombuffer(text or b" ", np.uint8).ctypes.data, np.uint8
-    for i in np.flatnonzero(lengths):
-        starts[i] = np.frombuffer(raws[i], uint8).ctypes.data - base
-    return starts, starts + lengths
+    """Where in `text` each segmentation lies; (0, 0) for an entry without one.
+
+    Asking every text for its address takes twice as long as looking for it behind the next key.
+    """
+    starts, stops = np.zeros((2, len(entries)), np.int64)
+    if not text:
+        return starts, stops
+    key, place = b'"segmentation"', 0
+    for i, entry in enumerate(entries):
+        segmentation = bytes(memoryview(entry.segmentation))
+        if not segmentation:
+            continue
+        start = text.find(key, place) + len(key)
+        while text[start : start + 1] in (b":", b" ", b"\n", b"\t", b"\r"):
+            start += 1
+        if not text.startswith(segmentation, start):  # the key also stands elsewhere
+            start = byte_offset(entry.segmentation, text)
+        place = start + len(segmentation)
+        starts[i], stops[i] = start, place
+    return starts, stops
 
 
 def _unknown_values(images: ImageTable, annotations: AnnotationTable) -> list[Problem]:
