@@ -37,8 +37,7 @@ def _note(
     chosen: list[int] = listed.tolist()
     for row, place in zip(chosen, table.annotation_places(chosen), strict=True):
         text = f"{message(row)} ({table.image_name(row)})"
-        details = {"row": row, "box": [round(float(v), 3) for v in table.boxes[row]]}
-        collector.note(code, text, details=details, **place)
+        collector.note(code, text, details=table.annotation_details(row), **place)
 
 
 def box_text(table: SplitTable, row: int) -> str:
@@ -243,7 +242,9 @@ def _check_density(
             f"{table.file_names[row]} has {counts[row]} boxes, the model has "
             f"{model.num_queries} queries"
         )
-        collector.note("image-too-many-boxes", text, **table.image_place(int(row)))
+        details = table.image_details(int(row))
+        place = table.image_place(int(row))
+        collector.note("image-too-many-boxes", text, details=details, **place)
     sides = input_sides(table, model.resolution)
     small = kept & (sides.min(axis=1) < 1.0)
     _note(

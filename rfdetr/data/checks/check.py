@@ -140,6 +140,12 @@ def _report(
         patch_size=model.patch_size,
         images_checked=config.check_images,
         class_names=names,
+        annotation_files={
+            table.name: table.show(table.annotation_file)
+            for table in sources.tables
+            if table.annotation_file is not None
+        },
+        image_folders={table.name: table.show(table.images_dir) for table in sources.tables},
         counts=dict(sorted(collector.counts.items())),
         severities=collector.severities(),
         findings=collector.findings(),

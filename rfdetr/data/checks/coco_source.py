@@ -67,6 +67,8 @@ def _table(name: str, folder: Path, images_dir: Path, coco: CocoFile) -> SplitTa
         areas=annotations.areas,
         crowd=annotations.crowd,
         categories=categories,
+        image_records=images.rows,
+        annotation_records=annotations.rows,
         image_lines=_line_finder(coco.data, "images", images.rows),
         annotation_lines=_line_finder(coco.data, "annotations", annotations.rows),
     )
@@ -128,7 +130,7 @@ def _report_problems(problems: Sequence[Problem], table: SplitTable, collector: 
             line=line,
             image_id=image,
             annotation_id=annotation,
-            details={"section": problem.section, "row": problem.row, "key": problem.key},
+            details={"section": problem.section, "record": problem.row, "key": problem.key},
             **mend,
         )
 
@@ -182,7 +184,9 @@ def _report_image_records(table: SplitTable, coco: CocoFile, collector: Collecto
     bad = np.flatnonzero(((given <= 0) & (given != UNKNOWN)).any(axis=1))
     for row in collector.take("image-size-invalid", bad):
         text = f"{table.file_names[row]} is given the size {given[row, 0]} x {given[row, 1]}"
-        collector.note("image-size-invalid", text, **table.image_place(int(row)))
+        place = table.image_place(int(row))
+        details = table.image_details(int(row))
+        collector.note("image-size-invalid", text, details=details, **place)
     for code, values, what in (
         ("image-id-duplicate", table.image_ids, "image id"),
         ("file-repeated", np.array(table.file_names, object), "file name"),
@@ -192,7 +196,7 @@ def _report_image_records(table: SplitTable, coco: CocoFile, collector: Collecto
         for row in collector.take(code, again):
             text = f"{what} {values[row]} is used before"
             place = table.image_place(int(row))
-            details = {"record": int(coco.images.rows[row]), "name": table.file_names[row]}
+            details = table.image_details(int(row))
             collector.note(code, text, details=details, **place)
 
 
@@ -203,7 +207,8 @@ def _report_links(table: SplitTable, coco: CocoFile, collector: Collector) -> No
     ):
         chosen = [int(row) for row in collector.take(code, np.flatnonzero(rows < 0))]
         for row, place in zip(chosen, table.annotation_places(chosen), strict=True):
-            collector.note(code, f"{what} {wanted[row]} is not listed", **place)
+            text = f"{what} {wanted[row]} is not listed"
+            collector.note(code, text, details=table.annotation_details(row), **place)
 
 
 def _add_segmentations(
@@ -231,4 +236,4 @@ def _note_rows(
     places = table.annotation_places([row for row, _ in listed])
     for (row, reason), place in zip(listed, places, strict=True):
         text = f"segmentation {reason} ({table.image_name(row)})"
-        collector.note(code, text, **place)
+        collector.note(code, text, details=table.annotation_details(row), **place)

@@ -79,9 +79,7 @@ def find_files(table: SplitTable, collector: Collector) -> SplitFiles:
     for row, name in enumerate(table.file_names):
         problem = _name_problem(name)
         if problem:
-            collector.add(
-                "file-name-invalid", f"{name!r} {problem}", **_record_place(table, row, name)
-            )
+            collector.add("file-name-invalid", f"{name!r} {problem}", **_record_place(table, row))
             paths.append(None)
             continue
         clean = str(PurePosixPath(name))
@@ -113,13 +111,14 @@ def _name_problem(name: str) -> str | None:
     return None
 
 
-def _record_place(table: SplitTable, row: int, name: str) -> dict[str, Any]:
-    return {**table.image_place(row), "details": {"name": name}}
+def _record_place(table: SplitTable, row: int) -> dict[str, Any]:
+    return {**table.image_place(row), "details": {**table.image_details(row), "image": None}}
 
 
 def _report_spelling(table: SplitTable, row: int, actual: str, collector: Collector) -> str:
     name = table.file_names[row]
-    place = {**table.image_place(row), "details": {"name": name, "actual": actual}}
+    details = {**table.image_details(row), "actual": actual}
+    place = {**table.image_place(row), "details": details}
     collector.add("file-case", f"'{name}' is '{actual}' on disk", **place)
     return actual
 
@@ -134,8 +133,9 @@ def _report_names(table: SplitTable, collector: Collector) -> None:
         name = table.file_names[row]
         found = sorted(set(name) - PLAIN_CHARACTERS)
         text = f"'{name}' has {', '.join(map(repr, found[:5]))}"
-        place = {**table.image_place(row), "file": table.image_file(row), "line": None}
-        collector.note("file-name-portability", text, **place)
+        details = table.image_details(row)
+        place = {**table.image_place(row), "file": details["image"], "line": None}
+        collector.note("file-name-portability", text, details=details, **place)
 
 
 def _report_unreferenced(table: SplitTable, names: Sequence[str], collector: Collector) -> None:
@@ -188,7 +188,10 @@ def check_files(files: SplitFiles, collector: Collector) -> None:
             **files.table.image_place(row),
             "file": files.table.show(Path(path)),
             "line": None,
-            "details": {"name": files.table.file_names[row]},
+            "details": {
+                **files.table.image_details(row),
+                "image": files.table.show(Path(path)),
+            },
         }
         facts = found.facts
         if facts.status != "ok":
@@ -208,7 +211,7 @@ def _check_header(
     path = PurePosixPath(place["file"])
     if path.suffix.lower() not in SUFFIXES.get(facts.format, frozenset()):
         text = f"the content is {facts.format}, the extension {path.suffix or 'is missing'}"
-        collector.add("file-extension", text, **_with(place, format=facts.format, row=row))
+        collector.add("file-extension", text, **_with(place, format=facts.format))
     if facts.mode and facts.mode not in PLAIN_MODES:
         collector.add("image-mode", f"colour mode {facts.mode}", **place)
     if facts.orientation != 1:

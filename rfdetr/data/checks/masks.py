@@ -38,4 +38,4 @@ def _note(table: SplitTable, collector: Collector, code: str, rings: Flags, what
             f"polygon from ({low[0]:.6g}, {low[1]:.6g}) to ({high[0]:.6g}, {high[1]:.6g}) {what} "
             f"({table.image_name(row)})"
         )
-        collector.note(code, text, details={"row": row}, **place)
+        collector.note(code, text, details=table.annotation_details(row), **place)

@@ -96,6 +96,8 @@ class DatasetReport(BaseModel):
     patch_size: int = 0
     images_checked: bool = True
     class_names: list[str] = Field(default_factory=list)
+    annotation_files: dict[str, str] = Field(default_factory=dict)
+    image_folders: dict[str, str] = Field(default_factory=dict)
     counts: dict[str, int] = Field(default_factory=dict)
     severities: dict[str, int] = Field(default_factory=dict)
     findings: list[Finding] = Field(default_factory=list)

@@ -63,7 +63,7 @@ def _note(
 ) -> None:
     place = member.split.table.image_place(member.row)
     details = {
-        "name": member.split.table.file_names[member.row],
+        **member.split.table.image_details(member.row),
         "other_file": twin.file,
         "other_split": twin.split.table.name,
     }

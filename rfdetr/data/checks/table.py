@@ -50,7 +50,8 @@ class SplitTable:
     Image columns have one entry per usable image record, annotation columns one per record whose
     box is numeric. `boxes` is (n, 4) x, y, w, h in pixels; a YOLO split holds fractions until
     `scale_boxes`. `image_rows` and `category_rows` point into the image and category lists, -1 for
-    an unknown id. `areas` is None for a layout without areas.
+    an unknown id. `areas` is None for a layout without areas. `image_records` and
+    `annotation_records` are positions in the file's own lists.
     """
 
     name: str
@@ -70,6 +71,8 @@ class SplitTable:
     masked: Flags = field(default_factory=lambda: np.zeros(0, bool))
     polygons: Polygons | None = None
     label_files: list[str] | None = None
+    image_records: Integers | None = None
+    annotation_records: Integers | None = None
     image_lines: Lines = no_lines
     annotation_lines: Lines = no_lines
     relative: bool = False
@@ -98,6 +101,22 @@ class SplitTable:
             "file": self._source(row),
             "line": self.image_lines([row])[0] if self.label_files is None else None,
             "image_id": identifier(self.image_ids[row]),
+        }
+
+    def image_details(self, row: int) -> dict[str, Any]:
+        """What pictures and repairs need of an image record."""
+        record = None if self.image_records is None else int(self.image_records[row])
+        return {"section": "images", "record": record, "image": self.image_file(row)}
+
+    def annotation_details(self, row: int) -> dict[str, Any]:
+        """What pictures and repairs need of an annotation."""
+        image = int(self.image_rows[row])
+        records = self.annotation_records
+        return {
+            "section": "annotations",
+            "record": None if records is None else int(records[row]),
+            "image": self.image_file(image) if image >= 0 else None,
+            "box": [round(float(value), 3) for value in self.boxes[row]],
         }
 
     def annotation_places(self, rows: Sequence[int]) -> list[dict[str, Any]]:
