@@ -20,7 +20,7 @@ from rfdetr.data.batch import Target
 from rfdetr.data.decode import ImageFile
 from rfdetr.data.geometry import Mask, Masks, Shapes, View, clip, relative, show, show_mask
 from rfdetr.data.index import AnnotationIndex, PolygonOutlines
-from rfdetr.data.masks import RLE, fill_polygon, rasterise, to_rle
+from rfdetr.data.masks import RLE, encode, fill_polygon, rasterise, to_rle
 from rfdetr.data.transforms import EvalTransform, TrainTransform, normalise
 from rfdetr.errors import DatasetError
 
@@ -54,8 +54,9 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     centre y, width, height in fractions, `labels`, `image_id`, `area`, `iscrowd`, `orig_size` and
     `size` as (H, W), with `masks` also `masks` (n, H, W) bool. Crowd regions are not in them;
     outside training they come as `crowd_boxes` (m, 4) x0 y0 x1 y1 in pixels of the original
-    picture, `crowd_labels` and, with `masks`, `crowd_masks` (RLE). An item is a function of
-    `seed` and its key, whatever the worker. Raises DatasetError that names the file.
+    picture, `crowd_labels` and, with `masks`, `crowd_masks` (RLE); the objects' masks in the
+    original size come as `mask_codes` (RLE), since `masks` follows the resize. An item is a
+    function of `seed` and its key, whatever the worker. Raises DatasetError that names the file.
     """
 
     def __init__(
@@ -106,8 +107,11 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         if isinstance(self.transform, TrainTransform):
             image, shapes, masks = self._finish(image, shapes, masks, rng)
         target = self._target(key.image, file, shapes, masks)
-        if crowd.any() and isinstance(self.transform, EvalTransform):
-            target |= self._crowd(rows[crowd], file)
+        if isinstance(self.transform, EvalTransform):
+            if self.masks:
+                target["mask_codes"] = [encode(self._mask(int(r), file)) for r in shapes.rows]
+            if crowd.any():
+                target |= self._crowd(rows[crowd], file)
         return image, target
 
     def _shapes(self, rows: npt.NDArray[np.int64], file: ImageFile) -> Shapes:

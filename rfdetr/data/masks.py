@@ -35,6 +35,11 @@ def to_rle(segmentation: Any, height: int, width: int) -> RLE:
     return dict(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
 
 
+def encode(mask: Mask) -> RLE:
+    """A mask (H, W) as compressed run lengths."""
+    return dict(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+
+
 def _numbers(polygon: Any) -> list[float]:
     try:
         values = np.asarray(polygon, np.float64)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as mask_api
 
+from rfdetr.data.masks import to_rle
 from rfdetr.errors import InputError
 
 IouType = Literal["bbox", "segm"]
@@ -197,9 +198,8 @@ def _rle(row: Mapping[str, Any], sizes: Mapping[int, tuple[Any, Any]]) -> dict[s
             f"row {row.get('id', '')} of image {row['image_id']} has no 'segmentation'; "
             "mask metrics need one in every row."
         )
-    height, width = sizes[row["image_id"]]
-    if isinstance(shape, list):
-        return dict(mask_api.merge(mask_api.frPyObjects(shape, height, width)))
-    if isinstance(shape["counts"], list):
-        return dict(mask_api.frPyObjects(shape, height, width))
-    return dict(shape)
+    if isinstance(shape, dict):
+        if isinstance(shape["counts"], bytes):  # made by pycocotools in this process
+            return dict(shape)
+        return to_rle(shape, *shape["size"])
+    return to_rle(shape, *sizes[row["image_id"]])

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
-from rfdetr.evaluation.coco import evaluate_coco
+from rfdetr.data.masks import rasterise
+from rfdetr.evaluation.coco import CocoEvaluator, evaluate_coco
+from rfdetr.training import RFDETRDataModule
 from tests.datasets import make_coco
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 
@@ -67,3 +71,37 @@ def test_validate_of_a_fresh_module_names_the_classes(trained):
     logged = {key.removeprefix("val/AP/") for key in fresh.metrics() if "/AP/" in key}
     assert logged
     assert logged <= names
+
+
+def test_masks_are_scored_in_the_original_size(tmp_path):
+    """The metric's truth is that of the file, not the masks resized with the image."""
+    root = make_coco(
+        tmp_path / "data", splits={"train": 4, "val": 4}, crowd=True, segmentation=True
+    )
+    config = tiny_run(root, tmp_path / "output", dataset_file="coco")
+    data = RFDETRDataModule(tiny_model(segmentation_head=True), config)
+    data.setup("validate")
+    (file,) = root.rglob("*val*.json")
+    document = json.loads(file.read_text())
+    evaluator = CocoEvaluator(("segm",))
+    for _, targets in data.val_dataloader():
+        evaluator.update([perfect(document, target) for target in targets], targets)
+    result = evaluator.compute()
+    assert result.segm.summary.ap == pytest.approx(1.0)
+
+
+def perfect(document, target):
+    """The file's own masks as detections."""
+    rows = [
+        row
+        for row in document["annotations"]
+        if row["image_id"] == int(target["image_id"]) and not row["iscrowd"]
+    ]
+    height, width = target["orig_size"].tolist()
+    masks = [rasterise(row["segmentation"], height, width) for row in rows]
+    return {
+        "scores": torch.ones(len(rows)),
+        "labels": torch.tensor([row["category_id"] for row in rows]),
+        "boxes": torch.zeros(len(rows), 4),
+        "masks": torch.from_numpy(np.array(masks).reshape(-1, 1, height, width)).bool(),
+    }
