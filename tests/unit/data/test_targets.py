@@ -1,0 +1,174 @@
+"""Annotation rows to targets, against the stored conversions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rfdetr.data.categories import CategoryTable
+from rfdetr.data.coco import build_index
+from rfdetr.data.coco_json import read_coco
+from rfdetr.data.dataset import DetectionDataset
+from rfdetr.data.layouts import detect_layout
+from rfdetr.data.transforms import EvalTransform
+from rfdetr.data.yolo import YoloSplits, parse_line, read_labels
+from rfdetr.errors import DatasetError
+
+WIDTH, HEIGHT = 40, 30
+IDS = (4, 9, 11)
+
+
+class Unchanged(EvalTransform):
+    """The picture at its own size, so that boxes are those of the file."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def view(self, height: int, width: int, rng: object = None) -> object:  # type: ignore[override]
+        from rfdetr.data.geometry import View
+
+        return View(0, 0, height, width, height, width)
+
+
+@pytest.fixture
+def conversion(parity: Path) -> dict:
+    return json.loads((parity / "training/dataset_conversion.json").read_text())
+
+
+def coco_dataset(folder: Path, rows: list[dict], labels: dict[int, int], masks: bool) -> tuple:
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "a.png")
+    for i, row in enumerate(rows):
+        row.update(id=i + 1, image_id=3)
+    document = {
+        "images": [{"id": 3, "file_name": "a.png", "width": WIDTH, "height": HEIGHT}],
+        "annotations": rows,
+        "categories": [{"id": i, "name": f"c{i}"} for i in IDS],
+    }
+    path = folder / "_annotations.coco.json"
+    path.write_text(json.dumps(document))
+    table = CategoryTable(labels, tuple(f"c{i}" for i in range(max(labels.values()) + 1)))
+    index = build_index(read_coco(path), folder, table, masks=masks)
+    return DetectionDataset(index, Unchanged(), masks=masks)[0]
+
+
+def check(target: dict, expected: dict) -> None:
+    scale = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
+    boxes = target["boxes"] * scale
+    corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
+    torch.testing.assert_close(corners, torch.tensor(expected["boxes"]), atol=1e-4, rtol=0)
+    for key in ("labels", "image_id", "area", "iscrowd", "orig_size", "size"):
+        assert target[key].tolist() == expected[key], key
+    assert target["boxes"].dtype == target["area"].dtype == torch.float32
+    for key in ("labels", "image_id", "iscrowd", "orig_size", "size"):
+        assert target[key].dtype == torch.int64, key
+
+
+def test_mapped_ids(conversion: dict, tmp_path: Path) -> None:
+    coco = conversion["coco"]
+    labels = {int(k): v for k, v in coco["cat2label"].items()}
+    _, target = coco_dataset(tmp_path, coco["annotations"], labels, False)
+    check(target, coco["expected_remapped"])
+    assert "masks" not in target
+
+
+def test_raw_ids(conversion: dict, tmp_path: Path) -> None:
+    coco = conversion["coco"]
+    _, target = coco_dataset(tmp_path, coco["annotations"], {i: i for i in IDS}, False)
+    check(target, coco["expected_raw_ids"])
+
+
+def test_masks_and_crowd_regions(conversion: dict, tmp_path: Path) -> None:
+    coco = conversion["coco"]
+    labels = {int(k): v for k, v in coco["cat2label"].items()}
+    _, target = coco_dataset(tmp_path, coco["annotations"], labels, True)
+    expected = coco["expected_with_masks"]
+    check(target, expected)
+    assert target["masks"].dtype == torch.bool
+    stored = [np.array([list(row) for row in mask]) == "1" for mask in expected["masks_rows"]]
+    np.testing.assert_array_equal(target["masks"], stored)
+    assert target["crowd_boxes"].tolist() == [[1, 1, 31, 26]]
+    assert target["crowd_labels"].tolist() == [1]
+    (crowd,) = target["crowd_masks"]
+    assert crowd["size"] == [HEIGHT, WIDTH]
+    assert isinstance(crowd["counts"], bytes)
+
+
+def test_empty_segmentation_is_an_empty_mask_and_one_warning(tmp_path: Path) -> None:
+    row = {"bbox": [1, 1, 5, 5], "category_id": 4, "area": 25}
+    with pytest.warns(UserWarning, match="without a segmentation"):
+        _, target = coco_dataset(tmp_path, [row, {**row, "segmentation": []}], {4: 0}, True)
+    assert target["masks"].shape == (2, HEIGHT, WIDTH)
+    assert not target["masks"].any()
+
+
+def test_missing_area_is_that_of_the_box(tmp_path: Path) -> None:
+    row = {"bbox": [1, 1, 5, 4], "category_id": 4}
+    _, target = coco_dataset(tmp_path, [row], {4: 0}, False)
+    assert target["area"].tolist() == [20.0]
+
+
+def test_no_objects(tmp_path: Path) -> None:
+    _, target = coco_dataset(tmp_path, [], {4: 0}, True)
+    assert target["boxes"].shape == (0, 4)
+    assert target["masks"].shape == (0, HEIGHT, WIDTH)
+    assert target["labels"].shape == target["area"].shape == (0,)
+
+
+def test_broken_segmentation_names_the_file(tmp_path: Path) -> None:
+    row = {"bbox": [1, 1, 5, 5], "category_id": 4, "segmentation": {"size": [2, 2], "counts": [4]}}
+    with pytest.raises(DatasetError, match=r"a\.png.*RLE size"):
+        coco_dataset(tmp_path, [row], {4: 0}, True)
+
+
+def yolo_dataset(root: Path, lines: list[str], masks: bool) -> DetectionDataset:
+    for folder in ("train/images", "train/labels"):
+        (root / folder).mkdir(parents=True)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "train/images/a.png")
+    (root / "train/labels/a.txt").write_text("\n".join(lines))
+    (root / "data.yaml").write_text("names: [a, b, c]\n")
+    index = YoloSplits(detect_layout(root), masks=masks).index("train")
+    return DetectionDataset(index, Unchanged(), masks=masks)
+
+
+def test_yolo_lines(conversion: dict, tmp_path: Path) -> None:
+    cases = conversion["yolo"]["lines"]
+    good = [case for case in cases if not case["error"]]
+    dataset = yolo_dataset(tmp_path, [case["line"] for case in good], True)
+    boxes = dataset.index.pixel_boxes(dataset.index.rows(0), WIDTH, HEIGHT)
+    np.testing.assert_allclose(boxes, [case["xyxy_before_clip"] for case in good], atol=1e-4)
+    _, target = dataset[0]
+    assert target["labels"].tolist() == [case["class_id"] for case in good]
+    assert target["masks"].sum((1, 2)).tolist() == [case["mask_pixels_pil"] for case in good]
+    limits = np.array([WIDTH, HEIGHT, WIDTH, HEIGHT])
+    clipped = np.clip([case["xyxy_before_clip"] for case in good], 0, limits)
+    areas = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])
+    np.testing.assert_allclose(target["area"], areas, rtol=1e-4)
+
+
+def test_yolo_bad_lines_come_together_with_their_numbers(conversion: dict, tmp_path: Path) -> None:
+    bad = [case["line"] for case in conversion["yolo"]["lines"] if case["error"]]
+    for line in bad:
+        with pytest.raises(ValueError, match=r"."):
+            parse_line(line, 3)
+    with pytest.raises(DatasetError) as caught:
+        yolo_dataset(tmp_path, ["0 0.5 0.5 0.1 0.1", *bad, "1 nan 0.5 0.1 0.1"], False)
+    text = str(caught.value)
+    for number in range(2, len(bad) + 3):
+        assert f"a.txt, line {number}:" in text
+    assert f"{len(bad) + 1} problem(s)" in text
+
+
+def test_yolo_label_file_with_blank_lines_and_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf0 0.5 0.5 0.1 0.1\r\n\r\n   \n")
+    rows, problems = read_labels(path, 1)
+    assert [row.line for row in rows] == [1]
+    assert problems == []
+    assert read_labels(tmp_path / "none.txt", 1) == ([], [])
+    path.write_bytes(b"\xff\xfe0 0.5")
+    assert "UTF-8" in read_labels(path, 1)[1][0].reason
