@@ -140,7 +140,7 @@ class _GroupHeads:
 
     def _normalise(self, rows: Tensor) -> Tensor:
         weight, bias = self.norm
-        normed = F.layer_norm(rows, rows.shape[-1:], eps=1e-5)
+        normed = F.layer_norm(rows, (int(rows.shape[-1]),), eps=1e-5)
         return torch.addcmul(bias[:, None].to(normed.dtype), normed, weight[:, None])
 
 

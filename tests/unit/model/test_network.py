@@ -1,0 +1,199 @@
+"""Structure, initial weights, and the options of the network."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from parity_case import config, manifest
+from small import images, small_config, small_network, targets, weighted
+from torch import nn
+
+from rfdetr.config import MODEL_CONFIGS
+from rfdetr.errors import ConfigError
+from rfdetr.model.criterion import build_criterion
+from rfdetr.model.lora import DoRALinear
+from rfdetr.model.network import RFDETRNetwork
+from rfdetr.weights.legacy import to_legacy
+
+# model specification, section 1: total, encoder, state-dict entries; mask token included
+COUNTS = {
+    "nano": (30_467_298, 21_821_184, 465),
+    "small": (32_111_170, 21_993_216, 487),
+    "medium": (33_687_458, 22_097_664, 509),
+    "base": (32_174_530, 22_056_576, 487),
+    "large": (33_933_218, 22_343_424, 509),
+    "large-deprecated": (135_637_474, 86_580_480, 533),
+    "seg-preview": (34_153_555, 21_968_640, 544),
+    "seg-nano": (33_577_475, 21_730_560, 544),
+    "seg-small": (33_711_107, 21_864_192, 544),
+    "seg-medium": (35_694_259, 21_968_640, 572),
+    "seg-large": (35_873_971, 22_148_352, 572),
+    "seg-xlarge": (38_113_635, 22_509_312, 600),
+    "seg-2xlarge": (38_648_163, 23_043_840, 600),
+}
+
+
+@pytest.mark.parametrize("variant", MODEL_CONFIGS)
+def test_parameter_counts(variant: str) -> None:
+    with torch.device("meta"):
+        model = RFDETRNetwork(MODEL_CONFIGS[variant](pretrain_weights=None))
+    token = model.encoder.mask_token.numel()
+    total = sum(p.numel() for p in model.parameters()) + token
+    encoder = sum(p.numel() for p in model.encoder.parameters()) + token
+    assert (total, encoder, len(to_legacy(model.state_dict()))) == COUNTS[variant]
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny-reg", "tiny-ms", "tiny-seg", "nano", "base"])
+def test_state_dict_has_the_order_and_shapes_of_legacy_files(variant: str) -> None:
+    with torch.device("meta"):
+        model = RFDETRNetwork(config(variant))
+    found = [(name, list(t.shape)) for name, t in to_legacy(model.state_dict()).items()]
+    assert found == [(p["name"], p["shape"]) for p in manifest(variant)["params"]]
+
+
+def _like_uniform(weight: torch.Tensor, bound: float) -> bool:
+    return bool(weight.abs().max() <= bound and weight.std() > 0.9 * bound / math.sqrt(3))
+
+
+def test_initial_weights_of_the_encoder() -> None:
+    encoder = small_network(encoder="dinov2_registers_windowed_small").encoder
+    weights = [m.weight for m in encoder.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    for weight in [*weights, encoder.pos_embed, encoder.cls_token]:
+        assert weight.std().item() == pytest.approx(0.02, rel=0.4)
+    biases = [m.bias for m in encoder.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert not any(bias.any() for bias in biases)
+    assert not encoder.reg_token.any()
+    assert not encoder.mask_token.any()
+    for block in encoder.blocks:
+        assert (block.ls1.gamma == 1).all()
+        assert block.norm1.eps == 1e-6
+
+
+def test_initial_weights_of_transformer_and_heads() -> None:
+    model = small_network()
+    width, heads = 32, 8
+    layer = model.transformer.decoder.layers[0]
+    assert _like_uniform(layer.self_attn.in_proj_weight, math.sqrt(6 / (4 * width)))
+    assert _like_uniform(layer.linear1.weight, math.sqrt(6 / (width + 64)))
+    assert _like_uniform(model.transformer.enc_output[2].weight, math.sqrt(6 / (2 * width)))
+    assert not layer.self_attn.in_proj_bias.any()
+    assert layer.linear1.bias.any()
+    attention = layer.cross_attn
+    assert not attention.sampling_offsets.weight.any()
+    assert not attention.attention_weights.weight.any()
+    star = attention.sampling_offsets.bias.reshape(heads, 1, 2, 2)
+    angle = 2 * math.pi * np.arange(heads) / heads
+    ray = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    ray /= np.abs(ray).max(axis=-1, keepdims=True)
+    assert np.allclose(star[:, 0, 0].detach().numpy(), ray, atol=1e-6)
+    assert np.allclose(star[:, 0, 1].detach().numpy(), 2 * ray, atol=1e-6)
+    assert torch.allclose(model.class_embed.bias, torch.tensor(-4.59512), atol=1e-5)
+    assert not model.bbox_embed.layers[2].weight.any()
+    assert not model.refpoint_embed.weight.any()
+    assert model.query_feat.weight.std().item() == pytest.approx(1, rel=0.1)
+    for group in range(3):
+        copied = model.transformer.enc_out_class_embed[group].weight
+        assert torch.equal(copied, model.class_embed.weight)
+    outputs = model.transformer.enc_output
+    assert not torch.equal(outputs[0].weight, outputs[1].weight)
+
+
+def test_resize_head_changes_every_head() -> None:
+    model = small_network()
+    before = model.class_embed.weight.clone()
+    model.resize_head(9)
+    assert torch.equal(model.class_embed.weight, before[torch.arange(9) % 6])
+    assert model(images())["pred_logits"].shape[-1] == 9
+    model.resize_head(2)
+    assert model(images())["enc_outputs"]["pred_logits"].shape[-1] == 2
+    with pytest.raises(ConfigError):
+        model.resize_head(0)
+
+
+def test_drop_path_acts_in_training_only_and_can_be_set_later() -> None:
+    model = small_network()
+    model.train()
+    still = model.encoder(images())[-1]
+    model.set_drop_path([0.0, 0.5, 0.9, 0.9])
+    assert not torch.allclose(model.encoder(images())[-1], still)
+    assert torch.equal(model.eval().encoder(images())[-1], still)
+    model.train().set_drop_path([0.0] * 4)
+    assert torch.equal(model.encoder(images())[-1], still)
+    with pytest.raises(ConfigError, match="4 blocks"):
+        model.set_drop_path([0.1])
+    built = small_network(drop_path=0.3).encoder.blocks
+    assert {block.drop_path1.drop_prob for block in built} == {0.3}
+
+
+def _gradients(model: RFDETRNetwork, counts: tuple[int, ...] = (2, 1)) -> dict[str, torch.Tensor]:
+    masks = model.segmentation_head is not None
+    criterion = build_criterion(model.config).train()
+    model.train().zero_grad()
+    torch.manual_seed(3)
+    losses = criterion(model(images(len(counts))), targets(counts, masks=masks))
+    weighted(losses, criterion.weight_dict).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    plain, thrifty = (
+        _gradients(small_network()),
+        _gradients(small_network(gradient_checkpointing=True)),
+    )
+    assert all(torch.allclose(plain[name], thrifty[name], atol=1e-5) for name in plain)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("counts", [(2, 1), (0, 3), (0, 0)])
+def test_every_trainable_parameter_gets_a_gradient(masks: bool, counts: tuple[int, ...]) -> None:
+    """Plain DDP waits for ever for a parameter without one."""
+    model = small_network(masks=masks)
+    grads = _gradients(model, counts)
+    assert [name for name, grad in grads.items() if grad is None] == []
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n in model.state_dict() if ".blocks.3." in n}
+
+
+def test_freeze_encoder_leaves_the_projector_trainable() -> None:
+    model = small_network(freeze_encoder=True)
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    assert all(p.requires_grad for p in model.backbone[0].projector.parameters())
+
+
+def test_adapters_start_as_identity_and_train_alone_in_the_encoder() -> None:
+    plain, adapted = small_network().eval(), small_network(backbone_lora=True).eval()
+    report = adapted.load_state_dict(plain.state_dict(), strict=False)
+    assert not report.unexpected_keys
+    assert all("lora_" in key or "magnitude" in key for key in report.missing_keys)
+    image = images()
+    assert torch.allclose(plain.encoder(image)[-1], adapted.encoder(image)[-1], atol=1e-5)
+    trained = {
+        n.rsplit(".", 1)[1] for n, p in adapted.encoder.named_parameters() if p.requires_grad
+    }
+    assert trained == {"lora_a", "lora_b", "magnitude"}
+    grads = _gradients(adapted)
+    assert grads["backbone.0.encoder.blocks.0.attn.qkv.lora_b"].abs().sum() > 0
+
+
+def test_merged_adapter_equals_the_adapted_layer() -> None:
+    layer = DoRALinear.from_linear(nn.Linear(8, 12), parts=3)
+    nn.init.normal_(layer.lora_b)
+    merged = nn.functional.linear(torch.eye(8), layer.merged_weight(), layer.bias)
+    assert torch.allclose(layer(torch.eye(8)), merged)
+    assert torch.allclose(layer.merged_weight().norm(dim=1), layer.magnitude)
+
+
+def test_fewer_cells_than_queries() -> None:
+    model = small_network(num_queries=50).eval()
+    outputs = model(images())
+    assert outputs["pred_logits"].shape == (2, 50, 6)
+    assert outputs["enc_outputs"]["pred_logits"].shape == (2, 36, 6)
+
+
+def test_config_decides_the_loss_weights() -> None:
+    weights = build_criterion(small_config(masks=True)).weight_dict
+    assert len(weights) == 5 * 3
+    assert weights["loss_mask_ce_enc"] == 5.0
