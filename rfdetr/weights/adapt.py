@@ -7,7 +7,6 @@ patch size, width, depth, or a segmentation head on one side only) is named by `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +80,7 @@ def structure_problems(container: Container, config: ModelConfig) -> str | None:
     )
     return (
         f"{container.path} does not fit {type(config).__name__}: {differences}. "
-        f"{_matching_configs(container, found)}"
+        f"{_matching_configs(container)}"
     )
 
 
@@ -132,7 +131,9 @@ def _structure_of_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _matching_configs(container: Container, found: Mapping[str, Any]) -> str:
+def fitting_configs(container: Container) -> list[type[ModelConfig]]:
+    """Released configurations of the file's structure; only those of its resolution, if any."""
+    found = _structure_of_file(container)
     table = container.weights.get(POSITIONS)
     near, same = [], []
     for cls in MODEL_CONFIGS.values():
@@ -140,10 +141,14 @@ def _matching_configs(container: Container, found: Mapping[str, Any]) -> str:
         wanted = _structure_of_config(config)
         if any(found[name] != wanted[name] for name in found):
             continue
-        near.append(cls.__name__)
+        near.append(cls)
         if table is not None and table.shape[1] == 1 + config.positional_encoding_size**2:
-            same.append(cls.__name__)
-    names = same or near
+            same.append(cls)
+    return same or near
+
+
+def _matching_configs(container: Container) -> str:
+    names = [cls.__name__ for cls in fitting_configs(container)]
     if names:
         return f"The file fits {' or '.join(names)}."
     return "No released variant fits; set these fields of a configuration to the file's values."

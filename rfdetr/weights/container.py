@@ -88,7 +88,7 @@ def parse_container(content: Any, path: str) -> Container:
         ema=_averaged(content, path),
         args=args,
         model_config=model_config,
-        model_name=_text(content.get("model_name")),
+        model_name=_text(content.get("model_name") or hyper.get("model_name")),
         epoch=_whole(content.get("epoch")),
         global_step=_whole(content.get("global_step")),
         class_names=names,

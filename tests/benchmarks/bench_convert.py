@@ -1,0 +1,127 @@
+"""Time and memory of convert_legacy_checkpoint against torch.load + torch.save of the same file.
+
+    python tests/benchmarks/bench_convert.py --variant nano --ema
+
+Prints one JSON object. `ratio` is the median time over that of torch.load(weights_only=True) +
+torch.save, both warm and in this process; `memory_ratio` is the growth of resident memory at its
+peak, in a fresh process that has imported everything, over the size of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rfdetr.config import MODEL_CONFIGS
+from rfdetr.model.network import build_network
+from rfdetr.training.checkpoint import convert_legacy_checkpoint
+from rfdetr.weights.legacy import to_legacy
+
+MEMORY = """
+import sys, threading, psutil, torch
+from rfdetr.training.checkpoint import convert_legacy_checkpoint
+process, peak, done = psutil.Process(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, process.memory_info().rss)
+        done.wait(0.002)
+before = process.memory_info().rss
+watcher = threading.Thread(target=watch)
+watcher.start()
+convert_legacy_checkpoint(sys.argv[1], sys.argv[2])
+done.set()
+watcher.join()
+print(peak - before)
+"""
+
+
+def legacy_file(path: Path, variant: str, *, ema: bool, optimizer: bool) -> None:
+    """A file as the old training loop wrote it: weights, Namespace, optimizer, averaged weights."""
+    config = MODEL_CONFIGS[variant](pretrain_weights=None)  # type: ignore[call-arg]
+    network = build_network(config)
+    content: dict[str, Any] = {"model": to_legacy(network.state_dict()), "epoch": 3}
+    settings = (
+        "resolution",
+        "patch_size",
+        "num_windows",
+        "dec_layers",
+        "num_queries",
+        "group_detr",
+    )
+    content["args"] = argparse.Namespace(**{name: getattr(config, name) for name in settings})
+    content["args"].pretrain_weights = type(config).model_fields["pretrain_weights"].default
+    if ema:
+        content["ema_model"] = {n: v.clone() for n, v in content["model"].items()}
+    if optimizer:
+        adam = torch.optim.AdamW(network.parameters())
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        adam.step()
+        content["optimizer"] = adam.state_dict()
+    torch.save(content, path)
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Median wall time of `repeats` calls after one warm-up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Write the file, convert it, and relate time and memory to the plain round trip."""
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        old, new, copy = (Path(folder) / name for name in ("old.pth", "new.ckpt", "copy.pth"))
+        legacy_file(old, arguments.variant, ema=arguments.ema, optimizer=arguments.optimizer)
+        plain = seconds(
+            lambda: torch.save(_plain_load(old), copy),
+            arguments.repeats,
+        )
+        ours = seconds(lambda: convert_legacy_checkpoint(old, new), arguments.repeats)
+        report = convert_legacy_checkpoint(old, new)
+        command = [sys.executable, "-c", MEMORY, str(old), str(new)]
+        grown = int(subprocess.run(command, check=True, capture_output=True).stdout.split()[-1])
+        size = old.stat().st_size
+    return {
+        "variant": arguments.variant,
+        "threads": arguments.threads,
+        "file_mb": round(size / 1e6, 1),
+        "load_save_s": round(plain, 3),
+        "convert_s": round(ours, 3),
+        "ratio": round(ours / plain, 2),
+        "peak_mb": round(grown / 1e6, 1),
+        "memory_ratio": round(grown / size, 2),
+        "compared": report.compared,
+        "max_abs_difference": report.max_abs_difference,
+    }
+
+
+def _plain_load(path: Path) -> Any:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variant", default="nano", choices=sorted(MODEL_CONFIGS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ema", action="store_true")
+    parser.add_argument("--optimizer", action="store_true")
+    print(json.dumps(measure(parser.parse_args())))
