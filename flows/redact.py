@@ -20,6 +20,8 @@ _SECRET_NAME = re.compile(
 )
 _NOT_SECRET = re.compile(r"(?:cls|reg|class|mask|num|max|min|pad|eos|bos)_tokens?$", re.IGNORECASE)
 
+_FOLDERS = {"PWD", "OLDPWD"}  # the shell's folders, not passwords
+
 _URI_USERINFO = re.compile(
     r"(?P<scheme>\b[a-z][a-z0-9+.\-]*://)"
     r"(?P<user>[^\s/?#'\"<>]+|[^\s/:@]*:(?!\d+/)[^\s@'\"<>]+)@",  # or a raw / in it
@@ -85,7 +87,7 @@ def _literals() -> list[str]:
     found: set[str] = set()
     for name, value in os.environ.items():
         found.update(_URI_PASSWORD.findall(value))
-        if is_secret_name(name):
+        if is_secret_name(name) and name not in _FOLDERS:
             found.add(value)
     return sorted((value for value in found if len(value) >= MIN_LITERAL), key=len, reverse=True)
 

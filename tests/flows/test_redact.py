@@ -110,3 +110,10 @@ def test_names_of_machine_learning_tokens_are_not_secret() -> None:
 def test_masking_twice_changes_nothing(text: str, prefix: str) -> None:
     once = redact(prefix + text)
     assert redact(once) == once
+
+
+def test_the_working_folder_is_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/srv/pipeline")
+    monkeypatch.setenv("OLDPWD", "/home/anna")
+    text = 'File "/srv/pipeline/flows/fit.py", called from /home/anna'
+    assert redact(text) == text
