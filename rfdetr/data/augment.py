@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,9 @@ class Augmentation:
         if problems:
             raise ConfigError("aug_config: " + " ".join(problems))
         boxes = A.BboxParams(format="pascal_voc", label_fields=["kept"])
-        self._compose = A.Compose(transforms, bbox_params=boxes)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Got processor for bboxes")  # pixel transforms only
+            self._compose = A.Compose(transforms, bbox_params=boxes)
 
     def __call__(
         self, image: Pixels, shapes: Shapes, masks: Masks | None, seed: int
@@ -95,8 +98,6 @@ def _build(library: Any, config: Mapping[str, Any], problems: list[str]) -> list
 
 def _construct(kind: Any, values: dict[str, Any], problems: list[str]) -> Any:
     """The transform; Albumentations only warns about an unknown argument, we refuse it."""
-    import warnings
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)

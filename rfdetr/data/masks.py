@@ -13,6 +13,7 @@ from rfdetr.errors import DatasetError
 
 Mask = npt.NDArray[np.bool_]
 RLE = dict[str, Any]
+FAR = 16  # picture sides: pycocotools walks along outlines, so a point at 1e9 would take minutes
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> RLE:
@@ -27,7 +28,7 @@ def to_rle(segmentation: Any, height: int, width: int) -> RLE:
         raise DatasetError(f"a segmentation must be polygons or RLE, found {segmentation!r:.60}.")
     polygons = []
     for polygon in segmentation or []:
-        values = _numbers(polygon)
+        values = _numbers(polygon, FAR * max(height, width))
         if len(values) >= 6:
             polygons.append(values[: len(values) // 2 * 2])
     if not polygons:
@@ -40,14 +41,14 @@ def encode(mask: Mask) -> RLE:
     return dict(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
-def _numbers(polygon: Any) -> list[float]:
+def _numbers(polygon: Any, limit: float) -> list[float]:
     try:
         values = np.asarray(polygon, np.float64)
     except (TypeError, ValueError):
-        values = np.empty(0)
+        values = np.array([np.nan])
     if values.ndim != 1 or not np.isfinite(values).all():
         raise DatasetError(f"a polygon must be a list of finite numbers, found {polygon!r:.60}.")
-    listed: list[float] = values.tolist()
+    listed: list[float] = values.clip(-limit, limit).tolist()
     return listed
 
 

@@ -174,7 +174,7 @@ def test_many_bad_rows_of_a_long_file_take_linear_time(tmp_path: Path) -> None:
     assert time.process_time() - start < 10
     assert len(coco.problems) == 10_001
     assert "20000 further" in coco.problems[-1].reason
-    with pytest.raises(DatasetError, match="further problems|and [0-9]+ more"):
+    with pytest.raises(DatasetError, match="and 9981 more"):
         read_coco(path)
 
 

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from rfdetr.data.masks import rasterise, to_rle
+from rfdetr.errors import DatasetError
+
+
+def drawings() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    masks = [rng.random((h, w)) < 0.5 for h, w in rng.integers(1, 40, (20, 2))]
+    masks += [np.kron(m, np.ones((9, 7))) > 0 for m in masks[:10]]
+    return [*masks, np.zeros((5, 4), bool), np.ones((300, 400), bool)]
+
+
+@pytest.mark.parametrize("form", ["text", "bytes", "counts"])
+def test_run_lengths(form: str) -> None:
+    for mask in drawings():
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        counts: Any = rle["counts"].decode()
+        if form == "counts":
+            flat = mask.ravel(order="F").astype(int)
+            edges = np.flatnonzero(np.diff(flat, prepend=0)).tolist()
+            counts = np.diff([0, *edges, flat.size]).tolist()
+        elif form == "bytes":
+            assert to_rle({"size": list(mask.shape), "counts": counts}, *mask.shape) == rle
+        found = rasterise({"size": list(mask.shape), "counts": counts}, *mask.shape)
+        np.testing.assert_array_equal(found, mask)
+
+
+def test_union_of_polygons_and_what_is_skipped() -> None:
+    square, other = [1, 1, 5, 1, 5, 5, 1, 5], [4, 4, 8, 4, 8, 8, 4, 8]
+    union = rasterise([square], 10, 12) | rasterise([other], 10, 12)
+    np.testing.assert_array_equal(rasterise([square, other], 10, 12), union)
+    np.testing.assert_array_equal(
+        rasterise([square, [1, 2, 3, 4], []], 10, 12), rasterise([square], 10, 12)
+    )
+    assert rasterise([[-1e12, -1e12, 1e12, -1e12, 1e12, 1e12, -1e12, 1e12]], 10, 12).all()
+    assert not rasterise(None, 10, 12).any()
+    assert not rasterise([], 10, 12).any()
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        "abc",
+        7,
+        [[1, 2, "x", 4, 5, 6]],
+        [[1, 2, None, 4, 5, 6]],
+        [[[1, 2], [3, 4], [5, 6]]],
+        [[float("nan")] * 6],
+        [1, 2, 3, 4, 5, 6],
+        {"size": [10, 12]},
+        {"size": [12, 10], "counts": [120]},
+        {"size": [10, 12], "counts": [119]},
+        {"size": [10, 12], "counts": [-1, 121]},
+        {"size": [10, 12], "counts": [60.0, 60.0]},
+        {"size": [10, 12], "counts": "oooooooooooooo"},
+        {"size": [10, 12], "counts": "\x01"},
+        {"size": [10, 12], "counts": "ü"},
+        {},
+    ],
+)
+def test_nonsense_is_refused(segmentation: Any) -> None:
+    with pytest.raises(DatasetError):
+        rasterise(segmentation, 10, 12)
