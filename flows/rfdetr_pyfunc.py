@@ -96,11 +96,18 @@ def _rows(model_input: Any) -> list[Any]:
             raise MlflowException.invalid_parameter_value(
                 f"column 'image' is missing; found {list(map(str, model_input.columns))}."
             )
-        return list(model_input["image"])
+        return [image for cell in model_input["image"] for image in _images_of(cell)]
     if isinstance(model_input, dict) and "image" in model_input:
-        value = model_input["image"]
-        return list(value) if isinstance(value, list) else [value]
+        return _images_of(model_input["image"])
     return list(model_input) if isinstance(model_input, list) else [model_input]
+
+
+def _images_of(cell: Any) -> list[Any]:
+    """A cell is one image; `{"inputs": {"image": [...]}}` arrives as one cell with all of them."""
+    if isinstance(cell, np.ndarray) and cell.dtype == object:
+        cell = cell.tolist()
+    several = isinstance(cell, list) and cell and all(isinstance(i, str | bytes) for i in cell)
+    return list(cell) if several else [cell]
 
 
 def read_image(value: Any) -> Image.Image:

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import ViewType
 
 
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mlflow import MlflowClient
-
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
     return file
@@ -40,9 +40,7 @@ class MlflowServer:
     """`mlflow server` over one SQLite file, on one port for its whole life."""
 
     def __init__(self, database: str, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._database, self._folder = database, folder
         self._process: subprocess.Popen[bytes] | None = None
@@ -74,9 +72,7 @@ class MlflowServer:
 
     def kill(self) -> None:
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(timeout=20)
+            stop(self._process)
             self._process = None
 
 
@@ -98,3 +94,31 @@ def mlflow_server(tracking_uri: str, tmp_path: Path) -> Iterator[MlflowServer]:
     server = MlflowServer(tracking_uri, tmp_path / "server")
     yield server
     server.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and everything it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=20)
+
+
+def runs(uri: str) -> list:
+    client = MlflowClient(tracking_uri=uri)
+    ids = [e.experiment_id for e in client.search_experiments()]
+    return list(client.search_runs(ids, run_view_type=ViewType.ALL))
+
+
+def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    found = MlflowClient(tracking_uri=uri).get_metric_history(run_id, key)
+    return sorted((m.step, m.value) for m in found)
+
+
+def artifacts(uri: str, run_id: str, path: str | None = None) -> set[str]:
+    return {f.path for f in MlflowClient(tracking_uri=uri).list_artifacts(run_id, path)}
