@@ -160,10 +160,10 @@ def _on_line(state: FitState, log: Any, line: str) -> None:
     line = redact(line)
     log.write(line + "\n")
     log.flush()
-    _say(line)
     progress = parse_progress(line)
     if progress is not None:
         state.update(finished_epochs=progress.epoch)
+    _say(line)
 
 
 def _reason(state: FitState, error: CommandFailed) -> RFDETRError:

@@ -30,6 +30,12 @@ from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 from rfdetr.training.callbacks.best_model import RECORD
 
 STOPPED_STATUS = 128 + signal.SIGTERM
+# Advice of Lightning that does not concern this pipeline.
+NOISE = (
+    "You have overridden `transfer_batch_to_device`",
+    ".*smaller than the logging interval",
+    ".*isinstance\\(treespec, LeafSpec\\)",
+)
 SYSTEM_METRICS_SECONDS = 30.0
 
 
@@ -153,6 +159,8 @@ def main(arguments: list[str]) -> int:
     """`torchrun ... -m flows.fit_worker FOLDER`: status 0 only when the training is finished."""
     die_with_parent()
     _stop_on_sigint()
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
     folder = Path(arguments[0])
     rank = int(os.environ.get("RANK", "0"))
     try:

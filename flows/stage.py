@@ -18,6 +18,7 @@ from rfdetr.errors import ConfigError, RFDETRError
 from rfdetr.files import atomic_path, write_text_atomic
 
 INTERRUPTED = 130
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run_stage(name: str, sections: Sequence[str], body: Callable[[Params], None]) -> int:
@@ -43,13 +44,23 @@ def run_stage(name: str, sections: Sequence[str], body: Callable[[Params], None]
 
 def explain(error: Exception) -> str:
     """One readable text; the traceback comes first when the error is none of ours."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        where = f" while writing {error.filename}" if error.filename else ""
+    full = _full_disk(error)
+    if full is not None:
+        where = f" while writing {full.filename}" if full.filename else ""
         return f"no space left on the device{where}. Free some, then start again."
     if isinstance(error, RFDETRError):
         return redact(str(error))
     trace = "".join(traceback.format_exception(error))
     return redact(f"unexpected {type(error).__name__}\n{trace}\n{type(error).__name__}: {error}")
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The write error behind `error`; torch's writer hides it behind one of its own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def check_unchanged(params: Params, sections: Sequence[str]) -> None:

@@ -33,12 +33,11 @@ class StateError(RFDETRError):
 class RunRecord(BaseModel):
     """`run.json`: what the parts of one training share.
 
-    `attempts` counts those without a new finished epoch; `mlflow_run_id` stays the same.
+    `attempts` counts those without a new finished epoch. The MLflow run stands in journal.json.
     """
 
     fingerprint: str
     inputs: dict[str, Any] = {}
-    mlflow_run_id: str | None = None
     attempts: int = 0
     finished_epochs: int = 0
     epochs_at_start: int = 0

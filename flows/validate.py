@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-
 from flows.pack import open_dataset
 from flows.settings import Environment, Params
 from flows.stage import run_stage

@@ -60,10 +60,10 @@ def test_a_finished_epoch_or_a_stop_on_request_does_not_count(tmp_path: Path) ->
 
 def test_an_unreadable_record_is_begun_again(tmp_path: Path) -> None:
     state = FitState(tmp_path, {})
-    state.update(mlflow_run_id="abc")
-    assert FitState(tmp_path, {}).read().mlflow_run_id == "abc"
+    state.update(seconds=5.0)
+    assert FitState(tmp_path, {}).read().seconds == 5.0
     state.record_file.write_text("{")
-    assert state.read().mlflow_run_id is None
+    assert state.read().seconds == 0.0
 
 
 def test_the_digest_follows_names_and_contents_only(tmp_path: Path) -> None:
