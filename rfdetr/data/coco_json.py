@@ -34,12 +34,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from rfdetr.data.coco_entries import Document
 from rfdetr.data.coco_rows import (
     FAILURES,
     MAX_PROBLEMS,
     SECTIONS,
     UNKNOWN,
-    Document,
     Lines,
     Problem,
     Rows,

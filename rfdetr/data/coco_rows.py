@@ -1,66 +1,23 @@
-"""Entries of a COCO file: their types, and a slow reading that says what is wrong with each."""
+"""The slow reading of a COCO file: entry by entry, with what is wrong with each."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+
+from rfdetr.data.coco_entries import FIELDS, KINDS, AnnotationRow, Raw, SegmentationText
 
 UNKNOWN = -(2**63)  # an id, width or height that the file does not give
 MAX_PROBLEMS = 10_000  # of one section; the rest is counted
 SECTIONS = ("images", "annotations", "categories")
 
-Raw = msgspec.Raw
-Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 FAILURES = (ValueError, RecursionError)  # msgspec's errors and UnicodeDecodeError are ValueErrors
-NO_BYTES = Raw(b"")
-
-
-class ImageRow(msgspec.Struct, gc=False):
-    """An entry of "images"."""
-
-    id: Int64
-    file_name: Annotated[str, msgspec.Meta(min_length=1)]
-    width: Int64 | None = None
-    height: Int64 | None = None
-
-
-class AnnotationRow(msgspec.Struct, gc=False):
-    """An entry of "annotations"; the segmentation stays text."""
-
-    image_id: Int64
-    category_id: Int64
-    bbox: tuple[float, float, float, float]
-    id: Int64 | None = None
-    area: float | None = None
-    iscrowd: bool | Int64 | None = 0
-    segmentation: Raw = NO_BYTES
-
-
-class CategoryRow(msgspec.Struct, gc=False):
-    """An entry of "categories"."""
-
-    id: Int64
-    name: Annotated[str, msgspec.Meta(min_length=1)]
-    supercategory: str | None = None
-
-
-class Document(msgspec.Struct, gc=False):
-    """A well-formed file in one pass."""
-
-    images: list[ImageRow]
-    annotations: list[AnnotationRow]
-    categories: list[CategoryRow]
-
-
-class _Outline(msgspec.Struct, gc=False):
-    segmentation: Raw = NO_BYTES
 
 
 @dataclass(frozen=True)
@@ -199,7 +156,7 @@ def section_rows(
 def _check_section(
     name: str, raws: Sequence[msgspec.Raw], data: bytes, text: bytes
 ) -> tuple[Rows, list[Problem]]:
-    kind = _KINDS[name]
+    kind = KINDS[name]
     decoder = msgspec.json.Decoder(kind)
     lines = Lines(data)
     entries: list[msgspec.Struct] = []
@@ -246,7 +203,7 @@ def _examine(
     if not isinstance(entry, dict):
         return None, [place.problem(None, _short(entry), "is not an object {}")]
     problems, values = [], {}
-    for key, (convert, need, required) in _FIELDS[kind].items():
+    for key, (convert, need, required) in FIELDS[kind].items():
         value = entry.get(key)
         if value is not None:
             try:
@@ -261,67 +218,8 @@ def _examine(
     if problems:
         return None, problems
     if kind is AnnotationRow:
-        values["segmentation"] = msgspec.json.decode(raw, type=_Outline).segmentation
+        values["segmentation"] = msgspec.json.decode(raw, type=SegmentationText).segmentation
     return kind(**values), []
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-        raise TypeError
-    if not -(2**63) <= value < 2**63:
-        raise OverflowError
-    return int(value)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError
-    return float(value)
-
-
-def _box(value: Any) -> tuple[float, ...]:
-    if not isinstance(value, list) or len(value) != 4:
-        raise TypeError
-    return tuple(_number(v) for v in value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise TypeError
-    return value.encode("utf-16", "surrogatepass").decode("utf-16")
-
-
-def _flag(value: Any) -> int:
-    return int(value) if isinstance(value, bool) else _integer(value)
-
-
-_KINDS: dict[str, type[msgspec.Struct]] = {
-    "images": ImageRow,
-    "annotations": AnnotationRow,
-    "categories": CategoryRow,
-}
-# key -> (conversion, what it must be, whether it must be there)
-_FIELDS: dict[type[msgspec.Struct], dict[str, tuple[Callable[[Any], Any], str, bool]]] = {
-    ImageRow: {
-        "id": (_integer, "an integer", True),
-        "file_name": (_text, "a text", True),
-        "width": (_integer, "an integer", False),
-        "height": (_integer, "an integer", False),
-    },
-    AnnotationRow: {
-        "image_id": (_integer, "an integer", True),
-        "category_id": (_integer, "an integer", True),
-        "bbox": (_box, "a list of four finite numbers [x, y, width, height]", True),
-        "id": (_integer, "an integer", False),
-        "area": (_number, "a finite number", False),
-        "iscrowd": (_flag, "0 or 1", False),
-    },
-    CategoryRow: {
-        "id": (_integer, "an integer", True),
-        "name": (_text, "a text", True),
-        "supercategory": (_text, "a text", False),
-    },
-}
 
 
 def _short(value: Any) -> str:
