@@ -21,6 +21,7 @@ from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 from rfdetr.weights.io import load_file, save_file
 
 OTHER_DIGITS = (2, 3, 5, 6, 7, 8, 9)
+PUBLISHED = "rf-detr-nano.pth"  # how legacy files name their variant
 
 
 def train_start_weights(target: Path, *, images: int, epochs: int, seed: int) -> float:
@@ -47,7 +48,8 @@ def train_start_weights(target: Path, *, images: int, epochs: int, seed: int) ->
         trainer = build_trainer(train_config, model_config)
         trainer.fit(module, datamodule)
         best = load_file(Path(folder) / "output" / "checkpoint_best_total.pth")
-    legacy = {"model": best["model"], "args": argparse.Namespace(**best["args"])}
+    settings_on_file = {**best["model_config"], **best["args"], "pretrain_weights": PUBLISHED}
+    legacy = {"model": best["model"], "args": argparse.Namespace(**settings_on_file)}
     save_file(legacy, target)
     return max(
         float(value)
