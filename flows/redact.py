@@ -35,8 +35,9 @@ _QUERY = re.compile(
 )
 _ASSIGNMENT = re.compile(
     r"(?P<key>(?P<quote>\\?[\"']|)(?P<name>[A-Za-z_][\w.\-]*)(?P=quote)\s*(?:=>|[:=])\s*)"
-    r"(?P<value>\\\"[^\"\\\n]*\\\"|\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|[^\s,;'\"}\])&]+)",
+    r"(?P<value>\\\"[^\"\\\n]*\\\"|\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|(?:[^\s,;'\"{}\[\]()&\\]|\\(?![\"']))+)",
 )
+_NO_VALUE = {"", "none", "null", "true", "false", MASK}
 _HEADER = re.compile(r"(?i)\b(?P<key>(?:bearer|basic|authorization:)\s+)[A-Za-z0-9+/=_.~\-]{8,}")
 _OPTION = re.compile(
     r"(?i)(?P<key>--?[\w\-]*(?:password|passwd|token|secret|api-key|access-key)[\w\-]*[ =])\S+"
@@ -68,18 +69,14 @@ def _userinfo(match: re.Match[str]) -> str:
 
 def _assignment(match: re.Match[str]) -> str:
     value = match["value"]
-    bare = value.strip("\\\"'")
-    if not is_secret_name(match["name"]) or bare.lower() in {
-        "",
-        "none",
-        "null",
-        "true",
-        "false",
-        MASK,
-    }:
+    if not is_secret_name(match["name"]):
+        return match["key"] + _ASSIGNMENT.sub(_assignment, value)  # a sentence may hold another one
+    if value.strip("\\\"'").lower() in _NO_VALUE:
         return match.group()
     quote = value[: len(value) - len(value.lstrip("\\\"'"))]
-    return f"{match['key']}{quote}{MASK}{quote}"
+    return (
+        f"{match['key']}{quote or match['quote']}{MASK}{quote or match['quote']}"  # JSON stays so
+    )
 
 
 def _literals() -> list[str]:

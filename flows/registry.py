@@ -228,8 +228,9 @@ class Registry:
             "gate.reason": verdict.reason,
             "gate.metric": verdict.policy.metric,
             "gate.challenger": verdict.challenger.metrics.get(verdict.policy.metric),
-            "gate.champion": verdict.champion
-            and verdict.champion.metrics.get(verdict.policy.metric),
+            "gate.champion": verdict.champion.metrics.get(verdict.policy.metric)
+            if verdict.champion
+            else "none",
             "gate.failed": ", ".join(r.name for r in verdict.rules if r.passed is False) or "none",
             "gate.at": now(),
         }

@@ -91,6 +91,18 @@ def test_mappings_are_masked_at_every_depth() -> None:
     assert masked["password"] == ""
 
 
+def test_json_text_stays_json() -> None:
+    values = {
+        "password": 123456, "tokens": 5, "token": SECRET, "credentials": {"user": "me"},
+        "api_key": [1, 2], "secret": None, "auth": "", "reason": f"token={SECRET}",
+    }  # fmt: skip
+    for indent in (None, 2):
+        text = redact(json.dumps(values, indent=indent))
+        assert SECRET not in text and "123456" not in text
+        assert json.loads(text)["credentials"] == {"user": "me"}
+    assert json.loads(redact(json.dumps([json.dumps(values)])))
+
+
 def test_log_records_and_tracebacks_are_masked(caplog: pytest.LogCaptureFixture) -> None:
     caplog.handler.addFilter(RedactingFilter())
     try:
