@@ -16,7 +16,7 @@ from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.data.batch import NestedTensor
 from rfdetr.data.transforms import multi_scale_sizes, resize_batch
 from rfdetr.model.criterion import build_criterion
-from rfdetr.model.network import build_network
+from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
 from rfdetr.training import resume
 from rfdetr.training.multi_scale import draw_size
@@ -31,17 +31,23 @@ Batch = tuple[NestedTensor, Sequence[dict[str, Any]]]
 class RFDETRModule(pl.LightningModule):
     """Trains and evaluates one detector; `model` is the network.
 
-    Pretrained weights are loaded at construction (`load_report` says how). Raises CheckpointError
-    or DownloadError when weights that were asked for cannot be used.
+    Pretrained weights are loaded at construction (`load_report` says how); a `network` that is
+    given is trained as it is. Raises CheckpointError or DownloadError when weights that were asked
+    for cannot be used.
     """
 
-    def __init__(self, model_config: ModelConfig, train_config: TrainConfig) -> None:
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        train_config: TrainConfig,
+        network: RFDETRNetwork | None = None,
+    ) -> None:
         super().__init__()
         self.model_config = model_config
         self.train_config = train_config
         warn_ignored_settings(model_config, train_config)
-        self.model = build_network(model_config)
-        self.load_report = initialise_weights(self.model, model_config)
+        self.model = network or build_network(model_config)
+        self.load_report = None if network else initialise_weights(self.model, model_config)
         self.criterion = build_criterion(model_config, train_config)
         self.postprocess = PostProcess(model_config.num_select)
         self.legacy_ema_state: dict[str, Tensor] | None = None

@@ -24,14 +24,15 @@ _FIELDS = (
 )
 
 
-def config_of(container: Container, **overrides: Any) -> ModelConfig:
+def config_of(
+    container: Container, config_class: type[ModelConfig] | None = None, **overrides: Any
+) -> ModelConfig:
     """The configuration that rebuilds the network of a checkpoint, with `overrides` on top.
 
-    The class comes from the file's model name, else from the published name in its settings, else
-    from the file name, else from the shapes of its tensors; numbers come from its settings and
-    tensors. Raises CheckpointError when none fits.
+    Numbers come from the file's settings and tensors, the class from `config_class_of`. Raises
+    CheckpointError when none fits.
     """
-    cls = config_class_of(container)
+    cls = config_class or config_class_of(container)
     values = {name: container.setting(name) for name in _FIELDS}
     values = {name: value for name, value in values.items() if value is not None}
     values |= _by_tensors(container)
@@ -49,7 +50,11 @@ def config_of(container: Container, **overrides: Any) -> ModelConfig:
 
 
 def config_class_of(container: Container) -> type[ModelConfig]:
-    """The sized configuration class of a checkpoint; CheckpointError when nothing tells."""
+    """The sized configuration class of a checkpoint; CheckpointError when nothing tells.
+
+    By the file's model name, else the published name in its settings, else the file name, else the
+    shapes of its tensors.
+    """
     fitting = fitting_configs(container)
     by_name = {cls.__name__: cls for cls in MODEL_CONFIGS.values()}
     for name in (container.model_name, f"{container.model_name}Config"):

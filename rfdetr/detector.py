@@ -1,0 +1,288 @@
+"""The detector as one object: train, predict, export (training specification, section 15)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rfdetr.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
+from rfdetr.config import ModelConfig, SegmentationTrainConfig, TrainConfig
+from rfdetr.data.transforms import preprocess
+from rfdetr.errors import ConfigError
+from rfdetr.images import height_and_width, read_image
+from rfdetr.inference import Optimized
+from rfdetr.model.network import RFDETRNetwork, build_network
+from rfdetr.model.postprocess import PostProcess
+from rfdetr.weights.container import read_container
+from rfdetr.weights.hub import resolve_weights
+from rfdetr.weights.identify import config_class_of, config_of
+from rfdetr.weights.io import StrPath
+from rfdetr.weights.load import LoadReport, initialise_weights, load_container
+
+if TYPE_CHECKING:
+    import supervision
+
+    from rfdetr.export.onnx import OnnxExport
+
+logger = logging.getLogger(__name__)
+
+IMAGES_AT_ONCE = 8
+ANY_NUMBER = 1_000_000  # classes; while a dataset is asked how many it has
+
+
+class Holder:
+    """What a detector works with; `model` is the network."""
+
+    def __init__(self, network: RFDETRNetwork, config: ModelConfig) -> None:
+        self.model = network
+        self.postprocess = PostProcess(config.num_select)
+        self.resolution = config.resolution
+        self.class_names: list[str] | None = None
+        self.label_offset = 0
+        self.optimized: Optimized | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.model.parameters()).device
+
+
+class RFDETR:
+    """A detector of one size. Keywords are the fields of its configuration class.
+
+    Raises ValueError for an unknown keyword, CheckpointError or DownloadError for weights that
+    cannot be used. Use a sized class (`RFDETRNano` ...) or `RFDETR.from_checkpoint`.
+    """
+
+    config_class: ClassVar[type[ModelConfig]] = ModelConfig
+
+    def __init__(self, **settings: Any) -> None:
+        if self.config_class is ModelConfig:
+            raise ConfigError(
+                "RFDETR has no size: use RFDETRNano or another size, or RFDETR.from_checkpoint."
+            )
+        config = self.config_class(**settings)
+        network = build_network(config)
+        self._begin(network, config, initialise_weights(network, config))
+
+    def _begin(
+        self, network: RFDETRNetwork, config: ModelConfig, report: LoadReport | None
+    ) -> None:
+        self.model_config = config
+        self.model = Holder(network.to(_device(config.device)).eval(), config)
+        if report is not None and report.class_names:
+            self.model.class_names = list(report.class_names)
+            self.model.label_offset = report.label_offset
+
+    @classmethod
+    def from_checkpoint(cls, path: StrPath, **overrides: Any) -> RFDETR:
+        """The detector that a checkpoint of any generation holds, with its classes.
+
+        On `RFDETR` the size follows the file; on a sized class the file must fit it. `overrides`
+        are configuration fields, for example device or num_classes. Raises CheckpointError,
+        FileNotFoundError or ValueError.
+        """
+        from rfdetr.variants import BY_CONFIG
+
+        file = resolve_weights(path)
+        container = read_container(file, mmap=True)
+        sized = cls if cls is not RFDETR else BY_CONFIG[config_class_of(container)]
+        settings = {"pretrain_weights": os.fspath(file), **overrides}
+        config = config_of(container, sized.config_class, **settings)
+        if "num_classes" not in overrides:
+            config.model_fields_set.discard("num_classes")  # the file's number, not the user's
+        detector = sized.__new__(sized)
+        network = build_network(config)
+        detector._begin(network, config, load_container(network, config, container))
+        return detector
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes: of the data or the weights, else the 80 names of COCO."""
+        if self.model.class_names:
+            return list(self.model.class_names)
+        if self.model_config.num_classes == COCO_CLASSES:
+            return list(COCO_NAMES)
+        return [str(label) for label in range(self.model_config.num_classes)]
+
+    def train(self, **settings: Any) -> None:
+        """Train on a dataset; keywords are the fields of TrainConfig.
+
+        Also takes `device` ("cpu", "cuda:1" ...) and `callbacks` (a list, added to the default
+        ones). Afterwards this object predicts and exports with the trained (averaged) weights.
+        Raises ValueError for an unknown keyword, and the errors of dataset and training.
+        """
+        from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
+
+        callbacks = _take_retired(settings)
+        segmentation = self.model_config.segmentation_head
+        config_class = SegmentationTrainConfig if segmentation else TrainConfig
+        train_config = config_class(**settings)
+        self.remove_optimized_model()
+        device = self.model.device
+        datamodule = RFDETRDataModule(self._any_classes(), train_config)
+        datamodule.setup("fit")
+        self._take_classes(datamodule.num_classes)
+        datamodule.model_config = self.model_config
+        module = RFDETRModule(self.model_config, train_config, network=self.model.model)
+        trainer = build_trainer(train_config, self.model_config)
+        trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
+        try:
+            trainer.fit(module, datamodule, ckpt_path=train_config.resume or None)
+        finally:
+            self.model.model = module.model.to(device).eval()
+        self.model.class_names = train_config.class_names or datamodule.class_names
+        self.model.label_offset = 0
+
+    def _any_classes(self) -> ModelConfig:
+        return self.model_config.model_copy(update={"num_classes": ANY_NUMBER})
+
+    def _take_classes(self, found: int | None) -> None:
+        """Give the network the dataset's class count, unless the user chose one that is enough."""
+        config = self.model_config
+        if found is None or found == config.num_classes:
+            return
+        if "num_classes" in config.model_fields_set:
+            if found > config.num_classes:
+                raise ConfigError(
+                    f"The dataset has {found} classes, num_classes is {config.num_classes}: leave "
+                    f"num_classes out or set it to {found}."
+                )
+            warnings.warn(
+                f"num_classes is {config.num_classes}, the dataset has {found}: the surplus "
+                "outputs stay unused.",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+        logger.info("Class count %d taken from the dataset.", found)
+        self.model.model.resize_head(found + 1)
+        config.num_classes = found
+        config.model_fields_set.discard("num_classes")
+
+    def predict(
+        self, images: Any, threshold: float = 0.5, *, batch_size: int = IMAGES_AT_ONCE
+    ) -> supervision.Detections | list[supervision.Detections]:
+        """Detections with a score above `threshold`, boxes xyxy in pixels of the image.
+
+        `images` is a path, an http(s) URL, a PIL image, a uint8 RGB array (H, W, 3), a tensor
+        (3, H, W) in 0..1, or a list of these; a list gives a list. `class_id` are the labels of
+        the network, `data["class_name"]` their names, `mask` (N, H, W) for segmentation. Raises
+        InputError or FileNotFoundError for what is no image.
+        """
+        single = not isinstance(images, list | tuple)
+        sources: Sequence[Any] = [images] if single else images
+        optimized = self.model.optimized
+        if optimized is not None:
+            optimized.check(len(sources), self.model.resolution)
+            batch_size = optimized.batch_size
+        found: list[supervision.Detections] = []
+        with torch.inference_mode(), _in_eval_mode(self.model.model):
+            for start in range(0, len(sources), batch_size):
+                found += self._detect(sources[start : start + batch_size], threshold)
+        return found[0] if single else found
+
+    def _detect(self, sources: Sequence[Any], threshold: float) -> list[supervision.Detections]:
+        holder = self.model
+        pictures = [read_image(source) for source in sources]
+        sizes = [height_and_width(picture) for picture in pictures]
+        inputs = torch.stack([preprocess(p, holder.resolution) for p in pictures])
+        run = holder.model if holder.optimized is None else holder.optimized
+        outputs = run(inputs.to(holder.device))
+        results = holder.postprocess(outputs, torch.tensor(sizes, device=holder.device))
+        return [self._detections(result, threshold) for result in results]
+
+    def _detections(self, result: dict[str, Tensor], threshold: float) -> supervision.Detections:
+        import numpy as np
+        import supervision
+
+        keep = int((result["scores"] > threshold).sum())  # scores descend
+        kept = {name: value[:keep].cpu().numpy() for name, value in result.items()}
+        names = np.array([self._name_of(int(label)) for label in kept["labels"]], dtype=str)
+        return supervision.Detections(
+            xyxy=kept["boxes"],
+            confidence=kept["scores"],
+            class_id=kept["labels"].astype(int),
+            mask=kept["masks"][:, 0] if "masks" in kept else None,
+            data={"class_name": names},
+        )
+
+    def _name_of(self, label: int) -> str:
+        names = self.model.class_names
+        coco = self.model_config.num_classes == COCO_CLASSES
+        if coco and (not names or names == COCO_NAMES):
+            return COCO_CATEGORIES.get(label, str(label))
+        names = names or self.class_names
+        index = label - self.model.label_offset
+        return names[index] if 0 <= index < len(names) else str(label)
+
+    def optimize_for_inference(
+        self, compile: bool = True, batch_size: int = 1, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Predict with a fixed copy: traced if `compile`, in `dtype`, for `batch_size` images.
+
+        Afterwards another number of images or another resolution raises ValueError, until
+        `remove_optimized_model`.
+        """
+        self.model.optimized = Optimized(
+            self.model.model, self.model.resolution, batch_size, dtype, trace=compile
+        )
+
+    def remove_optimized_model(self) -> None:
+        """Predict with the network itself again."""
+        self.model.optimized = None
+
+    def export(self, output_dir: StrPath = "output", **options: Any) -> OnnxExport:
+        """Write an ONNX file and check it against the network; see `rfdetr.export.onnx`."""
+        from rfdetr.export.onnx import export_onnx
+
+        return export_onnx(self.model.model, output_dir, **options)
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def _in_eval_mode(network: RFDETRNetwork) -> Iterator[None]:
+    training = network.training
+    if training:
+        network.eval()
+    try:
+        yield
+    finally:
+        if training:
+            network.train()
+
+
+def _take_retired(settings: dict[str, Any]) -> list[Any]:
+    """Translate `device`, drop what no longer acts with a warning, and return extra callbacks."""
+    device = settings.pop("device", None)
+    if device is not None:
+        kind, _, index = str(device).partition(":")
+        settings.setdefault("accelerator", {"cuda": "gpu"}.get(kind, kind))
+        if index:
+            settings.setdefault("devices", f"{index},")
+    retired = [name for name in ("start_epoch", "do_benchmark") if settings.pop(name, None)]
+    callbacks = settings.pop("callbacks", None) or []
+    if isinstance(callbacks, dict):
+        retired.append("callbacks as a dictionary (give a list of Lightning callbacks)")
+        callbacks = []
+    if retired:
+        warnings.warn(
+            f"Ignored in train(): {', '.join(retired)}. Use resume= to go on from a checkpoint.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return list(callbacks)

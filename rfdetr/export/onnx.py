@@ -1,0 +1,156 @@
+"""ONNX export with a parity check: the exported graph is run and compared before it is handed out.
+
+Input `input` (B, 3, H, W), normalised as `rfdetr.data.transforms.preprocess` does. Outputs `dets`
+(B, Q, 4) cxcywh as fractions, `labels` (B, Q, K) logits, and for segmentation `masks`
+(B, Q, H/4, W/4) logits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfdetr.errors import InputError, MissingDependencyError
+from rfdetr.files import atomic_path
+from rfdetr.inference import FinalOutputs, frozen_copy
+from rfdetr.model.network import RFDETRNetwork
+from rfdetr.weights.io import StrPath
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "inference_model.onnx"
+NAMES = ("dets", "labels", "masks")
+TOLERANCE = 1e-3
+SAFE_GAP = 1e-4
+PROBES = 8
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """An exported file; `max_difference` is the largest absolute one to the network, if checked."""
+
+    path: Path
+    opset: int
+    shape: tuple[int, int]
+    batch_size: int | None
+    outputs: tuple[str, ...]
+    max_difference: float | None
+
+
+def export_onnx(
+    network: RFDETRNetwork,
+    output_dir: StrPath,
+    *,
+    shape: tuple[int, int] | None = None,
+    batch_size: int = 1,
+    dynamic_batch: bool = False,
+    opset: int = 17,
+    check: bool = True,
+) -> OnnxExport:
+    """Write `output_dir`/inference_model.onnx from a copy of `network`, which stays as it is.
+
+    `shape` is (height, width), default the configured resolution. `check=True` runs the file with
+    onnxruntime. Raises InputError for a shape that does not divide into blocks,
+    MissingDependencyError when onnx or onnxruntime is not installed.
+    """
+    _require("onnx", *(["onnxruntime"] if check else []))
+    config = network.config
+    height, width = _checked_shape(shape or (config.resolution, config.resolution), config)
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
+    model = frozen_copy(network, (height, width), "cpu")
+    path = Path(output_dir) / FILE_NAME
+    probe, reference = _probe(model, height, width, batch_size)
+    with atomic_path(path) as temporary:
+        _write(model, probe, temporary, opset, dynamic_batch=dynamic_batch)
+        difference = _difference(temporary, probe, reference) if check else None
+    if difference is not None and not difference <= TOLERANCE:
+        warnings.warn(
+            f"{path} differs from the network by up to {difference:g}; expected at most "
+            f"{TOLERANCE:g}.",
+            UserWarning,
+            stacklevel=2,
+        )
+    logger.info("%s: opset %d, largest difference %s.", path, opset, difference)
+    size = None if dynamic_batch else batch_size
+    return OnnxExport(path, opset, (height, width), size, _names(model), difference)
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"ONNX export needs {' and '.join(missing)}: pip install 'rfdetr-pipeline[onnx]'."
+        )
+
+
+def _checked_shape(shape: tuple[int, int], config: Any) -> tuple[int, int]:
+    height, width = shape
+    block = config.block_size
+    if height < 1 or width < 1 or height % block or width % block:
+        fitting = [max(1, round(side / block)) * block for side in shape]
+        raise InputError(
+            f"shape {height} x {width} must be multiples of patch_size * num_windows = {block}, "
+            f"for example {fitting[0]} x {fitting[1]}."
+        )
+    return height, width
+
+
+def _probe(model: FinalOutputs, height: int, width: int, batch: int) -> tuple[Tensor, list[Tensor]]:
+    """Images and the network's outputs for them, with proposals that rounding cannot reorder.
+
+    The ranking of proposals is a discrete choice: a near tie may fall either way in two correct
+    programs. Of a few random batches, the first with clear gaps is taken, else the clearest.
+    """
+    best: tuple[float, Tensor] | None = None
+    for seed in range(PROBES):
+        draw = torch.Generator().manual_seed(seed)
+        images = torch.randn(batch, 3, height, width, generator=draw)
+        with torch.inference_mode():
+            scores = model.network(images)["enc_outputs"]["pred_logits"].amax(-1)
+        gap = float((scores[:, :-1] - scores[:, 1:]).min()) if scores.shape[1] > 1 else SAFE_GAP
+        if best is None or gap > best[0]:
+            best = gap, images
+        if gap >= SAFE_GAP:
+            break
+    assert best is not None
+    with torch.inference_mode():
+        return best[1], list(model(best[1]))
+
+
+def _names(model: FinalOutputs) -> tuple[str, ...]:
+    return NAMES[: len(model.names)]
+
+
+def _write(
+    model: FinalOutputs, probe: Tensor, path: Path, opset: int, *, dynamic_batch: bool
+) -> None:
+    names = ["input", *_names(model)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracer notes about constants that are meant
+        torch.onnx.export(
+            model,
+            (probe,),
+            str(path),
+            input_names=names[:1],
+            output_names=names[1:],
+            opset_version=opset,
+            dynamo=False,
+            dynamic_axes={name: {0: "batch"} for name in names} if dynamic_batch else None,
+        )
+
+
+def _difference(path: Path, probe: Tensor, reference: list[Tensor]) -> float:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"input": probe.numpy()})
+    pairs = zip(found, reference, strict=True)
+    return max(float((torch.from_numpy(a) - b).abs().max()) for a, b in pairs)
