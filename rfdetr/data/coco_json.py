@@ -234,7 +234,7 @@ def _annotation_table(rows: Rows, data: bytes) -> AnnotationTable:
 def _byte_ranges(entries: list[Any], text: bytes) -> tuple[Integers, Integers]:
     """Where in `text` each segmentation lies; (0, 0) for an entry without one.
 
-    Asking every text for its address takes twice as long as looking for it behind the next key.
+    Asking every text for its address is slower than looking for it behind the next key.
     """
     starts, stops = np.zeros((2, len(entries)), np.int64)
     if not text:
