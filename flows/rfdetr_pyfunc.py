@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import re
 import urllib.error
 import urllib.request
@@ -38,9 +37,7 @@ class DetectorModel(PythonModel):  # type: ignore[misc]
         """Load the weights that lie beside this file in the model."""
         from rfdetr import RFDETR
 
-        card = json.loads(Path(context.artifacts["card"]).read_text(encoding="utf-8"))
         self.detector = RFDETR.from_checkpoint(context.artifacts["weights"])
-        self.class_names = list(card.get("class_names") or self.detector.class_names)
 
     def predict(self, context: Any, model_input, params=None):  # type: ignore[no-untyped-def] # noqa: ARG002
         # type hints here would make MLflow replace the signature and drop the parameters
@@ -61,15 +58,11 @@ class DetectorModel(PythonModel):  # type: ignore[misc]
 
     def _row(self, detections: Any, most: int) -> dict[str, Any]:
         order = np.argsort(-detections.confidence, kind="stable")[:most]
-        labels = [int(label) for label in detections.class_id[order]]
         return {
             "boxes": detections.xyxy[order].astype(float).tolist(),
             "scores": detections.confidence[order].astype(float).tolist(),
-            "labels": labels,
-            "names": [
-                self.class_names[label] if label < len(self.class_names) else str(label)
-                for label in labels
-            ],
+            "labels": detections.class_id[order].astype(int).tolist(),
+            "names": detections.data["class_name"][order].tolist(),
         }
 
 
