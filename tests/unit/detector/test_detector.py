@@ -1,0 +1,220 @@
+"""RFDETR and its sized classes: construction, checkpoints, training, import time."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+import rfdetr
+from rfdetr.config import MODEL_CONFIGS
+from rfdetr.errors import CheckpointError, ConfigError
+from rfdetr.training.checkpoint import best_payload
+from rfdetr.variants import BY_CONFIG
+from rfdetr.weights.io import save_file
+from rfdetr.weights.legacy import to_legacy
+from tests.datasets import make_roboflow, make_yolo
+from tests.unit.detector.small import SMALL, pixels, small, small_segmentation
+
+CHECKPOINTS = Path(__file__).parents[2] / "parity" / "training" / "checkpoints"
+TRAIN: dict[str, Any] = {
+    "epochs": 1, "batch_size": 2, "grad_accum_steps": 1, "num_workers": 0, "multi_scale": False,
+    "tensorboard": False, "seed": 1, "device": "cpu",
+}  # fmt: skip
+
+
+def test_every_variant_has_its_class() -> None:
+    assert set(BY_CONFIG) == set(MODEL_CONFIGS.values())
+    for config_class, detector_class in BY_CONFIG.items():
+        assert config_class.__name__ == f"{detector_class.__name__}Config"
+        assert getattr(rfdetr, detector_class.__name__) is detector_class
+    assert {cls.__name__ for cls in BY_CONFIG.values()} | {"RFDETR"} == set(rfdetr.__all__)
+    assert set(rfdetr.__all__) <= set(dir(rfdetr))
+
+
+def test_unknown_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="did you mean 'resolution'"):
+        small(resolutoin=64)
+    with pytest.raises(ValueError, match="did you mean 'epochs'"):
+        small().train(dataset_dir="x", epoch=1)
+    with pytest.raises(ConfigError, match="RFDETRNano"):
+        rfdetr.RFDETR()
+    with pytest.raises(AttributeError, match="RFDETRHuge"):
+        rfdetr.RFDETRHuge  # noqa: B018
+
+
+def test_the_holder_has_what_users_read() -> None:
+    holder = small(num_classes=3).model
+    assert (holder.resolution, holder.device.type, holder.model.training) == (64, "cpu", False)
+    assert isinstance(holder.model, torch.nn.Module)
+    assert holder.postprocess.num_select == 10
+
+
+@pytest.mark.parametrize("build", [small, small_segmentation])
+def test_a_best_file_comes_back_with_class_and_names(build: Any, tmp_path: Path) -> None:
+    detector = build(num_classes=3)
+    payload = best_payload(
+        detector.model.model.state_dict(), detector.model_config, class_names=["a", "b", "c"]
+    )
+    save_file(payload, tmp_path / "best.pth")
+    again = rfdetr.RFDETR.from_checkpoint(tmp_path / "best.pth", device="cpu")
+    assert type(again) is type(detector)
+    assert again.class_names == ["a", "b", "c"]
+    found, wanted = (d.predict(pixels(), threshold=0.0) for d in (again, detector))
+    np.testing.assert_allclose(found.xyxy, wanted.xyxy, atol=1e-5)
+    assert "num_classes" not in again.model_config.model_fields_set
+    same = type(detector).from_checkpoint(tmp_path / "best.pth")
+    assert type(same) is type(detector)
+
+
+def test_overrides_of_a_checkpoint(tmp_path: Path) -> None:
+    detector = small(num_classes=3)
+    payload = best_payload(detector.model.model.state_dict(), detector.model_config)
+    save_file(payload, tmp_path / "best.pth")
+    other = rfdetr.RFDETR.from_checkpoint(tmp_path / "best.pth", num_classes=7, resolution=128)
+    assert (other.model_config.num_classes, other.model.resolution) == (7, 128)
+    assert other.model_config.positional_encoding_size == 8
+    assert len(other.model.model.class_embed.bias) == 8
+    with pytest.raises(ValueError, match="no field"):
+        rfdetr.RFDETR.from_checkpoint(tmp_path / "best.pth", unknown=1)
+    with pytest.raises(CheckpointError, match="patch_size"):
+        rfdetr.RFDETRSegNano.from_checkpoint(tmp_path / "best.pth", patch_size=8)
+
+
+def test_a_legacy_file_is_recognised_and_its_names_count_from_one(tmp_path: Path) -> None:
+    detector = small(num_classes=3)
+    args = argparse.Namespace(
+        **SMALL | {"pretrain_weights": "rf-detr-nano.pth"}, class_names={1: "a", 2: "b", 3: "c"}
+    )
+    content = {"model": to_legacy(detector.model.model.state_dict()), "args": args, "epoch": 3}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    again = rfdetr.RFDETR.from_checkpoint(tmp_path / "checkpoint.pth")
+    assert type(again) is rfdetr.RFDETRNano
+    found = again.predict(pixels(), threshold=0.0)
+    wanted = [{1: "a", 2: "b", 3: "c"}.get(int(i), str(i)) for i in found.class_id]
+    assert found.data["class_name"].tolist() == wanted
+    assert again.class_names == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "name", ["evil_reduce_in_args.pth", "evil_reduce_inside_namespace.pth", "truncated.pth"]
+)
+def test_bad_files_are_refused_and_run_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.raises(CheckpointError, match=name):
+        rfdetr.RFDETR.from_checkpoint(CHECKPOINTS / name)
+    with pytest.raises(CheckpointError, match=name):
+        small(pretrain_weights=str(CHECKPOINTS / name))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_size_file_without_settings_is_recognised_by_its_tensors() -> None:
+    from rfdetr.model.network import build_network
+    from rfdetr.weights.container import parse_container
+    from rfdetr.weights.identify import config_class_of, config_of
+
+    config_class = MODEL_CONFIGS["small"]
+    with torch.device("meta"):
+        state = build_network(config_class(pretrain_weights=None)).state_dict()
+    container = parse_container({"model": to_legacy(state)}, "mine.pth")
+    assert config_class_of(container) is config_class
+    assert config_of(container).resolution == 512
+    named = parse_container({"model": to_legacy(state)}, "models/rf-detr-small.pth")
+    assert config_class_of(named) is config_class
+
+
+class Seen(pl.Callback):
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.steps += 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_leaves_the_trained_network_behind(tmp_path: Path) -> None:
+    data = make_roboflow(tmp_path / "data")
+    detector = small()
+    before = {n: v.clone() for n, v in detector.model.model.state_dict().items()}
+    seen = Seen()
+    detector.train(dataset_dir=data, output_dir=tmp_path / "out", callbacks=[seen], **TRAIN)
+    names = detector.class_names
+    assert detector.model_config.num_classes == len(names) == detector.model.class_names.__len__()
+    state = detector.model.model.state_dict()
+    assert len(state["class_embed.bias"]) == len(names) + 1
+    assert not torch.equal(state["query_feat.weight"], before["query_feat.weight"])
+    assert seen.steps > 0
+    assert not detector.model.model.training
+    found = detector.predict(pixels(), threshold=0.0)
+    assert set(found.data["class_name"]) <= {*names, str(len(names))}
+    best = rfdetr.RFDETR.from_checkpoint(tmp_path / "out" / "checkpoint_best_total.pth")
+    assert best.class_names == names
+    assert type(best) is rfdetr.RFDETRNano
+    again = {n: v.clone() for n, v in state.items()}
+    detector.train(
+        dataset_dir=data, output_dir=tmp_path / "again", **TRAIN | {"lr": 0, "lr_encoder": 0}
+    )
+    for name, value in detector.model.model.state_dict().items():
+        torch.testing.assert_close(value, again[name], msg=name)
+    last = rfdetr.RFDETR.from_checkpoint(tmp_path / "out" / "last.ckpt")
+    assert (last.class_names, type(last)) == (names, rfdetr.RFDETRNano)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_chosen_class_count_is_kept_with_a_warning(tmp_path: Path) -> None:
+    data = make_yolo(tmp_path / "data")
+    detector = small(num_classes=9)
+    with pytest.warns(UserWarning, match="num_classes is 9, the dataset has"):
+        detector.train(
+            dataset_dir=data, dataset_file="yolo", output_dir=tmp_path / "out", start_epoch=3,
+            **TRAIN,
+        )  # fmt: skip
+    assert len(detector.model.model.class_embed.bias) == 10
+    few = small(num_classes=1)
+    with pytest.raises(ConfigError, match="num_classes is 1"):
+        few.train(dataset_dir=data, dataset_file="yolo", output_dir=tmp_path / "few", **TRAIN)
+
+
+def test_retired_arguments_are_named() -> None:
+    from rfdetr.detector import _take_retired
+
+    settings = {"device": "cuda:1", "do_benchmark": True, "callbacks": {"on_train_end": []}}
+    with pytest.warns(UserWarning, match="do_benchmark, callbacks as a dictionary"):
+        assert _take_retired(settings) == []
+    assert settings == {"accelerator": "gpu", "devices": "1,"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _take_retired({"device": "cpu"}) == []
+
+
+def test_importing_the_package_is_light() -> None:
+    """Only what is measured: modules that `import rfdetr` and its configuration pull in."""
+    code = "import sys, rfdetr, rfdetr.config, rfdetr.training; print(sorted(sys.modules))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    heavy = ("torch", "timm", "pytorch_lightning", "supervision", "numpy", "PIL", "mlflow", "cv2")
+    assert not [name for name in heavy if f"'{name}'" in output.stdout]
+
+
+def test_the_public_distribution_beside_ours_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rfdetr_pipeline-0.1.0.dist-info").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), "/does/not/exist"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rfdetr._warn_about_other_distribution()
+    (tmp_path / "rfdetr-1.6.0.dist-info").mkdir()
+    with pytest.warns(RuntimeWarning, match=r"rfdetr-1\.6\.0.*pip uninstall"):
+        rfdetr._warn_about_other_distribution()
