@@ -17,6 +17,7 @@ def check_categories(
     tables: Sequence[SplitTable], collector: Collector, config: CheckConfig
 ) -> None:
     """Ghosts, unused, duplicated and differing categories, missing and rare classes."""
+    tables = [table for table in tables if table.readable]
     if not tables:
         return
     for table in tables:

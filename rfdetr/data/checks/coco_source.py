@@ -39,6 +39,7 @@ def read_coco_split(
     coco = read_coco(annotation_file, tolerant=True, segmentation=False)
     measured = measure_segmentations(coco.texts, workers)
     table = _table(name, folder, images_dir, coco)
+    table.readable = all(problem.section != "file" for problem in coco.problems)
     _report_problems(coco.problems, table, collector)
     _report_image_records(table, coco, collector)
     _report_links(table, coco, collector)
@@ -137,11 +138,12 @@ def _report_problems(problems: Sequence[Problem], table: SplitTable, collector: 
 
 def _line_of_record(table: SplitTable, problem: Problem) -> int | None:
     """Line of a record that is in the table but lacks a value."""
-    finder = table.image_lines if problem.section == "images" else table.annotation_lines
-    rows = table.image_ids if problem.section == "images" else table.annotation_ids
-    if problem.id is None or problem.section == "categories":
+    finder, records = table.annotation_lines, table.annotation_records
+    if problem.section == "images":
+        finder, records = table.image_lines, table.image_records
+    if records is None or problem.section == "categories":
         return None
-    found = np.flatnonzero(rows == problem.id)
+    found = np.flatnonzero(records == problem.row)
     return finder([int(found[0])])[0] if len(found) else None
 
 

@@ -88,7 +88,8 @@ def find_files(table: SplitTable, collector: Collector) -> SplitFiles:
         used.add(clean)
         paths.append(str(table.images_dir / clean))
     _report_names(table, collector)
-    _report_unreferenced(table, [name for name in present if name not in used], collector)
+    if table.readable:
+        _report_unreferenced(table, [name for name in present if name not in used], collector)
     return SplitFiles(table, paths, [None] * len(paths))
 
 

@@ -35,7 +35,7 @@ def mended_image(path: Path, mends: Collection[str]) -> bytes | None:
     if "convert-rgb" not in mends and facts.format in ("JPEG", "MPO"):
         return without_exif(data)
     with Image.open(io.BytesIO(data)) as image:
-        pixels = to_rgb(image) if "convert-rgb" in mends else image.copy()
+        pixels = to_rgb(image).copy() if "convert-rgb" in mends else image.copy()
     stream = io.BytesIO()
     options = {"quality": 95, "subsampling": 0} if facts.format in ("JPEG", "MPO") else {}
     pixels.info.clear()

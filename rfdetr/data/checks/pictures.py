@@ -53,7 +53,7 @@ def _thumbnail(path: Path, box: object) -> str | None:
     if probe_bytes(data).status != "ok":
         return None
     with Image.open(io.BytesIO(data)) as image:
-        rgb = to_rgb(image)
+        rgb = to_rgb(image).copy()
     scale = min(1.0, SIDE / max(rgb.size))
     small = rgb.resize([max(1, round(side * scale)) for side in rgb.size])
     small = ImageOps.expand(small, 8, (245, 245, 245))

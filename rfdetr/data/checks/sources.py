@@ -98,6 +98,8 @@ def _report_splits(layout: Layout, tables: list[SplitTable], collector: Collecto
         collector.add("split-test-missing", "no test split", split="test")
     for table in tables:
         source = table.show(table.annotation_file) if table.annotation_file else None
+        if not table.readable:
+            continue
         if not table.file_names:
             text = f"{table.name} has no images"
             collector.add("split-empty", text, split=table.name, file=source)

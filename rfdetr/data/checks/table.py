@@ -14,6 +14,7 @@ Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
+HUGE = 1e12  # numbers in a report stay below it: JSON has no infinity
 NO_ID = np.iinfo(np.int64).min  # the record has no usable id
 
 
@@ -51,7 +52,8 @@ class SplitTable:
     box is numeric. `boxes` is (n, 4) x, y, w, h in pixels; a YOLO split holds fractions until
     `scale_boxes`. `image_rows` and `category_rows` point into the image and category lists, -1 for
     an unknown id. `areas` is None for a layout without areas. `image_records` and
-    `annotation_records` are positions in the file's own lists.
+    `annotation_records` are positions in the file's own lists. A table that is not `readable` lacks
+    a whole list: what is absent from it says nothing.
     """
 
     name: str
@@ -76,6 +78,7 @@ class SplitTable:
     image_lines: Lines = no_lines
     annotation_lines: Lines = no_lines
     relative: bool = False
+    readable: bool = True
 
     def __post_init__(self) -> None:
         """Fill the flag columns that a layout does not have."""
@@ -116,7 +119,7 @@ class SplitTable:
             "section": "annotations",
             "record": None if records is None else int(records[row]),
             "image": self.image_file(image) if image >= 0 else None,
-            "box": [round(float(value), 3) for value in self.boxes[row]],
+            "box": [round(min(max(float(value), -HUGE), HUGE), 3) for value in self.boxes[row]],
         }
 
     def annotation_places(self, rows: Sequence[int]) -> list[dict[str, Any]]:
