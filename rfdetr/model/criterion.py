@@ -128,7 +128,7 @@ def _class_and_box_terms(
     z = logits[layer, image, query, labels]
     matched = _matched_class_loss(z, iou.detach()).sum(dim=1)
     return {
-        "loss_ce": (_background_loss(logits).sum(dim=(1, 2, 3)) + matched) / number,
+        "loss_ce": (_sum_background_loss(logits) + matched) / number,
         "class_error": _class_error(logits, (layer, image, query), labels),
         "loss_bbox": distance / number,
         "loss_giou": (1 - giou).sum(dim=1) / number,
@@ -136,8 +136,34 @@ def _class_and_box_terms(
     }
 
 
+class _BackgroundLoss(torch.autograd.Function):
+    """Sum of -s^2 log(1 - s) over all but the first axis, s = sigmoid(z).
+
+    The class loss of entries that are no query's target (section 7.3). Written by hand because
+    the tensor is the largest of the losses: it saves z alone and works in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z.sigmoid().square_().mul_(F.softplus(z)).flatten(1).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        score = z.sigmoid()
+        slope = F.softplus(z).mul_(1 - score).mul_(2).add_(score).mul_(score.square_())
+        return slope.mul_(grads[0].reshape(-1, *[1] * (z.ndim - 1)))
+
+
+def _sum_background_loss(z: Tensor) -> Tensor:
+    """Sums (L,) over everything but the layers."""
+    total: Tensor = _BackgroundLoss.apply(z)  # type: ignore[no-untyped-call]
+    return total
+
+
 def _background_loss(z: Tensor) -> Tensor:
-    """-s^2 log(1 - s), the class loss of entries that are no query's target (section 7.3)."""
+    """-s^2 log(1 - s), element by element."""
     return z.sigmoid().square() * F.softplus(z)
 
 

@@ -76,8 +76,9 @@ class DecoderLayer(nn.Module):
             state + position, memory.reference, memory.cells, memory.shapes, memory.padding
         )
         state = self.norm2(state + crossed)
-        hidden = F.relu(self.linear1(state), inplace=True)
-        output: Tensor = self.norm3(state + self.linear2(hidden))
+        # Two axes: an in-place ReLU on the view that three would give copies it in the backward.
+        hidden = F.relu(self.linear1(state.flatten(0, 1)), inplace=True)
+        output: Tensor = self.norm3(state + self.linear2(hidden).reshape(state.shape))
         return output
 
 

@@ -32,7 +32,10 @@ class ChannelNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, channel norm (named `bn` in the files), activation."""
+    """Convolution without bias, channel norm (named `bn` in the files), activation.
+
+    A 1x1 convolution is computed as a product over channels-last rows.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, act: Activation = F.silu
@@ -43,6 +46,9 @@ class ConvNorm(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.conv.kernel_size == (1, 1):
+            rows = F.linear(x.permute(0, 2, 3, 1), self.conv.weight.flatten(1))
+            return self.act(self.bn(rows.permute(0, 3, 1, 2)))
         return self.act(self.bn(self.conv(x)))
 
 

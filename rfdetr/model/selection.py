@@ -28,10 +28,13 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(
+            0, -2
+        )  # the in-place ReLU is free on a plain product, not on a view of one
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x), inplace=True)
-        last: Tensor = self.layers[-1](x)
-        return last
+            rows = F.relu(layer(rows), inplace=True)
+        last: Tensor = self.layers[-1](rows)
+        return last.reshape(*x.shape[:-1], -1)
 
 
 class Selection(NamedTuple):

@@ -13,7 +13,7 @@ from torch import nn
 
 from rfdetr.config import MODEL_CONFIGS
 from rfdetr.errors import ConfigError
-from rfdetr.model.criterion import build_criterion
+from rfdetr.model.criterion import _sum_background_loss, build_criterion
 from rfdetr.model.lora import DoRALinear
 from rfdetr.model.network import RFDETRNetwork
 from rfdetr.weights.legacy import to_legacy
@@ -197,3 +197,11 @@ def test_config_decides_the_loss_weights() -> None:
     weights = build_criterion(small_config(masks=True)).weight_dict
     assert len(weights) == 5 * 3
     assert weights["loss_mask_ce_enc"] == 5.0
+
+
+def test_background_loss_has_the_gradient_of_its_formula() -> None:
+    z = torch.linspace(-30, 15, 24, dtype=torch.float64).reshape(2, 3, 4).requires_grad_()
+    assert torch.autograd.gradcheck(_sum_background_loss, z)
+    score = z.sigmoid()
+    formula = (-(score**2) * torch.log1p(-score)).sum(dim=(1, 2))
+    assert torch.allclose(_sum_background_loss(z), formula, rtol=1e-6)
