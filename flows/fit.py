@@ -146,7 +146,10 @@ def _train(params: Params, job: FitJob, state: FitState, mirror: Mirror) -> None
         if (state.folder / STOPPED).exists():
             state.forgive_attempt()
             raise Terminated from error
-        raise _reason(state, error) from error
+        if (state.folder / ERROR).exists():
+            told = read_json(state.folder / ERROR)
+            raise FitError(f"rank {told['rank']}: {told['text']}") from error
+        raise
     except (KeyboardInterrupt, Terminated):
         state.forgive_attempt()
         raise
@@ -164,14 +167,6 @@ def _on_line(state: FitState, log: Any, line: str) -> None:
     if progress is not None:
         state.update(finished_epochs=progress.epoch)
     _say(line)
-
-
-def _reason(state: FitState, error: CommandFailed) -> RFDETRError:
-    """The trainer's own words where it left some, else its last lines."""
-    if not (state.folder / ERROR).exists():
-        return error
-    told = read_json(state.folder / ERROR)
-    return FitError(f"rank {told['rank']}: {told['text']}")
 
 
 def _say(line: str) -> None:

@@ -34,6 +34,7 @@ STOPPED_STATUS = 128 + signal.SIGTERM
 NOISE = (
     "You have overridden `transfer_batch_to_device`",
     ".*smaller than the logging interval",
+    "It is recommended to use .self.log.* when logging on epoch level in distributed",
     ".*isinstance\\(treespec, LeafSpec\\)",
 )
 SYSTEM_METRICS_SECONDS = 30.0

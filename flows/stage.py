@@ -56,9 +56,11 @@ def explain(error: Exception) -> str:
 
 def _full_disk(error: BaseException | None) -> OSError | None:
     """The write error behind `error`; torch's writer hides it behind one of its own."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             return error
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
 
