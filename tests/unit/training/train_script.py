@@ -26,7 +26,7 @@ class Report(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module, batch, batch_idx) -> None:
         if trainer.global_step == self.job.get("nan_step") and trainer.is_global_zero:
-            batch[1][0]["boxes"].fill_(float("nan"))
+            batch[0].tensors.fill_(float("nan"))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
         print(f"step {trainer.global_step} rank {trainer.global_rank}", flush=True)
