@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check format test test-all clean
+.PHONY: help setup lock retrain plan stack stack-stop deploy check format test test-all clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,21 @@ lock: ## Resolve requirements.lock again from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --extra all --universal --no-annotate --no-header \
 		--python-version 3.11 --constraint requirements-torch.txt --quiet \
 		| grep -vE '^(torch|torchvision|triton|cuda-[a-z]+|nvidia-(cu|nc|nv[jst])[a-z0-9-]*)==' > requirements.lock
+
+retrain: $(READY) ## The whole pipeline on params.yaml (default: the demo)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/rfdetr-pipeline retrain
+
+plan: $(READY) ## What would run, and why
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/rfdetr-pipeline plan
+
+stack: $(READY) ## PostgreSQL, S3, MLflow, Prefect and a worker on loopback
+	$(BIN)/python -m infra.stack up --detach
+
+stack-stop: $(READY) ## Stop the local stack
+	$(BIN)/python -m infra.stack down
+
+deploy: $(READY) ## Apply prefect.yaml to PREFECT_API_URL
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m infra.deploy
 
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .
