@@ -32,10 +32,10 @@ lock: ## Resolve requirements.lock again from pyproject.toml
 		| grep -vE '^(torch|torchvision|triton|cuda-[a-z]+|nvidia-(cu|nc|nv[jst])[a-z0-9-]*)==' > requirements.lock
 
 retrain: $(READY) ## The whole pipeline on params.yaml (default: the demo)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/rfdetr-pipeline retrain
+	$(BIN)/rfdetr-pipeline retrain
 
 plan: $(READY) ## What would run, and why
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/rfdetr-pipeline plan
+	$(BIN)/rfdetr-pipeline plan
 
 stack: $(READY) ## PostgreSQL, S3, MLflow, Prefect and a worker on loopback
 	$(BIN)/python -m infra.stack up --detach
@@ -44,7 +44,7 @@ stack-stop: $(READY) ## Stop the local stack
 	$(BIN)/python -m infra.stack down
 
 deploy: $(READY) ## Apply prefect.yaml to PREFECT_API_URL
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m infra.deploy
+	$(BIN)/python -m infra.deploy
 
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .
