@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from flows.redact import redact
+from flows.settings import Environment
 from rfdetr.errors import ConfigError, RFDETRError
 
 M = TypeVar("M", bound=BaseModel)
@@ -182,10 +182,13 @@ def plan_command(options: argparse.Namespace) -> int:
 def _stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
     def run(_options: argparse.Namespace) -> int:
         from flows.settings import load_params
+        from flows.workspace import configure_dvc, dvc
 
-        load_params(_root() / "params.yaml")
-        command = [sys.executable, "-m", "dvc", "repro", stage]
-        return subprocess.run(command, check=False).returncode
+        root = _root()
+        load_params(root / "params.yaml")
+        configure_dvc(root, Environment.read(), print)
+        dvc(root, "repro", stage, on_line=print)
+        return OK
 
     run.__doc__ = f"`dvc repro {stage}`: the stage and whatever it needs that is out of date."
     return run
@@ -265,7 +268,6 @@ def demo_command(options: argparse.Namespace) -> int:
 
 def sync_command(_options: argparse.Namespace) -> int:
     """Send every unsent journal."""
-    from flows.settings import Environment
     from flows.tracking import default_tracking_uri, sync
 
     results = sync(Environment.read().state_dir, default_tracking_uri(_root()))
