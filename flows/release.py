@@ -211,13 +211,11 @@ def what_next(root: Path) -> str:
     registry = _registry(root)
     champion = registry.champion()
     serves = f"version {champion.number}" if champion else "nobody yet"
-    pictures = root / "reports/pictures"
-    grid = next(iter(sorted(pictures.glob("*pred*.png"))), pictures)
     return "\n".join(
         [
             f"champion of {registry.name}: {serves}",
             f"  dataset report   {root / 'reports/validation.html'}",
-            f"  detections       {grid}",
+            f"  detections       {root / 'reports/pictures/samples.png'}",
             f"  decision         {root / VERDICT}",
             f"  experiments      mlflow ui --backend-store-uri {redact(registry.uri)}",
             "  flow runs        prefect server start",
