@@ -21,6 +21,12 @@ from rfdetr.training.loggers import build_loggers
 
 SHARDED = ("fsdp", "deepspeed")
 BF16_CAPABILITY = (8, 0)
+# what Lightning says about things that are meant to be so
+NOISE = (
+    "You have overridden `transfer_batch_to_device` in `LightningModule`",
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
 
 
 def build_trainer(
@@ -58,6 +64,8 @@ def build_trainer(
     if "logger" not in given:
         settings["logger"] = build_loggers(train_config)
     settings["plugins"] = _with_checkpoint_io(given.get("plugins"))
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
     return pl.Trainer(**settings)
 
 

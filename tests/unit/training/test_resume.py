@@ -74,8 +74,15 @@ def history(output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("step", "every"), [(BATCHES + 2, None), (BATCHES + 4, 2)])
+@pytest.mark.parametrize(
+    ("step", "every", "workers"),
+    [
+        (BATCHES + 2, None, 0),
+        (BATCHES + 4, 2, 2),
+        pytest.param(BATCHES + 2, None, 2, marks=pytest.mark.slow),
+        pytest.param(BATCHES + 4, 2, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_equals_uninterrupted(dataset, tmp_path, step, every, workers):
     fields = {"num_workers": workers}
     Run(tiny_model(), tiny_run(dataset, tmp_path / "whole", **options(**fields))).fit()
