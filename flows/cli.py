@@ -186,7 +186,7 @@ def _stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
 
         root = _root()
         load_params(root / "params.yaml")
-        configure_dvc(root, Environment.read(), print)
+        configure_dvc(root, Environment.read())
         dvc(root, "repro", stage, on_line=print)
         return OK
 
