@@ -18,10 +18,10 @@ from rfdetr.model.selection import MLP, Selection, cell_proposals, select_querie
 def sine_embedding(boxes: Tensor, width: int) -> Tensor:
     """Sines of (..., 4) boxes: `width // 2` numbers for each of y, x, w, h -> (..., 2 * width)."""
     half = width // 2
-    step = torch.arange(half, device=boxes.device, dtype=boxes.dtype) // 2
-    frequency = 2 * math.pi * 10000.0 ** (-2.0 * step / half)
+    step = torch.arange(0, half, 2, device=boxes.device, dtype=torch.float32)
+    frequency = (2 * math.pi * 10000.0 ** (-step / half)).to(boxes.dtype)
     ordered = torch.cat([boxes[..., 1:2], boxes[..., 0:1], boxes[..., 2:]], dim=-1)
-    angle = ordered[..., None] * frequency[::2]
+    angle = ordered[..., None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+RANK, ALPHA = 16, 16.0
+_ADAPTER = ("lora_a", "lora_b", "magnitude")
 
 
 class DoRALinear(nn.Module):
@@ -16,15 +20,12 @@ class DoRALinear(nn.Module):
     then taken from the loaded weight. The column norm is detached, as in section 4.3 of the paper.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, *, parts: int, rank: int = 16, alpha: float = 16
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, *, parts: int) -> None:
         super().__init__()
-        self.scaling = alpha / rank
         self.weight = nn.Parameter(torch.empty(outputs, inputs), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False)
-        self.lora_a = nn.Parameter(torch.empty(parts, rank, inputs))
-        self.lora_b = nn.Parameter(torch.zeros(parts, outputs // parts, rank))
+        self.lora_a = nn.Parameter(torch.empty(parts, RANK, inputs))
+        self.lora_b = nn.Parameter(torch.zeros(parts, outputs // parts, RANK))
         self.magnitude = nn.Parameter(torch.empty(outputs))
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
 
@@ -42,22 +43,37 @@ class DoRALinear(nn.Module):
     def reset_magnitude(self) -> None:
         """Set the magnitude so that the adapted weight equals weight + delta."""
         with torch.no_grad():
-            self.magnitude.copy_(self._direction().norm(dim=1))
+            self.magnitude.copy_(_direction(self.weight, self.lora_a, self.lora_b).norm(dim=1))
 
     def merged_weight(self) -> Tensor:
         """The (outputs, inputs) weight with the adapter folded in."""
-        direction = self._direction()
-        scale: Tensor = self.magnitude / direction.detach().norm(dim=1)
-        return scale[:, None] * direction
+        return _merge(self.weight, self.lora_a, self.lora_b, self.magnitude)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.merged_weight(), self.bias)
-
-    def _direction(self) -> Tensor:
-        delta = torch.bmm(self.lora_b, self.lora_a).reshape(self.weight.shape)
-        return self.weight + self.scaling * delta
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" in state_dict and prefix + "magnitude" not in state_dict:
             self.reset_magnitude()
+
+
+def merge_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without adapters: each is folded into its weight. Others pass unchanged."""
+    merged = {name: t for name, t in state.items() if name.rpartition(".")[2] not in _ADAPTER}
+    for name in state:
+        if name.endswith(".lora_a"):
+            prefix = name.removesuffix("lora_a")
+            parts = (state[prefix + part] for part in ("weight", *_ADAPTER))
+            merged[prefix + "weight"] = _merge(*parts).detach()
+    return merged
+
+
+def _direction(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    return weight + ALPHA / RANK * torch.bmm(lora_b, lora_a).reshape(weight.shape)
+
+
+def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor) -> Tensor:
+    direction = _direction(weight, lora_a, lora_b)
+    scale: Tensor = magnitude / direction.detach().norm(dim=1)
+    return scale[:, None] * direction

@@ -56,25 +56,25 @@ def cell_proposals(
     """
     boxes, padding = [], []
     for level, (rows, columns) in enumerate(shapes):
-        y = torch.arange(rows, device=like.device, dtype=like.dtype) + 0.5
-        x = torch.arange(columns, device=like.device, dtype=like.dtype) + 0.5
+        y = torch.arange(rows, device=like.device, dtype=torch.float32) + 0.5
+        x = torch.arange(columns, device=like.device, dtype=torch.float32) + 0.5
         grid = torch.stack([x.expand(rows, columns), y[:, None].expand(rows, columns)], dim=-1)
         if masks is None:
             centre = (grid / grid.new_tensor([columns, rows])).reshape(1, -1, 2)
         else:
             valid = ~masks[level]
             extent = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], dim=-1)
-            centre = (grid / extent[:, None, None].to(like.dtype)).flatten(1, 2)
+            centre = (grid / extent[:, None, None]).flatten(1, 2)
             padding.append(masks[level].flatten(1))
         boxes.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2.0**level)], dim=-1))
-    proposals = torch.cat(boxes, dim=1)
+    proposals = torch.cat(boxes, dim=1)  # float32 until here: low precision merges wide grids
     largest = max(side for shape in shapes for side in shape)
     if masks is None and largest <= _SAFE_SIDE:
-        return proposals, None
+        return proposals.to(like.dtype), None
     dropped = ~((proposals > _LOW) & (proposals < _HIGH)).all(dim=-1)
     if padding:
         dropped = dropped | torch.cat(padding, dim=1)
-    return proposals.masked_fill(dropped[..., None], 0.0), dropped
+    return proposals.masked_fill(dropped[..., None], 0.0).to(like.dtype), dropped
 
 
 def select_queries(

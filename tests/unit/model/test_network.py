@@ -14,7 +14,7 @@ from torch import nn
 from rfdetr.config import MODEL_CONFIGS
 from rfdetr.errors import ConfigError
 from rfdetr.model.criterion import _sum_background_loss, build_criterion
-from rfdetr.model.lora import DoRALinear
+from rfdetr.model.lora import DoRALinear, merge_adapters
 from rfdetr.model.network import RFDETRNetwork
 from rfdetr.weights.legacy import to_legacy
 
@@ -184,6 +184,19 @@ def test_merged_adapter_equals_the_adapted_layer() -> None:
     merged = nn.functional.linear(torch.eye(8), layer.merged_weight(), layer.bias)
     assert torch.allclose(layer(torch.eye(8)), merged)
     assert torch.allclose(layer.merged_weight().norm(dim=1), layer.magnitude)
+
+
+def test_merged_adapters_leave_a_plain_network() -> None:
+    adapted = small_network(backbone_lora=True).eval()
+    for block in adapted.encoder.blocks:
+        nn.init.normal_(block.attn.qkv.lora_b, std=0.1)
+    plain = small_network().eval()
+    image = images()
+    assert not torch.allclose(plain.encoder(image)[-1], adapted.encoder(image)[-1], atol=1e-3)
+    merged = merge_adapters(adapted.state_dict())
+    plain.load_state_dict(merged, strict=True)
+    assert list(merged) == list(plain.state_dict())
+    assert torch.allclose(plain.encoder(image)[-1], adapted.encoder(image)[-1], atol=1e-5)
 
 
 def test_fewer_cells_than_queries() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from parity_case import (
@@ -62,8 +63,11 @@ def _check_detections(variant: str, name: str, case: Any, outputs: dict[str, Any
         wanted = {key: numbers[prefix + key] for key in ("scores", "labels", "boxes")}
         assert compare.compare_detections(result, wanted) == []
         if prefix + "mask_area" in numbers:
-            area = result["masks"].sum(dim=(1, 2, 3))
-            assert len(area) == len(numbers[prefix + "mask_area"])
+            areas = result["masks"].sum(dim=(1, 2, 3)).numpy()
+            same = result["labels"].numpy() == wanted["labels"]  # near ties may swap rows
+            assert same.mean() > 0.8
+            off = np.abs(areas - numbers[prefix + "mask_area"])[same]
+            assert (off <= 60 + 5e-3 * areas[same]).all()
 
 
 def _check_training(model: RFDETRNetwork, variant: str, name: str, case: Any) -> dict[str, Any]:
