@@ -20,7 +20,8 @@ from torch import Tensor
 
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.errors import CheckpointError
-from rfdetr.weights.container import Container, parse_container, plain, read_container
+from rfdetr.files import atomic_path
+from rfdetr.weights.container import Container, parse_container, plain
 from rfdetr.weights.io import StrPath, load_file, save_file
 from rfdetr.weights.legacy import OURS, from_legacy, to_legacy
 from rfdetr.weights.proof import ConversionReport, prove_conversion
@@ -89,15 +90,18 @@ def convert_legacy_checkpoint(old_path: StrPath, new_path: StrPath) -> Conversio
     both files on a fixed input (between their tensors where no network can be built from the
     file). Weights, averaged weights, epoch and settings travel; the optimizer state does not.
     Raises FileNotFoundError, or CheckpointError for a file that is damaged, refused, no legacy
-    checkpoint, or the target itself. The target appears complete or not at all.
+    checkpoint, or the target itself. The target appears complete and compared, or not at all.
     """
     old, new = os.fspath(old_path), os.fspath(new_path)
     if Path(old).resolve() == Path(new).resolve():
         raise CheckpointError(f"{old}: the converted file would overwrite it; name another path.")
-    container = read_container(old, mmap=True)
+    container = parse_container(load_file(old, mmap=True, verify=False), old)
     if container.kind == "lightning":
         raise CheckpointError(f"{old} is a Lightning file already; pass it as ckpt_path.")
-    report = prove_conversion(container, new, lambda: save_file(_resumable(container), new))
+    with atomic_path(new) as temporary:
+        report = prove_conversion(
+            container, lambda: save_file(_resumable(container), temporary), temporary, new
+        )
     logger.info("%s", report.summary)
     if report.max_abs_difference > 0:
         warnings.warn(f"The conversion is not exact. {report.summary}", UserWarning, stacklevel=2)
@@ -144,6 +148,7 @@ def best_payload(
     source and the value of the metric.
     """
     from rfdetr import __version__
+    from rfdetr.model.lora import merge_adapters
 
     args = {} if train_config is None else train_config.model_dump(mode="json")
     settings = model_config.model_dump(mode="json")
@@ -152,7 +157,7 @@ def best_payload(
         for name in ("resolution", "patch_size", "num_windows", "segmentation_head")
     }
     args |= {name: settings[name] for name in ("num_queries", "group_detr", "num_select")}
-    weights = to_legacy(_with_mask_token(_without_adapters(network_state)))
+    weights = to_legacy(_with_mask_token(merge_adapters(network_state)))
     num_classes = len(network_state["class_embed.bias"]) - 1
     args |= {"class_names": list(class_names or []), "num_classes": num_classes}
     settings["num_classes"] = num_classes
@@ -183,26 +188,6 @@ def _with_mask_token(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if token is None or f"{OURS}mask_token" in state:
         return dict(state)
     return {**state, f"{OURS}mask_token": torch.zeros_like(token[0])}
-
-
-def _without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    from rfdetr.model.lora import DoRALinear
-
-    plain_state = {
-        name: value
-        for name, value in state.items()
-        if not name.endswith((".lora_a", ".lora_b", ".magnitude"))
-    }
-    for name in state:
-        if name.endswith(".lora_a"):
-            prefix = name.removesuffix("lora_a")
-            parts, rank, inputs = state[name].shape
-            layer = DoRALinear(inputs, len(state[prefix + "weight"]), parts=parts, rank=rank)
-            layer.load_state_dict(
-                {key: state[prefix + key] for key in layer.state_dict()}, strict=True
-            )
-            plain_state[prefix + "weight"] = layer.merged_weight().detach()
-    return plain_state
 
 
 def _loops(epoch: int) -> dict[str, Any]:

@@ -66,23 +66,38 @@ def load_file(path: StrPath, *, mmap: bool = False, verify: bool = True) -> Any:
     """Read a torch file onto the CPU with `weights_only=True` and the closed allow-list.
 
     `mmap=True` maps the tensors instead of copying them (zip containers only; the older container
-    is read in full). `verify=False` leaves out the comparison of checksums, for a file that was
-    just written here. Raises FileNotFoundError for a missing file and CheckpointError, naming the
-    file and the cause, for a damaged file or one that asks for anything outside the allow-list.
+    is read in full). `verify=False` leaves `verify_file` to the caller. Raises FileNotFoundError
+    for a missing file and CheckpointError, naming the file and the cause, for a damaged file or one
+    that asks for anything outside the allow-list.
     """
-    with open(path, "rb") as stream:
-        magic = stream.read(len(ZIP_MAGIC))
-    is_zip = magic == ZIP_MAGIC
+    is_zip = _is_zip(path)
+    if verify:
+        verify_file(path)
     try:
-        if is_zip and verify:
-            _check_records(Path(path))
         with _allow_list(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # protocol and storage notes of torch
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
-    except CheckpointError:
-        raise
     except Exception as error:
         raise CheckpointError(_cause(path, error)) from error
+
+
+def verify_file(path: StrPath) -> None:
+    """Compare every record of a zip container with its stored checksum, which torch does not.
+
+    Raises CheckpointError. The older container has no checksums and passes, as does a file whose
+    checksums all differ: it was written without them (a torch option).
+    """
+    if not _is_zip(path):
+        return
+    try:
+        wrong, right = _compare_records(Path(path))
+    except Exception as error:
+        raise CheckpointError(_cause(path, error)) from error
+    if wrong and right:
+        raise CheckpointError(
+            f"{os.fspath(path)} is corrupt: the stored checksum does not match in {len(wrong)} "
+            f"record(s), first {wrong[0]}. Copy or download the file again."
+        )
 
 
 def save_file(obj: Any, path: StrPath) -> None:
@@ -91,11 +106,13 @@ def save_file(obj: Any, path: StrPath) -> None:
         torch.save(obj, stream)  # a stream keeps the temporary name out of the file's bytes
 
 
-def _check_records(path: Path) -> None:
-    """Compare every record of a zip container with its stored checksum; torch does not.
+def _is_zip(path: StrPath) -> bool:
+    with open(path, "rb") as stream:
+        return stream.read(len(ZIP_MAGIC)) == ZIP_MAGIC
 
-    A file whose checksums all differ was written without them (a torch option) and passes.
-    """
+
+def _compare_records(path: Path) -> tuple[list[str], int]:
+    """(names of records that differ from their checksum, number of records that do not)."""
     wrong: list[str] = []
     right = 0
     with zipfile.ZipFile(path) as archive:
@@ -106,11 +123,7 @@ def _check_records(path: Path) -> None:
                 right += 1
             else:
                 wrong.append(info.filename)
-    if wrong and right:
-        raise CheckpointError(
-            f"{path} is corrupt: the stored checksum does not match in {len(wrong)} record(s), "
-            f"first {wrong[0]}. Copy or download the file again."
-        )
+    return wrong, right
 
 
 def _record_is_whole(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,13 +16,14 @@ from torch.overrides import TorchFunctionMode
 
 from rfdetr.errors import RFDETRError
 from rfdetr.model.network import RFDETRNetwork, build_network
-from rfdetr.weights.adapt import structure_problems
-from rfdetr.weights.container import Container, Weights, parse_container
+from rfdetr.weights.adapt import fit, structure_problems
+from rfdetr.weights.container import Container, parse_container
 from rfdetr.weights.identify import config_of
-from rfdetr.weights.io import load_file
+from rfdetr.weights.io import load_file, verify_file
 from rfdetr.weights.legacy import legacy_names, to_legacy
 
-PROBE_SIDE = 32  # pixels at least: every layer runs, in a fraction of the time of a real image
+PROBE_SIDE = 32  # pixels at least
+PROBE_QUERIES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,30 +61,36 @@ class ConversionReport:
 
 
 class Probe:
-    """A network without memory of its own that runs one file's weights after the other's."""
+    """A small network without memory of its own that runs one file's weights after another's.
+
+    It has the file's structure with one query group and few queries, so that every layer runs in a
+    fraction of a real forward's time.
+    """
 
     def __init__(self, container: Container) -> None:
         self.reason = ""
         self._network: RFDETRNetwork | None = None
         try:
             config = config_of(container)
+            few = {"num_queries": min(PROBE_QUERIES, config.num_queries), "group_detr": 1}
+            self._config = config.model_copy(update=few)
             self.reason = structure_problems(container, config) or ""
             if not self.reason:
                 with torch.device("meta"), _NoInitialValues():
-                    self._network = build_network(config).eval()
+                    self._network = build_network(self._config).eval()
         except RFDETRError as error:
             self.reason = str(error)
-        side = 1 if self._network is None else config.block_size
-        self._side = -(-PROBE_SIDE // side) * side
 
-    def outputs(self, weights: Weights) -> dict[str, Tensor] | None:
+    def outputs(self, container: Container) -> dict[str, Tensor] | None:
         """Predictions on the fixed input, or None where the weights fill no whole network."""
         if self._network is None:
             return None
+        block = self._config.block_size
         try:
+            weights = fit(container, self._config).weights
             self._network.load_state_dict(weights, strict=True, assign=True)
             with torch.inference_mode():
-                result = self._network(_fixed_input(self._side))
+                result = self._network(_fixed_input(-(-PROBE_SIDE // block) * block))
         except (RuntimeError, RFDETRError) as error:
             self.reason, self._network = str(error).splitlines()[0], None
             return None
@@ -101,34 +109,41 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def prove_conversion(old: Container, new_path: str, write: Callable[[], None]) -> ConversionReport:
-    """Run `write`, which makes `new_path` from `old`, and compare the two.
+def prove_conversion(
+    old: Container, write: Callable[[], None], written: Path, new_path: str
+) -> ConversionReport:
+    """Run `write`, which makes the file `written` from `old`, and compare the two.
 
-    The old outputs are computed while the file is written. Consumes `old`: its weights are dropped
-    before the new file is mapped, so that the memory of one file is enough.
+    Meanwhile the old file's checksums are compared and its outputs computed. Consumes `old`: its
+    weights are dropped before the new file is mapped, so that the memory of one file is enough.
     """
-    sources = [(name, legacy_names(name)) for name in old.weights]
+    sources = {name: legacy_names(name) for name in old.weights}
+    shapes = {name: value.shape for name, value in old.weights.items()}
     averaged = old.ema is not None
-    with _single_threaded() as executor:
-        running = executor.submit(_probe, old)
+    with _single_threaded() as worker:
+        intact = worker.submit(verify_file, old.path)
+        running = worker.submit(_probe, old)
         write()
+        intact.result()
         probe, before = running.result()
         old_tensors = {} if before is not None else to_legacy(old.weights)
         old.weights.clear()
         (old.ema or {}).clear()
-        new = parse_container(load_file(new_path, mmap=True, verify=False), new_path).weights
-        after = None if before is None else executor.submit(probe.outputs, new).result()
-    if before is not None and after is not None:
+        new = parse_container(load_file(written, mmap=True, verify=False), new_path)
+        after = None if before is None else worker.submit(probe.outputs, new).result()
+    if {name: value.shape for name, value in new.weights.items()} != shapes:
+        difference = float("inf")
+    elif before is not None and after is not None:
         difference = max_difference(before, after)
     else:
-        difference = max_difference(old_tensors, to_legacy(new))
+        difference = max_difference(old_tensors, to_legacy(new.weights))
     return ConversionReport(
         old_path=old.path,
         new_path=new_path,
         kind=old.kind,
         tensors=len(sources),
-        renamed=sum(len(names) == 1 and names[0] != name for name, names in sources),
-        joined=sum(len(names) > 1 for _, names in sources),
+        renamed=sum(len(names) == 1 and names[0] != name for name, names in sources.items()),
+        joined=sum(len(names) > 1 for names in sources.values()),
         averaged=averaged,
         epoch=old.epoch,
         compared="tensors" if after is None else "outputs",
@@ -148,7 +163,7 @@ def _single_threaded() -> Iterator[ThreadPoolExecutor]:
 
 def _probe(container: Container) -> tuple[Probe, dict[str, Tensor] | None]:
     probe = Probe(container)
-    return probe, probe.outputs(container.weights)
+    return probe, probe.outputs(container)
 
 
 def max_difference(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
