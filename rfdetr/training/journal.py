@@ -16,13 +16,14 @@ Record = dict[str, Any]
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 
+_writing = threading.Lock()
+
 
 class Journal:
     """Records as JSON lines, and beside them `<name>.state.json`: bytes sent, receiver's ids."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
 
     @property
     def state_path(self) -> Path:
@@ -30,7 +31,7 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Add one record; it survives the process once this returns."""
-        with self._lock:
+        with _writing:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")

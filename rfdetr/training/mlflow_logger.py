@@ -46,7 +46,17 @@ class JournaledMLFlowLogger(MLFlowLogger):
         self._store = MLflowStore(self._folder, experiment_name, run_name, tracking_uri)
         self._journal = Journal(self._newest())
         self._continued = self._journal.path.exists()
-        self._sender = Sender("MLflow", lambda: self._store.send_all(self._folder))
+        self._sender = self._new_sender()
+
+    def _new_sender(self) -> Sender:
+        return Sender("MLflow", lambda: self._store.send_all(self._folder))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_sender"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._sender = self._new_sender()
 
     def _newest(self) -> Path:
         journals = _journals(self._folder)
@@ -145,8 +155,11 @@ class MLflowStore:
         self.tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         self._client: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_client": None}
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.client(), name)
 

@@ -47,6 +47,7 @@ class RFDETREMACallback(Callback):
         if self._restored is None:
             self.updates = 0
             self._restored = getattr(pl_module, "legacy_ema_state", None)
+            pl_module.legacy_ema_state = None
             if self._restored is None and trainer.ckpt_path is not None:
                 warnings.warn(
                     f"{trainer.ckpt_path} holds no averaged weights: the average starts from the "

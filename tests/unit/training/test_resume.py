@@ -84,7 +84,7 @@ def history(output: Path) -> list[dict[str, str]]:
     ],
 )
 def test_resumed_equals_uninterrupted(dataset, tmp_path, step, every, workers):
-    fields = {"num_workers": workers}
+    fields = {"num_workers": workers, "grad_accum_steps": 2 if workers else 1}
     Run(tiny_model(), tiny_run(dataset, tmp_path / "whole", **options(**fields))).fit()
     last = interrupted(dataset, tmp_path / "parts", step, every, **fields)
     saved = torch.load(last, weights_only=True)["global_step"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 import time
 import warnings
@@ -90,7 +91,7 @@ def test_training_goes_on_while_mlflow_is_away_and_everything_arrives_later(
     data = client.get_run(run_id).data
     assert data.tags["resumed.train_config/epochs"] == "2"
     assert len(client.get_metric_history(run_id, "val/loss")) == 2
-    fresh = JournaledMLFlowLogger(tmp_path, tracking_uri=store)
+    fresh = pickle.loads(pickle.dumps(JournaledMLFlowLogger(tmp_path, tracking_uri=store)))
     fresh.begin_fit(resumed=False, step=None)
     assert fresh.run_id is None
 
