@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
-import yaml
-from pydantic import BaseModel, ValidationError
-
+from flows import commands as run
 from flows.redact import redact
-from flows.settings import Environment
-from rfdetr.errors import ConfigError, RFDETRError
+from rfdetr.errors import RFDETRError
 
-M = TypeVar("M", bound=BaseModel)
 STAGES = ("validate", "convert", "fit", "evaluate")
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+INTERRUPTED = 130
 
 EXAMPLES = """examples:
   rfdetr-pipeline retrain                       the whole pipeline on params.yaml
@@ -40,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(options)
     except RFDETRError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
-        return FAILED
+        return run.FAILED
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
@@ -55,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    retrain = _add(commands, "retrain", retrain_command, "the whole pipeline as a Prefect flow")
+    retrain = _add(commands, "retrain", run.retrain_command, "the whole pipeline as a Prefect flow")
     _changes(retrain)
     retrain.add_argument(
         "--no-promote", action="store_true", help="register, but keep the champion"
@@ -64,29 +57,29 @@ def _parser() -> argparse.ArgumentParser:
     retrain.add_argument(
         "--only-if-data-changed", action="store_true", help="stop when the champion knows the data"
     )
-    plan = _add(commands, "plan", plan_command, "what would run and what is up to date")
+    plan = _add(commands, "plan", run.plan_command, "what would run and what is up to date")
     plan.add_argument("--json", action="store_true", help="for programs")
     for stage in STAGES:
-        _add(commands, stage, _stage_command(stage), f"the stage {stage}, with what it needs")
-    _add(commands, "register", register_command, "register the trained model and ask the gate")
-    back = _add(commands, "rollback", rollback_command, "give champion back to its predecessor")
+        _add(commands, stage, run.stage_command(stage), f"the stage {stage}, with what it needs")
+    _add(commands, "register", run.register_command, "register the trained model and ask the gate")
+    back = _add(commands, "rollback", run.rollback_command, "give champion back to its predecessor")
     back.add_argument("--reason", required=True, help="goes into the audit record")
     back.add_argument("--to", type=int, help="a version number (default: the previous champion)")
-    approve = _add(commands, "promote", promote_command, "make a version champion by hand")
+    approve = _add(commands, "promote", run.promote_command, "make a version champion by hand")
     approve.add_argument("version", type=int)
     approve.add_argument("--reason", required=True, help="goes into the audit record")
     approve.add_argument("--force", action="store_true", help="overrule the gate or a rollback")
-    history = _add(commands, "history", history_command, "who promoted what, why and when")
+    history = _add(commands, "history", run.history_command, "who promoted what, why and when")
     history.add_argument("--json", action="store_true", help="for programs")
-    predict = _add(commands, "predict", predict_command, "the champion on images")
+    predict = _add(commands, "predict", run.predict_command, "the champion on images")
     predict.add_argument("images", nargs="+", help="files or folders")
     predict.add_argument("--out", type=Path, default=Path("predictions"), help="folder (default)")
     predict.add_argument("--threshold", type=float, default=0.5)
     predict.add_argument("--model", help="alias or version number (default: champion)")
-    demo = _add(commands, "demo", demo_command, "build the demo dataset in a folder")
+    demo = _add(commands, "demo", run.demo_command, "build the demo dataset in a folder")
     demo.add_argument("folder", type=Path, nargs="?", default=Path("data/demo"))
-    _add(commands, "sync", sync_command, "send tracking records that could not be sent")
-    doctor = _add(commands, "doctor", doctor_command, "look for leftovers and dead slots")
+    _add(commands, "sync", run.sync_command, "send tracking records that could not be sent")
+    doctor = _add(commands, "doctor", run.doctor_command, "look for leftovers and dead slots")
     doctor.add_argument("--repair", action="store_true", help="mend what is safe to mend")
     return parser
 
@@ -94,11 +87,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
-    run: Callable[[argparse.Namespace], int],
+    command: Callable[[argparse.Namespace], int],
     text: str,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=command)
     return parser
 
 
@@ -110,200 +103,6 @@ def _changes(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION.FIELD=VALUE",
         help="change params.yaml for this and later runs; may be repeated",
     )
-
-
-def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
-    """`section.field=value` texts as nested data; values are YAML."""
-    changes: dict[str, dict[str, object]] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        section, dot, field = name.partition(".")
-        if not (equals and dot and section and field):
-            raise ConfigError(f"--set {text}: write it as section.field=value, e.g. fit.epochs=20.")
-        changes.setdefault(section, {})[field] = yaml.safe_load(value)
-    return changes
-
-
-def retrain_command(options: argparse.Namespace) -> int:
-    """Start the flow in this process, unless there is nothing to do."""
-    from flows import release
-    from flows.plan import plan_stages
-    from flows.settings import RetrainParams, load_params
-    from flows.workspace import write_overrides
-
-    root = _root()
-    changes = parse_changes(options.set)
-    load_params(root / "params.yaml")
-    params = checked(
-        RetrainParams,
-        overrides=changes,
-        promote=not options.no_promote,
-        publish=options.publish,
-        only_if_data_changed=options.only_if_data_changed,
-    )
-    write_overrides(root, params.changes())
-    plans = plan_stages(root)
-    if all(p.state == "up to date" for p in plans) and release.is_released(root):
-        print("nothing to do: data, parameters and code are those of the registered model")
-        print(release.what_next(root))
-        return OK
-    for plan in plans:
-        print(f"{plan.stage:10} {plan.state}")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    from flows.retrain import retrain
-
-    retrain(params)
-    print(release.what_next(root))
-    return OK
-
-
-def plan_command(options: argparse.Namespace) -> int:
-    """Print the stages and the release, changing nothing."""
-    from flows import release
-    from flows.plan import plan_stages
-    from flows.settings import load_params
-
-    root = _root()
-    load_params(root / "params.yaml")
-    plans = plan_stages(root)
-    released = release.is_released(root)
-    if options.json:
-        data = {"stages": [p.model_dump() for p in plans], "released": released}
-        print(json.dumps(data, indent=2))
-        return OK
-    for plan in plans:
-        print(f"{plan.stage:10} {plan.state}")
-        for reason in plan.reasons:
-            print(f"             {reason}")
-    print(f"{'release':10} {'up to date' if released else 'runs'}")
-    return OK
-
-
-def _stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
-    def run(_options: argparse.Namespace) -> int:
-        from flows.settings import load_params
-        from flows.workspace import configure_dvc, dvc
-
-        root = _root()
-        load_params(root / "params.yaml")
-        configure_dvc(root, Environment.read())
-        dvc(root, "repro", stage, on_line=print)
-        return OK
-
-    run.__doc__ = f"`dvc repro {stage}`: the stage and whatever it needs that is out of date."
-    return run
-
-
-def register_command(_options: argparse.Namespace) -> int:
-    """Register models/trained and let the gate decide, without Prefect."""
-    from flows import release
-
-    root = _root()
-    registered = release.register(root)
-    verdict = release.judge(root, registered.number)
-    print(verdict.to_markdown())
-    if verdict.promote:
-        release.promote_winner(root, registered.number, verdict)
-    print(release.what_next(root))
-    return OK
-
-
-def promote_command(options: argparse.Namespace) -> int:
-    """A person's decision: also the approval that `gate.manual_approval` waits for."""
-    from flows import release
-
-    record = release.promote_by_hand(
-        _root(), options.version, reason=options.reason, force=options.force
-    )
-    print("already champion" if record is None else f"version {record.version} is champion")
-    return OK
-
-
-def rollback_command(options: argparse.Namespace) -> int:
-    """Move the alias back and write the audit record."""
-    from flows import release
-
-    record = release.roll_back(_root(), reason=options.reason, to=options.to)
-    print(f"version {record.version} serves again; version {record.previous} was left")
-    return OK
-
-
-def history_command(options: argparse.Namespace) -> int:
-    """Every promotion and rollback, oldest first."""
-    from flows import release
-
-    records = release.audit(_root())
-    if options.json:
-        print(json.dumps([r.model_dump() for r in records], indent=2))
-        return OK
-    for record in records:
-        before = "-" if record.previous is None else record.previous
-        print(
-            f"{record.at[:19]}  {record.action:8}  {before} -> {record.version}  "
-            f"by {record.by}: {record.reason}"
-        )
-    if not records:
-        print("no champion yet")
-    return OK
-
-
-def predict_command(options: argparse.Namespace) -> int:
-    """Detections of a registered model: one JSON file and one drawn picture per image."""
-    from flows.predict import predict_folder
-
-    count = predict_folder(
-        _root(), options.images, options.out, model=options.model, threshold=options.threshold
-    )
-    print(f"{count} images: {options.out / 'detections.json'} and drawn pictures beside it")
-    return OK
-
-
-def demo_command(options: argparse.Namespace) -> int:
-    """Digits on photos, with boxes, in Roboflow's COCO layout."""
-    from rfdetr.data.demo import build_demo
-
-    print(build_demo(options.folder, progress=sys.stderr.isatty()))
-    return OK
-
-
-def sync_command(_options: argparse.Namespace) -> int:
-    """Send every unsent journal."""
-    from flows.tracking import default_tracking_uri, sync
-
-    results = sync(Environment.read().state_dir, default_tracking_uri(_root()))
-    for folder, problem in results.items():
-        print(f"{folder}: {problem or 'sent'}")
-    return FAILED if any(results.values()) else OK
-
-
-def doctor_command(options: argparse.Namespace) -> int:
-    """Print what was found; status 1 when something needs a person."""
-    from flows import doctor
-
-    _root()
-    return doctor.main(["--repair"] if options.repair else [])
-
-
-def checked(kind: type[M], **fields: object) -> M:
-    """Build a pydantic model; ConfigError with one line per mistake."""
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        lines = [
-            f"- {'.'.join(map(str, item['loc'][1:]))}: {item['msg']}"
-            for item in error.errors(include_url=False)
-        ]
-        raise ConfigError("\n".join(["wrong parameters:", *lines])) from None
-
-
-def _root() -> Path:
-    """The project's root folder: where dvc.yaml is, upwards from here."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "dvc.yaml").exists():
-            os.chdir(folder)
-            return folder
-    raise ConfigError(f"{here} is not inside a project: no dvc.yaml here or above.")
 
 
 if __name__ == "__main__":

@@ -9,29 +9,24 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from flows import promote
-from flows.digest import digest_of, path_digest
+from flows.freshness import GATE_KEY, TRAINED, dataset_version, gate_key, registry_of
 from flows.gate import decide
 from flows.process import die_with_parent, exit_on_sigterm
 from flows.promote import AuditRecord
 from flows.redact import redact
-from flows.registry import Registry, Version
-from flows.settings import Environment, Params, load_params
+from flows.rescoring import champion_scores, data_digest, scores_of
+from flows.settings import Environment, load_params
 from flows.stage import explain, read_json, write_json
-from flows.tracking import default_tracking_uri
-from flows.verdict import GatePolicy, Scores, Verdict
-from rfdetr.errors import RFDETRError
+from flows.verdict import GatePolicy, Verdict
 from rfdetr.files import write_text_atomic
 
-TRAINED = Path("models/trained")
 REGISTERED, VERDICT = Path("reports/registered.json"), Path("reports/verdict.json")
-GATE_KEY = "gate.key"
 
 
 class Registered(BaseModel, frozen=True):
@@ -58,9 +53,10 @@ def register(root: Path, flow_run: str | None = None) -> Registered:
     """Complete the MLflow run, log the model with its export, make a version of it, once."""
     from flows.export import export_once
     from flows.packaging import ModelFiles
+    from flows.profile import profile_once
     from flows.record import complete_run
 
-    params, registry = load_params(root / "params.yaml"), _registry(root)
+    params, registry = load_params(root / "params.yaml"), registry_of(root)
     card = read_json(root / TRAINED / "model.json")
     lineage = _lineage(root, card, flow_run)
     run_id = complete_run(root, params, registry.uri, lineage)
@@ -71,6 +67,7 @@ def register(root: Path, flow_run: str | None = None) -> Registered:
         card=root / TRAINED / "model.json",
         onnx=exported.onnx,
         parity=exported.parity,
+        profile=profile_once(root, params, weights, card["dataset"]["digest"]),
     )
     numbers = read_json(root / "metrics/test.json")
     metrics = {f"test/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
@@ -97,21 +94,21 @@ def register(root: Path, flow_run: str | None = None) -> Registered:
 
 def judge(root: Path, number: int) -> Verdict:
     """Score champion and challenger on the same current test set and record the verdict."""
-    params, registry = load_params(root / "params.yaml"), _registry(root)
+    params, registry = load_params(root / "params.yaml"), registry_of(root)
     env = Environment.read()
-    digest = _data_digest(root, params, env)
+    digest = data_digest(root, params, env)
     card = read_json(root / TRAINED / "model.json")
     weights = root / TRAINED / card["weights"]
-    challenger = _scores(root, params, weights, f"version {number}", digest)
+    challenger = scores_of(root, params, weights, f"version {number}", digest)
     parity = Registered.model_validate(read_json(root / REGISTERED)).export_parity
     challenger = challenger.model_copy(update={"export_parity": parity})
     champion = registry.champion()
     old = None
     if champion is not None:
-        old = _champion_scores(root, params, registry, champion, digest)
+        old = champion_scores(root, params, registry, champion, digest)
     verdict = decide(old, challenger, GatePolicy(**params.gate.model_dump()))
     registry.record_verdict(number, verdict)
-    registry.set_tags(number, {GATE_KEY: _gate_key(params, digest)})
+    registry.set_tags(number, {GATE_KEY: gate_key(params, digest)})
     write_text_atomic(root / VERDICT, verdict.model_dump_json(indent=2))
     return verdict
 
@@ -122,7 +119,7 @@ def promote_winner(root: Path, number: int, verdict: Verdict) -> AuditRecord | N
         return None
     known = re.fullmatch(r"version (\d+)", verdict.champion.model) if verdict.champion else None
     return promote.promote(
-        _registry(root),
+        registry_of(root),
         number,
         reason=verdict.reason,
         by=promote.actor(),
@@ -132,7 +129,7 @@ def promote_winner(root: Path, number: int, verdict: Verdict) -> AuditRecord | N
 
 def promote_by_hand(root: Path, number: int, *, reason: str, force: bool) -> AuditRecord | None:
     """A person's promotion; it also gives the approval that a gate waits for."""
-    registry = _registry(root)
+    registry = registry_of(root)
     return promote.promote(registry, number, reason=reason, by=promote.actor(), force=force)
 
 
@@ -140,63 +137,18 @@ def roll_back(
     root: Path, *, reason: str, name: str | None = None, to: int | None = None
 ) -> AuditRecord:
     """Move `champion` of `name` (default: params.yaml's) back, with a reason on record."""
-    registry = _registry(root, name)
+    registry = registry_of(root, name)
     return promote.rollback(registry, reason=reason, by=promote.actor(), to=to)
 
 
 def audit(root: Path) -> list[AuditRecord]:
     """Every move of the champion, oldest first."""
-    return promote.history(_registry(root))
-
-
-def data_changed(root: Path) -> bool:
-    """Whether the dataset's version differs from the champion's; True without a champion."""
-    champion = _registry(root).champion()
-    if champion is None:
-        return True
-    return champion.tags.get("lineage.dataset_version") != dataset_version(root)
-
-
-def dataset_version(root: Path) -> str:
-    """A cheap name of the dataset's content: pointer, S3 listing, or the demo's settings.
-
-    Nothing is downloaded and no image is read, unless the folder is under no version control.
-    """
-    import yaml
-
-    from flows.s3 import list_versions
-
-    params = load_params(root / "params.yaml")
-    name = Path(params.dataset.dir).name
-    pointer = root / f"{params.dataset.dir}.dvc"
-    if pointer.exists():
-        outs = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"]
-        return f"dvc:{outs[0].get('md5') or outs[0].get('etag')}"
-    if name in params.sources:
-        source = params.sources[name]
-        return f"s3:{digest_of([source.model_dump(), list_versions(source.uri)])[:32]}"
-    if Path(params.dataset.dir) == Path("data/demo"):
-        return f"demo:{digest_of(params.demo.model_dump())[:32]}"
-    return f"content:{_data_digest(root, params, Environment.read())}"
-
-
-def is_released(root: Path) -> bool:
-    """Whether the registry holds the trained model and the gate has judged it by today's rules."""
-    card_file = root / TRAINED / "model.json"
-    if not card_file.exists():
-        return False
-    params = load_params(root / "params.yaml")
-    weights = read_json(card_file)["weights_sha256"]
-    key = _gate_key(params, _data_digest(root, params, Environment.read()))
-    return any(
-        v.weights_sha256 == weights and v.tags.get(GATE_KEY) == key and _settled(v)
-        for v in _registry(root).versions()
-    )
+    return promote.history(registry_of(root))
 
 
 def summarise(root: Path, number: int, verdict: Verdict) -> dict[str, Any]:
     """What a run came to, as plain data."""
-    champion = _registry(root).champion()
+    champion = registry_of(root).champion()
     return {
         "version": number,
         "outcome": verdict.outcome,
@@ -208,7 +160,7 @@ def summarise(root: Path, number: int, verdict: Verdict) -> dict[str, Any]:
 
 def what_next(root: Path) -> str:
     """Where the results are, for a person at a terminal."""
-    registry = _registry(root)
+    registry = registry_of(root)
     champion = registry.champion()
     serves = f"version {champion.number}" if champion else "nobody yet"
     return "\n".join(
@@ -224,27 +176,6 @@ def what_next(root: Path) -> str:
     )
 
 
-def _registry(root: Path, name: str | None = None) -> Registry:
-    known = name or load_params(root / "params.yaml").registry.name
-    return Registry(known, default_tracking_uri(root))
-
-
-def _data_digest(root: Path, params: Params, env: Environment) -> str:
-    return path_digest(root / params.dataset.dir, env.state_dir / "digests.db")
-
-
-def _gate_key(params: Params, digest: str) -> str:
-    from flows.scoring import settings_key
-
-    return digest_of([params.gate.model_dump(), settings_key(params.evaluate), digest])[:16]
-
-
-def _settled(version: Version) -> bool:
-    """A promotion that was cut off, or that waits for nobody, is not settled."""
-    won = version.tags.get("gate.outcome") == "promote"
-    return not won or "promotion.action" in version.tags
-
-
 def _lineage(root: Path, card: dict[str, Any], flow_run: str | None) -> dict[str, Any]:
     from flows.provenance import collect_provenance
 
@@ -258,50 +189,6 @@ def _lineage(root: Path, card: dict[str, Any], flow_run: str | None) -> dict[str
         "lineage.flow_run": flow_run,
         "weights.sha256": card["weights_sha256"],
     }
-
-
-def _champion_scores(
-    root: Path, params: Params, registry: Registry, champion: Version, digest: str
-) -> Scores:
-    label = f"version {champion.number}"
-    kept = _kept(params, str(champion.weights_sha256), digest)
-    if kept.exists():
-        return Scores.model_validate(read_json(kept)).model_copy(update={"model": label})
-    with tempfile.TemporaryDirectory(prefix="rfdetr-champion-") as folder:
-        model = registry.fetch(champion, Path(folder))
-        weights = next((model / "artifacts").glob("*.pth"), None)
-        if weights is None:
-            raise RFDETRError(f"{registry.name} {label} holds no weights file in {model}.")
-        return _scores(root, params, weights, label, digest)
-
-
-def _scores(root: Path, params: Params, weights: Path, label: str, digest: str) -> Scores:
-    """Scores of a weights file on today's test set, kept by content: nothing is scored twice."""
-    from flows.pack import open_dataset
-    from flows.scoring import score_model
-    from rfdetr.files import sha256_file
-
-    kept = _kept(params, sha256_file(weights), digest)
-    if kept.exists():
-        return Scores.model_validate(read_json(kept)).model_copy(update={"model": label})
-    scored = score_model(
-        weights,
-        open_dataset(root / params.dataset.dir, Environment.read().state_dir),
-        params.dataset,
-        params.evaluate,
-        accelerator=params.runtime.accelerator,
-        num_workers=params.runtime.num_workers,
-    )
-    scores = scored.scores(label, digest)
-    write_text_atomic(kept, scores.model_dump_json())
-    return scores
-
-
-def _kept(params: Params, weights_sha256: str, digest: str) -> Path:
-    from flows.scoring import settings_key
-
-    key = digest_of([weights_sha256, digest, settings_key(params.evaluate)])[:32]
-    return Environment.read().state_dir / "scores" / f"{key}.json"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import State
 from prefect.concurrency.sync import concurrency
 from prefect.states import Completed
 
-from flows import artifacts, release
+from flows import artifacts, freshness, release
 from flows.notify import notify
 from flows.process import CommandFailed, run_streaming
 from flows.promote import ChampionChangedError
@@ -68,7 +68,7 @@ def retrain(params: RetrainParams | None = None) -> State | dict[str, Any]:
     params = params or RetrainParams()
     root = Path.cwd()
     os.environ.setdefault("MLFLOW_TRACKING_URI", default_tracking_uri(root))
-    if params.only_if_data_changed and not release.data_changed(root):
+    if params.only_if_data_changed and not freshness.data_changed(root):
         return Completed(name="Skipped", message="the champion was trained on this dataset")
     prepare(root, params)
     *before, fit, evaluate = stage_names(root)

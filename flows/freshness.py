@@ -1,0 +1,79 @@
+"""Whether a run has anything to do: the dataset's version, and what the registry knows already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flows.digest import digest_of
+from flows.registry import Registry, Version
+from flows.rescoring import data_digest
+from flows.settings import Environment, Params, load_params
+from flows.stage import read_json
+from flows.tracking import default_tracking_uri
+
+GATE_KEY = "gate.key"
+TRAINED = Path("models/trained")
+
+
+def registry_of(root: Path, name: str | None = None) -> Registry:
+    """The registered model `name` (default: params.yaml's) of the project `root`."""
+    known = name or load_params(root / "params.yaml").registry.name
+    return Registry(known, default_tracking_uri(root))
+
+
+def data_changed(root: Path) -> bool:
+    """Whether the dataset's version differs from the champion's; True without a champion."""
+    champion = registry_of(root).champion()
+    if champion is None:
+        return True
+    return champion.tags.get("lineage.dataset_version") != dataset_version(root)
+
+
+def dataset_version(root: Path) -> str:
+    """A cheap name of the dataset's content: pointer, S3 listing, or the demo's settings.
+
+    Nothing is downloaded and no image is read, unless the folder is under no version control.
+    """
+    import yaml
+
+    from flows.s3 import list_versions
+
+    params = load_params(root / "params.yaml")
+    name = Path(params.dataset.dir).name
+    pointer = root / f"{params.dataset.dir}.dvc"
+    if pointer.exists():
+        outs = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"]
+        return f"dvc:{outs[0].get('md5') or outs[0].get('etag')}"
+    if name in params.sources:
+        source = params.sources[name]
+        return f"s3:{digest_of([source.model_dump(), list_versions(source.uri)])[:32]}"
+    if Path(params.dataset.dir) == Path("data/demo"):
+        return f"demo:{digest_of(params.demo.model_dump())[:32]}"
+    return f"content:{data_digest(root, params, Environment.read())}"
+
+
+def is_released(root: Path) -> bool:
+    """Whether the registry holds the trained model and the gate has judged it by today's rules."""
+    card_file = root / TRAINED / "model.json"
+    if not card_file.exists():
+        return False
+    params = load_params(root / "params.yaml")
+    weights = read_json(card_file)["weights_sha256"]
+    key = gate_key(params, data_digest(root, params, Environment.read()))
+    return any(
+        v.weights_sha256 == weights and v.tags.get(GATE_KEY) == key and _settled(v)
+        for v in registry_of(root).versions()
+    )
+
+
+def gate_key(params: Params, digest: str) -> str:
+    """What a verdict depends on besides the two models: rules, way of scoring, test set."""
+    from flows.scoring import settings_key
+
+    return digest_of([params.gate.model_dump(), settings_key(params.evaluate), digest])[:16]
+
+
+def _settled(version: Version) -> bool:
+    """A promotion that was cut off, or that waits for nobody, is not settled."""
+    won = version.tags.get("gate.outcome") == "promote"
+    return not won or "promotion.action" in version.tags

@@ -1,0 +1,64 @@
+"""Scores of two models on today's test set, kept by content: nothing is scored twice."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from flows.digest import digest_of, path_digest
+from flows.registry import Registry, Version
+from flows.settings import Environment, Params
+from flows.stage import read_json
+from flows.verdict import Scores
+from rfdetr.errors import RFDETRError
+from rfdetr.files import write_text_atomic
+
+
+def data_digest(root: Path, params: Params, env: Environment) -> str:
+    """Content hash of the dataset's folder."""
+    return path_digest(root / params.dataset.dir, env.state_dir / "digests.db")
+
+
+def champion_scores(
+    root: Path, params: Params, registry: Registry, champion: Version, digest: str
+) -> Scores:
+    """Scores of the champion on today's test set; its weights come from the registry."""
+    label = f"version {champion.number}"
+    kept = _kept(params, str(champion.weights_sha256), digest)
+    if kept.exists():
+        return Scores.model_validate(read_json(kept)).model_copy(update={"model": label})
+    with tempfile.TemporaryDirectory(prefix="rfdetr-champion-") as folder:
+        model = registry.fetch(champion, Path(folder))
+        weights = next((model / "artifacts").glob("*.pth"), None)
+        if weights is None:
+            raise RFDETRError(f"{registry.name} {label} holds no weights file in {model}.")
+        return scores_of(root, params, weights, label, digest)
+
+
+def scores_of(root: Path, params: Params, weights: Path, label: str, digest: str) -> Scores:
+    """Scores of a weights file on today's test set, kept by content: nothing is scored twice."""
+    from flows.pack import open_dataset
+    from flows.scoring import score_model
+    from rfdetr.files import sha256_file
+
+    kept = _kept(params, sha256_file(weights), digest)
+    if kept.exists():
+        return Scores.model_validate(read_json(kept)).model_copy(update={"model": label})
+    scored = score_model(
+        weights,
+        open_dataset(root / params.dataset.dir, Environment.read().state_dir),
+        params.dataset,
+        params.evaluate,
+        accelerator=params.runtime.accelerator,
+        num_workers=params.runtime.num_workers,
+    )
+    scores = scored.scores(label, digest)
+    write_text_atomic(kept, scores.model_dump_json())
+    return scores
+
+
+def _kept(params: Params, weights_sha256: str, digest: str) -> Path:
+    from flows.scoring import settings_key
+
+    key = digest_of([weights_sha256, digest, settings_key(params.evaluate)])[:32]
+    return Environment.read().state_dir / "scores" / f"{key}.json"
