@@ -74,8 +74,8 @@ def test_metrics_and_plots_are_read_by_dvc(project: Path) -> None:
     assert "metrics/test.json" in shown[""]["data"]
     run(project, "dvc", "plots", "show")
     page = (project / "dvc_plots" / "index.html").read_text()
-    assert "plots/fit.csv" in page.replace("::", "/") or "fit.csv" in page
-    shutil.rmtree(project / "dvc_plots")
+    assert "plots_fit_csv" in page
+    assert "reports_per_class_csv" in page
 
 
 @pytest.mark.parametrize("git", [True, False])
@@ -101,13 +101,14 @@ def test_a_fresh_copy_restores_everything_from_the_cache(
     )
 
 
+@pytest.mark.slow
 def test_an_experiment_trains_again_and_only_what_depends_on_it(project: Path) -> None:
     done = run(project, "dvc", "exp", "run", "-S", "fit.lr=2e-3", "-n", "faster")
     try:
         assert "training in" in done.stdout
         assert "Stage 'convert' didn't change" in done.stdout
         diff = json.loads(run(project, "dvc", "params", "diff", "--json").stdout)
-        assert diff["params.yaml"]["fit.lr"] == {"old": 0.001, "new": 0.002}
+        assert diff["params.yaml"]["fit.lr"]["new"] == 0.002
         metrics = json.loads(run(project, "dvc", "metrics", "diff", "--json").stdout)
         assert "metrics/fit.json" in metrics
     finally:
@@ -136,12 +137,10 @@ def test_a_dataset_with_errors_stops_before_training_and_leaves_its_report(
     assert json.loads((copy / "reports/validation.json").read_text())["severities"]["error"] == 2
 
 
-def test_wrong_params_stop_every_stage_with_all_mistakes(project: Path, tmp_path: Path) -> None:
+def test_wrong_params_stop_a_stage_with_all_mistakes(tmp_path: Path) -> None:
     copy = make_project(tmp_path / "wrong")
     write_params(copy, fit={"epoch": 1, "lr": -1}, model={"resolution": 65})
-    for stage in ("validate", "convert", "fit", "evaluate"):
-        done = run(copy, "python", "-m", f"flows.{stage}", check=False)
-        assert done.returncode == 1
-        assert f"{stage} failed: params.yaml has 3 mistakes" in done.stderr
-        if stage != "validate":
-            assert "Traceback" not in done.stderr
+    done = run(copy, "python", "-m", "flows.convert", check=False)
+    assert done.returncode == 1
+    assert "convert failed: params.yaml has 3 mistakes" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,171 @@
+"""Parts of the stages: devices, resume files, labels, curves, the copy of the state on S3."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from flows import convert as convert_stage
+from flows import evaluate, fit, validate
+from flows.fit import code_of_stage
+from flows.job import command, newest_checkpoint, resolve_devices
+from flows.mirror import Mirror
+from flows.outputs import epoch_rows
+from flows.progress import EpochProgress, parse_progress
+from flows.scoring import label_table, relabel
+from flows.settings import RuntimeSettings, parse_params
+from flows.stage import explain
+from flows.validate import reasons_to_stop
+from rfdetr.data.checks.report import DatasetReport, Finding, SplitStatistics
+from rfdetr.errors import CheckpointError, ConfigError
+from rfdetr.evaluation.columns import Columns, make_rows
+from rfdetr.weights.container import Container
+from rfdetr.weights.io import save_file
+from tests.flows.servers import S3Server
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_stages_compare_the_sections_that_dvc_tracks() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for name, module in (
+        ("validate", validate), ("convert", convert_stage), ("fit", fit), ("evaluate", evaluate),
+    ):  # fmt: skip
+        assert stages[name]["params"] == module.SECTIONS
+        assert f"flows/{name}.py" in stages[name]["deps"]
+    assert all((ROOT / path).exists() for path in code_of_stage("fit", ROOT))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"accelerator": "gpu"}, r"accelerator is gpu, but 0 GPU\(s\) are visible"),
+        ({"devices": 2}, r"devices is 2, but 0 GPU\(s\) are visible"),
+        ({"accelerator": "gpu", "devices": 4}, "CUDA driver"),
+    ],
+)
+def test_a_missing_gpu_is_an_error(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_devices(RuntimeSettings(**fields))
+
+
+def test_processes_on_the_cpu_are_possible() -> None:
+    assert resolve_devices(RuntimeSettings(accelerator="cpu", devices=3)) == ("cpu", 3)
+    assert resolve_devices(RuntimeSettings(accelerator="cpu")) == ("cpu", 1)
+
+
+def test_several_machines_meet_at_one_address(tmp_path: Path) -> None:
+    runtime = RuntimeSettings(nodes=2, rendezvous="host:29500")
+    line = " ".join(command(tmp_path, runtime, 4, "run1"))
+    assert "--nnodes=2" in line
+    assert "--rdzv-endpoint=host:29500" in line
+    assert "--nproc-per-node=4" in line
+    assert "--standalone" in command(tmp_path, RuntimeSettings(), 1, "run1")
+
+
+def test_an_unreadable_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) == (None, [])
+    good = {"state_dict": {"model.class_embed.bias": torch.zeros(4)}}
+    for number, name in enumerate(("checkpoint_9.ckpt", "checkpoint_19.ckpt", "last.ckpt")):
+        save_file(good, tmp_path / name)
+        os.utime(tmp_path / name, (number, number))
+    assert newest_checkpoint(tmp_path) == (tmp_path / "last.ckpt", [])
+    (tmp_path / "last.ckpt").write_bytes(b"half a file")
+    path, warnings = newest_checkpoint(tmp_path)
+    assert path == tmp_path / "checkpoint_19.ckpt"
+    assert "last.ckpt is unreadable" in warnings[0]
+
+
+def test_classes_are_matched_by_name() -> None:
+    old = Container("x.pth", "weights", {}, class_names=["dog", "cat", "cow"])
+    assert label_table(old, ["cat", "dog"]) == {0: 1, 1: 0}
+    shifted = Container("x.pth", "weights", {}, class_names=["dog", "cat"], label_offset=1)
+    assert label_table(shifted, ["cat", "dog"]) == {1: 1, 2: 0}
+    assert label_table(Container("x.pth", "weights", {}), ["a", "b"]) == {0: 0, 1: 1}
+    with pytest.raises(CheckpointError, match="none is common"):
+        label_table(old, ["zebra"])
+    rows = make_rows([0, 0, 1], [0, 1, 2], np.ones((3, 4)), score=[0.9, 0.8, 0.7])
+    columns = Columns(np.array([1, 2]), rows, make_rows([], [], []))
+    assert relabel(columns, {0: 1, 1: 0}).detections.label.tolist() == [1, 0]
+
+
+def test_rows_of_steps_and_epochs_become_one_row_per_epoch(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_text(
+        "epoch,step,train/lr,train/loss,val/mAP_50_95\n"
+        "0,9,0.1,,\n0,10,,,0.25\n0,10,,3.5,\n1,19,0.1,,\n1,20,,2.5,\n"
+    )
+    assert list(epoch_rows(file)) == [
+        {"epoch": 1.0, "val/mAP_50_95": 0.25, "train/loss": 3.5},
+        {"epoch": 2.0, "train/loss": 2.5},
+    ]
+
+
+def test_progress_survives_the_way_through_a_pipe() -> None:
+    progress = EpochProgress(epoch=2, of=5, loss=1.5, mAP=None, seconds=3.0, eta_s=4.5)
+    assert parse_progress(progress.line()) == progress
+    assert parse_progress('{"event":"epoch","epoch":"x"}') is None
+    assert parse_progress("Epoch 3") is None
+
+
+def report(train: int, errors: int, **finding: object) -> DatasetReport:
+    found = [
+        Finding(code="x", severity="error", message="m", fix="f", split="train", **finding)
+        for _ in range(errors)
+    ]
+    return DatasetReport(
+        dataset="d",
+        layout="roboflow",
+        severities={"error": errors},
+        findings=found,
+        statistics={"train": SplitStatistics(images=train)},
+    )
+
+
+def test_the_share_of_bad_images_decides() -> None:
+    strict = parse_params({})
+    patient = parse_params({"validate": {"max_bad_fraction": 0.1}})
+    assert reasons_to_stop(report(100, 0), strict) == []
+    assert "min_images is 20" in reasons_to_stop(report(19, 0), strict)[0]
+    one = report(100, 1, file="a.jpg", image_id=7)
+    assert "1 errors in 1 of 100 images" in reasons_to_stop(one, strict)[0]
+    assert reasons_to_stop(one, patient) == []
+    assert reasons_to_stop(report(100, 1, file="_annotations.coco.json"), patient)
+
+
+def test_a_cycle_of_causes_ends() -> None:
+    error = RuntimeError("x")
+    other = ValueError("y")
+    error.__cause__, other.__cause__ = other, error
+    assert "unexpected RuntimeError" in explain(error)
+
+
+def test_the_state_travels_to_s3_and_back(s3: S3Server, tmp_path: Path) -> None:
+    here = tmp_path / "one" / "abc"
+    here.mkdir(parents=True)
+    (here / "last.ckpt").write_bytes(b"weights")
+    (here / "fit.log").write_text("stays here")
+    mirror = Mirror(here, "s3://data/state")
+    with mirror:
+        (here / "run.json").write_text("{}")
+    there = tmp_path / "two" / "abc"
+    there.mkdir(parents=True)
+    Mirror(there, "s3://data/state/").fetch()
+    assert sorted(path.name for path in there.iterdir()) == ["last.ckpt", "run.json"]
+    assert (there / "last.ckpt").read_bytes() == b"weights"
+
+
+def test_an_absent_s3_server_does_not_stop_the_training(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("flows.s3.TRIES", 1)
+    (tmp_path / "last.ckpt").write_bytes(b"x")
+    with Mirror(tmp_path, "s3://data/state"):
+        pass
