@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 from uuid import UUID
 
 from prefect.artifacts import (
@@ -60,9 +60,21 @@ def show_pictures(root: Path) -> None:
             if file.stat().st_size > LARGEST_PICTURE_BYTES:
                 LOGGER.warning("%s is too large for an artifact; open the file", file)
                 continue
-            data = base64.b64encode(file.read_bytes()).decode("ascii")
-            key = file.stem.lower().replace("_", "-")
-            create_image_artifact(f"data:image/png;base64,{data}", key=key, description=file.name)
+            _show_picture(file)
+
+
+@best_effort
+def show_drift(report: Path, picture: Path) -> None:
+    """The report of a drift check and its histograms."""
+    create_markdown_artifact(report.read_text(encoding="utf-8"), key="drift-report")
+    _show_picture(picture)
+
+
+@best_effort
+def show_predictions(found: Mapping[str, Any]) -> None:
+    """How many images a batch prediction covered, and where its results are."""
+    rows = [{"": name, "value": redact(str(value))} for name, value in found.items()]
+    create_table_artifact(rows, key="predictions")
 
 
 @best_effort
@@ -129,6 +141,12 @@ class TrainingProgress:
                 update_progress_artifact(self._artifact, percent, description=text)
         except Exception as error:  # noqa: BLE001 - training goes on without the bar
             LOGGER.warning("progress was not shown: %s", redact(str(error)))
+
+
+def _show_picture(file: Path) -> None:
+    data = base64.b64encode(file.read_bytes()).decode("ascii")
+    key = file.stem.lower().replace("_", "-")
+    create_image_artifact(f"data:image/png;base64,{data}", key=key, description=file.name)
 
 
 def _number(value: float | None) -> str:

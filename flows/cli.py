@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   rfdetr-pipeline plan                          what would run, and why
   rfdetr-pipeline validate                      one stage
   rfdetr-pipeline predict photo.jpg --out found the champion on images
+  rfdetr-pipeline drift incoming/               are recent images like the training set's
   rfdetr-pipeline rollback --reason "misses small parts"
   rfdetr-pipeline history
 """
@@ -72,10 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     history = _add(commands, "history", run.history_command, "who promoted what, why and when")
     history.add_argument("--json", action="store_true", help="for programs")
     predict = _add(commands, "predict", run.predict_command, "the champion on images")
-    predict.add_argument("images", nargs="+", help="files or folders")
-    predict.add_argument("--out", type=Path, default=Path("predictions"), help="folder (default)")
-    predict.add_argument("--threshold", type=float, default=0.5)
-    predict.add_argument("--model", help="alias or version number (default: champion)")
+    _predict_options(predict)
+    drift = _add(commands, "drift", run.drift_command, "recent images against the champion's")
+    drift.add_argument("source", help="folder or s3:// prefix")
+    drift.add_argument("--hours", type=float, help="only images newer than this")
+    drift.add_argument("--limit", type=int, default=512, help="the newest images (default: 512)")
+    drift.add_argument("--exit-code", action="store_true", help="status 3 when there is drift")
     demo = _add(commands, "demo", run.demo_command, "build the demo dataset in a folder")
     demo.add_argument("folder", type=Path, nargs="?", default=Path("data/demo"))
     _add(commands, "sync", run.sync_command, "send tracking records that could not be sent")
@@ -93,6 +96,15 @@ def _add(
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(run=command)
     return parser
+
+
+def _predict_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", help="files, folders or s3:// prefixes")
+    parser.add_argument("--out", default="predictions", help="folder (default) or s3:// prefix")
+    parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--model", help="alias or version number (default: champion)")
+    parser.add_argument("--no-draw", action="store_true", help="no pictures, only the numbers")
+    parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def _changes(parser: argparse.ArgumentParser) -> None:

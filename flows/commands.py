@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from flows.settings import Environment
 from rfdetr.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
-OK, FAILED = 0, 1
+OK, FAILED, DRIFTED = 0, 1, 3
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
@@ -156,14 +157,49 @@ def history_command(options: argparse.Namespace) -> int:
 
 
 def predict_command(options: argparse.Namespace) -> int:
-    """Detections of a registered model: one JSON file and one drawn picture per image."""
-    from flows.predict import predict_folder
+    """Detections of a registered model: COCO files and one drawn picture per image."""
+    from flows.predict import predict_images
 
-    count = predict_folder(
-        _root(), options.images, options.out, model=options.model, threshold=options.threshold
+    sources, out = [_place(source) for source in options.images], _place(options.out)
+    found = predict_images(
+        _root(),
+        sources,
+        out,
+        model=options.model,
+        threshold=options.threshold,
+        draw=not options.no_draw,
     )
-    print(f"{count} images: {options.out / 'detections.json'} and drawn pictures beside it")
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return OK
+    print(
+        f"{found.images} images, {found.detections} detections by {found.model} version "
+        f"{found.version}: {found.out}/detections.json"
+    )
+    if found.unreadable:
+        print(f"{found.unreadable} files are no images; detections.json names them")
     return OK
+
+
+def drift_command(options: argparse.Namespace) -> int:
+    """The flow drift-check in this process: report, event, notification."""
+    source = _place(options.source)
+    root = _root()
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    from flows.drift import drift_check
+    from flows.watch import REPORT, DriftCheck, DriftParams
+
+    drift_check(source, checked(DriftParams, hours=options.hours, limit=options.limit))
+    check = DriftCheck.model_validate_json((root / REPORT).read_text(encoding="utf-8"))
+    print(check.to_markdown())
+    return DRIFTED if options.exit_code and check.drifted else OK
+
+
+def _place(text: str) -> str:
+    """A path of the person's current folder as an absolute one; an s3:// address as it is."""
+    from flows.s3 import is_s3
+
+    return text if is_s3(text) else str(Path(text).absolute())
 
 
 def demo_command(options: argparse.Namespace) -> int:
@@ -198,7 +234,7 @@ def checked(kind: type[M], **fields: object) -> M:
         return kind.model_validate(fields)
     except ValidationError as error:
         lines = [
-            f"- {'.'.join(map(str, item['loc'][1:]))}: {item['msg']}"
+            f"- {'.'.join(map(str, item['loc'][1:] or item['loc']))}: {item['msg']}"
             for item in error.errors(include_url=False)
         ]
         raise ConfigError("\n".join(["wrong parameters:", *lines])) from None

@@ -26,6 +26,7 @@ class ModelFiles(BaseModel):
     """The files of one model: weights (.pth or .ckpt), model.json, optional export with proof.
 
     `parity` is a JSON file on how far the export is from the weights; an export needs one.
+    `profile` describes the images that the model was validated on; the drift check needs it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,6 +35,7 @@ class ModelFiles(BaseModel):
     card: Path
     onnx: Path | None = None
     parity: Path | None = None
+    profile: Path | None = None
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -61,7 +63,7 @@ class ModelFiles(BaseModel):
         if (self.onnx is None) != (self.parity is None):
             raise CheckpointError("an ONNX file and its parity proof belong together; give both.")
         files = {"weights": self.weights, "card": self.card, "onnx": self.onnx}
-        files["parity"] = self.parity
+        files |= {"parity": self.parity, "profile": self.profile}
         return {name: str(path) for name, path in files.items() if path is not None}
 
 

@@ -2,60 +2,96 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.digest import digest_of
+from flows.images import Picture, fetch_picture, list_pictures
 from flows.registry import CHAMPION, Registry, Version
-from flows.s3 import is_s3
-from flows.settings import load_params
-from flows.stage import write_json
+from flows.results import DATASET, PROGRESS, RESULTS, Progress, Row, write_coco
+from flows.s3 import StorageError, is_s3, make_client, on_threads
+from flows.settings import Environment, load_params
+from flows.state import locked
+from flows.storage import download, upload
 from flows.tracking import default_tracking_uri
-from rfdetr.errors import ConfigError, DatasetError
+from flows.trees import upload_tree
+from rfdetr.errors import ConfigError, InputError
 from rfdetr.files import atomic_path
 
 if TYPE_CHECKING:
     from rfdetr import RFDETR
 
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-DONE, RESULTS = "detections.jsonl", "detections.json"
 BATCH = 8
+UPLOAD_SECONDS = 60.0  # between two uploads of the progress file
+PICTURES = "pictures"
 
 
-def predict_folder(
+@dataclass(frozen=True)
+class Predictions:
+    """What a call came to: all images, those it detected on itself, unreadable ones, boxes."""
+
+    images: int
+    detected: int
+    unreadable: int
+    detections: int
+    model: str
+    version: int
+    out: str
+
+
+def predict_images(
     root: Path,
     sources: Sequence[str],
-    out: Path,
+    out: str,
     *,
     model: str | None = None,
     threshold: float = 0.5,
     draw: bool = True,
-) -> int:
-    """Detect on files, folders and s3:// prefixes; the number of images.
+) -> Predictions:
+    """Detect on files, folders and s3:// prefixes.
 
-    Writes `out/detections.json` (COCO: images, annotations with score, categories) and drawn
-    pictures. Interrupted, the same call goes on after the last finished image; another model or
-    threshold starts anew.
+    Writes into the folder or s3:// prefix `out`: `detections.json` (a COCO dataset with scores),
+    `results.json` (COCO results) and drawn pictures. Interrupted, the same call goes on after the
+    last finished batch, also on another machine when `out` is on S3; another model or threshold
+    starts anew. A file that is no image is named in the results and does not stop the others.
     """
     registry = Registry(load_params(root / "params.yaml").registry.name, default_tracking_uri(root))
     version = find_version(registry, model)
-    with tempfile.TemporaryDirectory(prefix="rfdetr-predict-") as folder:
-        files = list(_files(sources, Path(folder)))
-        if not files:
-            raise DatasetError(
-                f"No images in {', '.join(sources)}. Known: {', '.join(sorted(IMAGES))}."
-            )
-        header = {"model": registry.name, "version": version.number, "threshold": threshold}
-        finished = _finished(out / DONE, header)
-        waiting = [item for item in files if item[0] not in finished]
+    folder = _working_folder(out)
+    pictures = list_pictures(sources, leave_out=folder)
+    header = {
+        "model": registry.name,
+        "version": version.number,
+        "weights_sha256": version.weights_sha256,
+        "threshold": threshold,
+    }
+    with (
+        locked(folder, wait=True),
+        tempfile.TemporaryDirectory(prefix="rfdetr-predict-") as temporary,
+    ):
+        keeper = _Keeper(folder, out)
+        progress = Progress(folder, header)
+        waiting = [picture for picture in pictures if progress.row(picture) is None]
         if waiting:
-            detector = load_version(registry, version, Path(folder))
-            _detect(detector, waiting, out, threshold, draw=draw)
-        _write_coco(out, header, [name for name, _ in files])
-    return len(files)
+            detector = load_version(registry, version, Path(temporary))
+            for batch in _loaded(waiting, Path(temporary)):
+                progress.add(_detect(detector, batch, threshold, folder if draw else None))
+                keeper.tick()
+        rows = [row for row in map(progress.row, pictures) if row is not None]
+        count = write_coco(folder, header, rows)
+        keeper.finish()
+    unreadable = sum("error" in row for row in rows)
+    return Predictions(
+        len(rows), len(waiting), unreadable, count, registry.name, version.number, out
+    )
 
 
 def find_version(registry: Registry, model: str | None) -> Version:
@@ -74,132 +110,144 @@ def find_version(registry: Registry, model: str | None) -> Version:
 
 def load_version(registry: Registry, version: Version, folder: Path) -> RFDETR:
     """The detector of a registered version."""
+    return load_detector(registry.fetch(version, folder) / "artifacts")
+
+
+def load_detector(artifacts: Path, **overrides: Any) -> RFDETR:
+    """The detector of a model folder's `artifacts`. Raises ConfigError without weights."""
     from rfdetr import RFDETR
 
-    artifacts = registry.fetch(version, folder) / "artifacts"
     weights = next((f for f in artifacts.iterdir() if f.suffix in {".pth", ".ckpt"}), None)
     if weights is None:
-        raise ConfigError(f"{registry.name} version {version.number} holds no weights.")
-    return RFDETR.from_checkpoint(str(weights))
+        raise ConfigError(f"{artifacts} holds no weights (.pth or .ckpt); register the model again")
+    return RFDETR.from_checkpoint(str(weights), **overrides)
 
 
-def _files(sources: Sequence[str], folder: Path) -> Iterator[tuple[str, Path]]:
-    """(name, file) of every image; S3 prefixes are downloaded."""
-    from flows.trees import download_tree
-
-    for number, source in enumerate(sources):
-        base = Path(source)
-        if is_s3(source):
-            base = download_tree(source, folder / f"source-{number}")
-        if base.is_file():
-            yield base.name, base
-        elif base.is_dir():
-            for file in sorted(base.rglob("*")):
-                if file.suffix.lower() in IMAGES:
-                    yield file.relative_to(base).as_posix(), file
-        else:
-            raise DatasetError(f"{source} does not exist.")
+def _working_folder(out: str) -> Path:
+    """Where results grow: `out`, or for an s3:// prefix a folder of the state."""
+    if is_s3(out):
+        return Environment.read().state_dir / "predictions" / digest_of([out.rstrip("/")])[:24]
+    return Path(out)
 
 
-def _finished(file: Path, header: dict[str, Any]) -> set[str]:
-    """Names of the images that an earlier, equal call has finished; a torn last line is dropped."""
-    if not file.exists():
-        _begin(file, header)
-        return set()
-    lines = file.read_text(encoding="utf-8").split("\n")
-    whole = lines[:-1]
-    if not whole or json.loads(whole[0]) != header:
-        _begin(file, header)
-        return set()
-    if lines[-1]:
-        with atomic_path(file) as temporary:
-            temporary.write_text("\n".join(whole) + "\n", encoding="utf-8")
-    return {json.loads(line)["file_name"] for line in whole[1:]}
+class _Keeper:
+    """Copies results to an s3:// prefix; does nothing for a folder."""
+
+    def __init__(self, folder: Path, out: str) -> None:
+        self.folder, self.out = folder, out.rstrip("/") if is_s3(out) else None
+        self._last = time.monotonic()
+        if self.out and not (folder / PROGRESS).exists():
+            with suppress(StorageError):  # nothing there: a first run
+                download(f"{self.out}/{PROGRESS}", folder / PROGRESS, progress=False)
+
+    def tick(self) -> None:
+        if self.out and time.monotonic() - self._last > UPLOAD_SECONDS:
+            upload(self.folder / PROGRESS, f"{self.out}/{PROGRESS}", progress=False)
+            self._last = time.monotonic()
+
+    def finish(self) -> None:
+        if self.out is None:
+            return
+        for name in (PROGRESS, RESULTS, DATASET):  # the dataset last: it says that all is there
+            if name == DATASET and (self.folder / PICTURES).is_dir():
+                upload_tree(self.folder / PICTURES, f"{self.out}/{PICTURES}", progress=False)
+            upload(self.folder / name, f"{self.out}/{name}", progress=False)
 
 
-def _begin(file: Path, header: dict[str, Any]) -> None:
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(header) + "\n", encoding="utf-8")
+Loaded = tuple[Picture, Any]  # RGB pixels, or the InputError that says why there are none
 
 
-def _detect(
-    detector: RFDETR, files: Sequence[tuple[str, Path]], out: Path, threshold: float, *, draw: bool
-) -> None:
+def _loaded(pictures: Sequence[Picture], folder: Path) -> Iterator[list[Loaded]]:
+    """Batches with their pixels; the next one is fetched and decoded meanwhile."""
     from tqdm import tqdm
 
-    bar = tqdm(total=len(files), unit="image", disable=not sys.stderr.isatty())
-    with open(out / DONE, "a", encoding="utf-8") as stream, bar:
-        for start in range(0, len(files), BATCH):
-            batch = files[start : start + BATCH]
-            found = detector.predict([str(file) for _, file in batch], threshold=threshold)
-            for (name, file), detections in zip(batch, found, strict=True):
-                stream.write(json.dumps(_row(name, file, detections)) + "\n")
-                if draw:
-                    _draw(file, detections, out / "pictures" / f"{Path(name).stem}.jpg")
-            stream.flush()
+    client = make_client() if any(is_s3(picture.place) for picture in pictures) else None
+    batches = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
+    bar = tqdm(total=len(pictures), unit="image", disable=not sys.stderr.isatty())
+    with ThreadPoolExecutor(1) as pool, bar:
+        coming = pool.submit(_load, batches[0], folder, client)
+        for following in itertools.chain(batches[1:], [None]):
+            batch = coming.result()
+            if following is not None:
+                coming = pool.submit(_load, following, folder, client)
+            yield batch
             bar.update(len(batch))
 
 
-def _row(name: str, file: Path, detections: Any) -> dict[str, Any]:
-    from PIL import Image
+def _load(batch: Sequence[Picture], folder: Path, client: Any) -> list[Loaded]:
+    from rfdetr.images import read_image
 
-    with Image.open(file) as image:
-        width, height = image.size
-    names = detections.data.get("class_name", [])
-    return {
-        "file_name": name,
+    pixels: dict[str, Any] = {}
+
+    def load(item: tuple[int, Picture]) -> None:
+        number, picture = item
+        target = folder / f"picture-{number}{Path(picture.name).suffix}"
+        try:
+            pixels[picture.name] = read_image(fetch_picture(picture, target, client))
+        except (InputError, FileNotFoundError) as error:
+            reason = str(error).replace(str(target), picture.place)
+            pixels[picture.name] = InputError(reason)
+        target.unlink(missing_ok=True)
+
+    on_threads(load, enumerate(batch))
+    return [(picture, pixels[picture.name]) for picture in batch]
+
+
+def _detect(
+    detector: RFDETR, batch: Sequence[Loaded], threshold: float, folder: Path | None
+) -> list[Row]:
+    readable = [pixels for _, pixels in batch if not isinstance(pixels, InputError)]
+    found = iter(detector.predict(readable, threshold=threshold) if readable else [])
+    rows = []
+    for picture, pixels in batch:
+        row: Row = {"file_name": picture.name, "stamp": picture.stamp}
+        if isinstance(pixels, InputError):
+            print(f"passed over: {pixels}", file=sys.stderr)
+            rows.append({**row, "error": str(pixels)})
+            continue
+        detections = next(found)
+        rows.append({**row, **_facts(pixels, detections)})
+        if folder is not None:
+            _draw(pixels, detections, folder / PICTURES / _drawn_name(picture.name))
+    return rows
+
+
+def _facts(pixels: Any, detections: Any) -> Row:
+    from rfdetr.images import height_and_width
+
+    height, width = height_and_width(pixels)
+    facts: Row = {
         "width": width,
         "height": height,
         "boxes": [[round(float(v), 2) for v in box] for box in detections.xyxy],
         "scores": [round(float(score), 5) for score in detections.confidence],
         "labels": [int(label) for label in detections.class_id],
-        "names": [str(n) for n in names],
+        "names": [str(name) for name in detections.data["class_name"]],
     }
+    if detections.mask is not None:
+        from rfdetr.data.masks import encode
+
+        facts["masks"] = [encode(mask)["counts"].decode() for mask in detections.mask]
+    return facts
 
 
-def _draw(file: Path, detections: Any, target: Path) -> None:
+def _drawn_name(name: str) -> str:
+    return name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg"
+
+
+def _draw(pixels: Any, detections: Any, target: Path) -> None:
     import supervision
-    from PIL import Image
 
-    with Image.open(file) as image:
-        picture = image.convert("RGB")
-    names = detections.data.get("class_name", detections.class_id)
-    labels = [f"{n} {c:.2f}" for n, c in zip(names, detections.confidence, strict=True)]
+    from rfdetr.data.transforms import as_picture
+
+    labels = [
+        f"{name} {score:.2f}"
+        for name, score in zip(detections.data["class_name"], detections.confidence, strict=True)
+    ]
+    picture = as_picture(pixels).copy()
     picture = supervision.BoxAnnotator(thickness=1).annotate(picture, detections)
     picture = supervision.LabelAnnotator(text_scale=0.3, text_padding=1).annotate(
         picture, detections, labels=labels
     )
     with atomic_path(target) as temporary:
         picture.save(temporary, "JPEG", quality=90)
-
-
-def _write_coco(out: Path, header: dict[str, Any], names: Iterable[str]) -> None:
-    """The finished images as one COCO file, in the order in which they were given."""
-    lines = (out / DONE).read_text(encoding="utf-8").splitlines()[1:]
-    rows = {row["file_name"]: row for row in map(json.loads, lines)}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    categories: dict[int, str] = {}
-    for number, name in enumerate(names, start=1):
-        row = rows[name]
-        images.append({"id": number, **{k: row[k] for k in ("file_name", "width", "height")}})
-        for box, score, label, text in zip(
-            row["boxes"], row["scores"], row["labels"], row["names"], strict=True
-        ):
-            x0, y0, x1, y1 = box
-            size = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
-            categories[label] = text
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": label,
-                    "bbox": size,
-                    "area": round(size[2] * size[3], 2),
-                    "iscrowd": 0,
-                    "score": score,
-                }
-            )
-    named = [{"id": label, "name": categories[label]} for label in sorted(categories)]
-    data = {"info": header, "images": images, "annotations": annotations, "categories": named}
-    write_json(out / RESULTS, data)

@@ -99,13 +99,13 @@ def rollback(reason: str, name: str | None = None, to: int | None = None) -> dic
 @task(retries=2, retry_delay_seconds=[5, 30], cache_policy=NO_CACHE)
 def prepare(root: Path, params: RetrainParams) -> None:
     """Overrides, DVC settings, and the data that the remote holds."""
-    prepare_workspace(root, params.changes(), Environment.read(), _log_line())
+    prepare_workspace(root, params.changes(), Environment.read(), log_line())
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE)
 def reproduce(root: Path, stage: str) -> State:
     """One DVC stage; the state is `Cached` when nothing had to be done."""
-    log, progress, lines = _log_line(), artifacts.TrainingProgress(), []
+    log, progress, lines = log_line(), artifacts.TrainingProgress(), []
 
     def on_line(line: str) -> None:
         lines.append(line)
@@ -114,7 +114,7 @@ def reproduce(root: Path, stage: str) -> State:
     try:
         dvc(root, "--wait-for-lock", "repro", "--single-item", stage, on_line=on_line)
     except CommandFailed as error:
-        raise StageFailedError(f"stage {stage} failed: {_cause(stage, error.tail)}") from error
+        raise StageFailedError(f"stage {stage} failed: {cause(stage, error.tail)}") from error
     finally:
         if stage == "validate":
             artifacts.show_dataset_report(root)
@@ -131,7 +131,7 @@ def push_data(root: Path) -> State:
     if not has_remote(root):
         return Completed(name="Skipped", message="no DVC remote is configured")
     for command in (["push"], ["push", "--run-cache"]):
-        dvc(root, *command, on_line=_log_line())
+        dvc(root, *command, on_line=log_line())
     return Completed(message="pushed")
 
 
@@ -174,7 +174,7 @@ def promote(root: Path, number: int, verdict: Verdict, *, allowed: bool) -> Stat
 @task(retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
 def publish(root: Path) -> State:
     """Push dvc.lock and params.yaml to a branch of the run, for a person to merge."""
-    branch = publish_lock(root, _flow_run() or "local", _log_line())
+    branch = publish_lock(root, _flow_run() or "local", log_line())
     return Completed(message=f"pushed branch {branch}" if branch else "nothing has changed")
 
 
@@ -221,22 +221,22 @@ def _release_child(root: Path, *arguments: str) -> None:
     """A step of the release in a child process: no network lives in the flow's process."""
     command = [sys.executable, "-m", "flows.release", "--flow-run", _flow_run() or "", *arguments]
     try:
-        run_streaming(command, _log_line(), cwd=root)
+        run_streaming(command, log_line(), cwd=root)
     except CommandFailed as error:
-        raise StageFailedError(f"{arguments[0]} failed: {_cause('release', error.tail)}") from error
+        raise StageFailedError(f"{arguments[0]} failed: {cause('release', error.tail)}") from error
 
 
 def _flow_run() -> str | None:
     return runtime.flow_run.name if runtime.flow_run.id else None
 
 
-def _log_line() -> Any:
+def log_line() -> Any:
     """Lines of a child process as log records of the run, without secrets."""
     logger = get_run_logger()
     return lambda line: logger.info("%s", redact(line))
 
 
-def _cause(stage: str, tail: list[str]) -> str:
+def cause(stage: str, tail: list[str]) -> str:
     """The stage's own last words: from the line that says it failed to DVC's."""
     name = stage.partition("@")[0]
     starts = [i for i, line in enumerate(tail) if line.startswith(f"{name} failed:")]

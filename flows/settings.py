@@ -256,6 +256,7 @@ class Environment(BaseModel, frozen=True):
     git_url: str | None = None
     git_branch: str | None = None
     work_pool: str | None = None
+    recent_images: str | None = None
 
     @classmethod
     def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
@@ -269,6 +270,7 @@ class Environment(BaseModel, frozen=True):
             "git_url": "RFDETR_GIT_URL",
             "git_branch": "RFDETR_GIT_BRANCH",
             "work_pool": "RFDETR_WORK_POOL",
+            "recent_images": "RFDETR_RECENT_IMAGES",
         }
         given = {field: env[name] for field, name in names.items() if env.get(name)}
         state = env.get("RFDETR_STATE_DIR")
