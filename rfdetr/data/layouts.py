@@ -199,8 +199,10 @@ def yolo_images(
     found = []
     for entry in given:
         tried = _candidates(path.parent, content.get("path"), str(entry))
-        existing = next((place for place in tried if place.exists()), None)
-        if existing is None:
+        existing = next((place for place in tried if _exists(place)), None)
+        if existing in path.absolute().parent.parents:
+            problems.append(f"{key}: {entry} is {existing}, a folder around the dataset.")
+        elif existing is None:
             places = ", ".join(str(place) for place in tried)
             problems.append(f"{key}: {entry} does not exist (looked at {places}).")
         else:
@@ -208,11 +210,19 @@ def yolo_images(
     return tuple(found)
 
 
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
+
+
 def _candidates(folder: Path, base: Any, entry: str) -> list[Path]:
     """Where a path of data.yaml may point: below `path:`, below the yaml's folder, and there
     without leading "../", which Roboflow writes although the splits lie beside the yaml.
     """
-    bases = [folder / Path(str(base)).expanduser()] if base else []
+    home = os.path.expanduser(str(base))  # noqa: PTH111 - Path's raises for an unknown user
+    bases = [folder / home] if base else []
     bases.append(folder)
     inner = Path(*[part for part in Path(entry).parts if part not in ("..", ".")])
     places = [place / entry for place in bases]

@@ -11,7 +11,7 @@ import numpy as np
 from rfdetr.data.checks.polygons import Measured, measure_segmentations, rle_problem
 from rfdetr.data.checks.report import Collector
 from rfdetr.data.checks.table import NO_ID, CategoryRow, Floats, Integers, SplitTable
-from rfdetr.data.coco_json import UNKNOWN, CocoFile, Problem, read_coco
+from rfdetr.data.coco_json import UNKNOWN, CocoFile, Problem, parse_segmentation, read_coco
 from rfdetr.data.coco_rows import Lines, byte_offset, outline, section_rows
 
 KEY_CODES = {
@@ -40,6 +40,7 @@ def read_coco_split(
     measured = measure_segmentations(coco.texts, workers)
     table = _table(name, folder, images_dir, coco)
     table.readable = all(problem.section != "file" for problem in coco.problems)
+    table.broken_names = _broken_names(coco)
     _report_problems(coco.problems, table, collector)
     _report_image_records(table, coco, collector)
     _report_links(table, coco, collector)
@@ -109,6 +110,18 @@ def _line_finder(
         return found
 
     return find
+
+
+def _broken_names(coco: CocoFile) -> frozenset[str]:
+    """File names of image records that could not be used."""
+    rows = {p.row for p in coco.problems if p.section == "images" and p.fatal and p.row is not None}
+    if not rows:
+        return frozenset()
+    values, _, _ = outline(coco.data)
+    entries, _ = section_rows(values, "images")
+    records = (parse_segmentation(bytes(entries[row])) for row in sorted(rows))
+    names = (record.get("file_name") for record in records if isinstance(record, dict))
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def _report_problems(problems: Sequence[Problem], table: SplitTable, collector: Collector) -> None:
@@ -209,7 +222,7 @@ def _report_links(table: SplitTable, coco: CocoFile, collector: Collector) -> No
     ):
         chosen = [int(row) for row in collector.take(code, np.flatnonzero(rows < 0))]
         for row, place in zip(chosen, table.annotation_places(chosen), strict=True):
-            text = f"{what} {wanted[row]} is not listed"
+            text = f"{what} {wanted[row]} is not listed, or its record cannot be read"
             collector.note(code, text, details=table.annotation_details(row), **place)
 
 

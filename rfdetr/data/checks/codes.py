@@ -97,7 +97,7 @@ CODES: dict[str, CodeInfo] = {
         "error",
         "image size differs from the annotation file",
         "Correct width and height, or export the boxes again for the image as it is.",
-        "set-size",
+        "rescale",
     ),
     "image-exif-rotated": CodeInfo(
         "warning",

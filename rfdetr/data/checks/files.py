@@ -24,6 +24,7 @@ STATUS_CODES = {
     "empty": "file-empty",
     "bomb": "file-bomb",
 }
+SAME_SHAPE = 0.02  # a resized image keeps its aspect ratio this closely
 PLAIN_CHARACTERS = frozenset(
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./()+=,@#~"
 )
@@ -88,6 +89,7 @@ def find_files(table: SplitTable, collector: Collector) -> SplitFiles:
         used.add(clean)
         paths.append(str(table.images_dir / clean))
     _report_names(table, collector)
+    used |= table.broken_names
     if table.readable:
         _report_unreferenced(table, [name for name in present if name not in used], collector)
     return SplitFiles(table, paths, [None] * len(paths))
@@ -231,7 +233,9 @@ def _check_header(
         if (height, width) == (facts.width, facts.height):
             text += " (width and height are exchanged: a rotated export?)"
         size = _with(place, width=facts.width, height=facts.height)
-        collector.add("image-size-mismatch", text, **size)
+        ratio = width * facts.height / (height * facts.width)
+        mend = "rescale" if abs(ratio - 1) < SAME_SHAPE else ""
+        collector.add("image-size-mismatch", text, mend=mend, **size)
 
 
 def _with(place: dict[str, Any], **details: Any) -> dict[str, Any]:

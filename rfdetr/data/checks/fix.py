@@ -30,6 +30,7 @@ MENDS = {
     "clip-polygon": "clip the polygon to the image",
     "set-area": "compute the area from the box",
     "set-size": "take width and height from the image file",
+    "rescale": "take the size from the image file and scale the boxes",
     "renumber": "give the annotation a new id",
     "merge-images": "join the two image records",
     "rename-file": "rename the file to its real format",
@@ -82,8 +83,9 @@ def mend_dataset(
     _check_target(source, target, report)
     by_file: dict[str, list[Finding]] = defaultdict(list)
     for finding in report.findings:
-        if finding.mend:
-            by_file[str(finding.details.get("image") or finding.file)].append(finding)
+        key = finding.details.get("image", None if finding.details else finding.file)
+        if finding.mend and key:
+            by_file[str(key)].append(finding)
     gone = {
         file
         for file, findings in by_file.items()

@@ -42,7 +42,7 @@ def mend_coco_file(
             _merge(sections["images"], number, merged)
             dropped["images"].add(number)
         else:
-            _mend_record(finding, record, sizes)
+            _mend_record(finding, record, sizes, sections["annotations"])
     _renumber(sections["annotations"], findings)
     for image in sections["images"]:
         if isinstance(image, dict) and image.get("file_name") in new_names:
@@ -77,9 +77,13 @@ class _Sizes:
         return self.of_image(image) if image is not None else None
 
 
-def _mend_record(finding: Finding, record: Record, sizes: _Sizes) -> None:
+def _mend_record(
+    finding: Finding, record: Record, sizes: _Sizes, annotations: Sequence[Any]
+) -> None:
     if finding.mend == "set-size":
-        _set_size(finding, record, sizes)
+        _set_size(record, sizes)
+    elif finding.mend == "rescale":
+        _rescale(finding, record, annotations)
     elif finding.mend == "use-disk-name":
         record["file_name"] = finding.details["actual"]
     elif finding.mend == "set-area":
@@ -90,14 +94,33 @@ def _mend_record(finding: Finding, record: Record, sizes: _Sizes) -> None:
         _mend_polygons(finding, record, sizes.of_annotation(record))
 
 
-def _set_size(finding: Finding, record: Record, sizes: _Sizes) -> None:
-    given = finding.details.get("width"), finding.details.get("height")
-    if None in given:
-        record.pop("width", None)
-        found = sizes.of_image(record)
-        given = found or (None, None)
-    if None not in given:
-        record["width"], record["height"] = given
+def _set_size(record: Record, sizes: _Sizes) -> None:
+    found = sizes.of_image({"file_name": record.get("file_name")})
+    if found is not None:
+        record["width"], record["height"] = found
+
+
+def _rescale(finding: Finding, record: Record, annotations: Sequence[Any]) -> None:
+    """Take the size of the picture and scale the annotations with it."""
+    width, height = finding.details["width"], finding.details["height"]
+    scale = width / record["width"], height / record["height"]
+    record["width"], record["height"] = width, height
+    for annotation in annotations:
+        if not isinstance(annotation, dict) or annotation.get("image_id") != record.get("id"):
+            continue
+        if _is_numbers(annotation.get("bbox")):
+            annotation["bbox"] = _scaled(annotation["bbox"], scale)
+        if _is_numbers([annotation.get("area")]):
+            annotation["area"] *= scale[0] * scale[1]
+        rings = annotation.get("segmentation")
+        if isinstance(rings, list) and all(_is_numbers(ring) for ring in rings):
+            annotation["segmentation"] = [_scaled(ring, scale) for ring in rings]
+        else:
+            annotation["segmentation"] = []
+
+
+def _scaled(numbers: Sequence[float], scale: tuple[float, float]) -> list[float]:
+    return [round(number * scale[i % 2], 3) for i, number in enumerate(numbers)]
 
 
 def _clip_box(record: Record, size: tuple[int, int] | None) -> None:
@@ -126,10 +149,13 @@ def _mend_polygons(finding: Finding, record: Record, size: tuple[int, int] | Non
 
 
 def _is_ring(ring: Any) -> bool:
-    numbers = isinstance(ring, list) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e300 for v in ring
+    return _is_numbers(ring) and len(ring) >= 6 and len(ring) % 2 == 0
+
+
+def _is_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e300 for v in values
     )
-    return numbers and len(ring) >= 6 and len(ring) % 2 == 0
 
 
 def _merge(images: Sequence[Record], number: int, merged: dict[Any, Any]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from rfdetr.data.checks.codes import CODES, SEVERITIES, Severity
 from rfdetr.data.checks.config import CheckConfig
@@ -16,7 +16,14 @@ from rfdetr.errors import DatasetError
 from rfdetr.files import write_text_atomic
 
 SCHEMA_VERSION = 1
-Identifier = int | str
+
+
+def _portable(value: Any) -> Any:
+    """Integers that JSON readers cannot hold become texts."""
+    return str(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
+
+
+Identifier = Annotated[int | str, BeforeValidator(_portable)]
 
 
 class Finding(BaseModel):

@@ -171,7 +171,7 @@ def _on_dask(
         places = {future.key: i for i, future in enumerate(futures)}
         done: dict[int, list[Inspected]] = {}
         for future, result in completed(  # type: ignore[no-untyped-call]
-            futures, with_results=True
+            futures, with_results=True, loop=client.loop
         ):
             done[places[future.key]] = result
             bar.update(len(result))

@@ -53,7 +53,8 @@ class SplitTable:
     `scale_boxes`. `image_rows` and `category_rows` point into the image and category lists, -1 for
     an unknown id. `areas` is None for a layout without areas. `image_records` and
     `annotation_records` are positions in the file's own lists. A table that is not `readable` lacks
-    a whole list: what is absent from it says nothing.
+    a whole list: what is absent from it says nothing. `broken_names` are files that image records
+    name which could not be used otherwise.
     """
 
     name: str
@@ -77,6 +78,7 @@ class SplitTable:
     annotation_records: Integers | None = None
     image_lines: Lines = no_lines
     annotation_lines: Lines = no_lines
+    broken_names: frozenset[str] = frozenset()
     relative: bool = False
     readable: bool = True
 
@@ -119,7 +121,7 @@ class SplitTable:
             "section": "annotations",
             "record": None if records is None else int(records[row]),
             "image": self.image_file(image) if image >= 0 else None,
-            "box": [round(min(max(float(value), -HUGE), HUGE), 3) for value in self.boxes[row]],
+            "box": np.nan_to_num(self.boxes[row]).clip(-HUGE, HUGE).round(3).tolist(),
         }
 
     def annotation_places(self, rows: Sequence[int]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from rfdetr.data.yolo import LabelRow, image_files, label_path, read_labels
 from rfdetr.errors import DatasetError
 
 ANY_CLASS = 1 << 31  # the range when data.yaml gives no usable names
+MAX_DEPTH = 100
 LINE_CODES = (
     ("is not in 0..", "label-class-range"),
     ("values are numbers", "box-non-numeric"),
@@ -54,6 +55,10 @@ def _load_yaml(root: Path, path: Path, collector: Collector) -> tuple[dict[str, 
         line = path.read_bytes().count(b"\n", 0, error.start) + 1
         collector.add("yaml-malformed", f"not UTF-8: {error.reason}", file=where, line=line)
         return {}, None
+    deep = _too_deep(text)
+    if deep is not None:
+        collector.add("yaml-malformed", "brackets are nested too deeply", file=where, line=deep)
+        return {}, None
     try:
         content = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -72,6 +77,16 @@ def _load_yaml(root: Path, path: Path, collector: Collector) -> tuple[dict[str, 
         collector.add("yaml-structure", text, file=where, line=1)
         return {}, None
     return content, text
+
+
+def _too_deep(text: str) -> int | None:
+    """Line where brackets open deeper than any data.yaml needs; PyYAML takes minutes over those."""
+    depth = 0
+    for found in re.finditer(r"[\[\]{}]", text):
+        depth += 1 if found.group() in "[{" else -1
+        if depth > MAX_DEPTH:
+            return text.count("\n", 0, found.start()) + 1
+    return None
 
 
 def _line_of_character(text: str, error: Exception) -> int | None:

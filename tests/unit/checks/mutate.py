@@ -39,9 +39,35 @@ VALUES: tuple[Any, ...] = (
     {"counts": [1, -5], "size": ["a", None]},
     {"counts": {}, "size": 3},
 )
-TOKENS = (b"", b"\x00", b"\xff\xfe", b"{", b"}", b"[", b"]", b",", b":", b'"', b"NaN", b"-", b"1e999")
+TOKENS = (
+    b"",
+    b"\x00",
+    b"\xff\xfe",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b",",
+    b":",
+    b'"',
+    b"NaN",
+    b"-",
+    b"1e999",
+)
 TOKENS += (b"\n", b"\t", b"&a *a", b"!!python/object:os.system", b"---\n", b"? ", b"\xed\xa0\x80")
-WORDS = ("", "nan", "inf", "-1", "1e400", "0x10", "½", "1_0", "99999999999999999999", "0.5 0.5", "#")
+WORDS = (
+    "",
+    "nan",
+    "inf",
+    "-1",
+    "1e400",
+    "0x10",
+    "½",
+    "1_0",
+    "99999999999999999999",
+    "0.5 0.5",
+    "#",
+)
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
@@ -116,7 +142,17 @@ def mutate_labels(data: bytes, rng: random.Random) -> bytes:
 def mutate_yaml(data: bytes, rng: random.Random) -> bytes:
     """Replace values and keys of data.yaml."""
     lines = data.decode().splitlines()
-    values = ("[]", "{}", "5", "~", "[a, [b]]", "{0: a, 1: {b: c}}", "&x [*x]", "~nobody/x", "'\\0'")
+    values = (
+        "[]",
+        "{}",
+        "5",
+        "~",
+        "[a, [b]]",
+        "{0: a, 1: {b: c}}",
+        "&x [*x]",
+        "~nobody/x",
+        "'\\0'",
+    )
     values += ("../..", "/", "nan", "{a: 1, 0: b}", "[1, 2, 3]", "!!binary aa", "2001-01-01", "\\")
     for _ in range(rng.randint(1, 3)):
         place = rng.randrange(len(lines))

@@ -7,6 +7,8 @@ the finding that tell the place.
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -340,7 +342,13 @@ def _cut(path: Path) -> None:
 
 
 def _bomb(path: Path) -> None:
-    Image.new("1", (20000, 20000)).save(path, "PNG")
+    """A PNG whose header announces 400 million pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    chunks = (header, b"IDAT" + zlib.compress(bytes(1000)), b"IEND")
+    body = b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
 def _exif(path: Path) -> None:

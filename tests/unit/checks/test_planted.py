@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,41 +10,17 @@ from rfdetr.data.checks import CODES, CheckConfig, DatasetReport, check_dataset
 from rfdetr.data.demo import build_demo
 from tests.datasets import make_coco
 from tests.unit.checks import planted_more  # noqa: F401 - registers plants
+from tests.unit.checks.conftest import snapshot
 from tests.unit.checks.planted import (
     COCO,
     SPLITS,
     YOLO,
     Expected,
-    make_clean_coco,
-    make_clean_yolo,
 )
-
-KINDS = {"coco": "roboflow", "yolo": "roboflow"}
-
-
-@pytest.fixture(scope="session")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("clean")
-    return {
-        "coco": make_clean_coco(root / "coco"),
-        "yolo": make_clean_yolo(root / "yolo"),
-        "polygons": make_clean_yolo(root / "polygons", polygons=True),
-        "cache": root / "cache",
-    }
 
 
 def run(folder: Path, cache: Path, **options: Any) -> DatasetReport:
     return check_dataset(folder, workers=1, cache_dir=cache, progress=False, **options)
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    found = {}
-    for place, _, files in os.walk(folder):
-        for name in files:
-            status = (Path(place) / name).stat()
-            found[f"{place}/{name}"] = (status.st_size, status.st_mtime_ns)
-        found[place] = (0, Path(place).stat().st_mtime_ns)
-    return found
 
 
 def assert_found(report: DatasetReport, expected: Expected) -> None:

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rfdetr.data.checks import DatasetReport, check_dataset, runner
+from rfdetr.data.checks.cache import FactsCache, Inspected
+from rfdetr.data.checks.images import MAX_PIXELS, ImageFacts
+from rfdetr.data.checks.runner import Batch, inspect_images
+from rfdetr.errors import DatasetError
+from tests.unit.checks.planted import COCO
+
+
+def facts_of(paths: list[str], cache: Path, **options: object) -> list[Inspected]:
+    store = FactsCache(cache, MAX_PIXELS)
+    return inspect_images(paths, store, max_pixels=MAX_PIXELS, progress=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[str]:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    paths = []
+    for number in range(70):
+        path = folder / f"{number}.png"
+        Image.new("RGB", (8 + number, 9), (number, 3, 9)).save(path)
+        paths.append(str(path))
+    (folder / "7.png").write_bytes(b"")
+    (folder / "9.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return [*paths, str(folder / "absent.png")]
+
+
+def test_processes_give_what_one_process_gives(images: list[str], tmp_path: Path) -> None:
+    alone = facts_of(images, tmp_path / "a", workers=1)
+    together = facts_of(images, tmp_path / "b", workers=2)
+    assert alone == together
+    assert [alone[i].facts.status for i in (7, 9, 70, 0)] == ["empty", "truncated", "missing", "ok"]
+    assert alone[5].facts.width == 13
+
+
+def test_unchanged_images_are_not_decoded_again(
+    images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = facts_of(images, tmp_path / "cache", workers=1)
+    decoded: list[int] = []
+    monkeypatch.setattr(
+        runner, "probe_bytes", lambda data, limit: decoded.append(len(data)) or ImageFacts("ok")
+    )
+    assert facts_of(images, tmp_path / "cache", workers=1) == first
+    assert not decoded
+
+    moved = Path(shutil.copytree(Path(images[0]).parent, tmp_path / "moved"))
+    paths = [str(moved / Path(path).name) for path in images]
+    assert facts_of(paths, tmp_path / "cache", workers=1) == first
+    assert not decoded
+
+    Image.new("RGB", (99, 9), (1, 2, 3)).save(images[3])
+    facts_of(images, tmp_path / "cache", workers=1)
+    assert len(decoded) == 1
+
+
+def test_a_broken_cache_costs_a_warning_not_a_result(
+    images: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = facts_of(images, tmp_path / "good", workers=1)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "images.sqlite").write_bytes(b"not a database" * 200)
+    assert facts_of(images, tmp_path / "bad", workers=1) == expected
+    assert "cache of image checks is not used" in caplog.text
+
+
+def die_on_nine(paths: Batch, max_pixels: int) -> list[Inspected]:
+    if any(Path(path).name == "9.png" for path in paths):
+        os._exit(9)
+    return runner_inspect(paths, max_pixels)
+
+
+runner_inspect = runner.inspect_batch
+
+
+def test_a_decoder_that_kills_its_process_costs_one_image(
+    images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = facts_of(images, tmp_path / "a", workers=1)
+    monkeypatch.setattr(runner, "inspect_batch", die_on_nine)
+    found = facts_of(images, tmp_path / "b", workers=2)
+    assert found[9].facts.status == "unreadable"
+    assert "crashed" in found[9].facts.detail
+    assert [f for i, f in enumerate(found) if i != 9] == [
+        f for i, f in enumerate(expected) if i != 9
+    ]
+
+
+def test_a_script_without_main_guard_and_with_threads_works(tmp_path: Path) -> None:
+    """Children do not run the caller's script again."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(70):
+        Image.new("RGB", (8, 9), (number, 3, 9)).save(folder / f"{number}.png")
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import threading
+            from pathlib import Path
+            from rfdetr.data.checks.cache import FactsCache
+            from rfdetr.data.checks.runner import inspect_images, process_context
+            event = threading.Event()
+            threading.Thread(target=event.wait, daemon=True).start()
+            assert process_context().get_start_method() == "spawn"
+            paths = sorted(map(str, Path({str(folder)!r}).iterdir()))
+            cache = FactsCache({str(tmp_path / "cache")!r}, 10**8)
+            found = inspect_images(paths, cache, max_pixels=10**8, workers=2, progress=False)
+            print("found", sum(f.facts.status == "ok" for f in found))
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+    )
+    assert done.stdout == "found 70\n"
+
+
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_dask_cluster_gives_the_same_report(
+    clean: dict[str, Path], tmp_path: Path, processes: bool
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    folder = Path(shutil.copytree(clean["coco"], tmp_path / "data"))
+    for name in ("file_cut", "leak_exact", "leak_near", "box_zero"):
+        COCO[name](folder)
+
+    def run(name: str, address: str | None) -> DatasetReport:
+        cache = tmp_path / name
+        return check_dataset(
+            folder, workers=1, cache_dir=cache, dask_address=address, progress=False
+        )
+
+    alone = run("one", None)
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=processes, dashboard_address=None
+    ) as cluster:
+        spread = run("two", cluster.scheduler_address)
+    assert spread.to_json() == alone.to_json()
+    assert spread.of("split-near-duplicate")
+
+
+def test_an_absent_scheduler_is_named(
+    images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(runner, "CONNECT_SECONDS", 2)
+    with pytest.raises(DatasetError, match=r"No Dask scheduler answers at tcp://127\.0\.0\.1:9"):
+        facts_of(images, tmp_path / "cache", dask_address="tcp://127.0.0.1:9")
