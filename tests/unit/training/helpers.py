@@ -54,8 +54,10 @@ def tiny_run(dataset: Path, output: Path, **fields: Any) -> TrainConfig:
 class Run:
     """Module, data and trainer of one run; `trainer_kwargs` go to build_trainer."""
 
-    def __init__(self, model: ModelConfig, config: TrainConfig, **trainer_kwargs: Any) -> None:
-        torch.manual_seed(0)
+    def __init__(
+        self, model: ModelConfig, config: TrainConfig, seed: int = 0, **trainer_kwargs: Any
+    ) -> None:
+        torch.manual_seed(seed)
         self.config = config
         self.module = RFDETRModule(model, config)
         self.data = RFDETRDataModule(model, config)
