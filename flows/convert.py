@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.digest import digest_of
+from flows.quiet import quiet_libraries
 from flows.s3 import is_s3
 from flows.settings import ConvertSettings, Environment, ModelSettings, Params
 from flows.stage import copy_atomic, run_stage, write_json
@@ -100,6 +101,7 @@ def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path)
     from rfdetr.weights.load import initialise_weights
 
     config = model.config()
+    quiet_libraries()  # Lightning's import made it talk again
     seed_everything(settings.seed)
     network = build_network(config)
     report = initialise_weights(network, config)

@@ -21,6 +21,7 @@ from flows.journal import RunSpec
 from flows.lightning_logger import JournalLogger
 from flows.process import die_with_parent
 from flows.progress import EpochProgress
+from flows.quiet import quiet_libraries
 from flows.settings import Environment
 from flows.stage import explain, read_json, write_json
 from rfdetr.config import SegmentationTrainConfig, TrainConfig
@@ -30,18 +31,14 @@ from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 from rfdetr.training.callbacks.best_model import RECORD
 
 STOPPED_STATUS = 128 + signal.SIGTERM
-# Advice of Lightning that does not concern this pipeline.
-NOISE = (
-    "You have overridden `transfer_batch_to_device`",
-    ".*smaller than the logging interval",
-    "It is recommended to use .self.log.* when logging on epoch level in distributed",
-    ".*isinstance\\(treespec, LeafSpec\\)",
-)
 SYSTEM_METRICS_SECONDS = 30.0
 
 
 class ProgressLines(Checkpoint):
-    """Prints a line per finished epoch. A Checkpoint, so that it comes after last.ckpt is saved."""
+    """Prints a line per finished epoch, on each node: any of them may have rank 0.
+
+    A Checkpoint, so that it comes after last.ckpt is saved.
+    """
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
@@ -51,7 +48,7 @@ class ProgressLines(Checkpoint):
         self._start, self._first = time.monotonic(), trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if not trainer.is_global_zero:
+        if trainer.local_rank != 0:
             return
         done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
         seconds = time.monotonic() - self._start
@@ -160,8 +157,7 @@ def main(arguments: list[str]) -> int:
     """`torchrun ... -m flows.fit_worker FOLDER`: status 0 only when the training is finished."""
     die_with_parent()
     _stop_on_sigint()
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message=message)
+    quiet_libraries()
     folder = Path(arguments[0])
     rank = int(os.environ.get("RANK", "0"))
     try:

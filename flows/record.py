@@ -11,7 +11,7 @@ from flows.delivery import experiment_id, tracking_client
 from flows.digest import digest_of
 from flows.journal import STATE, Journal
 from flows.provenance import collect_provenance
-from flows.redact import redact_mapping
+from flows.redact import redact, redact_mapping
 from flows.settings import Environment, Params
 from flows.stage import read_json
 from flows.tracking import sync
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOGGER = logging.getLogger(__name__)
+TEXTS = {".csv", ".html", ".json", ".lock", ".md", ".yaml"}
 RECORDED = "pipeline.recorded"
 REPORTS = (
     ("params.yaml", ""),
@@ -55,11 +56,7 @@ def complete_run(root: Path, params: Params, uri: str, tags: Mapping[str, Any]) 
         return run_id
     _add_numbers(client, run_id, root, params)
     for name, folder in REPORTS:
-        path = root / name
-        if path.is_dir():
-            client.log_artifacts(run_id, str(path), folder)
-        elif path.exists():
-            client.log_artifact(run_id, str(path), folder or None)
+        _add_files(client, run_id, root / name, folder)
     found = collect_provenance(root)
     if found.git_diff:
         client.log_text(run_id, found.git_diff, "git.diff")
@@ -70,6 +67,18 @@ def complete_run(root: Path, params: Params, uri: str, tags: Mapping[str, Any]) 
         client.set_tag(run_id, key, value)
     client.set_terminated(run_id, "FINISHED")
     return run_id
+
+
+def _add_files(client: MlflowClient, run_id: str, path: Path, folder: str) -> None:
+    """A file or a folder as artifacts; text without its secrets."""
+    if path.is_dir():
+        for child in sorted(path.iterdir()):
+            _add_files(client, run_id, child, folder)
+    elif path.suffix in TEXTS:
+        text = redact(path.read_text(encoding="utf-8"))
+        client.log_text(run_id, text, f"{folder}/{path.name}" if folder else path.name)
+    elif path.exists():
+        client.log_artifact(run_id, str(path), folder or None)
 
 
 def _known_run(client: MlflowClient, card: Mapping[str, Any], state_dir: Path) -> str | None:

@@ -19,6 +19,7 @@ from flows.freshness import GATE_KEY, TRAINED, dataset_version, gate_key, regist
 from flows.gate import decide
 from flows.process import die_with_parent, exit_on_sigterm
 from flows.promote import AuditRecord
+from flows.quiet import quiet_libraries
 from flows.redact import redact
 from flows.rescoring import champion_scores, data_digest, scores_of
 from flows.settings import Environment, load_params
@@ -203,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     die_with_parent()
     exit_on_sigterm()
+    quiet_libraries()
     try:
         options.run(options)
     except Exception as error:  # noqa: BLE001 - the last line says what happened

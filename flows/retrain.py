@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,10 @@ from flows.verdict import Verdict
 from flows.workspace import dvc, has_remote, prepare_workspace, stage_names
 from rfdetr.errors import RFDETRError
 
+# DVC's advice for a person at a terminal.
+ADVICE = re.compile(
+    r"To (track|enable) .*run:$|\s+(git add|dvc config) |Use `dvc push` to send|^\s*$"
+)
 SKIPPED = ("didn't change, skipping", "is cached - skipping run")
 LEASE_SECONDS = 60
 SUMMARY = Path("reports/release.json")
@@ -109,7 +114,8 @@ def reproduce(root: Path, stage: str) -> State:
 
     def on_line(line: str) -> None:
         lines.append(line)
-        log(progress.read(line))
+        if not ADVICE.match(line):
+            log(progress.read(line))
 
     try:
         dvc(root, "--wait-for-lock", "repro", "--single-item", stage, on_line=on_line)

@@ -13,6 +13,7 @@ import numpy as np
 from pytorch_lightning.callbacks import Callback
 
 from flows.digest import digest_of
+from flows.quiet import quiet_libraries
 from flows.sections import DatasetSettings, EvaluateSettings
 from flows.verdict import ClassScore, Scores
 from rfdetr.config import ModelConfig, TrainConfig
@@ -135,6 +136,7 @@ def score_model(
     dataset's by name; detections of a class that the dataset does not have do not count. Raises
     CheckpointError or DatasetError.
     """
+    quiet_libraries()
     container = read_container(weights, mmap=True)
     model_config = config_of(container, pretrain_weights=str(weights))
     train_config = TrainConfig.model_validate(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.process import die_with_parent, exit_on_sigterm
+from flows.quiet import quiet_libraries
 from flows.redact import redact
 from flows.settings import PARAMS_FILE, Params, load_params
 from rfdetr.errors import ConfigError, RFDETRError
@@ -29,6 +30,7 @@ def run_stage(name: str, sections: Sequence[str], body: Callable[[Params], None]
     """
     die_with_parent()
     exit_on_sigterm()
+    quiet_libraries()
     try:
         params = load_params()
         body(params)

@@ -19,6 +19,7 @@ from tests.flows.mlflow_fixtures import (  # noqa: F401
     mlflow_server,
     tracking_uri,
 )
+from tests.flows.prefect_fixtures import prefect_server, retrained, webhook  # noqa: F401
 from tests.flows.servers import S3Server
 
 
