@@ -33,6 +33,7 @@ SECTIONS = ["dataset", "model", "fit"]
 INITIAL = Path("models/initial/model.ckpt")
 TRAINED, METRICS, CURVES = Path("models/trained"), Path("metrics/fit.json"), Path("plots/fit.csv")
 JOIN_SECONDS = 600.0
+AFTERWARDS = {"flows/outputs.py"}  # a change writes the outs anew, without training again
 
 
 class FitError(RFDETRError):
@@ -107,9 +108,10 @@ def fingerprint(params: Params, job: FitJob, env: Environment) -> dict[str, Any]
 
 
 def code_of_stage(name: str, root: Path = Path()) -> list[str]:
-    """The code that dvc.yaml names as dependencies of a stage."""
+    """The code that dvc.yaml names as dependencies of a stage and that shapes the training."""
     stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    return [dep for dep in stages[name]["deps"] if dep.startswith(("flows/", "rfdetr/"))]
+    code = [dep for dep in stages[name]["deps"] if dep.startswith(("flows/", "rfdetr/"))]
+    return [path for path in code if path not in AFTERWARDS]
 
 
 def _memory(env: Environment) -> Path:
@@ -177,7 +179,11 @@ def join(params: Params) -> None:
     """Take part, on another machine, in the training that `fit` runs on the first node."""
     env = Environment.read()
     job = plan(params, env)
-    folder = FitState(env.state_dir, fingerprint(params, job, env)).folder
+    state = FitState(env.state_dir, fingerprint(params, job, env))
+    if state.done:
+        _say(f"the training in {state.folder} has ended; nothing to join")
+        return
+    folder = state.folder
     deadline = time.monotonic() + JOIN_SECONDS
     while not (folder / jobs.JOB).exists():
         if time.monotonic() > deadline:

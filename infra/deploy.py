@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PROJECT_FILE = ROOT / "prefect.yaml"
 AUTOMATIONS = Path(__file__).parent / "prefect" / "automations.yaml"
-RESUME_DEPLOYMENT = "retrain/manual"
 
 
 class DeployError(RuntimeError):
@@ -81,7 +80,7 @@ def install_automations(client: SyncPrefectClient, names: list[str]) -> list[str
     resumable = [
         f"prefect.deployment.{i}" for name, i in ids.items() if name.startswith("retrain/")
     ]
-    values = {"{{ deployments }}": resumable, "{{ resume }}": str(ids[RESUME_DEPLOYMENT])}
+    values = {"{{ deployments }}": resumable}
     installed = []
     for entry in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
         automation = AutomationCore.model_validate(fill(entry, values))

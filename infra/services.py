@@ -95,6 +95,7 @@ class StackSettings:
             "RFDETR_WORK_POOL": self.work_pool,
             "RFDETR_STATE_DIR": str(folder / "state"),
             "RFDETR_DVC_CACHE": str(folder / "dvc-cache"),
+            "RFDETR_DVC_REMOTE": "s3://dvc/pipeline",
         }
 
 

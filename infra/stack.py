@@ -24,9 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from flows.redact import redact
 from infra.services import Service, StackError, StackSettings, all_services, quiet_environment
+from rfdetr.files import write_text_atomic
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0  # a loaded machine is slow to start Python
 STOP_SECONDS = 15.0
 RESTART_PAUSE_SECONDS = 2.0
 
@@ -37,6 +39,7 @@ class Running:
     def __init__(self, service: Service, folder: Path) -> None:
         self.service = service
         self.log = folder / "logs" / f"{service.name}.log"
+        self.pid_file = folder / "pids" / service.name
         self.starts = 0
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -59,6 +62,7 @@ class Running:
                 cwd="/" if self.service.user else None,
             )
         self.starts += 1
+        write_text_atomic(self.pid_file, str(self.process.pid))
 
     def wait_healthy(self, seconds: float = START_SECONDS) -> None:
         """Wait until the service answers; StackError with the tail of its log when it does not."""
@@ -81,6 +85,7 @@ class Running:
             self.process.wait(STOP_SECONDS)
         _signal_group(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.pid_file.unlink(missing_ok=True)
 
 
 class Stack:
@@ -113,7 +118,10 @@ class Stack:
             if item.process is not None and item.process.poll() is not None:
                 print(f"{item.service.name} ended ({item.process.returncode}); starting it again")
                 _signal_group(item.process.pid, signal.SIGKILL)
-                item.start()
+                try:
+                    item.start()
+                except Exception as error:  # noqa: BLE001 - its database may be away; tried again
+                    print(f"{item.service.name} cannot start yet: {redact(str(error))}")
 
     def stop(self) -> None:
         """Stop the services in reverse order."""

@@ -175,9 +175,11 @@ def test_automations_bind_to_the_deployments() -> None:
 
     from infra import deploy
 
-    values = {"{{ deployments }}": ["prefect.deployment.a"], "{{ resume }}": str(uuid.UUID(int=3))}
+    values = {"{{ deployments }}": ["prefect.deployment.a"]}
     entries = yaml.safe_load(deploy.AUTOMATIONS.read_text())["automations"]
     built = [AutomationCore.model_validate(deploy.fill(e, values)) for e in entries]
     assert [a.trigger.posture.value for a in built] == ["Proactive", "Reactive"]
-    assert built[1].actions[0].deployment_id == uuid.UUID(int=3)
-    assert "{{" not in json.dumps([a.model_dump(mode="json") for a in built])
+    assert "{{" not in json.dumps([a.trigger.model_dump(mode="json") for a in built])
+    again = built[1].actions[0]
+    assert again.source == "inferred", "the deployment that crashed is the one that goes on"
+    assert "flow_run.parameters" in again.parameters["params"]
