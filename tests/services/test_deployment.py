@@ -1,0 +1,140 @@
+"""A deployment on real servers: from the dataset on S3 to a champion in the registry."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from flows.registry import Registry
+from infra.services import HOST
+from tests.services.deployed import git
+from tests.services.live import LiveStack, processes_of, wait_for
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
+MODEL = "service-test"
+
+
+def watch(live: LiveStack, *parameters: str) -> tuple[int, str]:
+    """`prefect deployment run retrain/manual --watch`; exit status and output."""
+    words = [word for text in parameters for word in ("--param", text)]
+    command = [sys.executable, "-m", "prefect", "deployment", "run", "retrain/manual", "--watch"]
+    done = live.run(*command, *words, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(live: LiveStack) -> str:
+    """The id of a run that a person started and watched to its end."""
+    status, text = watch(live, 'params={"publish": true}')
+    run = live.runs()[0]["id"]
+    assert status == 0, f"{text}\n{live.log(run)}"
+    return str(run)
+
+
+def test_the_watched_run_did_every_step(live: LiveStack, trained: str) -> None:
+    states = live.task_states(trained)
+    done = {"prepare", "validate", "convert", "fit", "evaluate", "push_data", "register", "gate"}
+    assert {states[name] for name in done} == {"Completed"}
+    assert states["promote"] == "Completed"
+    assert states["publish"] == "Completed"
+    assert live.slots() == 0
+    assert live.slots(f"registry-{MODEL}") == 0
+
+
+def test_artifacts_and_records_are_on_the_servers(live: LiveStack, trained: str) -> None:
+    registry = Registry(MODEL, live.settings.url("mlflow"))
+    version = registry.champion()
+    assert version is not None
+    client = MlflowClient(tracking_uri=live.settings.url("mlflow"))
+    assert version.run_id is not None
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:")
+    stored = {path.name for path in (live.folder / "s3" / "mlflow").rglob("*") if path.is_file()}
+    assert {"MLmodel", "model.pth"} <= stored
+    weights = [p for p in (live.folder / "s3/mlflow").rglob("model.pth") if p.stat().st_size]
+    assert weights
+    body = {"artifacts": {"flow_run_id": {"any_": [trained]}}}
+    keys = {artifact["key"] for artifact in live.api("POST", "/artifacts/filter", body)}
+    assert len(keys) >= 5, keys
+
+
+def test_results_were_pushed_and_the_lock_published(live: LiveStack, trained: str) -> None:
+    branches = git(live.project, "branch", "--list", "retrain/*").split()
+    assert len(branches) == 1
+    files = git(live.project, "diff", "--name-only", "main", branches[0]).split()
+    assert files == ["dvc.lock"]
+    clone = live.folder.parent / "clone"
+    git(live.project, "clone", "--quiet", "--branch", branches[0], str(live.project), str(clone))
+    config = (live.project / ".dvc/config.local").read_text()
+    (clone / ".dvc/config.local").write_text(config)
+    here = LiveStack(live.folder, clone)
+    here.module("dvc", "pull", "--allow-missing")
+    assert (clone / "models/trained/model.pth").stat().st_size > 0
+    assert (clone / "data/tiny/train/_annotations.coco.json").exists()
+    assert "up to date" in here.module("dvc", "status", "evaluate").stdout
+
+
+def test_a_second_run_finds_everything_done(live: LiveStack, trained: str) -> None:
+    begun = time.monotonic()
+    run = live.start()
+    live.wait_final(run, "COMPLETED")
+    states = live.task_states(run)
+    stages = ("validate", "convert", "fit", "evaluate")
+    assert {states[name] for name in stages} == {"Cached"}, states
+    assert [v.number for v in Registry(MODEL, live.settings.url("mlflow")).versions()] == [1]
+    print(f"unchanged pipeline: {time.monotonic() - begun:.0f} s")
+
+
+def test_a_scheduled_run_finishes(live: LiveStack, trained: str) -> None:
+    """The schedule of prefect.yaml starts a run by itself, every minute here."""
+    deployment = live.api("GET", "/deployments/name/retrain/nightly")
+    schedule = deployment["schedules"][0]
+    assert schedule["schedule"]["cron"] == "* * * * *"
+    path = f"/deployments/{deployment['id']}/schedules/{schedule['id']}"
+    live.api("PATCH", path, {"active": True})
+
+    def scheduled() -> list[str]:
+        ours = [r for r in live.runs() if r["deployment_id"] == deployment["id"]]
+        return [r["id"] for r in ours if r["auto_scheduled"] and r["state_type"] == "RUNNING"]
+
+    try:
+        run = wait_for("a scheduled run to start", scheduled)[0]
+    finally:
+        live.api("PATCH", path, {"active": False})
+    live.wait_final(run, "COMPLETED")
+    waiting = [r for r in live.runs() if r["state_type"] in {"SCHEDULED", "PENDING", "RUNNING"}]
+    for left in waiting:
+        live.wait_final(left["id"])
+
+
+def test_wrong_parameters_are_refused_before_a_run_exists(live: LiveStack, trained: str) -> None:
+    before = len(live.runs())
+    status, text = watch(live, 'params={"overrides": {"fit": {"epochs": 0}}}')
+    assert status == 1
+    assert "less than the minimum of 1" in text.replace("\n", " ")
+    assert len(live.runs()) == before
+
+
+def test_deploying_again_doubles_nothing(live: LiveStack) -> None:
+    live.module("infra.deploy")
+    automations = [a["name"] for a in live.api("POST", "/automations/filter", {})]
+    assert sorted(automations) == ["rfdetr resume after a crash", "rfdetr zombie runs"]
+    deployments = live.api("POST", "/deployments/filter", {})
+    assert len(deployments) == 4
+    assert [len(d["schedules"]) for d in deployments if d["name"] == "nightly"] == [1]
+
+
+def test_everything_listens_on_loopback(live: LiveStack) -> None:
+    listening = [
+        connection.laddr
+        for process in processes_of(live.folder)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert {address.port for address in listening} >= set(live.settings.ports.values())
+    assert {address.ip for address in listening} == {HOST}

@@ -1,0 +1,197 @@
+"""What is killed during a deployment run, and what follows: the failure table of the design."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from flows.registry import Registry
+from flows.stage import read_json, write_json
+from flows.state import MAX_ATTEMPTS
+from tests.services.live import LiveStack, alive, wait_for
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
+MODEL = "service-test"
+SEEDS = count(int(time.time()))  # a new seed is a new training
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A run of the deployment whose training has finished its first epochs."""
+
+    live: LiveStack
+    run: str
+    folder: Path
+    epochs: int
+
+    @property
+    def done(self) -> int:
+        return self.live.trainings()[self.folder]
+
+    def mlflow_run(self) -> Any:
+        """The training's run on the tracking server."""
+        client = MlflowClient(tracking_uri=self.live.settings.url("mlflow"))
+        experiment = client.get_experiment_by_name("rfdetr/tiny")
+        wanted = f"tags.`fit.fingerprint` = '{self.folder.name}'"
+        runs = client.search_runs([experiment.experiment_id], filter_string=wanted)
+        assert len(runs) == 1, "all attempts of a training are one MLflow run"
+        return runs[0]
+
+    def epochs_recorded(self) -> list[int]:
+        client = MlflowClient(tracking_uri=self.live.settings.url("mlflow"))
+        history = client.get_metric_history(self.mlflow_run().info.run_id, "val/mAP_50_95")
+        return sorted({point.step for point in history})
+
+    def assert_trained_once(self) -> None:
+        """The training is whole, on record once, and registered once."""
+        assert self.done == self.epochs
+        assert len(self.epochs_recorded()) == self.epochs
+        weights = read_json(self.folder / "done")
+        assert weights
+        registry = Registry(MODEL, self.live.settings.url("mlflow"))
+        runs = [v.run_id for v in registry.versions()]
+        assert runs.count(self.mlflow_run().info.run_id) == 1
+        assert len(set(runs)) == len(runs)
+        assert self.live.slots() == 0
+
+
+@pytest.fixture
+def begin(live: LiveStack) -> Iterator[Callable[..., Fitting]]:
+    """Start a run with a training of its own and wait for its first epoch."""
+    started: list[str] = []
+
+    def start(epochs: int) -> Fitting:
+        known = set(live.trainings())
+        run = live.start(overrides={"fit": {"epochs": epochs, "seed": next(SEEDS)}})
+        started.append(run)
+        return Fitting(live, run, live.wait_training(known), epochs)
+
+    yield start
+    for run in live.runs():
+        if run["state_type"] in {"RUNNING", "PENDING", "SCHEDULED", "PAUSED"}:
+            body = {"state": {"type": "CANCELLING"}, "force": True}
+            live.api("POST", f"/flow_runs/{run['id']}/set_state", body)
+    for run in live.runs():
+        live.wait_final(run["id"])
+
+
+def next_run(live: LiveStack, known: set[str]) -> str:
+    """The run that an automation starts after a crash."""
+
+    def new() -> list[str]:
+        return [r["id"] for r in live.runs() if r["id"] not in known]
+
+    return wait_for("a run that goes on after the crash", new)[0]
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def test_cancel_ends_children_and_frees_the_slot(
+    live: LiveStack, begin: Callable[..., Fitting]
+) -> None:
+    fitting = begin(epochs=400)
+    children = live.trainers()
+    assert children
+    assert live.slots() == 1
+    live.module("prefect", "flow-run", "cancel", fitting.run)
+    live.wait_final(fitting.run, "CANCELLED")
+    wait_for("the trainers to end", lambda: not any(map(alive, children)), 60)
+    wait_for("the slot to be free", lambda: live.slots() == 0, 90)
+    assert not (fitting.folder / "done").exists()
+    assert read_json(fitting.folder / "run.json")["attempts"] == 0, "a cancel is no failed attempt"
+
+
+@pytest.mark.parametrize("victim", ["flow", "worker", "both"])
+def test_a_killed_run_is_crashed_and_goes_on_by_itself(
+    live: LiveStack, begin: Callable[..., Fitting], victim: str
+) -> None:
+    """kill -9 of the flow's process, of the worker, of both as a lost host would."""
+    fitting = begin(epochs=8)
+    children, known = live.trainers(), {r["id"] for r in live.runs()}
+    engines = live.flow_processes()
+    assert children
+    assert engines
+    if victim == "worker":
+        live.process("worker").kill()
+    else:
+        kill_all([live.process("worker"), *engines] if victim == "both" else engines)
+    live.wait_final(fitting.run, "CRASHED")
+    wait_for("the trainers to end", lambda: not any(map(alive, children)), 90)
+    live.wait_final(next_run(live, known), "COMPLETED")
+    fitting.assert_trained_once()
+
+
+@pytest.mark.parametrize("server", ["prefect", "mlflow", "s3", "postgres"])
+def test_a_server_that_is_killed_during_fit_does_not_stop_it(
+    live: LiveStack, begin: Callable[..., Fitting], server: str
+) -> None:
+    fitting = begin(epochs=12)
+    trainers = {p.pid for p in live.trainers()}
+    live.kill(server)
+    assert {p.pid for p in live.trainers()} <= trainers
+    live.wait_final(fitting.run, "COMPLETED")
+    fitting.assert_trained_once()
+
+
+def test_sigterm_is_never_success_and_the_next_run_goes_on(
+    live: LiveStack, begin: Callable[..., Fitting]
+) -> None:
+    fitting = begin(epochs=8)
+    seed = live.parameters(fitting.run)["overrides"]["fit"]["seed"]
+    for process in live.trainers():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    state = live.wait_final(fitting.run, "FAILED")
+    assert "stage fit failed" in state["message"]
+    assert not (fitting.folder / "done").exists()
+    reached = fitting.done
+    again = live.start(overrides={"fit": {"epochs": 8, "seed": seed}})
+    live.wait_final(again, "COMPLETED")
+    assert reached >= 1
+    fitting.assert_trained_once()
+
+
+def test_a_training_that_never_gets_on_fails_and_is_not_started_again(
+    live: LiveStack, begin: Callable[..., Fitting]
+) -> None:
+    """The flow is killed before a new epoch, again and again; the guard ends the loop."""
+    fitting = begin(epochs=400)
+    known: set[str] = set()
+    run = fitting.run
+    for _ in range(MAX_ATTEMPTS):
+        known |= {r["id"] for r in live.runs()}
+        wait_for("the trainers to start", live.trainers)
+        kill_all(live.flow_processes())
+        live.wait_final(run, "CRASHED")
+        record = read_json(fitting.folder / "run.json")
+        record["epochs_at_start"] = record["finished_epochs"]  # as if no epoch had been finished
+        write_json(fitting.folder / "run.json", record)
+        run = next_run(live, known)
+    state = live.wait_final(run, "FAILED")
+    assert f"{MAX_ATTEMPTS} attempts ended without finishing a new epoch" in state["message"]
+
+
+def test_a_leaked_slot_is_found_and_freed_by_doctor(live: LiveStack) -> None:
+    body = {"names": ["gpu"], "slots": 1, "mode": "concurrency"}
+    live.api("POST", "/v2/concurrency_limits/increment", body)
+    assert live.slots() == 1
+    found = live.module("flows.doctor", check=False)
+    assert found.returncode == 1
+    assert "limit gpu: 1 slots held without a live run" in found.stdout
+    mended = live.module("flows.doctor", "--repair", check=False)
+    assert "limit gpu" in mended.stdout
+    assert live.slots() == 0
+    assert "limit gpu" not in live.module("flows.doctor", check=False).stdout
