@@ -49,6 +49,7 @@ def train_start_weights(target: Path, *, images: int, epochs: int, seed: int) ->
         trainer.fit(module, datamodule)
         best = load_file(Path(folder) / "output" / "checkpoint_best_total.pth")
     settings_on_file = {**best["model_config"], **best["args"], "pretrain_weights": PUBLISHED}
+    settings_on_file |= {"dataset_dir": "data", "output_dir": "output"}  # temporary folders
     legacy = {"model": best["model"], "args": argparse.Namespace(**settings_on_file)}
     save_file(legacy, target)
     return max(
