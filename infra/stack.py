@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from flows.redact import redact
 from infra.services import Service, StackError, StackSettings, all_services, quiet_environment
 from rfdetr.files import write_text_atomic
@@ -77,14 +79,22 @@ class Running:
         raise StackError(f"{self.service.name} did not become healthy; {self.log}:\n{tail}")
 
     def stop(self) -> None:
-        """SIGINT to the group (a clean stop for all five), then SIGKILL to what is left."""
+        """SIGINT to the group (a clean stop for all five), then SIGKILL to what is left.
+
+        What it started in sessions of their own, as a worker does with its runs, ends with it.
+        """
         if self.process is None:
             return
+        family = _descendants(self.process.pid)
         _signal_group(self.process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_SECONDS)
         _signal_group(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.pid_file.unlink(missing_ok=True)
 
 
@@ -194,7 +204,7 @@ def down(folder: Path) -> int:
         print(f"no stack runs in {folder}")
         return 0
     os.kill(pid, signal.SIGTERM)
-    until = time.monotonic() + 5 * STOP_SECONDS
+    until = time.monotonic() + 10 * STOP_SECONDS
     while time.monotonic() < until:
         if _supervisor(folder) is None:
             return 0
@@ -257,6 +267,12 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(psutil.Process(pid).children(recursive=True))
+    return []
 
 
 def _signal_group(pid: int, number: int) -> None:

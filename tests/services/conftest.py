@@ -6,13 +6,18 @@ RFDETR_TEST_STACK=FOLDER keeps it running there for the next `pytest`, which the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from tests.services.deployed import bring_up, take_down
+from tests.services.fitting import Fitting
 from tests.services.live import LiveStack
+
+SEEDS = count(int(time.time()))  # a new seed is a new training
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +33,23 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
     finally:
         if not kept:
             take_down(stack)
+
+
+@pytest.fixture
+def begin(live: LiveStack) -> Iterator[Callable[..., Fitting]]:
+    """Start a run with a training of its own and wait for its first epoch."""
+    started: list[str] = []
+
+    def start(epochs: int) -> Fitting:
+        known = set(live.trainings())
+        run = live.start(overrides={"fit": {"epochs": epochs, "seed": next(SEEDS)}})
+        started.append(run)
+        return Fitting(live, run, live.wait_training(known), epochs)
+
+    yield start
+    for run in live.runs():
+        if run["state_type"] in {"RUNNING", "PENDING", "SCHEDULED", "PAUSED"}:
+            body = {"state": {"type": "CANCELLING"}, "force": True}
+            live.api("POST", f"/flow_runs/{run['id']}/set_state", body)
+    for run in live.runs():
+        live.wait_final(run["id"])

@@ -3,100 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import count
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import psutil
 import pytest
-from mlflow import MlflowClient
 
-from flows.registry import Registry
 from flows.stage import read_json, write_json
 from flows.state import MAX_ATTEMPTS
+from tests.services.fitting import Fitting, kill_all, next_run
 from tests.services.live import LiveStack, alive, wait_for
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
-MODEL = "service-test"
-SEEDS = count(int(time.time()))  # a new seed is a new training
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """A run of the deployment whose training has finished its first epochs."""
-
-    live: LiveStack
-    run: str
-    folder: Path
-    epochs: int
-
-    @property
-    def done(self) -> int:
-        return self.live.trainings()[self.folder]
-
-    def mlflow_run(self) -> Any:
-        """The training's run on the tracking server."""
-        client = MlflowClient(tracking_uri=self.live.settings.url("mlflow"))
-        experiment = client.get_experiment_by_name("rfdetr/tiny")
-        wanted = f"tags.`fit.fingerprint` = '{self.folder.name}'"
-        runs = client.search_runs([experiment.experiment_id], filter_string=wanted)
-        assert len(runs) == 1, "all attempts of a training are one MLflow run"
-        return runs[0]
-
-    def epochs_recorded(self) -> list[int]:
-        client = MlflowClient(tracking_uri=self.live.settings.url("mlflow"))
-        history = client.get_metric_history(self.mlflow_run().info.run_id, "val/mAP_50_95")
-        return sorted({point.step for point in history})
-
-    def assert_trained_once(self) -> None:
-        """The training is whole, on record once, and registered once."""
-        assert self.done == self.epochs
-        assert len(self.epochs_recorded()) == self.epochs
-        weights = read_json(self.folder / "done")
-        assert weights
-        registry = Registry(MODEL, self.live.settings.url("mlflow"))
-        runs = [v.run_id for v in registry.versions()]
-        assert runs.count(self.mlflow_run().info.run_id) == 1
-        assert len(set(runs)) == len(runs)
-        assert self.live.slots() == 0
-
-
-@pytest.fixture
-def begin(live: LiveStack) -> Iterator[Callable[..., Fitting]]:
-    """Start a run with a training of its own and wait for its first epoch."""
-    started: list[str] = []
-
-    def start(epochs: int) -> Fitting:
-        known = set(live.trainings())
-        run = live.start(overrides={"fit": {"epochs": epochs, "seed": next(SEEDS)}})
-        started.append(run)
-        return Fitting(live, run, live.wait_training(known), epochs)
-
-    yield start
-    for run in live.runs():
-        if run["state_type"] in {"RUNNING", "PENDING", "SCHEDULED", "PAUSED"}:
-            body = {"state": {"type": "CANCELLING"}, "force": True}
-            live.api("POST", f"/flow_runs/{run['id']}/set_state", body)
-    for run in live.runs():
-        live.wait_final(run["id"])
-
-
-def next_run(live: LiveStack, known: set[str]) -> str:
-    """The run that an automation starts after a crash."""
-
-    def new() -> list[str]:
-        return [r["id"] for r in live.runs() if r["id"] not in known]
-
-    return wait_for("a run that goes on after the crash", new)[0]
-
-
-def kill_all(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def test_cancel_ends_children_and_frees_the_slot(
