@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. Errors are one readable text on standard error."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.run
     try:
         return command(options)
@@ -40,14 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The commands with their options."""
+    root = argparse.ArgumentParser(
         prog="rfdetr-pipeline",
         description="Retrain, gate and register RF-DETR detectors.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = root.add_subparsers(required=True, metavar="command")
 
     retrain = _add(commands, "retrain", run.retrain_command, "the whole pipeline as a Prefect flow")
     _changes(retrain)
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "sync", run.sync_command, "send tracking records that could not be sent")
     doctor = _add(commands, "doctor", run.doctor_command, "look for leftovers and dead slots")
     doctor.add_argument("--repair", action="store_true", help="mend what is safe to mend")
-    return parser
+    return root
 
 
 def _add(

@@ -1,0 +1,140 @@
+"""What the README says exists, and its code runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from flows.cli import parser
+from flows.settings import SECTIONS, parse_params
+from rfdetr.data.demo import build_demo
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+CODE = [
+    *re.findall(r"`([^`\n]+)`", PROSE),
+    *"\n".join(b for k, b in BLOCKS if k == "bash").split("\n"),
+]
+COMMANDS = [re.sub(r"\s+#.*", "", line).strip() for line in CODE]
+TINY = (
+    "resolution=64, encoder_dim=48, encoder_depth=2, encoder_heads=3, out_feature_indexes=[1, 2], "
+    "hidden_dim=32, sa_nheads=4, ca_nheads=4, dim_feedforward=64, num_queries=10, num_select=10, "
+    "group_detr=1, dec_layers=2, pretrain_weights=None"
+)
+
+
+def starting_with(*words: str) -> list[list[str]]:
+    found = [shlex.split(command) for command in COMMANDS if command.startswith(" ".join(words))]
+    return [parts for parts in found if parts[: len(words)] == list(words)]
+
+
+def test_every_command_is_understood() -> None:
+    commands = starting_with("rfdetr-pipeline")
+    assert len(commands) >= 8
+    for _, *arguments in commands:
+        given = ["1" if word == "VERSION" else word for word in arguments]
+        if given:
+            parser().parse_args(given)
+
+
+def test_every_make_target_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    named = {parts[1].rstrip(";") for parts in starting_with("make")}
+    assert {"retrain", "test", "stack", "deploy"} <= named <= targets
+
+
+def test_every_module_that_is_run_exists() -> None:
+    named = {
+        m for line in COMMANDS for m in re.findall(r"python -m ((?:flows|rfdetr|infra)\S*)", line)
+    }
+    assert len(named) >= 4
+    for module in named:
+        name = module.rstrip('")')
+        found = importlib.util.find_spec(name)
+        assert found is not None, name
+        if found.submodule_search_locations:
+            assert importlib.util.find_spec(f"{name}.__main__") is not None, name
+
+
+def test_every_deployment_exists() -> None:
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    names = {f"{d['entrypoint'].rpartition(':')[2]}/{d['name']}" for d in deployments}
+    named = {parts[3] for parts in starting_with("prefect", "deployment", "run")}
+    assert named
+    assert named <= names
+
+
+def test_every_parameter_is_accepted() -> None:
+    snippets = [code for code in CODE if re.match(rf"({'|'.join([*SECTIONS, 'sources'])}): ", code)]
+    assert len(snippets) >= 5
+    for snippet in snippets:
+        parse_params(yaml.safe_load(snippet), origin=snippet)
+
+
+def test_every_variable_is_read_somewhere() -> None:
+    named = set(re.findall(r"`(?:export )?((?:RFDETR|MLFLOW|AWS|RF)_[A-Z_0-9]+)`", README))
+    assert len(named) >= 8
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("flows", "rfdetr", "infra")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    assert {name for name in named if name not in code} <= {"AWS_SECRET_ACCESS_KEY"}
+
+
+def test_every_test_of_the_guarantees_exists() -> None:
+    table = PROSE.partition("## Guarantees")[2].partition("\n## ")[0]
+    named = re.findall(r"`([^`]+)`", table)
+    assert len(named) >= 15
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in named:
+        exists = f"def {name}(" in sources if name.startswith("test_") else (ROOT / name).exists()
+        assert exists, name
+
+
+def tree() -> list[str]:
+    """Paths of the file tree; an indented line is below the last folder."""
+    (block,) = [text for _, text in BLOCKS if text.startswith("params.yaml dvc.yaml")]
+    folder, found = "", []
+    for line in block.splitlines():
+        names = re.split(r"\s{2,}", line.strip())[0].split()
+        indented = line.startswith(" ")
+        if not indented:
+            folder = names[0] if names[0].endswith("/") else ""
+        found += [f"{folder if indented else ''}{name}" for name in names]
+    return found
+
+
+def test_every_path_of_the_tree_and_every_link_exists() -> None:
+    paths = tree()
+    assert len(paths) >= 40
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert [path for path in [*paths, *links] if not (ROOT / path).exists()] == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    build_demo(folder / "path/to/dataset", train=12, valid=4, test=4)
+    photo = next((folder / "path/to/dataset/test").glob("*.jpg"))
+    Image.open(photo).save(folder / "photo.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
+def test_the_code_runs(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are replaced, nothing else."""
+    for wanted in ("RFDETRMediumConfig(num_classes=10", "RFDETRNano(num_classes=3"):
+        code = code.replace(wanted, wanted.replace("10", "3") + f", {TINY}")
+    code = re.sub(r"epochs=\d+", "epochs=1, batch_size=2, tensorboard=False, num_workers=0", code)
+    monkeypatch.chdir(folder)
+    exec(compile(code, "README.md", "exec"), {})
