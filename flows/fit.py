@@ -7,6 +7,7 @@ other machines of a training on several nodes run.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from pathlib import Path
@@ -128,7 +129,7 @@ def _train(params: Params, job: FitJob, state: FitState, mirror: Mirror) -> None
     jobs.clear_answers(state.folder)
     job.write(state.folder)
     runtime = params.runtime
-    begun, before = time.monotonic(), state.read().seconds
+    begun, before, parent = time.monotonic(), state.read().seconds, os.getppid()
     note = jobs.needed_space(state.folder, Path(job.initial))
     if note:
         _say(f"warning: {note}")
@@ -153,7 +154,8 @@ def _train(params: Params, job: FitJob, state: FitState, mirror: Mirror) -> None
             raise FitError(f"rank {told['rank']}: {told['text']}") from error
         raise
     except (KeyboardInterrupt, Terminated):
-        state.forgive_attempt()
+        if os.getppid() == parent:  # a request; a parent that died is a crash, and counts
+            state.forgive_attempt()
         raise
     finally:
         state.update(seconds=before + time.monotonic() - begun)
