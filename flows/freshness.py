@@ -23,6 +23,8 @@ def registry_of(root: Path, name: str | None = None) -> Registry:
 
 def data_changed(root: Path) -> bool:
     """Whether the dataset's version differs from the champion's; True without a champion."""
+    if not _has_registry(root):
+        return True
     champion = registry_of(root).champion()
     if champion is None:
         return True
@@ -55,7 +57,7 @@ def dataset_version(root: Path) -> str:
 def is_released(root: Path) -> bool:
     """Whether the registry holds the trained model and the gate has judged it by today's rules."""
     card_file = root / TRAINED / "model.json"
-    if not card_file.exists():
+    if not card_file.exists() or not _has_registry(root):
         return False
     params = load_params(root / "params.yaml")
     weights = read_json(card_file)["weights_sha256"]
@@ -77,3 +79,9 @@ def _settled(version: Version) -> bool:
     """A promotion that was cut off, or that waits for nobody, is not settled."""
     won = version.tags.get("gate.outcome") == "promote"
     return not won or "promotion.action" in version.tags
+
+
+def _has_registry(root: Path) -> bool:
+    """False for a SQLite file that is not there yet; asking MLflow would make it."""
+    kind, _, path = default_tracking_uri(root).partition(":///")
+    return kind != "sqlite" or Path(path).exists()

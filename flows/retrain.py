@@ -19,6 +19,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed
 
 from flows import artifacts, freshness, release
@@ -30,9 +32,10 @@ from flows.redact import redact
 from flows.release import Registered
 from flows.settings import Environment, RetrainParams, load_params
 from flows.stage import read_json
+from flows.state import locked
 from flows.tracking import default_tracking_uri
 from flows.verdict import Verdict
-from flows.workspace import dvc, has_remote, prepare_workspace, stage_names
+from flows.workspace import dvc, has_remote, prepare_workspace, stage_names, write_overrides
 from rfdetr.errors import RFDETRError
 
 # DVC's advice for a person at a terminal.
@@ -73,6 +76,7 @@ def retrain(params: RetrainParams | None = None) -> State | dict[str, Any]:
     params = params or RetrainParams()
     root = Path.cwd()
     os.environ.setdefault("MLFLOW_TRACKING_URI", default_tracking_uri(root))
+    write_overrides(root, params.changes())
     if params.only_if_data_changed and not freshness.data_changed(root):
         return Completed(name="Skipped", message="the champion was trained on this dataset")
     prepare(root, params)
@@ -201,13 +205,18 @@ def registry_slot(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _slot(name: str, occupy: int) -> Iterator[None]:
-    """A Prefect limit. A deployment needs it to exist; a local run makes it.
+    """A Prefect limit; a lock file while only a temporary server is there.
 
-    A renewal that fails does not end the run: a server that restarts must not kill a training.
+    A temporary server never frees the slots of a run that was killed, a lock file does. A
+    deployment needs its limit to exist, a local run makes it. A renewal that fails does not end
+    the run: a server that restarts must not kill a training.
     """
+    if PREFECT_API_URL.value() is None:
+        with locked(Environment.read().state_dir / "slots" / name, wait=True):
+            yield
+        return
     if runtime.deployment.id is None:
-        with get_client(sync_client=True) as client:
-            client.upsert_global_concurrency_limit_by_name(name, occupy)
+        _ensure_limit(name, occupy)
     with concurrency(
         name,
         occupy=occupy,
@@ -216,6 +225,17 @@ def _slot(name: str, occupy: int) -> Iterator[None]:
         raise_on_lease_renewal_failure=False,
     ):
         yield
+
+
+def _ensure_limit(name: str, slots: int) -> None:
+    """Make the limit, or widen one that could never hold this run; a team's own stays."""
+    with get_client(sync_client=True) as client:
+        try:
+            known = client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            known = None
+        if known is None or known.limit < slots:
+            client.upsert_global_concurrency_limit_by_name(name, slots)
 
 
 def _judge(root: Path, number: int) -> Verdict:
