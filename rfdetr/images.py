@@ -38,7 +38,7 @@ def read_image(source: Any) -> ImageLike:
         except DatasetError as error:
             raise InputError(str(error).split(" Restore the file", 1)[0]) from error
     if isinstance(source, Image.Image | np.ndarray | Tensor):
-        return as_picture(source)
+        return _picture(source)
     raise InputError(
         "predict takes a path, an http(s) URL, a PIL image, a uint8 array (H, W, 3), a tensor "
         f"(3, H, W) with values in 0..1, or a list of these; got {type(source).__name__}."
@@ -50,6 +50,15 @@ def height_and_width(image: ImageLike) -> tuple[int, int]:
     if isinstance(image, Image.Image):
         return image.height, image.width
     return int(image.shape[0]), int(image.shape[1])
+
+
+def _picture(source: Image.Image | np.ndarray | Tensor) -> Image.Image:
+    try:
+        return as_picture(source)
+    except InputError:
+        raise
+    except FAILURES as error:  # a PIL image is decoded when it is first used
+        raise InputError(f"The PIL image cannot be decoded: {error}.") from error
 
 
 def _fetch(url: str) -> Image.Image:

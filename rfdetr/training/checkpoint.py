@@ -23,7 +23,7 @@ from rfdetr.errors import CheckpointError
 from rfdetr.files import atomic_path
 from rfdetr.weights.container import Container, parse_container, plain
 from rfdetr.weights.io import StrPath, load_file, save_file
-from rfdetr.weights.legacy import OURS, from_legacy, to_legacy
+from rfdetr.weights.legacy import OURS, to_legacy
 from rfdetr.weights.proof import ConversionReport, prove_conversion
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,9 @@ def normalise_legacy(checkpoint: Mapping[str, Any], path: str = "the checkpoint"
     """A dictionary that Lightning resumes from, for a checkpoint of any generation.
 
     Full checkpoints of this package come back as they are. Others get `state_dict` under our names,
-    the epoch counter, averaged weights under `legacy_ema_state_dict` (legacy names, see
-    `ema_weights`), plain `hyper_parameters`, and no optimizer state: it belongs to another grouping
-    of parameters. Raises CheckpointError for anything that is no checkpoint.
+    the epoch counter, averaged weights under `legacy_ema_state_dict` (legacy names),
+    plain `hyper_parameters`, and no optimizer state: it belongs to another grouping of parameters.
+    Raises CheckpointError for anything that is no checkpoint.
     """
     container = parse_container(checkpoint, path)
     if container.kind == "lightning" and not container.old_names and "loops" in checkpoint:
@@ -70,17 +70,6 @@ def _resumable(container: Container) -> dict[str, Any]:
     if container.ema is not None:
         result[EMA_KEY] = to_legacy(container.ema)
     return result
-
-
-def ema_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The averaged weights of a normalised checkpoint under our names, or None."""
-    weights = checkpoint.get(EMA_KEY)
-    return from_legacy(weights) if weights else None
-
-
-def is_normalised(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint came from another training loop than ours."""
-    return bool(checkpoint.get(MARKER))
 
 
 def convert_legacy_checkpoint(old_path: StrPath, new_path: StrPath) -> ConversionReport:

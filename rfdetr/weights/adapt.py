@@ -90,8 +90,8 @@ def _structure_of_file(container: Container) -> dict[str, Any]:
     if PATCHES in weights:
         found["patch_size"] = weights[PATCHES].shape[-1]
         found["encoder width"] = weights[PATCHES].shape[0]
-    elif isinstance(container.setting("patch_size"), int):
-        found["patch_size"] = container.setting("patch_size")
+    if isinstance(container.setting("patch_size"), int):
+        found["patch_size"] = container.setting("patch_size")  # must agree too (section 10)
     counted = {
         "encoder blocks": _count(weights, r"backbone\.0\.encoder\.blocks\.(\d+)\."),
         "dec_layers": _count(weights, r"transformer\.decoder\.layers\.(\d+)\."),

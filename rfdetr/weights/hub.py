@@ -97,15 +97,22 @@ def weights_url(name: str) -> str:
 
 def _download_once(name: str, target: Path) -> None:
     """Download under a lock, so that several processes fetch the file once."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    url = weights_url(name)
     lock = filelock.FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with lock:
             if not target.is_file():
-                download(weights_url(name), target)
+                download(url, target)
+    except DownloadError:
+        raise
     except filelock.Timeout as error:
         raise DownloadError(
             f"Another process has been fetching {name} for over an hour (lock {target}.lock)."
+        ) from error
+    except OSError as error:
+        raise DownloadError(
+            f"{target.parent} cannot hold downloads: {error}. Set RF_HOME to a folder that can."
         ) from error
 
 

@@ -166,6 +166,10 @@ def test_broken_files_and_addresses_are_named(tmp_path: Path, served: str) -> No
         DETECTOR.predict(f"{served}/broken.jpg")
     with pytest.raises(InputError, match=r"absent\.jpg cannot be fetched"):
         DETECTOR.predict(f"{served}/absent.jpg")
+    Image.fromarray(pixels()).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:200])
+    with Image.open(tmp_path / "cut.png") as picture, pytest.raises(InputError, match="PIL image"):
+        DETECTOR.predict(picture)
     with pytest.raises(FileNotFoundError, match=r"absent\.jpg"):
         DETECTOR.predict(str(tmp_path / "absent.jpg"))
 

@@ -21,8 +21,6 @@ from rfdetr.training.checkpoint import (
     LegacyCheckpointIO,
     best_payload,
     convert_legacy_checkpoint,
-    ema_weights,
-    is_normalised,
     normalise_legacy,
     stripped_payload,
 )
@@ -210,7 +208,7 @@ def test_our_own_checkpoints_pass_through_untouched(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         back = io.load_checkpoint(tmp_path / "deep" / "last.ckpt")
     assert list(back) == list(checkpoint)
-    assert not is_normalised(back)
+    assert "legacy_checkpoint_format" not in back
     assert back["optimizer_states"][0]["state"][0].tolist() == [1, 1]
     assert _files(tmp_path / "deep") == ["last.ckpt"]
     with pytest.raises(TypeError, match="storage_options"):
@@ -220,20 +218,19 @@ def test_our_own_checkpoints_pass_through_untouched(tmp_path: Path) -> None:
 def test_normalising_twice_changes_nothing() -> None:
     raw = torch.load(FOLDER / "c_stripped_best_total_1_11.pth", weights_only=True)
     once = normalise_legacy(raw)
-    assert is_normalised(once)
+    assert once["legacy_checkpoint_format"] is True
     assert normalise_legacy(once).keys() == once.keys()
 
 
-def test_averaged_weights_come_under_our_names() -> None:
+def test_averaged_weights_come_along() -> None:
     once = LegacyCheckpointIO()
     with pytest.warns(UserWarning, match="averaged weights"):
         checkpoint = once.load_checkpoint(FOLDER / "a_ema_with_module_prefix.pth")
-    averaged = ema_weights(checkpoint)
-    assert averaged is not None
+    averaged = from_legacy(checkpoint["legacy_ema_state_dict"])
     assert {"model." + name for name in averaged} == set(checkpoint["state_dict"])
     with pytest.warns(UserWarning, match="category ids 1..N"):
         without = once.load_checkpoint(FOLDER / "a_best_regular_no_ema_key.pth")
-    assert ema_weights(without) is None
+    assert "legacy_ema_state_dict" not in without
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -244,6 +244,15 @@ def test_unknown_names_list_the_published_ones() -> None:
         resolve_weights("rf-detr-smal.pth")
 
 
+def test_a_cache_folder_that_cannot_be_made_is_named(
+    server: Behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("RF_HOME", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DownloadError, match="Set RF_HOME"):
+        resolve_weights(NAME)
+
+
 def test_only_http_mirrors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RF_WEIGHTS_URL", "file:///etc")
     with pytest.raises(DownloadError, match="http"):

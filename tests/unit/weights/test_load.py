@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import logging
@@ -200,10 +201,16 @@ def test_the_fitting_configuration_is_named() -> None:
 
 
 def test_settings_of_the_file_count_where_tensors_do_not_tell() -> None:
-    config = small()
-    content = {"model": {"class_embed.bias": torch.ones(3)}, "args": {"patch_size": 14}}
-    with pytest.raises(CheckpointError, match="patch_size is 14"):
-        load_container(build_network(config), config, parse_container(content, "x.pth"))
+    config = small(num_classes=5)
+    network = build_network(config)
+    whole = to_legacy(network.state_dict())
+    for model in ({"class_embed.bias": torch.ones(3)}, whole):
+        content = {"model": model, "args": {"patch_size": 14}}
+        with pytest.raises(CheckpointError, match="patch_size is 14"):
+            load_container(network, config, parse_container(content, "x.pth"))
+    content = {"model": whole, "args": argparse.Namespace(segmentation_head=True)}
+    with pytest.raises(CheckpointError, match="segmentation_head is True"):
+        load_container(network, config, parse_container(content, "x.pth"))
 
 
 def test_nothing_in_common_is_an_error() -> None:
