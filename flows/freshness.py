@@ -70,9 +70,7 @@ def is_released(root: Path) -> bool:
 
 def gate_key(params: Params, digest: str) -> str:
     """What a verdict depends on besides the two models: rules, way of scoring, test set."""
-    from flows.scoring import settings_key
-
-    return digest_of([params.gate.model_dump(), settings_key(params.evaluate), digest])[:16]
+    return digest_of([params.gate.model_dump(), params.evaluate.key(), digest])[:16]
 
 
 def _settled(version: Version) -> bool:

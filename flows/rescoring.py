@@ -58,7 +58,5 @@ def scores_of(root: Path, params: Params, weights: Path, label: str, digest: str
 
 
 def _kept(params: Params, weights_sha256: str, digest: str) -> Path:
-    from flows.scoring import settings_key
-
-    key = digest_of([weights_sha256, digest, settings_key(params.evaluate)])[:32]
+    key = digest_of([weights_sha256, digest, params.evaluate.key()])[:32]
     return Environment.read().state_dir / "scores" / f"{key}.json"

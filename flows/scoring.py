@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from pytorch_lightning.callbacks import Callback
 
-from flows.digest import digest_of
 from flows.quiet import quiet_libraries
 from flows.sections import DatasetSettings, EvaluateSettings
 from flows.verdict import ClassScore, Scores
@@ -30,8 +29,6 @@ from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 from rfdetr.training.pictures import take_samples
 from rfdetr.weights.container import Container, read_container
 from rfdetr.weights.identify import config_of
-
-EVALUATOR_VERSION = 1  # counts up when the same weights would get other numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,15 +167,9 @@ def score_model(
         columns=columns,
         samples=collector.samples,
         latency_ms=collector.latency_ms,
-        settings=settings_key(settings),
+        settings=settings.key(),
         category_ids=_category_ids(dataset_dir, dataset, settings.split),
     )
-
-
-def settings_key(settings: EvaluateSettings) -> str:
-    """What shapes the numbers: split, number of detections, version of the evaluator."""
-    shape = [settings.split, settings.max_dets, EVALUATOR_VERSION]
-    return digest_of(shape)[:16]
 
 
 def label_table(container: Container, names: list[str]) -> dict[int, int]:

@@ -10,12 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
+from flows.digest import digest_of
 from rfdetr.config import MODEL_CONFIGS, Level, ModelConfig, StrictConfig, TrainConfig
 from rfdetr.data.checks.config import CheckConfig
 from rfdetr.errors import ConfigError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Variant = Annotated[str, Field(min_length=1)]
+
+
+EVALUATOR_VERSION = 1  # counts up when the same weights would get other numbers
 
 
 def _devices(value: Any) -> Any:
@@ -160,7 +164,11 @@ class EvaluateSettings(StrictConfig):
     batch_size: int = Field(8, ge=1)
     max_dets: int = Field(500, ge=1)
     score_threshold: float = Field(0.05, ge=0, lt=1)  # of detections that files keep
-    pictures: int = Field(16, ge=0, le=100)
+    pictures: int = Field(12, ge=0, le=100)
+
+    def key(self) -> str:
+        """What shapes the numbers: split, number of detections, version of the evaluator."""
+        return digest_of([self.split, self.max_dets, EVALUATOR_VERSION])[:16]
 
 
 class GateSettings(StrictConfig):
