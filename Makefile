@@ -56,10 +56,10 @@ format: $(READY) ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .
 
 test: $(READY) ## The default tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-all: $(READY) ## Everything: large variants, real servers
-	$(BIN)/python -m pytest -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ""
 
 clean: ## Remove caches (not data, models or state)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info
