@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,14 @@ from rfdetr.errors import DatasetError
 Pixels = npt.NDArray[np.uint8]
 
 JPEG_START = b"\xff\xd8\xff"
-FAILURES = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+FAILURES = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,  # of Pillow on a PNG that is cut between two chunks
+    Image.DecompressionBombError,
+)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
