@@ -80,13 +80,13 @@ def install_automations(client: SyncPrefectClient, names: list[str]) -> list[str
     resumable = [
         f"prefect.deployment.{i}" for name, i in ids.items() if name.startswith("retrain/")
     ]
-    values = {"{{ deployments }}": resumable}
+    values: dict[str, Any] = {"{{ deployments }}": resumable}
     installed = []
     for entry in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
         automation = AutomationCore.model_validate(fill(entry, values))
         for old in client.read_automations_by_name(automation.name):
             client.delete_automation(old.id)
-        client.create_automation(automation)
+        values[f"{{{{ id of {automation.name} }}}}"] = str(client.create_automation(automation))
         installed.append(automation.name)
     return installed
 

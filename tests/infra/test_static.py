@@ -175,11 +175,13 @@ def test_automations_bind_to_the_deployments() -> None:
 
     from infra import deploy
 
-    values = {"{{ deployments }}": ["prefect.deployment.a"]}
+    resume = "{{ id of rfdetr resume after a crash }}"
+    values = {"{{ deployments }}": ["prefect.deployment.a"], resume: str(uuid.UUID(int=3))}
     entries = yaml.safe_load(deploy.AUTOMATIONS.read_text())["automations"]
     built = [AutomationCore.model_validate(deploy.fill(e, values)) for e in entries]
-    assert [a.trigger.posture.value for a in built] == ["Proactive", "Reactive"]
+    assert [a.trigger.posture.value for a in built] == ["Proactive", "Reactive", "Reactive"]
     assert "{{" not in json.dumps([a.trigger.model_dump(mode="json") for a in built])
     again = built[1].actions[0]
     assert again.source == "inferred", "the deployment that crashed is the one that goes on"
+    assert built[2].actions[0].automation_id == uuid.UUID(int=3)
     assert "flow_run.parameters" in again.parameters["params"]

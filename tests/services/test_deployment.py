@@ -123,7 +123,11 @@ def test_wrong_parameters_are_refused_before_a_run_exists(live: LiveStack, train
 def test_deploying_again_doubles_nothing(live: LiveStack) -> None:
     live.module("infra.deploy")
     automations = [a["name"] for a in live.api("POST", "/automations/filter", {})]
-    assert sorted(automations) == ["rfdetr resume after a crash", "rfdetr zombie runs"]
+    assert sorted(automations) == [
+        "rfdetr crash loop",
+        "rfdetr resume after a crash",
+        "rfdetr zombie runs",
+    ]
     deployments = live.api("POST", "/deployments/filter", {})
     assert len(deployments) == 4
     assert [len(d["schedules"]) for d in deployments if d["name"] == "nightly"] == [1]
