@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from flows.redact import redact
 from rfdetr.errors import RFDETRError
 
 PR_SET_PDEATHSIG = 1
@@ -38,18 +39,19 @@ Line = Callable[[str], None]
 class CommandFailed(RFDETRError):  # noqa: N818 - the name of the design
     """A child ended with an error or was ended for exceeding a limit.
 
-    `returncode` is negative for a signal, `tail` holds its last lines, `reason` says why.
+    `returncode` is negative for a signal, `tail` holds its last lines, `reason` says why. Secrets
+    are masked: the text ends in logs and states.
     """
 
     def __init__(self, cmd: Sequence[str], returncode: int, tail: Sequence[str], reason: str):
         self.cmd, self.returncode, self.tail, self.reason = (
-            list(cmd),
+            [redact(word) for word in cmd],
             returncode,
-            list(tail),
+            [redact(line) for line in tail],
             reason,
         )
-        last = "\n".join(f"  {line}" for line in tail) or "  (no output)"
-        super().__init__(f"`{shlex.join(cmd)}` {reason}. Last lines:\n{last}")
+        last = "\n".join(f"  {line}" for line in self.tail) or "  (no output)"
+        super().__init__(f"`{shlex.join(self.cmd)}` {reason}. Last lines:\n{last}")
 
     def __reduce__(self) -> tuple[type, tuple[list[str], int, list[str], str]]:
         return type(self), (self.cmd, self.returncode, self.tail, self.reason)

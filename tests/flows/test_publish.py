@@ -77,7 +77,11 @@ def test_a_taken_name_gets_a_number_and_nothing_is_forced(clone: Path) -> None:
 
 
 def test_a_remote_that_refuses_is_an_error(clone: Path) -> None:
-    run(clone, "git", "remote", "set-url", "origin", str(clone.parent / "gone.git"))
+    """And the password in its address stays out of the error."""
+    url = "http://bot:hunter2-planted@127.0.0.1:1/gone.git"
+    run(clone, "git", "remote", "set-url", "origin", url)
     (clone / "dvc.lock").write_text("new\n")
-    with pytest.raises(CommandFailed, match="push origin"):
+    with pytest.raises(CommandFailed, match="push origin") as failure:
         publish_lock(clone, "fox", print)
+    assert "127.0.0.1" in str(failure.value)
+    assert "hunter2" not in str(failure.value)
