@@ -79,6 +79,15 @@ def write_params(root: Path, **changes: dict[str, Any]) -> None:
     (root / "params.yaml").write_text(yaml.safe_dump(sections, sort_keys=False))
 
 
+def set_params(root: Path, **changes: dict[str, Any]) -> None:
+    """Update fields of sections of the project's params.yaml."""
+    file = root / "params.yaml"
+    data = yaml.safe_load(file.read_text())
+    for section, fields in changes.items():
+        data.setdefault(section, {}).update(fields)
+    file.write_text(yaml.safe_dump(data, sort_keys=False))
+
+
 def run(root: Path, *command: str, check: bool = True, **more: str) -> subprocess.CompletedProcess:
     """Run a command in the project; `python` and `dvc` are those of this environment."""
     done = subprocess.run(

@@ -9,19 +9,9 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import yaml
-
 from flows.registry import Registry
 from tests.flows.prefect_fixtures import Retrained
-from tests.flows.projects import run
-
-
-def set_params(root: Path, **changes: dict) -> None:
-    file = root / "params.yaml"
-    data = yaml.safe_load(file.read_text())
-    for section, fields in changes.items():
-        data.setdefault(section, {}).update(fields)
-    file.write_text(yaml.safe_dump(data, sort_keys=False))
+from tests.flows.projects import run, set_params
 
 
 def champion(project: Retrained) -> int | None:
