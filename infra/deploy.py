@@ -80,7 +80,8 @@ def install_automations(client: SyncPrefectClient, names: list[str]) -> list[str
     resumable = [
         f"prefect.deployment.{i}" for name, i in ids.items() if name.startswith("retrain/")
     ]
-    values: dict[str, Any] = {"{{ deployments }}": resumable}
+    values: dict[str, Any] = {f"{{{{ id of {name} }}}}": str(i) for name, i in ids.items()}
+    values["{{ deployments }}"] = resumable
     installed = []
     for entry in yaml.safe_load(AUTOMATIONS.read_text())["automations"]:
         automation = AutomationCore.model_validate(fill(entry, values))

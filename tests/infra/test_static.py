@@ -176,12 +176,15 @@ def test_automations_bind_to_the_deployments() -> None:
     from infra import deploy
 
     resume = "{{ id of rfdetr resume after a crash }}"
+    manual = "{{ id of retrain/manual }}"
     values = {"{{ deployments }}": ["prefect.deployment.a"], resume: str(uuid.UUID(int=3))}
+    values |= {manual: str(uuid.UUID(int=4))}
     entries = yaml.safe_load(deploy.AUTOMATIONS.read_text())["automations"]
     built = [AutomationCore.model_validate(deploy.fill(e, values)) for e in entries]
-    assert [a.trigger.posture.value for a in built] == ["Proactive", "Reactive", "Reactive"]
+    assert [a.trigger.posture.value for a in built] == ["Proactive"] + 3 * ["Reactive"]
     assert "{{" not in json.dumps([a.trigger.model_dump(mode="json") for a in built])
     again = built[1].actions[0]
     assert again.source == "inferred", "the deployment that crashed is the one that goes on"
     assert built[2].actions[0].automation_id == uuid.UUID(int=3)
+    assert built[3].actions[0].deployment_id == uuid.UUID(int=4)
     assert "flow_run.parameters" in again.parameters["params"]
