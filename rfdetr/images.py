@@ -54,7 +54,9 @@ def height_and_width(image: ImageLike) -> tuple[int, int]:
 
 def _picture(source: Image.Image | np.ndarray | Tensor) -> Image.Image:
     try:
-        return as_picture(source)
+        picture = as_picture(source)
+        picture.load()
+        return picture
     except InputError:
         raise
     except FAILURES as error:  # a PIL image is decoded when it is first used
