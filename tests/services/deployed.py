@@ -24,7 +24,7 @@ def make_repository(root: Path) -> Path:
     )
     shutil.copytree(ROOT / "infra", root / "infra", ignore=shutil.ignore_patterns("__pycache__"))
     text = (ROOT / "prefect.yaml").read_text()
-    text = text.replace('cron: "0 2 * * *"', 'cron: "* * * * *"')
+    text = text.replace('cron: "30 * * * *"', 'cron: "* * * * *"')
     (root / "prefect.yaml").write_text(text.replace("active: true", "active: false"))
     git(root, "init", "--quiet", f"--initial-branch={BRANCH}")
     git(root, "config", "user.email", "test@localhost")

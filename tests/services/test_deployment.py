@@ -7,10 +7,12 @@ import time
 
 import psutil
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 from flows.registry import Registry
 from infra.services import HOST
+from tests.flows.projects import ROOT
 from tests.services.deployed import git
 from tests.services.live import LiveStack, processes_of, wait_for
 
@@ -91,8 +93,8 @@ def test_a_second_run_finds_everything_done(live: LiveStack, trained: str) -> No
 
 
 def test_a_scheduled_run_finishes(live: LiveStack, trained: str) -> None:
-    """The schedule of prefect.yaml starts a run by itself, every minute here."""
-    deployment = live.api("GET", "/deployments/name/retrain/nightly")
+    """A schedule of prefect.yaml, every minute here, starts a run; the champion knows the data."""
+    deployment = live.api("GET", "/deployments/name/retrain/on-new-data")
     schedule = deployment["schedules"][0]
     assert schedule["schedule"]["cron"] == "* * * * *"
     path = f"/deployments/{deployment['id']}/schedules/{schedule['id']}"
@@ -106,10 +108,9 @@ def test_a_scheduled_run_finishes(live: LiveStack, trained: str) -> None:
         run = wait_for("a scheduled run to start", scheduled)[0]
     finally:
         live.api("PATCH", path, {"active": False})
-    live.wait_final(run, "COMPLETED")
-    waiting = [r for r in live.runs() if r["state_type"] in {"SCHEDULED", "PENDING", "RUNNING"}]
-    for left in waiting:
-        live.wait_final(left["id"])
+    state = live.wait_final(run, "COMPLETED")
+    assert state["name"] == "Skipped"
+    assert state["message"] == "the champion was trained on this dataset"
 
 
 def test_wrong_parameters_are_refused_before_a_run_exists(live: LiveStack, trained: str) -> None:
@@ -122,15 +123,13 @@ def test_wrong_parameters_are_refused_before_a_run_exists(live: LiveStack, train
 
 def test_deploying_again_doubles_nothing(live: LiveStack) -> None:
     live.module("infra.deploy")
+    shipped = yaml.safe_load((ROOT / "infra/prefect/automations.yaml").read_text())["automations"]
     automations = [a["name"] for a in live.api("POST", "/automations/filter", {})]
-    assert sorted(automations) == [
-        "rfdetr crash loop",
-        "rfdetr resume after a crash",
-        "rfdetr zombie runs",
-    ]
-    deployments = live.api("POST", "/deployments/filter", {})
-    assert len(deployments) == 4
-    assert [len(d["schedules"]) for d in deployments if d["name"] == "nightly"] == [1]
+    assert sorted(automations) == sorted(entry["name"] for entry in shipped)
+    declared = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    deployments = {d["name"]: d for d in live.api("POST", "/deployments/filter", {})}
+    assert set(deployments) == {entry["name"] for entry in declared}
+    assert len(deployments["nightly"]["schedules"]) == 1
 
 
 def test_everything_listens_on_loopback(live: LiveStack) -> None:
