@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows import commands as run
-from flows.redact import redact
-from rfdetr.errors import RFDETRError
+from flows.stage import explain
 
 STAGES = ("validate", "convert", "fit", "evaluate")
 INTERRUPTED = 130
@@ -32,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.run
     try:
         return command(options)
-    except RFDETRError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001 - one readable text, without secrets
+        print(f"error: {explain(error)}", file=sys.stderr)
         return run.FAILED
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

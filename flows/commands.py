@@ -61,7 +61,15 @@ def retrain_command(options: argparse.Namespace) -> int:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     from flows.retrain import retrain
 
-    retrain(params)
+    try:
+        retrain(params)
+    except RuntimeError as error:
+        if "Failed to reach API" not in str(error):
+            raise
+        raise ConfigError(
+            f"Prefect: {error}. Start that server, or unset PREFECT_API_URL to use a temporary "
+            "one; `dvc repro` runs the stages without any."
+        ) from None
     print(release.what_next(root))
     return OK
 
