@@ -54,9 +54,9 @@ class StageFailedError(RFDETRError):
 def _tell(what: str) -> Any:
     """A state hook that sends a notification."""
 
-    def hook(_flow: Any, run: Any, state: State) -> None:
-        facts = {"run": run.name, "run_id": str(run.id), "state": state.name}
-        notify(f"{run.name} {what}", state.message or "no message", facts)
+    def hook(flow: Any, flow_run: Any, state: State) -> None:  # noqa: ARG001  (passed by name)
+        facts = {"run": flow_run.name, "run_id": str(flow_run.id), "state": state.name}
+        notify(f"{flow_run.name} {what}", state.message or "no message", facts)
 
     return hook
 

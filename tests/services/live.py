@@ -146,14 +146,17 @@ class LiveStack:
 
     def process(self, service: str) -> psutil.Process:
         """The process of a service, as the supervisor reports it."""
-        return psutil.Process(int((self.folder / "pids" / service).read_text()))
+        return psutil.Process(self.pid(service))
+
+    def pid(self, service: str) -> int:
+        return int((self.folder / "pids" / service).read_text())
 
     def kill(self, service: str) -> None:
         """kill -9 of a service; returns when the supervisor has it healthy again."""
         old = self.process(service)
         old.kill()
         wait_for(f"{service} to end", lambda: not alive(old))
-        wait_for(f"{service} to start again", lambda: self.process(service).pid != old.pid)
+        wait_for(f"{service} to start again", lambda: self.pid(service) != old.pid)
         wait_for(f"{service} to be healthy", lambda: self.health()[service])
 
     def health(self) -> dict[str, bool]:
