@@ -83,7 +83,7 @@ def plan_command(options: argparse.Namespace) -> int:
     root = _root()
     load_params(root / "params.yaml")
     plans = plan_stages(root)
-    released = freshness.is_released(root)
+    released = all(p.state == "up to date" for p in plans) and freshness.is_released(root)
     if options.json:
         data = {"stages": [p.model_dump() for p in plans], "released": released}
         print(json.dumps(data, indent=2))
