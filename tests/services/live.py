@@ -164,6 +164,11 @@ class LiveStack:
         words = (line.split() for line in done.stdout.splitlines())
         return {line[0]: line[1] == "healthy" for line in words if line and line[0] in PORTS}
 
+    def everything(self) -> list[psutil.Process]:
+        """The supervisor's children and theirs."""
+        supervisor = psutil.Process(int((self.folder / "ready").read_text()))
+        return supervisor.children(recursive=True)
+
     def flow_processes(self) -> list[psutil.Process]:
         """The engines of flow runs: children of the worker."""
         return [p for p in self.process("worker").children() if "prefect" in " ".join(p.cmdline())]

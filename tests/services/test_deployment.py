@@ -12,9 +12,8 @@ from mlflow import MlflowClient
 
 from flows.registry import Registry
 from infra.services import HOST
-from tests.flows.projects import ROOT
 from tests.services.deployed import git
-from tests.services.live import LiveStack, processes_of, wait_for
+from tests.services.live import LiveStack, wait_for
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
 MODEL = "service-test"
@@ -123,10 +122,12 @@ def test_wrong_parameters_are_refused_before_a_run_exists(live: LiveStack, train
 
 def test_deploying_again_doubles_nothing(live: LiveStack) -> None:
     live.module("infra.deploy")
-    shipped = yaml.safe_load((ROOT / "infra/prefect/automations.yaml").read_text())["automations"]
+    shipped = yaml.safe_load((live.project / "infra/prefect/automations.yaml").read_text())[
+        "automations"
+    ]
     automations = [a["name"] for a in live.api("POST", "/automations/filter", {})]
     assert sorted(automations) == sorted(entry["name"] for entry in shipped)
-    declared = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    declared = yaml.safe_load((live.project / "prefect.yaml").read_text())["deployments"]
     deployments = {d["name"]: d for d in live.api("POST", "/deployments/filter", {})}
     assert set(deployments) == {entry["name"] for entry in declared}
     assert len(deployments["nightly"]["schedules"]) == 1
@@ -135,7 +136,7 @@ def test_deploying_again_doubles_nothing(live: LiveStack) -> None:
 def test_everything_listens_on_loopback(live: LiveStack) -> None:
     listening = [
         connection.laddr
-        for process in processes_of(live.folder)
+        for process in live.everything()
         for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
     ]
