@@ -32,6 +32,7 @@ PREFIX = "model."
 EMA_KEY = "legacy_ema_state_dict"
 MARKER = "legacy_checkpoint_format"
 NOTE = "legacy_note"
+HAND_OVER = ".temp.ckpt"  # bare weights that Lightning's spawned processes give to their parent
 
 
 def normalise_legacy(checkpoint: Mapping[str, Any], path: str = "the checkpoint") -> dict[str, Any]:
@@ -108,7 +109,10 @@ class LegacyCheckpointIO(TorchCheckpointIO):
         Raises FileNotFoundError, or CheckpointError for a damaged, refused or foreign file.
         """
         del map_location, weights_only
-        checkpoint: dict[str, Any] = normalise_legacy(load_file(path), os.fspath(path))
+        content = load_file(path)
+        if Path(path).name == HAND_OVER:
+            return dict(content)
+        checkpoint: dict[str, Any] = normalise_legacy(content, os.fspath(path))
         if checkpoint.get(NOTE):
             warnings.warn(checkpoint[NOTE], UserWarning, stacklevel=2)
         return checkpoint

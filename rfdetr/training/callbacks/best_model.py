@@ -75,17 +75,13 @@ class BestModelCallback(Checkpoint):
         self.regular = Track(monitor, REGULAR, averaged=False)
         self.averaged = Track(monitor_ema, EMA, averaged=True)
         self._metrics = FreshMetrics((monitor, monitor_ema))
+        total = self.output_dir / TOTAL
+        self.best_model_path = str(total) if total.is_file() else ""  # for ckpt_path="best"
 
     @property
     def best(self) -> Track | None:
         """The track that holds the best weights so far."""
         return choose(self.regular, self.averaged)
-
-    @property
-    def best_model_path(self) -> str:
-        """Path of the best file, for `ckpt_path="best"`; empty before there is one."""
-        path = self.output_dir / TOTAL
-        return str(path) if path.is_file() else ""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Fetch or forget best files of the resumed run that are not in the output folder."""
@@ -150,6 +146,8 @@ class BestModelCallback(Checkpoint):
     def _save_total(self, trainer: Any) -> None:
         """Copy the better file, stripped, and record which one it is."""
         best = self.best
+        if best is not None and self.save_weights:
+            self.best_model_path = str(self.output_dir / TOTAL)
         if best is None or not self._writes(trainer):
             return
         source = "ema" if best.averaged else "regular"
@@ -185,9 +183,12 @@ class BestModelCallback(Checkpoint):
         best = read_container(self.output_dir / TOTAL).weights
         network.load_state_dict(best, strict=False)
         state = trainer.state.fn, trainer.state.status, trainer.state.stage
+        strategy = trainer.strategy
+        launcher, strategy._launcher = strategy._launcher, None  # the processes are there already
         try:
             trainer.test(pl_module, datamodule=trainer.datamodule)
         finally:
+            strategy._launcher = launcher
             trainer.state.fn, trainer.state.status, trainer.state.stage = state
             network.load_state_dict(kept)
 

@@ -95,9 +95,9 @@ def test_numbered_checkpoints_count_epochs_from_zero(shapes, tmp_path):
 
 
 def test_best_path_for_ckpt_path_best(tmp_path):
-    callback = BestModelCallback(tmp_path)
-    assert callback.best_model_path == ""
+    assert BestModelCallback(tmp_path).best_model_path == ""
     (tmp_path / "checkpoint_best_total.pth").touch()
+    callback = BestModelCallback(tmp_path)
     assert Path(callback.best_model_path).name == "checkpoint_best_total.pth"
 
 
