@@ -18,55 +18,18 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from fastapi.testclient import TestClient
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import scoring_server
 from PIL import Image
 
-from flows.delivery import experiment_id
-from flows.packaging import ModelFiles
-from flows.promote import promote
 from flows.registry import Registry
 from flows.rfdetr_pyfunc import read_images
 from rfdetr import RFDETR
-from rfdetr.config import RFDETRNanoConfig
-from rfdetr.model.network import build_network
-from rfdetr.weights.io import save_file
-from rfdetr.weights.legacy import to_legacy
 from tests.flows.mlflow_fixtures import free_port, stop, wait_for
+from tests.flows.models import NAMES, register_champion, write_model
 
-NAMES = ["zero", "one", "four"]
 EVERYTHING = {"threshold": 0.0}
-
-
-def write_model(folder: Path) -> ModelFiles:
-    """A checkpoint of the demo-sized network with its card."""
-    torch.manual_seed(0)
-    config = RFDETRNanoConfig(
-        encoder_dim=48, encoder_depth=3, encoder_heads=3, out_feature_indexes=[1, 2, 3],
-        resolution=64, hidden_dim=32, dec_layers=2, dim_feedforward=64, num_queries=30,
-        num_select=30, group_detr=1, num_classes=len(NAMES), pretrain_weights=None,
-    )  # fmt: skip
-    network = build_network(config).eval()
-    save_file(
-        {
-            "model": to_legacy(network.state_dict()),
-            "args": {"class_names": NAMES, "num_classes": len(NAMES)},
-            "model_name": "RFDETRNano",
-            "model_config": config.model_dump(mode="json"),
-        },
-        folder / "best.pth",
-    )
-    (folder / "model.json").write_text(json.dumps({"variant": "nano", "class_names": NAMES}))
-    (folder / "model.onnx").write_bytes(b"an export")
-    (folder / "parity.json").write_text('{"max_difference": 1e-6}')
-    return ModelFiles(
-        weights=folder / "best.pth",
-        card=folder / "model.json",
-        onnx=folder / "model.onnx",
-        parity=folder / "parity.json",
-    )
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +38,7 @@ def registered(
 ) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("pyfunc")
     (folder / "mlflow.db").write_bytes(migrated_database.read_bytes())
-    registry = Registry("rfdetr-demo", f"sqlite:///{folder / 'mlflow.db'}")
-    where = experiment_id(registry.client, "rfdetr/demo", registry.uri)
-    run_id = registry.client.create_run(where).info.run_id
-    model_id = registry.log_model(write_model(folder), experiment="rfdetr/demo", run_id=run_id)
-    version = registry.register(model_id, run_id=run_id)
-    promote(registry, version.number, reason="first", by="test")
+    registry = register_champion(f"sqlite:///{folder / 'mlflow.db'}", write_model(folder))
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(registry.uri)
     yield registry
