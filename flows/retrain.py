@@ -105,7 +105,7 @@ def rollback(reason: str, name: str | None = None, to: int | None = None) -> dic
     return facts
 
 
-@task(retries=2, retry_delay_seconds=[5, 30], cache_policy=NO_CACHE)
+@task(task_run_name="prepare", retries=2, retry_delay_seconds=[5, 30], cache_policy=NO_CACHE)
 def prepare(root: Path, params: RetrainParams) -> None:
     """Overrides, DVC settings, and the data that the remote holds."""
     prepare_workspace(root, params.changes(), Environment.read(), log_line())
@@ -135,7 +135,7 @@ def reproduce(root: Path, stage: str) -> State:
     return Completed(message=f"{stage}: done")
 
 
-@task(retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+@task(task_run_name="push_data", retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
 def push_data(root: Path) -> State:
     """Send data, checkpoints and the run cache to the DVC remote, when there is one."""
     if not has_remote(root):
@@ -145,7 +145,7 @@ def push_data(root: Path) -> State:
     return Completed(message="pushed")
 
 
-@task(retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+@task(task_run_name="register", retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
 def register(root: Path) -> int:
     """The trained model as a version of the registry; the same model is registered once."""
     with registry_slot(root):
@@ -155,7 +155,7 @@ def register(root: Path) -> int:
     return registered.number
 
 
-@task(cache_policy=NO_CACHE)
+@task(task_run_name="gate", cache_policy=NO_CACHE)
 def gate(root: Path, number: int) -> Verdict:
     """Champion and challenger on the same test set; the verdict is recorded whatever it is."""
     verdict = _judge(root, number)
@@ -163,7 +163,7 @@ def gate(root: Path, number: int) -> Verdict:
     return verdict
 
 
-@task(retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+@task(task_run_name="promote", retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
 def promote(root: Path, number: int, verdict: Verdict, *, allowed: bool) -> State:
     """Move the alias `champion` if the gate says so and the run may."""
     if not verdict.promote:
@@ -181,7 +181,7 @@ def promote(root: Path, number: int, verdict: Verdict, *, allowed: bool) -> Stat
     return Completed(message=f"version {number} is champion: {record.reason}")
 
 
-@task(retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+@task(task_run_name="publish", retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
 def publish(root: Path) -> State:
     """Push dvc.lock and params.yaml to a branch of the run, for a person to merge."""
     branch = publish_lock(root, _flow_run() or "local", log_line())
