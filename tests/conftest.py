@@ -32,5 +32,5 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setenv("RF_HOME", str(home / "weights"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     monkeypatch.setenv("RFDETR_STATE_DIR", str(home / "state"))
-    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PL_GLOBAL_SEED"):
         monkeypatch.delenv(name, raising=False)
