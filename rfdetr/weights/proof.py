@@ -114,17 +114,16 @@ def prove_conversion(
 ) -> ConversionReport:
     """Run `write`, which makes the file `written` from `old`, and compare the two.
 
-    Meanwhile the old file's checksums are compared and its outputs computed. Consumes `old`: its
-    weights are dropped before the new file is mapped, so that the memory of one file is enough.
+    The old outputs are computed meanwhile, and the old file's checksums compared. Consumes `old`:
+    its weights go before the new file is mapped, so that the memory of one file is enough.
     """
     sources = {name: legacy_names(name) for name in old.weights}
     shapes = {name: value.shape for name, value in old.weights.items()}
     averaged = old.ema is not None
     with _single_threaded() as worker:
-        intact = worker.submit(verify_file, old.path)
         running = worker.submit(_probe, old)
         write()
-        intact.result()
+        verify_file(old.path, copy=written)
         probe, before = running.result()
         old_tensors = {} if before is not None else to_legacy(old.weights)
         old.weights.clear()

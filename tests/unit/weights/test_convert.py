@@ -80,6 +80,21 @@ def test_bad_files_are_refused_leave_nothing_and_run_nothing(
     assert _files(empty) == _files(target) == []
 
 
+def test_a_flipped_bit_is_found_and_not_converted(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.pth", tmp_path / "made" / "new.ckpt"
+    state = to_legacy(build_network(RFDETRNanoConfig(**SMALL)).state_dict())
+    for name in ("query_feat.weight", next(n for n in state if n.endswith("query.weight"))):
+        save_file({"model": state}, old)
+        damaged = bytearray(old.read_bytes())
+        place = damaged.find(state[name].contiguous().numpy().tobytes()[:64])
+        assert place > 0
+        damaged[place + 5] ^= 16
+        old.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"old\.pth is corrupt: the stored checksum"):
+            convert_legacy_checkpoint(old, new)
+        assert _files(new.parent) == []
+
+
 def test_refusals_that_protect_files(tmp_path: Path) -> None:
     source = tmp_path / "old.pth"
     source.write_bytes((FOLDER / "b_published_model_only.pth").read_bytes())
