@@ -17,6 +17,7 @@ import pytest
 
 from tests.flows.projects import environment, make_project, run, write_params
 
+EPOCHS = 12  # enough that the training outlives the requests to stop
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
 
 
@@ -31,7 +32,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def project(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied(ready, tmp_path_factory.mktemp("resume") / "project", fit={"epochs": 5})
+    return copied(ready, tmp_path_factory.mktemp("resume") / "project", fit={"epochs": EPOCHS})
 
 
 def copied(ready: Path, root: Path, **changes: dict) -> Path:
@@ -113,10 +114,10 @@ def test_stopped_and_killed_runs_go_on_in_the_same_folder_and_run(project: Path)
     process = start(project)
     seen += epochs(process)
     assert process.wait(60) == 0
-    assert sorted(set(seen)) == [1, 2, 3, 4, 5]
-    assert json.loads((project / "metrics/fit.json").read_text())["epochs"] == 5
+    assert sorted(set(seen)) == list(range(1, EPOCHS + 1))
+    assert json.loads((project / "metrics/fit.json").read_text())["epochs"] == EPOCHS
     rows = (project / "plots/fit.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows] == ["epoch", "1", "2", "3", "4", "5"]
+    assert [row.split(",")[0] for row in rows] == ["epoch", *map(str, range(1, EPOCHS + 1))]
     keys.add(json.loads((state_of(project) / "journal.json").read_text())["key"])
     assert len(keys) == 1
 
