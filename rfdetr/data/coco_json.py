@@ -198,6 +198,10 @@ def _column(entries: list[Any], key: str) -> Integers:
 
 
 def _known(entries: list[Any], key: str) -> Integers:
+    try:
+        return _column(entries, key)
+    except TypeError:  # some entries lack the value
+        pass
     values = (UNKNOWN if v is None else v for v in map(attrgetter(key), entries))
     return np.fromiter(values, np.int64, len(entries))
 
@@ -216,19 +220,26 @@ def _image_table(rows: Rows) -> ImageTable:
 def _annotation_table(rows: Rows, data: bytes) -> AnnotationTable:
     entries, count = rows.entries, len(rows.entries)
     boxes = itertools.chain.from_iterable(map(attrgetter("bbox"), entries))
-    areas = (np.nan if entry.area is None else entry.area for entry in entries)
     starts, stops = _byte_ranges(entries, data)
     return AnnotationTable(
         ids=_known(entries, "id"),
         image_ids=_column(entries, "image_id"),
         category_ids=_column(entries, "category_id"),
         boxes=np.fromiter(boxes, np.float64, 4 * count).reshape(count, 4),
-        areas=np.fromiter(areas, np.float64, count),
+        areas=_areas(entries),
         crowd=np.fromiter(map(bool, map(attrgetter("iscrowd"), entries)), np.bool_, count),
         starts=starts,
         stops=stops,
         rows=np.asarray(rows.numbers, np.int64),
     )
+
+
+def _areas(entries: list[Any]) -> Floats:
+    try:
+        return np.fromiter(map(attrgetter("area"), entries), np.float64, len(entries))
+    except TypeError:  # some entries lack the value
+        values = (np.nan if entry.area is None else entry.area for entry in entries)
+        return np.fromiter(values, np.float64, len(entries))
 
 
 def _byte_ranges(entries: list[Any], text: bytes) -> tuple[Integers, Integers]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def _measure_chunks(texts: Sequence[SegmentationText], starts: range) -> Measure
     parser = simdjson.Parser()
     for start in starts:
         part = texts[start : start + CHUNK]
-        first = np.fromiter((_first_byte(text) for text in part), np.uint8, len(part))
+        first = _first_bytes(part)
         rows = np.flatnonzero(first == OPEN)
         lists = rows.tolist()
         chosen = part if len(rows) == len(part) else [part[row] for row in lists]
@@ -136,9 +137,14 @@ def _measure_chunks(texts: Sequence[SegmentationText], starts: range) -> Measure
     return found
 
 
-def _first_byte(text: SegmentationText) -> int:
-    view = memoryview(text)
-    return view[0] if view.nbytes else 0
+def _first_bytes(texts: Sequence[SegmentationText]) -> npt.NDArray[np.uint8]:
+    """The first byte of each text, 0 for an empty one."""
+    view_of: Any = memoryview
+    views = list(map(view_of, texts))
+    try:
+        return np.fromiter(map(itemgetter(0), views), np.uint8, len(views))
+    except IndexError:
+        return np.array([view[0] if view.nbytes else 0 for view in views], np.uint8)
 
 
 def _measure_lists(
