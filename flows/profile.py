@@ -1,4 +1,4 @@
-"""The profile of the images that a model was validated on, made once per weights and dataset."""
+"""The profile of the dataset that a model was trained with, made once per weights and dataset."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ PROFILE = "profile.npz"
 
 
 def profile_once(root: Path, params: Params, weights: Path, dataset_digest: str) -> Path:
-    """Profile the held-out images into the state folder, or find the profile that is there."""
+    """Profile a sample of every split into the state folder, or find the profile that is there."""
     state = Environment.read().state_dir
     key = digest_of([sha256_file(weights), dataset_digest])[:32]
     file = state / "profiles" / key / PROFILE
     if not file.exists():
         from rfdetr import RFDETR
-        from rfdetr.evaluation.profile import profile_images
+        from rfdetr.evaluation.profile import IMAGES, profile_images
 
-        images = held_out_images(open_dataset(root / params.dataset.dir, state), params.dataset)
-        profile_images(RFDETR.from_checkpoint(str(weights)), images).save(file)
+        splits = split_images(open_dataset(root / params.dataset.dir, state), params.dataset)
+        share = IMAGES // len(splits)
+        sample = [path for paths in splits.values() for path in spread(paths, share)]
+        detector = RFDETR.from_checkpoint(str(weights))
+        profile_images(detector, sample, fitted=splits.get("train", ())).save(file)
     return file
 
 
-def held_out_images(folder: Path, dataset: DatasetSettings) -> list[Path]:
-    """The images of the validation and test splits: those that the model was not fitted to."""
+def split_images(folder: Path, dataset: DatasetSettings) -> dict[str, list[Path]]:
+    """The image files of every split."""
     from rfdetr.data.coco import CocoSplits
     from rfdetr.data.layouts import detect_layout
     from rfdetr.data.yolo import image_files
 
     layout = detect_layout(folder, dataset.layout)
-    images: list[Path] = []
-    for name in ("val", "test"):
-        if name not in layout.splits:
-            continue
-        if layout.kind == "yolo":
-            images += image_files(layout.splits[name])
-        else:
-            index = CocoSplits(layout, check_files=False).index(name)
-            images += [index.path(i) for i in range(len(index))]
-    return images
+    if layout.kind == "yolo":
+        return {name: list(image_files(split)) for name, split in layout.splits.items()}
+    coco = CocoSplits(layout, check_files=False)
+    indexes = {name: coco.index(name) for name in layout.splits}
+    return {name: [i.path(n) for n in range(len(i))] for name, i in indexes.items()}
+
+
+def spread(paths: list[Path], limit: int) -> list[Path]:
+    """At most `limit` of the paths, evenly spread."""
+    step = max(1.0, len(paths) / limit)
+    return [paths[int(n * step)] for n in range(min(limit, len(paths)))]

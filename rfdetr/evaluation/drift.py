@@ -1,4 +1,4 @@
-"""How far recent images are from those that a model was validated on.
+"""How far recent images are from those that a model was trained with.
 
 Every measure has a value, what chance alone would give, and a threshold. Chance is known from the
 images themselves: recent and reference images are shuffled many times and measured again, whole
@@ -26,9 +26,9 @@ SHUFFLES = 1000
 CHANCE = 0.999  # share of the shuffles that stay below the noise
 UNUSUAL = 12  # images that are named
 MAJOR_SHIFT = 0.25  # population stability index of what is in the pictures
-OTHER_LOOK = 0.5  # of how they look, which varies more from one honest sample to the next
+OTHER_LOOK = 1.0  # of how they look, which varies more from one honest sample to the next
 THRESHOLDS: dict[str, float] = {
-    "embedding": 0.1,
+    "embedding": 0.05,
     "brightness": OTHER_LOOK,
     "contrast": OTHER_LOOK,
     "sharpness": OTHER_LOOK,
@@ -40,6 +40,8 @@ THRESHOLDS: dict[str, float] = {
     "box_size": MAJOR_SHIFT,
     "classes": MAJOR_SHIFT,
 }
+OF_PICTURES = ("brightness", "contrast", "sharpness", "image_size", "image_shape")
+OF_DETECTIONS = ("best_score", "boxes_per_image", "scores", "box_size", "classes")
 
 
 def compare(
@@ -57,10 +59,15 @@ def compare(
         raise InputError("The profiles come from different models; make both with the same one.")
     distances = _distances(reference, recent)
     measures = [_embedding(distances, len(reference.embeddings), limits["embedding"])]
-    shuffles = _shuffles(len(reference), len(recent))
-    for name in limits:
-        if name != "embedding":
-            measures.append(_histogram(name, reference, recent, shuffles, limits[name]))
+    everything = np.ones(len(reference), dtype=bool)
+    held_out = reference.held_out if reference.held_out.any() else everything
+    for names, rows in ((OF_PICTURES, everything), (OF_DETECTIONS, held_out)):
+        shuffles = _shuffles(int(rows.sum()), len(recent))
+        for name in names:
+            limit = limits[name]
+            measures.append(
+                _histogram(name, reference, recent, rows=rows, shuffles=shuffles, limit=limit)
+            )
     to_reference = distances[len(reference.embeddings) :, : len(reference.embeddings)].mean(axis=1)
     farthest = embedded(len(recent))[np.argsort(-to_reference, kind="stable")[:UNUSUAL]]
     return DriftReport(
@@ -138,17 +145,25 @@ def _energy(distances: Floats, chosen: Floats) -> Floats:
 
 
 def _histogram(
-    name: str, reference: Profile, recent: Profile, shuffles: Floats, limit: float | None
+    name: str,
+    reference: Profile,
+    recent: Profile,
+    *,
+    rows: NDArray[np.bool_],
+    shuffles: Floats,
+    limit: float | None,
 ) -> Measure:
+    """One measure over the images `rows` of the reference and all recent ones."""
     old, old_owner = values_of(name, reference)
+    old, old_owner = old[rows[old_owner]], (rows.cumsum() - 1)[old_owner[rows[old_owner]]]
     new, new_owner = values_of(name, recent)
     edges = np.unique(old) if name == "classes" else edges_of(old)
     values = np.concatenate([old, new])
-    owner = np.concatenate([old_owner, new_owner + len(reference)])
+    owner = np.concatenate([old_owner, new_owner + rows.sum()])
     bins = np.searchsorted(edges, values, "left") + np.searchsorted(edges, values, "right")
     counts = np.zeros((shuffles.shape[1], 2 * len(edges) + 1))
     np.add.at(counts, (owner, bins), 1.0)
-    actual = np.repeat([[1.0, 0.0]], [len(reference), len(recent)], axis=1)
+    actual = np.repeat([[1.0, 0.0]], [rows.sum(), len(recent)], axis=1)
     means = (_mean(old), _mean(new)) if name != "classes" else ()
     return _measure(name, _stability(counts, actual), _stability(counts, shuffles), limit, means)
 

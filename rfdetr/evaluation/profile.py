@@ -1,6 +1,6 @@
 """What a detector sees in a set of images, small enough to be kept beside its weights.
 
-The profile of the images that a model was validated on is the reference; `rfdetr.evaluation.drift`
+The profile of the dataset that a model was trained with is the reference; `rfdetr.evaluation.drift`
 compares the profile of recent images with it.
 """
 
@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,8 @@ class Profile:
     height, best_score, and boxes_per_image with a score of at least `threshold`. Detection k
     belongs to image `owner[k]`; its size is the root of its share of the image's area.
     `embeddings` (at most 256, D) are means of the last feature map, of the images `embedded(n)`.
+    `held_out` is False for images that the model was fitted to: their scores are better than those
+    of images that it sees for the first time.
     """
 
     files: tuple[str, ...]
@@ -63,6 +65,7 @@ class Profile:
     sizes: NDArray[np.float16]
     labels: NDArray[np.int32]
     embeddings: NDArray[np.float16]
+    held_out: NDArray[np.bool_]
     class_names: tuple[str, ...]
     threshold: float = THRESHOLD
     unreadable: tuple[str, ...] = ()
@@ -107,7 +110,7 @@ class Profile:
         return cls(features=features, **fields, **arrays)
 
 
-_ARRAYS = ("owner", "scores", "sizes", "labels", "embeddings")
+_ARRAYS = ("owner", "scores", "sizes", "labels", "embeddings", "held_out")
 
 
 def embedded(images: int) -> NDArray[np.int64]:
@@ -125,17 +128,18 @@ def profile_images(
     detector: RFDETR,
     files: Sequence[str | os.PathLike[str]],
     *,
+    fitted: Collection[str | os.PathLike[str]] = (),
     batch_size: int = BATCH_SIZE,
     limit: int = IMAGES,
     threshold: float = THRESHOLD,
 ) -> Profile:
-    """The profile of at most `limit` evenly spread `files`.
+    """The profile of at most `limit` evenly spread `files`; `fitted` are those trained on.
 
     Files that are no images are named in `unreadable` and passed over. Raises InputError when none
     is left.
     """
     chosen = [Path(files[i]) for i in evenly(np.arange(len(files)), limit)]
-    seen = _Seen()
+    seen = _Seen({Path(file) for file in fitted})
     network = detector.model.model.eval()
     with torch.inference_mode(), _last_maps(network) as maps:
         for start in range(0, len(chosen), batch_size):
@@ -151,8 +155,10 @@ def profile_images(
 class _Seen:
     """What has been gathered so far, one entry per image or per batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, fitted: set[Path]) -> None:
+        self.fitted = fitted
         self.files: list[str] = []
+        self.held_out: list[bool] = []
         self.unreadable: list[str] = []
         self.pixels: list[Tensor] = []
         self.geometry: list[tuple[float, float]] = []
@@ -169,6 +175,7 @@ def _readable(files: Sequence[Path], seen: _Seen) -> Iterator[ImageLike]:
             seen.unreadable.append(file.name)
         else:
             seen.files.append(file.name)
+            seen.held_out.append(file not in seen.fitted)
             yield picture
 
 
@@ -238,6 +245,7 @@ def _finish(seen: _Seen, class_names: tuple[str, ...], threshold: float) -> Prof
         sizes=np.sqrt(sides.prod(axis=1)).astype(np.float16),
         labels=np.concatenate([f["labels"] for f in seen.found]).astype(np.int32),
         embeddings=embeddings.astype(np.float16),
+        held_out=np.array(seen.held_out),
         class_names=class_names,
         threshold=threshold,
         unreadable=tuple(seen.unreadable),

@@ -1,0 +1,59 @@
+"""A small registered champion for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from flows.delivery import experiment_id
+from flows.packaging import ModelFiles
+from flows.promote import promote
+from flows.registry import Registry
+from rfdetr.config import RFDETRNanoConfig
+from rfdetr.model.network import build_network
+from rfdetr.weights.io import save_file
+from rfdetr.weights.legacy import to_legacy
+
+NAMES = ["zero", "one", "four"]
+
+
+def write_model(folder: Path) -> ModelFiles:
+    """A checkpoint of the demo-sized network with its card."""
+    torch.manual_seed(0)
+    config = RFDETRNanoConfig(
+        encoder_dim=48, encoder_depth=3, encoder_heads=3, out_feature_indexes=[1, 2, 3],
+        resolution=64, hidden_dim=32, dec_layers=2, dim_feedforward=64, num_queries=30,
+        num_select=30, group_detr=1, num_classes=len(NAMES), pretrain_weights=None,
+    )  # fmt: skip
+    network = build_network(config).eval()
+    save_file(
+        {
+            "model": to_legacy(network.state_dict()),
+            "args": {"class_names": NAMES, "num_classes": len(NAMES)},
+            "model_name": "RFDETRNano",
+            "model_config": config.model_dump(mode="json"),
+        },
+        folder / "best.pth",
+    )
+    (folder / "model.json").write_text(json.dumps({"variant": "nano", "class_names": NAMES}))
+    (folder / "model.onnx").write_bytes(b"an export")
+    (folder / "parity.json").write_text('{"max_difference": 1e-6}')
+    return ModelFiles(
+        weights=folder / "best.pth",
+        card=folder / "model.json",
+        onnx=folder / "model.onnx",
+        parity=folder / "parity.json",
+    )
+
+
+def register_champion(uri: str, files: ModelFiles, name: str = "rfdetr-demo") -> Registry:
+    """A registry in which these files are version 1 and champion."""
+    registry = Registry(name, uri)
+    where = experiment_id(registry.client, "rfdetr/demo", uri)
+    run_id = registry.client.create_run(where).info.run_id
+    model_id = registry.log_model(files, experiment="rfdetr/demo", run_id=run_id)
+    version = registry.register(model_id, run_id=run_id)
+    promote(registry, version.number, reason="first", by="test")
+    return registry
