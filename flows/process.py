@@ -150,6 +150,8 @@ def _start(
     parent = os.getpid()
 
     def tie() -> None:
+        # A background job (`&`, nohup) ignores SIGINT, and would hand that down.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if LIBC is not None:
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
             if os.getppid() != parent:
@@ -164,7 +166,7 @@ def _start(
             cwd=cwd,
             env={**(os.environ if env is None else env), "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
-            preexec_fn=tie,  # noqa: PLW1509 - one system call, prepared before the fork
+            preexec_fn=tie,  # noqa: PLW1509 - two system calls, prepared before the fork
         )
     except OSError as error:
         raise CommandFailed(cmd, 127, [str(error)], "could not be started") from error

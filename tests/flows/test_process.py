@@ -106,11 +106,11 @@ def test_time_limit_stops_a_child_that_keeps_talking() -> None:
 
 def test_silence_limit_stops_a_silent_child_and_its_group(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    with pytest.raises(CommandFailed, match="no sign of life for 1 s"):
+    with pytest.raises(CommandFailed, match="no sign of life for 5 s"):
         run_streaming(
             python(STUBBORN.format(pids=str(pids))),
             lambda line: None,
-            silence_timeout=1,
+            silence_timeout=5,
             grace=0.5,
         )
     assert wait_for(lambda: not any(alive(pid) for pid in pids_of(pids)))
@@ -120,11 +120,11 @@ def test_a_changing_watched_file_is_a_sign_of_life(tmp_path: Path) -> None:
     file = tmp_path / "last.ckpt"
     code = f"""
         import time, pathlib
-        for i in range(8):
+        for i in range(12):
             pathlib.Path({str(file)!r}).write_text(str(i))
-            time.sleep(0.3)
+            time.sleep(0.5)
     """
-    run_streaming(python(code), lambda line: None, silence_timeout=1, watched=[file])
+    run_streaming(python(code), lambda line: None, silence_timeout=4, watched=[file])
 
 
 def test_an_exception_in_the_reader_stops_the_group_with_sigint_first(tmp_path: Path) -> None:
@@ -158,6 +158,22 @@ def test_what_the_child_leaves_in_its_group_is_killed(tmp_path: Path) -> None:
     assert wait_for(lambda: not any(alive(pid) for pid in pids_of(pids)))
 
 
+def heed_sigint() -> None:
+    """These tests may run as a background job, which ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_background_job_can_still_stop_its_child_gracefully() -> None:
+    """A shell starts background jobs with SIGINT ignored; children must not inherit that."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        lines: list[str] = []
+        run_streaming(python("import signal; print(signal.getsignal(signal.SIGINT))"), lines.append)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "default_int_handler" in lines[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_no_orphan_when_the_parent_gets_a_signal(tmp_path: Path, number: int) -> None:
     """kill -9 included: the child is tied to its parent and ends itself."""
@@ -175,7 +191,9 @@ from flows.process import exit_on_sigterm, run_streaming
 exit_on_sigterm()
 run_streaming([sys.executable, "-c", {child!r}], print, grace=2)
 """
-    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent], stderr=subprocess.DEVNULL, preexec_fn=heed_sigint
+    )
     assert wait_for(lambda: pids.exists() and pids.read_text() != "")
     os.kill(process.pid, number)
     code = process.wait(timeout=20)
