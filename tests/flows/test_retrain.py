@@ -15,6 +15,8 @@ from tests.flows.mlflow_fixtures import artifacts, runs
 from tests.flows.prefect_fixtures import SECRET, Retrained
 from tests.flows.projects import run, write_params
 
+pytestmark = pytest.mark.slow  # several whole runs of the flow
+
 STAGES = ["demo", "validate", "convert", "fit", "evaluate"]
 
 

@@ -9,9 +9,13 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from flows.registry import Registry
 from tests.flows.prefect_fixtures import Retrained
 from tests.flows.projects import run, set_params
+
+pytestmark = pytest.mark.slow  # several whole runs of the flow
 
 
 def champion(project: Retrained) -> int | None:
