@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins import CheckpointIO, Precision
 from pytorch_lightning.callbacks import Callback, RichProgressBar, TQDMProgressBar
 
 from rfdetr.config import ModelConfig, TrainConfig
@@ -177,16 +178,11 @@ def _chosen_gpus(devices: Any) -> list[int]:
 
 def _with_checkpoint_io(plugins: Any) -> list[Any]:
     """The user's plugins, and ours for checkpoints unless there is one of that kind."""
-    own = (
-        list(plugins) if isinstance(plugins, list | tuple) else [] if plugins is None else [plugins]
-    )
-    from lightning_fabric.plugins import CheckpointIO
-
+    several = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    own = [plugin for plugin in several if plugin is not None]
     return own if any(isinstance(p, CheckpointIO) for p in own) else [*own, LegacyCheckpointIO()]
 
 
 def _has_precision_plugin(plugins: Any) -> bool:
-    from lightning_fabric.plugins import Precision
-
     several = plugins if isinstance(plugins, list | tuple) else [plugins]
     return any(isinstance(plugin, Precision) for plugin in several)

@@ -55,11 +55,12 @@ class CheckpointCallback(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         step = trainer.global_step
-        if trainer.fit_loop._should_accumulate() or step == self._saved_step:
+        # a checkpoint after the last step would make the resumed run skip this epoch's validation
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if last or trainer.fit_loop._should_accumulate() or step == self._saved_step:
             return
         stop = self._any_rank(trainer, self._terminated)
-        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if stop or (self._due(trainer, step) and not last):
+        if stop or self._due(trainer, step):
             self._save(trainer, LAST)
         if stop:
             self._leave(trainer)

@@ -33,6 +33,7 @@ def test_sigterm_inside_an_epoch_saves_and_exits_with_143(dataset, tmp_path):
     assert run.trainer.global_step == 10
 
 
+@pytest.mark.slow
 def test_sigterm_inside_a_validation_saves_and_the_resumed_run_validates_again(dataset, tmp_path):
     Run(tiny_model(), tiny_run(dataset, tmp_path / "whole")).fit()
     output = tmp_path / "parts"
