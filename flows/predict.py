@@ -60,8 +60,9 @@ def predict_images(
 
     Writes into the folder or s3:// prefix `out`: `detections.json` (a COCO dataset with scores),
     `results.json` (COCO results) and drawn pictures. Interrupted, the same call goes on after the
-    last finished batch, also on another machine when `out` is on S3; another model or threshold
-    starts anew. A file that is no image is named in the results and does not stop the others.
+    last finished batch, also on another machine when `out` is on S3; another model or threshold,
+    or pictures that were not wanted before, start anew. A file that is no image is named in the
+    results and does not stop the others.
     """
     registry = Registry(load_params(root / "params.yaml").registry.name, default_tracking_uri(root))
     version = find_version(registry, model)
@@ -72,6 +73,7 @@ def predict_images(
         "version": version.number,
         "weights_sha256": version.weights_sha256,
         "threshold": threshold,
+        "pictures": draw,
     }
     with (
         locked(folder, wait=True),

@@ -6,6 +6,7 @@ Every step may be repeated after a failure at any moment; nothing is made twice.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -244,15 +245,22 @@ class Registry:
 
 @contextlib.contextmanager
 def _global_uri(uri: str) -> Iterator[None]:
-    """MLflow's SQL store resolves `models:/` through the global URI, whatever the client's is."""
+    """MLflow's SQL store resolves `models:/` through the global URI, whatever the client's is.
+
+    MLflow writes it into the environment as well, where it must not stay.
+    """
     import mlflow
 
-    before = mlflow.get_tracking_uri()
+    before, variable = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
         mlflow.set_tracking_uri(before)
+        if variable is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = variable
 
 
 def now() -> str:

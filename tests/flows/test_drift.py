@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import urllib.request
+import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
-from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL
-from prefect.testing.utilities import prefect_test_harness
+from prefect.server.events.schemas.automations import EventTrigger
+from prefect.server.events.schemas.events import ReceivedEvent
 
 from flows.drift import EVENT, drift_check
 from flows.registry import Registry
+from flows.settings import RetrainParams
 from flows.trees import upload_tree
 from flows.watch import PICTURE, REPORT, TEXT, DriftCheck, DriftParams, check_drift
+from infra.deploy import AUTOMATIONS
 from rfdetr import RFDETR
 from rfdetr.errors import CheckpointError, ConfigError, DatasetError
 from rfdetr.evaluation.profile import profile_images
 from tests.datasets import scenes
 from tests.flows.mlflow_fixtures import artifacts
 from tests.flows.models import register_champion, write_model
-from tests.flows.projects import ROOT, write_params
+from tests.flows.prefect_fixtures import PrefectServer, Webhook
+from tests.flows.projects import ROOT, environment, write_params
 from tests.flows.servers import S3Server
 
 CPU = DriftParams(device="cpu")
@@ -44,7 +49,7 @@ def write_photos(folder: Path, count: int, *, seed: int, light: float = 1.0) -> 
 def project(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project folder whose registry has a champion with a profile; recent images beside it."""
     root = tmp_path_factory.mktemp("drift")
-    write_params(root)
+    write_params(root, registry={"name": "rfdetr-demo"})
     (root / "dvc.yaml").write_text("stages: {}\n")
     (root / "mlflow.db").write_bytes(migrated_database.read_bytes())
     (root / "model").mkdir()
@@ -121,7 +126,7 @@ def test_what_cannot_be_checked_is_said(
     with pytest.raises(ConfigError, match="Unknown measures"):
         check_drift(project, str(project / "same"), DriftParams(thresholds={"colour": 1.0}))
     (tmp_path / "mlflow.db").write_bytes(migrated_database.read_bytes())
-    write_params(tmp_path)
+    write_params(tmp_path, registry={"name": "rfdetr-demo"})
     with pytest.raises(ConfigError, match="no version with the alias 'champion'"):
         check_drift(tmp_path, str(project / "same"), CPU)
     register_champion(f"sqlite:///{tmp_path / 'mlflow.db'}", write_model(tmp_path))
@@ -129,61 +134,72 @@ def test_what_cannot_be_checked_is_said(
         check_drift(tmp_path, str(project / "same"), CPU)
 
 
-@pytest.fixture
-def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What the notification webhook received."""
-    received: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            return
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("RFDETR_NOTIFY_URL", f"http://127.0.0.1:{server.server_port}")
-    yield received
-    server.shutdown()
-    server.server_close()
-
-
-def test_the_flow_emits_the_event_that_automations_wait_for(
-    project: Path, listener: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_the_command_emits_the_event_that_automations_wait_for(
+    project: Path, prefect_server: PrefectServer, webhook: Webhook
 ) -> None:
-    """One server: a check with drift, one without, one without a source."""
-    monkeypatch.chdir(project)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    with prefect_test_harness(server_startup_timeout=240):
-        drifted = drift_check(str(project / "dark"), CPU)
-        assert drifted["drifted"] is True
-        monkeypatch.setenv("RFDETR_RECENT_IMAGES", str(project / "same"))
-        assert drift_check(params=CPU)["drifted"] is False
-        monkeypatch.delenv("RFDETR_RECENT_IMAGES")
-        assert drift_check(params=CPU, return_state=True).name == "Skipped"
-        (event,) = _events()
-        with get_client(sync_client=True) as client:
-            keys = {artifact.key for artifact in client.read_artifacts()}
+    """Through a real server: one check with drift, one without."""
+    notified = len(webhook.posts)
+    done = drift_command(project, prefect_server, webhook, "dark", "--exit-code")
+    assert done.returncode == 3, done.stderr
+    assert "**Drift: " in done.stdout
+    run = prefect_server.last_run()
+    assert {"drift-report", "drift"} <= set(prefect_server.artifacts(run["id"]))
+    done = drift_command(project, prefect_server, webhook, "same", "--exit-code")
+    assert done.returncode == 0, done.stderr
+    (event,) = drift_events(prefect_server)
     assert event["resource"]["prefect.resource.id"] == "rfdetr.model.rfdetr-demo"
     assert "brightness" in event["payload"]["alarms"]
-    roles = {r["prefect.resource.role"] for r in event["related"]}
-    assert "flow-run" in roles
-    assert {"drift-report", "drift"} <= keys
-    assert [message["subject"] for message in listener] == ["drift detected"]
+    related = {r["prefect.resource.role"]: r["prefect.resource.id"] for r in event["related"]}
+    assert related["flow-run"] == f"prefect.flow-run.{run['id']}"
+    (post,) = webhook.posts[notified:]
+    assert post["subject"] == "drift detected"
 
 
-def _events() -> list[dict[str, Any]]:
+def test_the_automation_takes_that_event_and_retrains() -> None:
+    """The installed trigger takes exactly this event, for any model."""
+    entries = yaml.safe_load(AUTOMATIONS.read_text())["automations"]
+    (entry,) = [e for e in entries if EVENT in e["trigger"]["expect"]]
+    trigger = EventTrigger.model_validate(
+        {k: v for k, v in entry["trigger"].items() if k != "type"}
+    )
+    resource = {"prefect.resource.id": "rfdetr.model.rfdetr-demo"}
+    made = {"occurred": datetime.now(UTC), "id": uuid.uuid4(), "resource": resource}
+    assert trigger.covers(ReceivedEvent(event=EVENT, **made))
+    assert not trigger.covers(ReceivedEvent(event="rfdetr.other", **made))
+    (action,) = entry["actions"]
+    checked = RetrainParams.model_validate(action["parameters"]["params"])
+    assert checked.only_if_data_changed, "drift alone must not train on the same data again"
+
+
+def test_without_a_source_the_flow_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RFDETR_RECENT_IMAGES", raising=False)
+    state = drift_check.fn()
+    assert state.name == "Skipped"
+    assert "RFDETR_RECENT_IMAGES" in state.message
+
+
+def drift_command(
+    root: Path, server: PrefectServer, webhook: Webhook, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    env = environment(
+        root,
+        PYTHONPATH=str(ROOT),
+        PREFECT_API_URL=server.url,
+        PREFECT_HOME=str(server.folder),
+        RFDETR_NOTIFY_URL=webhook.url,
+    )
+    command = [sys.executable, "-m", "flows.cli", "drift", *arguments]
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+
+
+def drift_events(server: PrefectServer) -> list[dict[str, Any]]:
     """The drift events that the server has stored; it does so a moment after they are sent."""
-    import httpx
-
-    body = {"filter": {"event": {"name": [EVENT]}}}
-    found: list[dict[str, Any]] = []
+    body = json.dumps({"filter": {"event": {"name": [EVENT]}}}).encode()
+    header = {"Content-Type": "application/json"}
     for _ in range(60):
-        answer = httpx.post(f"{PREFECT_API_URL.value()}/events/filter", json=body, timeout=20)
-        found = answer.raise_for_status().json()["events"]
+        request = urllib.request.Request(f"{server.url}/events/filter", body, header)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found = json.load(answer)["events"]
         if found:
             break
         time.sleep(0.5)
