@@ -103,6 +103,7 @@ def test_plan_of_a_fresh_checkout_makes_no_registry(
     assert not (project.root / "mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_the_champion_moves_by_hand_and_back(
     project: Retrained, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
