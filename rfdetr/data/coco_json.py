@@ -182,7 +182,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _parse(data: bytes) -> tuple[dict[str, Rows], bytes, list[Problem]]:
-    if not data.strip():
+    if not data or data.isspace():
         empty = {name: Rows([], []) for name in SECTIONS}
         return empty, data, [Problem("file", None, None, "", "the file is empty")]
     try:

@@ -17,6 +17,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,13 +62,11 @@ def _check(path: Path, workers: int | None) -> None:
 
 
 def measure(task: Callable[[Path], None], path: Path) -> Cost:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (task, path))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measured, task, path).result()
 
 
 def _measured(task: Callable[[Path], None], path: Path) -> Cost:
-    # a daemonic worker may have no children of its own
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     start = time.perf_counter()
     task(path)
     wall = time.perf_counter() - start

@@ -23,6 +23,7 @@ KEY_CODES = {
 }
 MISSING = ("the key is missing", "is null")
 NOT_FINITE = re.compile(r"\b(nan|inf)\b")
+TAIL = 64  # a newline this near to the end may close a file of one line
 QUOTED = re.compile(r"'[^']*'")
 
 
@@ -95,7 +96,8 @@ def _line_finder(
 
     def find(rows: Sequence[int]) -> list[int | None]:
         if not single_line:
-            single_line.append(b"\n" not in data.rstrip())
+            end = data.find(b"\n")
+            single_line.append(end < 0 or (len(data) - end < TAIL and data[end:].isspace()))
         if single_line[0]:
             return [1] * len(rows)
         if not offsets:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from rfdetr.data.checks.fix_coco import mend_coco_file
 from rfdetr.data.checks.fix_images import mended_image, renamed
-from rfdetr.data.checks.fix_yolo import mend_label_file, mend_list_file
+from rfdetr.data.checks.fix_yolo import detach_yaml, mend_label_file, mend_list_file
 from rfdetr.data.checks.report import DatasetReport, Finding
+from rfdetr.data.layouts import YAML_NAMES
 from rfdetr.data.yolo import label_path
 from rfdetr.errors import DatasetError
 
@@ -166,6 +167,9 @@ def _mend_coco(source: Path, work: Path, report: DatasetReport, names: dict[str,
 def _mend_yolo(
     source: Path, work: Path, report: DatasetReport, gone: set[str], names: dict[str, str]
 ) -> None:
+    for yaml_file in (work / name for name in YAML_NAMES):
+        if yaml_file.is_file():
+            detach_yaml(yaml_file, source)
     by_label: dict[str, list[Finding]] = defaultdict(list)
     for finding in report.findings:
         if finding.mend and finding.line is not None and finding.file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -39,6 +40,16 @@ def clip_line(line: str) -> str:
     else:
         values = [min(max(value, 0.0), 1.0) for value in values]
     return " ".join([label, *(f"{value:.6f}".rstrip("0").rstrip(".") for value in values)])
+
+
+def detach_yaml(yaml_file: Path, source: Path) -> None:
+    """Let a copied data.yaml point to its own folder where it pointed into the source."""
+    text = yaml_file.read_bytes().decode("utf-8-sig", "replace")
+    own = re.sub(r"^path[ \t]*:.*$", "path: .", text, flags=re.MULTILINE)
+    own = own.replace(f"{source}{os.sep}", "")
+    if own != text:
+        yaml_file.unlink()  # it may be a hard link to the source
+        write_text_atomic(yaml_file, own)
 
 
 def mend_list_file(

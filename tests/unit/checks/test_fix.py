@@ -76,6 +76,22 @@ def test_the_exif_tag_goes_without_touching_pixels(clean: dict[str, Path], tmp_p
         assert old.tobytes() == new.tobytes()
 
 
+def test_a_mended_yolo_copy_does_not_point_into_its_source(
+    clean: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(clean["yolo"], tmp_path / "data"))
+    text = (folder / "data.yaml").read_text()
+    text = text.replace("val: valid", f"val: {folder.resolve()}/valid")
+    (folder / "data.yaml").write_text(f"path: {folder.resolve()}\n{text}")
+    YOLO["label_zero"](folder)
+    mend_dataset(folder, run(folder, clean), tmp_path / "mended")
+    assert str(folder) not in (tmp_path / "mended" / "data.yaml").read_text()
+    shutil.rmtree(folder)
+    after = run(tmp_path / "mended", clean)
+    assert (after.errors, after.warnings) == (0, 0), [(f.code, f.message) for f in after.findings]
+    assert after.statistics["val"].images == 6
+
+
 def test_the_plan_names_every_repair(clean: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(clean["coco"], tmp_path / "data"))
     COCO["box_zero"](folder)
