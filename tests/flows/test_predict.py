@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from flows.batch import batch_predict
 from flows.images import list_pictures, newest
 from flows.predict import BATCH, Predictions, predict_images
 from flows.results import PROGRESS
@@ -28,6 +29,7 @@ from rfdetr.weights.io import save_file
 from rfdetr.weights.legacy import to_legacy
 from tests.datasets import scenes
 from tests.flows.models import NAMES, register_champion, write_model
+from tests.flows.prefect_fixtures import PrefectServer
 from tests.flows.projects import ROOT, environment, write_params
 from tests.flows.servers import S3Server
 from tests.unit.detector.small import small_segmentation
@@ -252,3 +254,37 @@ def test_masks_are_written_as_run_lengths(
     decoded = [coco_mask.decode(result["segmentation"]) for result in results]
     assert len(decoded) == len(expected) == 10
     assert all((a == b).all() for a, b in zip(decoded, expected.mask, strict=True))
+
+
+def test_the_flow_predicts_in_a_child_and_shows_the_result(
+    project: Path, photos: Path, whole: Path, prefect_server: PrefectServer
+) -> None:
+    """Results of the command are there already: the flow finds nothing left to do."""
+    code = "import sys; from flows.batch import batch_predict as b; b(*sys.argv[1:], threshold=0.0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(photos), str(whole)],
+        cwd=project,
+        env=environment(
+            project,
+            PYTHONPATH=str(ROOT),
+            PREFECT_API_URL=prefect_server.url,
+            PREFECT_HOME=str(prefect_server.folder),
+        ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = prefect_server.last_run()
+    assert run["state"]["name"] == "Completed"
+    table = json.loads(prefect_server.artifacts(run["id"])["predictions"])
+    facts = {row[""]: row["value"] for row in table}
+    assert (facts["images"], facts["detected"]) == (str(IMAGES), "0")
+
+
+def test_a_worker_refuses_to_write_into_its_temporary_folder(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
+    with pytest.raises(ConfigError, match="absolute folder"):
+        batch_predict.fn(str(photos), "found")
