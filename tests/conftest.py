@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ os.environ.update(
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false",
     NO_ALBUMENTATIONS_UPDATE="1",
+    # `dvc` and `uvicorn` are found when the environment is not activated, too.
+    PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
 )
 
 PARITY = Path(__file__).parent / "parity"
