@@ -53,8 +53,14 @@ class SetCriterion(nn.Module):
         layers |= {f"_{i}": part for i, part in enumerate(outputs.get("aux_outputs", []))}
         if "enc_outputs" in outputs:
             layers["_enc"] = outputs["enc_outputs"]
+        alike: dict[int, dict[str, Any]] = {}  # a grid with few cells proposes fewer queries
+        for suffix, part in layers.items():
+            alike.setdefault(part["pred_logits"].shape[1], {})[suffix] = part
+        losses: dict[str, Tensor] = {}
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
-            return self._losses(layers, targets)
+            for same in alike.values():
+                losses |= self._losses(same, targets)
+        return losses
 
     def _losses(
         self, layers: dict[str, dict[str, Any]], targets: Sequence[dict[str, Any]]
@@ -76,7 +82,7 @@ class SetCriterion(nn.Module):
         counts = [len(found) for found, _ in matches[0]]
         for i, suffix in enumerate(layers):
             for name, values in terms.items():
-                if name != "class_error" or i == 0:
+                if name != "class_error" or suffix == "":
                     losses[name + suffix] = values[i]
             if masks is not None:
                 pairs = Pairs(image[i], query[i], wanted[i], counts)

@@ -206,6 +206,19 @@ def test_fewer_cells_than_queries() -> None:
     assert outputs["enc_outputs"]["pred_logits"].shape == (2, 36, 6)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_training_with_fewer_cells_than_queries(masks: bool) -> None:
+    """The proposals are then fewer than the queries; both get their losses and a gradient."""
+    model = small_network(masks=masks, num_queries=60, num_select=60).train()
+    criterion = build_criterion(model.config).train()
+    losses = criterion(model(images()), targets(masks=masks))
+    assert set(criterion.weight_dict) < set(losses)
+    total = weighted(losses, criterion.weight_dict)
+    total.backward()
+    assert total.isfinite()
+    assert model.transformer.enc_out_class_embed[2].weight.grad.abs().max() > 0
+
+
 def test_config_decides_the_loss_weights() -> None:
     weights = build_criterion(small_config(masks=True)).weight_dict
     assert len(weights) == 5 * 3
