@@ -26,10 +26,13 @@ $(READY): pyproject.toml requirements.lock requirements-torch.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	touch $@
 
-lock: ## Resolve requirements.lock again from pyproject.toml
-	$(BIN)/uv pip compile pyproject.toml --extra all --universal --no-annotate --no-header \
-		--python-version 3.11 --constraint requirements-torch.txt --quiet \
-		| grep -vE '^(torch|torchvision|triton|cuda-[a-z]+|nvidia-(cu|nc|nv[jst])[a-z0-9-]*)==' > requirements.lock
+COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --no-annotate --no-header --python-version 3.11 --quiet
+NOT_TORCH := grep -vE '^(torch|torchvision|triton|cuda-[a-z]+|nvidia-(cu|nc|nv[jst])[a-z0-9-]*)=='
+
+lock: ## Resolve the lock files again from pyproject.toml (runtime: what the image installs)
+	$(COMPILE) --extra all --constraint requirements-torch.txt | $(NOT_TORCH) > requirements.lock
+	$(COMPILE) --extra pipeline --extra dask --constraint requirements-torch.txt --constraint requirements.lock \
+		| $(NOT_TORCH) > requirements-runtime.lock
 
 retrain: $(READY) ## The whole pipeline on params.yaml (default: the demo)
 	$(BIN)/rfdetr-pipeline retrain

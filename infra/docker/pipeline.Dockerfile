@@ -14,9 +14,9 @@ ENV PATH=/opt/venv/bin:$PATH
 # The layers follow how often they change: torch, then the locked packages, then the project.
 COPY requirements-torch.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip pip install -r requirements-torch.txt
-COPY requirements.lock ./
+COPY requirements-runtime.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=cache,target=/root/.cache/uv \
-    pip install uv==0.9.7 && uv pip install -r requirements.lock
+    pip install uv==0.9.7 && uv pip install -r requirements-runtime.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY rfdetr rfdetr
 COPY flows flows

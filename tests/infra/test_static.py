@@ -82,6 +82,16 @@ def test_images_run_without_root_and_report_health() -> None:
         assert all(":latest" not in line for line in text.splitlines() if line.startswith("FROM"))
 
 
+def test_the_image_installs_what_the_tests_ran_with_and_no_test_tools() -> None:
+    root = INFRA.parent
+    tested = set((root / "requirements.lock").read_text().splitlines())
+    shipped = set((root / "requirements-runtime.lock").read_text().splitlines())
+    assert shipped < tested
+    names = {line.split("==")[0] for line in shipped}
+    assert {"prefect", "mlflow", "dvc", "boto3", "timm", "onnxruntime", "distributed"} <= names
+    assert not {"pytest", "mypy", "ruff", "moto", "hypothesis"} & names
+
+
 def test_yaml_files_are_tidy() -> None:
     passes(BIN / "yamllint", "-c", ".yamllint.yaml", "infra", "prefect.yaml", "dvc.yaml")
 
