@@ -40,9 +40,9 @@ def begin(live: LiveStack) -> Iterator[Callable[..., Fitting]]:
     """Start a run with a training of its own and wait for its first epoch."""
     started: list[str] = []
 
-    def start(epochs: int) -> Fitting:
+    def start(epochs: int, **params: bool) -> Fitting:
         known = set(live.trainings())
-        run = live.start(overrides={"fit": {"epochs": epochs, "seed": next(SEEDS)}})
+        run = live.start(overrides={"fit": {"epochs": epochs, "seed": next(SEEDS)}}, **params)
         started.append(run)
         return Fitting(live, run, live.wait_training(known), epochs)
 

@@ -10,6 +10,7 @@ import pytest
 
 from flows.stage import read_json, write_json
 from flows.state import MAX_ATTEMPTS, locked
+from tests.services.deployed import git
 from tests.services.fitting import Fitting, kill_all, next_run
 from tests.services.live import LiveStack, alive, wait_for
 
@@ -80,6 +81,32 @@ def test_sigterm_is_never_success_and_the_next_run_goes_on(
     again = live.start(overrides={"fit": {"epochs": 8, "seed": seed}})
     live.wait_final(again, "COMPLETED")
     assert reached >= 1
+    fitting.assert_trained_once()
+
+
+def test_s3_away_at_push_and_a_refused_branch_end_well(
+    live: LiveStack, begin: Callable[..., Fitting]
+) -> None:
+    """The push is tried again until S3 is back; a branch that git refuses gets another name."""
+    hook = live.project / ".git/hooks/update"
+    hook.write_text('#!/bin/sh\ncase "$1" in *-2) exit 0 ;; *) echo protected; exit 1 ;; esac\n')
+    hook.chmod(0o755)
+    supervisor = psutil.Process(int((live.folder / "ready").read_text()))
+    fitting = begin(epochs=4, publish=True)
+    supervisor.suspend()  # or it would start S3 again at once
+    try:
+        live.process("s3").kill()
+        wait_for(
+            "the push to be tried again",
+            lambda: live.task_states(fitting.run).get("push_data") == "AwaitingRetry",
+        )
+    finally:
+        supervisor.resume()
+        live.wait_final(fitting.run, "COMPLETED")
+        hook.unlink()
+    branches = git(live.project, "branch", "--list", "retrain/*-2").split()
+    assert len(branches) == 1
+    assert git(live.project, "diff", "--name-only", "main", branches[0]).split() == ["dvc.lock"]
     fitting.assert_trained_once()
 
 

@@ -1,0 +1,106 @@
+"""Pictures of the servers' pages after a run: `python -m infra.screenshots --out docs`.
+
+Opens the newest finished retrain run in Prefect, its training in MLflow and the registered model in
+headless Chromium (`chromium`, or RFDETR_CHROMIUM), at the servers of PREFECT_API_URL and
+MLFLOW_TRACKING_URI, as `python -m infra.stack env` prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import httpx
+from mlflow import MlflowClient
+from PIL import Image
+
+from infra.services import StackError
+
+SIZE = (1280, 900)
+PAGE_MS = 25_000  # virtual time for a page to load its data
+PAGE_SECONDS = 180.0
+COLOURS = 128  # a palette keeps the files small
+
+
+def main() -> int:
+    """Exit status 1 with a message when a server, a run or the browser is missing."""
+    parser = argparse.ArgumentParser(prog="python -m infra.screenshots", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    try:
+        for name, url in pages().items():
+            target = args.out / f"{name}.png"
+            take(url, target)
+            print(f"{target}: {url} ({target.stat().st_size // 1024} KiB)")
+    except (StackError, httpx.HTTPError) as error:
+        print(f"screenshots failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def pages() -> dict[str, str]:
+    """Name of the picture -> address of the page."""
+    api, tracking = os.environ.get("PREFECT_API_URL"), os.environ.get("MLFLOW_TRACKING_URI")
+    if not api or not tracking:
+        raise StackError('no servers are named; eval "$(python -m infra.stack env)" first')
+    run = _newest_run(api)
+    prefect = api.removesuffix("/api")
+    client = MlflowClient(tracking_uri=tracking)
+    models = client.search_registered_models(max_results=1)
+    if not models:
+        raise StackError(f"{tracking} has no registered model; retrain first")
+    name = models[0].name
+    version = client.get_model_version_by_alias(name, "champion")
+    trained = client.get_run(version.run_id)
+    record = f"{tracking}/#/experiments/{trained.info.experiment_id}/runs/{trained.info.run_id}"
+    return {
+        "prefect-run": f"{prefect}/runs/flow-run/{run}",
+        "prefect-artifacts": f"{prefect}/runs/flow-run/{run}?tab=Artifacts",
+        "mlflow-run": record,
+        "mlflow-charts": f"{record}/model-metrics",
+        "mlflow-model": f"{tracking}/#/models/{name}/versions/{version.version}",
+    }
+
+
+def take(url: str, target: Path) -> None:
+    """Save the page as a small PNG."""
+    browser = os.environ.get("RFDETR_CHROMIUM") or shutil.which("chromium")
+    if browser is None:
+        raise StackError("Chromium is not installed; install it or set RFDETR_CHROMIUM to its path")
+    with tempfile.TemporaryDirectory() as folder:
+        shot = Path(folder) / "page.png"
+        command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += [f"--user-data-dir={folder}/profile", f"--window-size={SIZE[0]},{SIZE[1]}"]
+        command += [f"--virtual-time-budget={PAGE_MS}", f"--screenshot={shot}", url]
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=PAGE_SECONDS
+        )
+        if not shot.exists():
+            raise StackError(f"no picture of {url}: {done.stderr[-500:]}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(shot) as picture:
+            picture.convert("RGB").quantize(COLOURS).save(target, optimize=True)
+
+
+def _newest_run(api: str) -> str:
+    body = {
+        "flows": {"name": {"any_": ["retrain"]}},
+        "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}},
+        "sort": "END_TIME_DESC",
+        "limit": 1,
+    }
+    answer = httpx.post(f"{api}/flow_runs/filter", json=body, timeout=30)
+    answer.raise_for_status()
+    found = answer.json()
+    if not found:
+        raise StackError(f"{api} has no finished retrain run; start one first")
+    return str(found[0]["id"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
