@@ -59,7 +59,7 @@ format: $(READY) ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .
 
 test: $(READY) ## The default tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY) ## Everything: large variants, real servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ""

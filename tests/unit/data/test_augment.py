@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import make_roboflow
 
 from rfdetr.config import RFDETRNanoConfig, TrainConfig
 from rfdetr.data.augment import Augmentation
 from rfdetr.data.geometry import Shapes
 from rfdetr.errors import ConfigError, MissingDependencyError
 from rfdetr.training.datamodule import RFDETRDataModule
+from tests.datasets import make_roboflow
 
 BOXES = np.array([[2, 4, 20, 30], [40, 10, 60, 38], [50, 2, 63, 9]], np.float32)
 

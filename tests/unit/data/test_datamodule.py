@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from datasets import make_coco, make_roboflow, make_yolo
 from torch.utils.data import SequentialSampler
 
 from rfdetr.config import ModelConfig, RFDETRNanoConfig, RFDETRSegNanoConfig, TrainConfig
 from rfdetr.data.batch import NestedTensor
 from rfdetr.errors import DatasetError
 from rfdetr.training.datamodule import RFDETRDataModule
+from tests.datasets import make_coco, make_roboflow, make_yolo
 
 
 def model(**options: Any) -> ModelConfig:

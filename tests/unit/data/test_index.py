@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import make_roboflow
 
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.index import AnnotationIndex, PackedTexts
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.spawn import safe_workers
 from rfdetr.errors import DatasetError
+from tests.datasets import make_roboflow
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from datasets import make_coco, make_roboflow, make_yolo
 
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.yolo import YoloSplits, label_path
 from rfdetr.errors import DatasetError
+from tests.datasets import make_coco, make_roboflow, make_yolo
 
 
 def test_roboflow_export(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_case import config, network
-from small import images, small_network, targets, weighted
 from torch import Tensor, nn
 
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork
+from tests.unit.model.parity_case import config, network
+from tests.unit.model.small import images, small_network, targets, weighted
 
 NAMES = ("pred_boxes", "pred_logits", "pred_masks")
 

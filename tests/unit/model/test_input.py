@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from small import images, small_config, small_network, targets
 
 from rfdetr.data.batch import NestedTensor, collate, pad_images
 from rfdetr.errors import InputError
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork
 from rfdetr.model.postprocess import PostProcess
+from tests.unit.model.small import images, small_config, small_network, targets
 
 
 @pytest.fixture(scope="module")

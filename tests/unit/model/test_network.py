@@ -7,8 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from parity_case import config, manifest
-from small import images, small_config, small_network, targets, weighted
 from torch import nn
 
 from rfdetr.config import MODEL_CONFIGS
@@ -17,6 +15,8 @@ from rfdetr.model.criterion import _sum_background_loss, build_criterion
 from rfdetr.model.lora import DoRALinear, merge_adapters
 from rfdetr.model.network import RFDETRNetwork
 from rfdetr.weights.legacy import to_legacy
+from tests.unit.model.parity_case import config, manifest
+from tests.unit.model.small import images, small_config, small_network, targets, weighted
 
 # model specification, section 1: total, encoder, state-dict entries; mask token included
 COUNTS = {

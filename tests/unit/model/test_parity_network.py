@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_case import (
+
+from rfdetr.model.criterion import build_criterion
+from rfdetr.model.network import RFDETRNetwork
+from rfdetr.model.postprocess import PostProcess
+from tests.unit.model.parity_case import (
     compare,
     config,
     expected,
@@ -19,10 +23,6 @@ from parity_case import (
     network,
     run,
 )
-
-from rfdetr.model.criterion import build_criterion
-from rfdetr.model.network import RFDETRNetwork
-from rfdetr.model.postprocess import PostProcess
 
 SMALL = ["tiny", "tiny-c3", "tiny-ms", "tiny-reg", "tiny-seg", "tiny-eps"]
 LARGE = ["nano", "base", "seg-nano", "large-deprecated"]

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity_case import compare, expected, fill, matches
 from torch import Tensor, nn
 
 from rfdetr.model.backbone import join_windows, resize_position_table, split_windows
@@ -19,6 +18,7 @@ from rfdetr.model.matcher import HungarianMatcher
 from rfdetr.model.network import resize_linear
 from rfdetr.model.postprocess import PostProcess
 from rfdetr.model.selection import cell_proposals
+from tests.unit.model.parity_case import compare, expected, fill, matches
 
 UNITS = expected("units")
 CRITERION = expected("criterion")
