@@ -56,7 +56,7 @@ def pages() -> dict[str, str]:
         raise StackError(f"{tracking} has no registered model; retrain first")
     name = models[0].name
     version = client.get_model_version_by_alias(name, "champion")
-    trained = client.get_run(version.run_id)
+    trained = client.get_run(str(version.run_id))
     record = f"{tracking}/#/experiments/{trained.info.experiment_id}/runs/{trained.info.run_id}"
     return {
         "prefect-run": f"{prefect}/runs/flow-run/{run}",

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rfdetr.config import ModelConfig
 from rfdetr.errors import ConfigError, InputError
+from rfdetr.model.feedforward import feed_forward
 from rfdetr.model.lora import DoRALinear
 from rfdetr.model.projector import Projector
 
@@ -200,22 +201,34 @@ class WindowedEncoder(nn.Module):
 
 def _block_forward(block: Any, tokens: Tensor, merged: int) -> Tensor:
     """One pre-norm block; `merged` windows are joined into one sequence for the attention."""
-    normed = block.norm1(tokens)
-    if merged > 1:
-        joined = normed.reshape(-1, merged * tokens.shape[1], tokens.shape[2])
-        attended = block.attn(joined).reshape(tokens.shape)
-    else:
-        attended = block.attn(normed)
-    tokens = _add_branch(tokens, attended, block.ls1.gamma, block.drop_path1)
-    return _add_branch(tokens, block.mlp(block.norm2(tokens)), block.ls2.gamma, block.drop_path2)
+    joined = block.norm1(tokens).reshape(-1, merged * tokens.shape[1], tokens.shape[2])
+    mixed = _attend(block.attn, joined).reshape(tokens.shape)
+    if not block.training and not torch.is_grad_enabled():
+        tokens = torch.addcmul(tokens, block.attn.proj(mixed), block.ls1.gamma.to(mixed.dtype))
+        branch = block.mlp(block.norm2(tokens))
+        return torch.addcmul(tokens, branch, block.ls2.gamma.to(branch.dtype))
+    # A gradient of the layer scale would keep and read the whole branch: weights are smaller.
+    branch = F.linear(mixed, *_scaled(block.attn.proj, block.ls1.gamma))
+    tokens = tokens + block.drop_path1(branch)
+    first, second = block.mlp.fc1, _scaled(block.mlp.fc2, block.ls2.gamma)
+    branch = feed_forward(block.norm2(tokens), (first.weight, first.bias), second, "gelu")
+    output: Tensor = tokens + block.drop_path2(branch)
+    return output
 
 
-def _add_branch(tokens: Tensor, branch: Tensor, scale: Tensor, drop: nn.Module) -> Tensor:
-    """Tokens + drop(scale * branch); one fused kernel when nothing is dropped."""
-    if isinstance(drop, DropPath):
-        dropped: Tensor = tokens + drop(branch * scale)
-        return dropped
-    return torch.addcmul(tokens, branch, scale.to(branch.dtype))
+def _attend(attention: Any, x: Tensor) -> Tensor:
+    """Multi-head self attention of x (B, N, D), without the output's projection."""
+    batch, length, width = x.shape
+    heads = attention.num_heads
+    qkv = attention.qkv(x).reshape(batch, length, 3, heads, width // heads)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(query, key, value)
+    return mixed.transpose(1, 2).reshape(batch, length, width)
+
+
+def _scaled(layer: nn.Linear, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer whose outputs are multiplied by `scale`."""
+    return layer.weight * scale[:, None], layer.bias * scale
 
 
 class Backbone(nn.Module):

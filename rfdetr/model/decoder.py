@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rfdetr.config import ModelConfig
 from rfdetr.model.boxes import apply_box_delta
 from rfdetr.model.deformable import DeformableAttention, Shapes
+from rfdetr.model.feedforward import feed_forward
 from rfdetr.model.selection import MLP, Selection, cell_proposals, select_queries
 
 
@@ -76,9 +77,9 @@ class DecoderLayer(nn.Module):
             state + position, memory.reference, memory.cells, memory.shapes, memory.padding
         )
         state = self.norm2(state + crossed)
-        # Two axes: an in-place ReLU on the view that three would give copies it in the backward.
-        hidden = F.relu(self.linear1(state.flatten(0, 1)), inplace=True)
-        output: Tensor = self.norm3(state + self.linear2(hidden).reshape(state.shape))
+        first, second = self.linear1, self.linear2
+        fed = feed_forward(state, (first.weight, first.bias), (second.weight, second.bias), "relu")
+        output: Tensor = self.norm3(state + fed)
         return output
 
 

@@ -1,10 +1,16 @@
-"""Time the network: training step, eval forward, prediction of one image. Prints one JSON object.
+"""Time the network: training step, eval forward, postprocess, predict(). Prints one JSON object.
 
     python tests/benchmarks/bench_model.py --variant nano --batch 4 --threads 2
+    python tests/benchmarks/bench_model.py --against "PYTHON reference_step.py" --rounds 3
 
-Random weights, no multi-scale, no averaging, float32 unless --amp. `of_matmul_rate` compares the
-floating point operations that the step counts with the rate of a large matrix product measured in
-the same process. `cpu_s` is processor time, which other processes on the machine disturb less.
+Random weights, no multi-scale, no averaging, float32 unless --amp. The training step has the whole
+batch; eval forward, postprocess and predict() have one image. `of_matmul_rate` compares the
+floating point operations of the step with the rate of a large matrix product measured in the same
+process. `cpu_s` is processor time, which other processes on the machine disturb less.
+
+--against times another package in turns: a command that takes --variant --batch --steps --threads
+--device and prints JSON with images_per_s, forward_ms, predict_ms and peak_rss_mb. Printed are the
+medians of the ratios: speeds above 1 and memory below 1 are better than the other's.
 """
 
 from __future__ import annotations
@@ -12,7 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +29,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from rfdetr.config import MODEL_CONFIGS, ModelConfig
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
+from rfdetr.variants import BY_CONFIG
+
+
+class Operations(TorchDispatchMode):
+    """Counts the floating point operations of products, convolutions and attention."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def make_targets(config: ModelConfig, batch: int, per_image: int, device: str) -> list[Any]:
@@ -60,10 +83,14 @@ def timed(run: Callable[[], object], args: argparse.Namespace) -> dict[str, floa
 
 
 def matmul_rate(args: argparse.Namespace) -> float:
-    """Floating point operations per second of a product of the decoder's largest kind."""
-    a = torch.randn(4096, 512, device=args.device)
-    b = torch.randn(512, 2048, device=args.device)
-    return 2 * 4096 * 512 * 2048 / timed(lambda: a @ b, args)["s"]
+    """Floating point operations per second of a large matrix product."""
+    a = torch.randn(2048, 2048, device=args.device)
+    return 2 * 2048**3 / busy_seconds(timed(lambda: a @ a, args), args)
+
+
+def busy_seconds(spent: dict[str, float], args: argparse.Namespace) -> float:
+    """Processor seconds per thread on a CPU, seconds elsewhere."""
+    return spent["cpu_s"] / args.threads if args.device == "cpu" else spent["s"]
 
 
 def training_step(
@@ -85,20 +112,91 @@ def training_step(
     return step
 
 
-def prediction(model: RFDETRNetwork, args: argparse.Namespace) -> Callable[[], object]:
-    """One 640 x 480 image: tensor, resize, normalise, forward, postprocess."""
-    from rfdetr.data.transforms import preprocess
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """Every figure of this package; one network lives at a time, for the peak memory."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    config = MODEL_CONFIGS[args.variant](pretrain_weights=None)
+    rate = matmul_rate(args)
+    result: dict[str, Any] = {"variant": args.variant, "batch": args.batch, "device": args.device}
+    result |= {"threads": args.threads, "amp": args.amp, "matmul_gflops": round(rate / 1e9, 1)}
+    result |= network_figures(config, rate, args)
+    detector = BY_CONFIG[type(config)](pretrain_weights=None, device=args.device)
+    picture = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
+    result["predict"] = measure(lambda: detector.predict(picture, threshold=0.3), 1, args)
+    result["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    if args.device != "cpu":
+        result["peak_device_mib"] = torch.cuda.max_memory_allocated() // 2**20
+    return result
 
-    picture = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-    postprocess = PostProcess(model.config.num_select)
-    size = torch.tensor([[480, 640]], device=args.device)
 
-    @torch.inference_mode()
-    def predict() -> None:
-        image = preprocess(picture, model.config.resolution).to(args.device)
-        postprocess(model(image[None]), size)
+def network_figures(config: ModelConfig, rate: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Training step, eval forward and postprocess."""
+    model = build_network(config).to(args.device)
+    images = torch.randn(args.batch, 3, config.resolution, config.resolution, device=args.device)
+    targets = make_targets(config, args.batch, args.objects, args.device)
+    step = training_step(model.train(), images, targets, args)
+    result = {"train_step": measure(step, args.batch, args, operations(step), rate)}
+    model.eval()
+    one, size = images[:1], torch.tensor([[480, 640]], device=args.device)
+    with torch.no_grad():
+        work = operations(lambda: model(one))
+    with torch.inference_mode(), torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
+        result["eval_forward"] = measure(lambda: model(one), 1, args, work, rate)
+        outputs, postprocess = model(one), PostProcess(config.num_select)
+        result["postprocess"] = measure(lambda: postprocess(outputs, size), 1, args)
+    return result
 
-    return predict
+
+def operations(run: Callable[[], object]) -> int:
+    """Floating point operations of a call outside of inference mode, which hides them."""
+    with Operations() as counter:
+        run()
+    return counter.total
+
+
+def measure(
+    run: Callable[[], object],
+    images: int,
+    args: argparse.Namespace,
+    work: int = 0,
+    rate: float = 1.0,
+) -> dict[str, float]:
+    """Images per second, processor seconds, and the share of the matrix product's rate."""
+    spent = timed(run, args)
+    result = {
+        "img_s": round(images / spent["s"], 4),
+        "s": round(spent["s"], 4),
+        "cpu_s": round(spent["cpu_s"], 4),
+    }
+    if work:
+        result["gflop"] = round(work / 1e9, 2)
+        result["of_matmul_rate"] = round(work / busy_seconds(spent, args) / rate, 3)
+    return result
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Both packages in turns, each in a process of its own; medians of the ratios."""
+    options = f"--batch {args.batch} --steps {args.steps} --threads {args.threads} "
+    options += f"--device {args.device}"
+    ours = [sys.executable, __file__, "--variant", args.variant, *shlex.split(options)]
+    other = [*shlex.split(args.against), "--variant", args.variant.title(), *shlex.split(options)]
+    rounds = []
+    for _ in range(args.rounds):
+        mine, its = (
+            json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+            for command in (ours, other)
+        )
+        rounds.append(
+            {
+                "train_step": mine["train_step"]["img_s"] / its["images_per_s"],
+                "eval_forward": its["forward_ms"] / 1000 / mine["eval_forward"]["s"],
+                "predict": its["predict_ms"] / 1000 / mine["predict"]["s"],
+                "peak_memory": mine["peak_rss_mib"] / its["peak_rss_mb"],
+            }
+        )
+    ratios = {name: round(statistics.median(r[name] for r in rounds), 3) for name in rounds[0]}
+    return {"ratios": ratios, "rounds": rounds, "ours": mine, "other": its}
 
 
 def main() -> None:
@@ -111,50 +209,10 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=7, help="targets per image")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--against", help="command that times another package")
+    parser.add_argument("--rounds", type=int, default=3, help="turns with --against")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    config = MODEL_CONFIGS[args.variant](pretrain_weights=None)
-    model = build_network(config).to(args.device)
-    images = torch.randn(args.batch, 3, config.resolution, config.resolution, device=args.device)
-    targets = make_targets(config, args.batch, args.objects, args.device)
-    rate = matmul_rate(args)
-
-    result: dict[str, Any] = {"variant": args.variant, "batch": args.batch, "device": args.device}
-    result |= {"threads": args.threads, "amp": args.amp, "matmul_gflops": round(rate / 1e9, 1)}
-    model.train()
-    work = {"train_step": training_step(model, images, targets, args)}
-    result["train_step"] = measure(work["train_step"], args.batch, rate, args)
-    result["train_peak_rss_mib"] = peak_mib(args.device)
-    model.eval()
-    with torch.inference_mode():
-        forward = measure(lambda: model(images), args.batch, rate, args)
-    result["eval_forward"] = forward
-    result["predict"] = measure(prediction(model, args), 1, rate, args)
-    print(json.dumps(result))
-
-
-def measure(
-    run: Callable[[], object], images: int, rate: float, args: argparse.Namespace
-) -> dict[str, float]:
-    """Images per second, processor seconds, and the share of the matrix product's rate."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    spent = timed(run, args)
-    return {
-        "img_s": round(images / spent["s"], 4),
-        "s": round(spent["s"], 4),
-        "cpu_s": round(spent["cpu_s"], 4),
-        "gflop": round(counter.get_total_flops() / 1e9, 2),
-        "of_matmul_rate": round(counter.get_total_flops() / spent["s"] / rate, 3),
-    }
-
-
-def peak_mib(device: str) -> float:
-    """Peak memory so far: of the device, or of this process."""
-    if device != "cpu":
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(json.dumps(compare(args) if args.against else report(args)))
 
 
 if __name__ == "__main__":
