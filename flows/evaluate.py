@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flows import rescoring
 from flows.pack import open_dataset
 from flows.scoring import ScoredModel, score_model
 from flows.settings import Environment, Params
@@ -31,9 +32,11 @@ def evaluate(params: Params) -> None:
 
     Raises ConfigError when the weights are not those that model.json describes.
     """
+    env = Environment.read()
+    digest = rescoring.data_digest(Path(), params, env)
     scored = score_model(
         trained_weights(TRAINED),
-        open_dataset(params.dataset.dir, Environment.read().state_dir),
+        open_dataset(params.dataset.dir, env.state_dir),
         params.dataset,
         params.evaluate,
         accelerator=params.runtime.accelerator,
@@ -51,6 +54,7 @@ def evaluate(params: Params) -> None:
         ),
     )
     write_json(METRICS, numbers(scored))
+    rescoring.keep(params, scored, str(TRAINED), digest)  # the gate need not score it again
     main = scored.metrics()
     print(
         f"{params.evaluate.split} split, {scored.result.images} images: mAP "

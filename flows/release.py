@@ -72,6 +72,7 @@ def register(root: Path, flow_run: str | None = None) -> Registered:
     )
     numbers = read_json(root / "metrics/test.json")
     metrics = {f"test/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
+    quiet_libraries()  # Lightning's import made them talk again
     model_id = registry.log_model(
         files,
         experiment=f"rfdetr/{params.dataset.name}",

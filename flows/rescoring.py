@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.digest import digest_of, path_digest
 from flows.registry import Registry, Version
@@ -12,6 +13,9 @@ from flows.stage import read_json
 from flows.verdict import Scores
 from rfdetr.errors import RFDETRError
 from rfdetr.files import write_text_atomic
+
+if TYPE_CHECKING:
+    from flows.scoring import ScoredModel
 
 
 def data_digest(root: Path, params: Params, env: Environment) -> str:
@@ -52,8 +56,14 @@ def scores_of(root: Path, params: Params, weights: Path, label: str, digest: str
         accelerator=params.runtime.accelerator,
         num_workers=params.runtime.num_workers,
     )
+    return keep(params, scored, label, digest)
+
+
+def keep(params: Params, scored: ScoredModel, label: str, digest: str) -> Scores:
+    """Store the scores of a model on the test set with content `digest`."""
     scores = scored.scores(label, digest)
-    write_text_atomic(kept, scores.model_dump_json())
+    text = scores.model_dump_json()
+    write_text_atomic(_kept(params, scored.weights_sha256, digest), text)
     return scores
 
 
