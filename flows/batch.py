@@ -61,6 +61,6 @@ def detect(
     try:
         run_streaming(command, on_line, cwd=root)
     except CommandFailed as error:
-        raise StageFailedError(f"prediction failed: {cause('error', error.tail)}") from error
+        raise StageFailedError(f"prediction failed: {cause('error', error)}") from error
     answer = next(line for line in reversed(lines) if line.startswith("{"))
     return dict(json.loads(answer))

@@ -57,7 +57,7 @@ def compare_images(root: Path, source: str, params: DriftParams) -> DriftCheck:
     try:
         run_streaming(command, log_line(), cwd=root)
     except CommandFailed as error:
-        raise StageFailedError(f"drift check failed: {cause('watch', error.tail)}") from error
+        raise StageFailedError(f"drift check failed: {cause('watch', error)}") from error
     return DriftCheck.model_validate(read_json(root / watch.REPORT))
 
 

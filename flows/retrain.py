@@ -115,6 +115,7 @@ def prepare(root: Path, params: RetrainParams) -> None:
 def reproduce(root: Path, stage: str) -> State:
     """One DVC stage; the state is `Cached` when nothing had to be done."""
     log, progress, lines = log_line(), artifacts.TrainingProgress(), []
+    limit = None if stage == "fit" else _limit(root)
 
     def on_line(line: str) -> None:
         lines.append(line)
@@ -122,9 +123,10 @@ def reproduce(root: Path, stage: str) -> State:
             log(progress.read(line))
 
     try:
-        dvc(root, "--wait-for-lock", "repro", "--single-item", stage, on_line=on_line)
+        repro = ("--wait-for-lock", "repro", "--single-item", stage)
+        dvc(root, *repro, on_line=on_line, timeout=limit)
     except CommandFailed as error:
-        raise StageFailedError(f"stage {stage} failed: {cause(stage, error.tail)}") from error
+        raise StageFailedError(f"stage {stage} failed: {cause(stage, error)}") from error
     finally:
         if stage == "validate":
             artifacts.show_dataset_report(root)
@@ -141,7 +143,7 @@ def push_data(root: Path) -> State:
     if not has_remote(root):
         return Completed(name="Skipped", message="no DVC remote is configured")
     for command in (["push"], ["push", "--run-cache"]):
-        dvc(root, *command, on_line=log_line())
+        dvc(root, *command, on_line=log_line(), timeout=_limit(root))
     return Completed(message="pushed")
 
 
@@ -247,9 +249,9 @@ def _release_child(root: Path, *arguments: str) -> None:
     """A step of the release in a child process: no network lives in the flow's process."""
     command = [sys.executable, "-m", "flows.release", "--flow-run", _flow_run() or "", *arguments]
     try:
-        run_streaming(command, log_line(), cwd=root)
+        run_streaming(command, log_line(), cwd=root, timeout=_limit(root))
     except CommandFailed as error:
-        raise StageFailedError(f"{arguments[0]} failed: {cause('release', error.tail)}") from error
+        raise StageFailedError(f"{arguments[0]} failed: {cause('release', error)}") from error
 
 
 def _flow_run() -> str | None:
@@ -262,10 +264,16 @@ def log_line() -> Any:
     return lambda line: logger.info("%s", redact(line))
 
 
-def cause(stage: str, tail: list[str]) -> str:
+def cause(stage: str, error: CommandFailed) -> str:
     """The stage's own last words: from the line that says it failed to DVC's."""
-    name = stage.partition("@")[0]
+    name, tail = stage.partition("@")[0], error.tail
     starts = [i for i, line in enumerate(tail) if line.startswith(f"{name} failed:")]
     words = tail[starts[-1] :] if starts else tail[-5:]
     ends = [i for i, line in enumerate(words) if line.startswith("ERROR: failed to reproduce")]
-    return "\n".join(words[: ends[0]] if ends and ends[0] else words)
+    said = "\n".join(words[: ends[0]] if ends and ends[0] else words)
+    return said if error.reason.startswith("failed") else f"it {error.reason}\n{said}"
+
+
+def _limit(root: Path) -> float:
+    """Seconds that a child other than the training may take (fit watches its own)."""
+    return load_params(root / "params.yaml").runtime.stage_timeout_s

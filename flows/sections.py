@@ -205,6 +205,7 @@ class RuntimeSettings(StrictConfig):
     num_workers: int = Field(2, ge=0)
     gpu_slot: Name = "gpu"
     timeout_s: float | None = Field(None, gt=0)  # of the whole training
+    stage_timeout_s: float = Field(21600, gt=0)  # of any other stage, push or step of the release
     silence_timeout_s: float = Field(1800, gt=0)  # no line and no checkpoint: a hang
     price_per_hour: float | None = Field(None, ge=0)  # of one device, for the cost on record
     grace_s: float = Field(60, gt=0)  # from the request to stop to the kill

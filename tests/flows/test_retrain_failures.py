@@ -103,3 +103,12 @@ def test_a_gpu_that_is_not_there_is_said(retrained: Retrained, tmp_path: Path) -
     assert "stage fit failed: " in done.stderr
     assert "gpu" in done.stderr.lower().partition("stage fit failed: ")[2]
     assert champion(project) == 1
+
+
+def test_a_stage_that_hangs_is_ended_and_said(retrained: Retrained, tmp_path: Path) -> None:
+    project = retrained.copy(tmp_path)
+    limits = ("--set", "runtime.stage_timeout_s=0.2", "--set", "validate.min_images=2")
+    done = project.pipeline("retrain", *limits, check=False)
+    assert done.returncode == 1
+    assert "stopped after its time limit of 0.2 s" in done.stderr
+    assert champion(project) == 1
