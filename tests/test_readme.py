@@ -101,24 +101,32 @@ def test_every_test_of_the_guarantees_exists() -> None:
         assert exists, name
 
 
-def tree() -> list[str]:
-    """Paths of the file tree; an indented line is below the last folder."""
-    (block,) = [text for _, text in BLOCKS if text.startswith("params.yaml dvc.yaml")]
-    folder, found = "", []
+def tree() -> set[str]:
+    """Every file that the README's tree names, as a path."""
+    block = next(text for kind, text in BLOCKS if kind == "text" and "\nflows/\n" in text)
+    listed, folders = set(), []
     for line in block.splitlines():
-        names = re.split(r"\s{2,}", line.strip())[0].split()
-        indented = line.startswith(" ")
-        if not indented:
-            folder = names[0] if names[0].endswith("/") else ""
-        found += [f"{folder if indented else ''}{name}" for name in names]
-    return found
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        if name.endswith("/"):
+            folders[depth:] = [name]
+        listed.add("".join(folders[:depth]) + name)
+    return listed
 
 
-def test_every_path_of_the_tree_and_every_link_exists() -> None:
-    paths = tree()
-    assert len(paths) >= 40
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert [path for path in [*paths, *links] if not (ROOT / path).exists()] == []
+def test_the_tree_and_the_links_are_true() -> None:
+    links = {link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link}
+    assert [path for path in tree() | links if not (ROOT / path).exists()] == []
+
+
+def test_the_tree_lists_every_file() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("flows", "rfdetr", "infra")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    unlisted = ("__init__.py", "__main__.py", "py.typed")
+    assert [path for path in sorted(found - tree()) if not path.endswith(unlisted)] == []
 
 
 @pytest.fixture(scope="module")
