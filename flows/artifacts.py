@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
@@ -27,18 +29,29 @@ from flows.redact import redact
 from flows.verdict import Verdict
 
 LOGGER = logging.getLogger(__name__)
+AWAY_SECONDS = 300.0
 LARGEST_PICTURE_BYTES = 400_000  # kept in Prefect's database as text
 P = ParamSpec("P")
 
 
+class _Server:
+    """When the server may be asked again: every attempt to reach one that is away takes minutes."""
+
+    away_until = 0.0
+
+
 def best_effort(show: Callable[P, None]) -> Callable[P, None]:
-    """Turn any failure of `show` into a warning."""
+    """Turn failures of `show` into warnings; a server that was away is left alone for a while."""
 
     @wraps(show)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        if time.monotonic() < _Server.away_until:
+            return
         try:
             show(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - see the module's promise
+            if isinstance(error, httpx.TransportError):
+                _Server.away_until = time.monotonic() + AWAY_SECONDS
             LOGGER.warning("%s was not shown: %s", show.__name__, redact(str(error)))
 
     return guarded
@@ -130,17 +143,15 @@ class TrainingProgress:
             f"{progress.seconds:.0f} s gone, about {progress.eta_s:.0f} s left"
         )
 
+    @best_effort
     def _show(self, progress: EpochProgress) -> None:
         percent = 100.0 * progress.epoch / max(1, progress.of)
         text = f"epoch {progress.epoch} of {progress.of}, mAP {progress.mAP}"
-        try:
-            if self._artifact is None:
-                made = create_progress_artifact(percent, key="training", description=text)
-                self._artifact = made if isinstance(made, UUID) else None
-            else:
-                update_progress_artifact(self._artifact, percent, description=text)
-        except Exception as error:  # noqa: BLE001 - training goes on without the bar
-            LOGGER.warning("progress was not shown: %s", redact(str(error)))
+        if self._artifact is None:
+            made = create_progress_artifact(percent, key="training", description=text)
+            self._artifact = made if isinstance(made, UUID) else None
+        else:
+            update_progress_artifact(self._artifact, percent, description=text)
 
 
 def _show_picture(file: Path) -> None:

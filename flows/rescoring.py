@@ -12,7 +12,7 @@ from flows.settings import Environment, Params
 from flows.stage import read_json
 from flows.verdict import Scores
 from rfdetr.errors import RFDETRError
-from rfdetr.files import write_text_atomic
+from rfdetr.files import sha256_file, write_text_atomic
 
 if TYPE_CHECKING:
     from flows.scoring import ScoredModel
@@ -41,13 +41,13 @@ def champion_scores(
 
 def scores_of(root: Path, params: Params, weights: Path, label: str, digest: str) -> Scores:
     """Scores of a weights file on today's test set, kept by content: nothing is scored twice."""
-    from flows.pack import open_dataset
-    from flows.scoring import score_model
-    from rfdetr.files import sha256_file
-
     kept = _kept(params, sha256_file(weights), digest)
     if kept.exists():
         return Scores.model_validate(read_json(kept)).model_copy(update={"model": label})
+
+    from flows.pack import open_dataset  # seconds of imports, only when there is something to score
+    from flows.scoring import score_model
+
     scored = score_model(
         weights,
         open_dataset(root / params.dataset.dir, Environment.read().state_dir),
