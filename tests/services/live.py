@@ -84,9 +84,12 @@ class LiveStack:
 
     def start(self, deployment: str = "retrain/manual", **params: Any) -> str:
         """Start a run with RetrainParams `params`; its id."""
-        flow, _, name = deployment.partition("/")
-        found = self.api("GET", f"/deployments/name/{flow}/{name}")
-        body = {"parameters": {"params": params}}
+        return self.start_with(deployment, params=params)
+
+    def start_with(self, deployment: str, **parameters: Any) -> str:
+        """Start a run of any flow with its `parameters`; its id."""
+        found = self.api("GET", f"/deployments/name/{deployment}")
+        body = {"parameters": parameters}
         return str(self.api("POST", f"/deployments/{found['id']}/create_flow_run", body)["id"])
 
     def state(self, run: str) -> dict[str, Any]:

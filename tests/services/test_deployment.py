@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
+from PIL import Image
 
 from flows.registry import Registry
 from infra.services import HOST
+from rfdetr.data.demo import build_demo
 from tests.services.deployed import git
+from tests.services.fitting import next_run
 from tests.services.live import LiveStack, wait_for
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
@@ -110,6 +116,36 @@ def test_a_scheduled_run_finishes(live: LiveStack, trained: str) -> None:
     state = live.wait_final(run, "COMPLETED")
     assert state["name"] == "Skipped"
     assert state["message"] == "the champion was trained on this dataset"
+
+
+def test_drift_found_by_the_worker_starts_a_retraining(
+    live: LiveStack, trained: str, tmp_path: Path
+) -> None:
+    noise = np.random.default_rng(0)
+    for number in range(40):
+        pixels = noise.integers(0, 256, (96, 160, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    known = {run["id"] for run in live.runs()}
+    check = live.start_with("drift-check/hourly", source=str(tmp_path))
+    live.wait_final(check, "COMPLETED")
+    retraining = next_run(live, known | {check})
+    state = live.wait_final(retraining, "COMPLETED")
+    assert state["message"] == "the champion was trained on this dataset"
+
+
+def test_batch_prediction_on_the_worker_writes_to_s3(
+    live: LiveStack, trained: str, tmp_path: Path
+) -> None:
+    build_demo(tmp_path / "data", train=1, valid=1, test=12)
+    run = live.start_with(
+        "batch-predict/manual",
+        source=str(tmp_path / "data/test"),
+        out="s3://data/found",
+        threshold=0.0,
+    )
+    live.wait_final(run, "COMPLETED")
+    results = json.loads((live.folder / "s3/data/found/results.json").read_text())
+    assert len({row["image_id"] for row in results}) == 12
 
 
 def test_wrong_parameters_are_refused_before_a_run_exists(live: LiveStack, trained: str) -> None:
