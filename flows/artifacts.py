@@ -9,9 +9,11 @@ import base64
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, Self
 from uuid import UUID
 
 import httpx
@@ -125,17 +127,29 @@ def show_links(links: Sequence[tuple[str, str, str]]) -> None:
 
 
 class TrainingProgress:
-    """Follows the lines of the fit stage and keeps one progress artifact up to date."""
+    """Follows the lines of the fit stage and keeps one progress artifact up to date.
+
+    A thread talks to the server, so that nobody who reads the lines waits for it. Use as a context
+    manager.
+    """
 
     def __init__(self) -> None:
         self._artifact: UUID | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="progress")
+        self._run = copy_context()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
 
     def read(self, line: str) -> str:
         """The line as a person wants to see it; a finished epoch moves the progress bar."""
         progress = parse_progress(line)
         if progress is None:
             return line
-        self._show(progress)
+        self._thread.submit(self._run.run, self._show, progress)
         loss = "-" if progress.loss is None else f"{progress.loss:.4f}"
         quality = "-" if progress.mAP is None else f"{progress.mAP:.4f}"
         return (

@@ -114,22 +114,23 @@ def prepare(root: Path, params: RetrainParams) -> None:
 @task(task_run_name="{stage}", cache_policy=NO_CACHE)
 def reproduce(root: Path, stage: str) -> State:
     """One DVC stage; the state is `Cached` when nothing had to be done."""
-    log, progress, lines = log_line(), artifacts.TrainingProgress(), []
+    log, lines = log_line(), list[str]()
     limit = None if stage == "fit" else _limit(root)
+    repro = ("--wait-for-lock", "repro", "--single-item", stage)
+    with artifacts.TrainingProgress() as progress:
 
-    def on_line(line: str) -> None:
-        lines.append(line)
-        if not ADVICE.match(line):
-            log(progress.read(line))
+        def on_line(line: str) -> None:
+            lines.append(line)
+            if not ADVICE.match(line):
+                log(progress.read(line))
 
-    try:
-        repro = ("--wait-for-lock", "repro", "--single-item", stage)
-        dvc(root, *repro, on_line=on_line, timeout=limit)
-    except CommandFailed as error:
-        raise StageFailedError(f"stage {stage} failed: {cause(stage, error)}") from error
-    finally:
-        if stage == "validate":
-            artifacts.show_dataset_report(root)
+        try:
+            dvc(root, *repro, on_line=on_line, timeout=limit)
+        except CommandFailed as error:
+            raise StageFailedError(f"stage {stage} failed: {cause(stage, error)}") from error
+        finally:
+            if stage == "validate":
+                artifacts.show_dataset_report(root)
     if stage == "evaluate":
         artifacts.show_pictures(root)
     if any(mark in line for line in lines for mark in SKIPPED):
