@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,14 +221,25 @@ def _slot(name: str, occupy: int) -> Iterator[None]:
         return
     if runtime.deployment.id is None:
         _ensure_limit(name, occupy)
-    with concurrency(
-        name,
-        occupy=occupy,
-        lease_duration=LEASE_SECONDS,
-        strict=True,
-        raise_on_lease_renewal_failure=False,
-    ):
-        yield
+    text = (
+        "waiting for slot %s, which is taken; if no other run is live, run `rfdetr-pipeline doctor`"
+    )
+    warning = threading.Timer(LEASE_SECONDS, get_run_logger().warning, (text, name))
+    warning.daemon = True
+    warning.start()
+    try:
+        limit = concurrency(
+            name,
+            occupy=occupy,
+            lease_duration=LEASE_SECONDS,
+            strict=True,
+            raise_on_lease_renewal_failure=False,
+        )
+        with limit:
+            warning.cancel()
+            yield
+    finally:
+        warning.cancel()
 
 
 def _ensure_limit(name: str, slots: int) -> None:

@@ -21,6 +21,7 @@ from tests.flows.mlflow_fixtures import free_port, stop, wait_for
 from tests.flows.projects import environment, make_project, run
 
 SECRET = "hunter2-planted-secret"
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
 
 class PrefectServer:
@@ -40,7 +41,12 @@ class PrefectServer:
                 [*command, "--port", str(self.port)],
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "PREFECT_HOME": str(self.folder)},
+                env={
+                    **os.environ,
+                    "PREFECT_HOME": str(self.folder),
+                    # With the default, in memory, a restart would leak the slots for ever.
+                    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
+                },
                 start_new_session=True,
             )
         wait_for(f"{self.url}/health", 180, log)
