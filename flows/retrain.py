@@ -221,25 +221,30 @@ def _slot(name: str, occupy: int) -> Iterator[None]:
         return
     if runtime.deployment.id is None:
         _ensure_limit(name, occupy)
-    text = (
-        "waiting for slot %s, which is taken; if no other run is live, run `rfdetr-pipeline doctor`"
+    limit = concurrency(
+        name,
+        occupy=occupy,
+        lease_duration=LEASE_SECONDS,
+        strict=True,
+        raise_on_lease_renewal_failure=False,
     )
-    warning = threading.Timer(LEASE_SECONDS, get_run_logger().warning, (text, name))
-    warning.daemon = True
-    warning.start()
+    with contextlib.ExitStack() as held:
+        with _warn_when_slow(name):
+            held.enter_context(limit)
+        yield
+
+
+@contextlib.contextmanager
+def _warn_when_slow(slot: str) -> Iterator[None]:
+    """After a lease's time a slot is either in use or was leaked: a person should look."""
+    text = f"still waiting for slot {slot}: if no other run is live, `rfdetr-pipeline doctor`"
+    timer = threading.Timer(LEASE_SECONDS, get_run_logger().warning, (text,))
+    timer.daemon = True
+    timer.start()
     try:
-        limit = concurrency(
-            name,
-            occupy=occupy,
-            lease_duration=LEASE_SECONDS,
-            strict=True,
-            raise_on_lease_renewal_failure=False,
-        )
-        with limit:
-            warning.cancel()
-            yield
+        yield
     finally:
-        warning.cancel()
+        timer.cancel()
 
 
 def _ensure_limit(name: str, slots: int) -> None:
