@@ -36,8 +36,15 @@ from flows.stage import read_json
 from flows.state import locked
 from flows.tracking import default_tracking_uri
 from flows.verdict import Verdict
-from flows.workspace import dvc, has_remote, prepare_workspace, stage_names, write_overrides
-from rfdetr.errors import RFDETRError
+from flows.workspace import (
+    checkout,
+    dvc,
+    has_remote,
+    prepare_workspace,
+    stage_names,
+    write_overrides,
+)
+from rfdetr.errors import ConfigError, RFDETRError
 
 # DVC's advice for a person at a terminal.
 ADVICE = re.compile(
@@ -77,6 +84,8 @@ def retrain(params: RetrainParams | None = None) -> State | dict[str, Any]:
     params = params or RetrainParams()
     root = Path.cwd()
     os.environ.setdefault("MLFLOW_TRACKING_URI", default_tracking_uri(root))
+    if params.ref:
+        use_ref(root, params.ref)
     write_overrides(root, params.changes())
     if params.only_if_data_changed and not freshness.data_changed(root):
         return Completed(name="Skipped", message="the champion was trained on this dataset")
@@ -104,6 +113,13 @@ def rollback(reason: str, name: str | None = None, to: int | None = None) -> dic
     facts = record.model_dump(mode="json")
     notify("champion rolled back", f"version {record.version} serves again: {reason}", facts)
     return facts
+
+
+def use_ref(root: Path, ref: str) -> None:
+    """Stages, data pointers and parameters of `ref`; ConfigError outside of a worker's clone."""
+    if runtime.deployment.id is None:
+        raise ConfigError(f"ref is for runs on a worker; here, run `git checkout {ref}` first.")
+    checkout(root, ref, log_line())
 
 
 @task(task_run_name="prepare", retries=2, retry_delay_seconds=[5, 30], cache_policy=NO_CACHE)

@@ -217,7 +217,9 @@ class RetrainParams(BaseModel):
 
     overrides: Overrides = Field(default_factory=Overrides, title="Changes to params.yaml")
     ref: str | None = Field(
-        default=None, description="Git commit, tag or branch of the project to run"
+        default=None,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._/-]*$",
+        description="Git commit, tag or branch whose stages, data and parameters a worker uses",
     )
     promote: bool = Field(default=True, description="Let the gate's winner become champion")
     publish: bool = Field(default=False, description="Push dvc.lock and params.yaml to a branch")

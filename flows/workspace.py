@@ -35,23 +35,24 @@ def git(root: Path, *args: str, on_line: Line, **limits: Any) -> list[str]:
     return run_streaming(["git", *args], on_line, cwd=root, **limits)
 
 
-def clone(source: Path, ref: str, target: Path, on_line: Line) -> Path:
-    """A clone of the repository `source` at `ref` (commit, tag, branch) in the folder `target`."""
-    git(source, "clone", "--quiet", "--no-checkout", str(source), str(target), on_line=on_line)
+def checkout(root: Path, ref: str, on_line: Line) -> None:
+    """Move the clone in `root` to a commit, tag or branch of its origin.
+
+    Raises ConfigError for a name that the origin does not know.
+    """
     try:
-        git(target, "checkout", "--quiet", ref, on_line=on_line)
+        try:
+            git(root, "fetch", "--quiet", "origin", ref, on_line=on_line)
+            wanted = "FETCH_HEAD"
+        except CommandFailed:  # servers give branches and tags by name; a commit needs the history
+            shallow = (root / ".git" / "shallow").exists()
+            unshallow = ["--unshallow"] if shallow else []
+            everything = "+refs/heads/*:refs/remotes/origin/*"
+            git(root, "fetch", "--quiet", *unshallow, "origin", everything, on_line=on_line)
+            wanted = ref
+        git(root, "checkout", "--quiet", "--detach", wanted, on_line=on_line)
     except CommandFailed as error:
-        if not _is_local_branch(target, ref, on_line):
-            raise ConfigError(f"ref '{ref}' is no commit, tag or branch of {source}.") from error
-    return target
-
-
-def _is_local_branch(target: Path, ref: str, on_line: Line) -> bool:
-    try:
-        git(target, "checkout", "--quiet", "--detach", f"origin/{ref}", on_line=on_line)
-    except CommandFailed:
-        return False
-    return True
+        raise ConfigError(f"ref '{ref}' is no commit, tag or branch of the origin.") from error
 
 
 def write_overrides(root: Path, changes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -11,7 +11,7 @@ import yaml
 from flows.settings import Environment, load_params
 from flows.stage import check_unchanged
 from flows.workspace import (
-    clone,
+    checkout,
     configure_dvc,
     data_stage,
     dvc,
@@ -110,7 +110,8 @@ def test_the_run_uses_the_shared_cache_and_the_remote_of_the_environment(
     run(project, "git", "commit", "-qm", "data")
     assert run(project, "git", "ls-files", "data").split() == ["data/.gitignore", "data/mine.dvc"]
 
-    copy = clone(project, "HEAD", tmp_path / "copy", quiet)
+    copy = tmp_path / "copy"
+    run(tmp_path, "git", "clone", "-q", str(project), str(copy))
     other = environment(
         tmp_path,
         RFDETR_DVC_CACHE=str(tmp_path / "empty"),
@@ -165,16 +166,19 @@ def test_the_order_of_stages_is_a_topological_order_of_the_graph(project: Path) 
         made |= set(outs)
 
 
-def test_clones_of_commits_tags_and_branches(project: Path, tmp_path: Path) -> None:
+def test_a_shallow_clone_moves_to_commits_tags_and_branches(project: Path, tmp_path: Path) -> None:
     first = run(project, "git", "rev-parse", "HEAD").strip()
     run(project, "git", "tag", "v1")
-    run(project, "git", "checkout", "-qb", "other")
-    (project / "new.txt").write_text("new")
-    run(project, "git", "add", ".")
-    run(project, "git", "commit", "-qm", "more")
-    run(project, "git", "checkout", "-q", first)
-    for number, ref in enumerate((first, "v1", "other")):
-        copy = clone(project, ref, tmp_path / str(number), quiet)
-        assert (copy / "new.txt").exists() == (ref == "other")
+    for name in ("other", "third"):
+        run(project, "git", "checkout", "-qb", name)
+        (project / f"{name}.txt").write_text("new")
+        run(project, "git", "add", ".")
+        run(project, "git", "commit", "-qm", name)
+    copy = tmp_path / "copy"
+    run(tmp_path, "git", "clone", "-q", "--depth", "1", f"file://{project}", str(copy))
+    for ref in ("v1", "other", first[:12], "third", first):
+        checkout(copy, ref, quiet)
+        assert (copy / "other.txt").exists() == (ref in {"other", "third"})
+        assert (copy / "third.txt").exists() == (ref == "third")
     with pytest.raises(ConfigError, match="'nothing' is no commit, tag or branch"):
-        clone(project, "nothing", tmp_path / "x", quiet)
+        checkout(copy, "nothing", quiet)
