@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from flows.redact import redact
 from rfdetr.errors import RFDETRError
@@ -20,6 +20,10 @@ SHA_KEY = "sha256"
 
 class StorageError(RFDETRError, OSError):
     """An object that cannot be read, written or trusted."""
+
+
+class DamagedError(StorageError):
+    """An object whose content is not the one that was sent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +123,16 @@ def _sha_of(answer: dict[str, Any]) -> str | None:
     return metadata.get(SHA_KEY)
 
 
-def list_objects(uri: str, client: Any = None) -> Iterator[tuple[str, int]]:
-    """(address, size in bytes) of every object under a prefix, folder markers left out."""
+class Listed(NamedTuple):
+    """One object of a listing; the ETag is another one as soon as the content is."""
+
+    address: str
+    size: int
+    etag: str
+
+
+def list_objects(uri: str, client: Any = None) -> Iterator[Listed]:
+    """Every object under a prefix, folder markers left out."""
     address = Address.parse(uri)
     client = client or make_client()
     prefix = address.key.rstrip("/") + "/"
@@ -128,7 +140,8 @@ def list_objects(uri: str, client: Any = None) -> Iterator[tuple[str, int]]:
     found = guard(lambda: [o for page in pages for o in page.get("Contents", [])], str(address))
     for item in found:
         if not item["Key"].endswith("/"):
-            yield f"s3://{address.bucket}/{item['Key']}", int(item["Size"])
+            where = f"s3://{address.bucket}/{item['Key']}"
+            yield Listed(where, int(item["Size"]), item["ETag"].strip('"'))
 
 
 def on_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> None:
@@ -143,11 +156,11 @@ def on_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> None:
 
 
 def list_versions(uri: str, client: Any = None) -> list[tuple[str, str]]:
-    """(key, ETag) of every object below `uri`, sorted: a cheap name of a prefix's content."""
-    address = Address.parse(uri)
+    """(address, ETag) of every object below `uri`, sorted: a cheap name of a prefix's content.
+
+    Like `flows.storage.fetch`, an address of one object means that object. Raises StorageError
+    when nothing is there.
+    """
     client = client or make_client()
-    pages = client.get_paginator("list_objects_v2").paginate(
-        Bucket=address.bucket, Prefix=address.key
-    )
-    found = guard(lambda: [o for page in pages for o in page.get("Contents", ())], f"list {uri}")
-    return sorted((item["Key"], item["ETag"].strip('"')) for item in found)
+    found = sorted((item.address, item.etag) for item in list_objects(uri, client))
+    return found or [(uri, head(uri, client)["etag"].strip('"'))]

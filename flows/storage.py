@@ -17,7 +17,17 @@ from tqdm import tqdm
 
 from flows.digest import digest_of
 from flows.redact import redact
-from flows.s3 import SHA_KEY, TRIES, Address, StorageError, guard, head, make_client, on_threads
+from flows.s3 import (
+    SHA_KEY,
+    TRIES,
+    Address,
+    DamagedError,
+    StorageError,
+    guard,
+    head,
+    make_client,
+    on_threads,
+)
 from flows.settings import Environment
 from flows.stage import write_json
 from rfdetr.errors import RFDETRError
@@ -51,7 +61,7 @@ def download(
     found = sha256_file(partial.data)
     if info["sha256"] and found != info["sha256"]:
         partial.remove()
-        raise StorageError(
+        raise DamagedError(
             f"{address}: the content does not match its SHA-256 (expected {info['sha256']}, found "
             f"{found}). It was removed; upload the object again."
         )
@@ -215,9 +225,11 @@ def _resume_upload(
 
 
 def fetch(uri: str, target: str | os.PathLike[str], *, progress: bool = True) -> Path:
-    """Fetch an object, or a prefix when there is no object of that name."""
+    """Fetch an object, or a prefix when `uri` ends in "/" or there is no object of that name."""
     from flows.trees import download_tree
 
+    if uri.endswith("/"):  # an object of that name is a folder marker
+        return download_tree(uri, target, progress=progress)
     try:
         head(uri)
     except StorageError as error:

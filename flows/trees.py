@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 from tqdm import tqdm
 
 from flows.digest import list_files
-from flows.s3 import Address, StorageError, list_objects, make_client, on_threads
+from flows.s3 import Address, Listed, StorageError, list_objects, make_client, on_threads
 from flows.storage import download, upload
 
 
@@ -16,7 +17,8 @@ def download_tree(uri: str, folder: str | os.PathLike[str], *, progress: bool = 
     """Fetch everything under a prefix into a new `folder`.
 
     Files land in `.<name>.partial` first, so that the folder appears only complete; a second call
-    goes on where the first stopped. Raises StorageError, also when the folder exists.
+    goes on where the first stopped, if what the first fetched is still what the prefix holds.
+    Raises StorageError, also when the folder exists.
     """
     target = Path(folder)
     if target.exists():
@@ -26,24 +28,74 @@ def download_tree(uri: str, folder: str | os.PathLike[str], *, progress: bool = 
     objects = list(list_objects(uri, client))
     if not objects:
         raise StorageError(f"{prefix}: nothing is there.")
-    work = target.with_name(f".{target.name}.partial")
+    partial = _PartialTree(target, [item.address.removeprefix(prefix) for item in objects])
     with tqdm(
-        total=sum(size for _, size in objects),
+        total=sum(item.size for item in objects),
         unit="B",
         unit_scale=True,
         desc=target.name,
         disable=not progress,
     ) as bar:
 
-        def fetch(item: tuple[str, int]) -> None:
-            path = _inside(work, item[0].removeprefix(prefix))
-            if not path.exists() or path.stat().st_size != item[1]:
-                download(item[0], path, progress=False, client=client)
-            bar.update(item[1])
+        def fetch(item: Listed) -> None:
+            name = item.address.removeprefix(prefix)
+            if not partial.holds(name, item.etag):
+                download(item.address, partial.path(name), progress=False, client=client)
+                partial.note(name, item.etag)
+            bar.update(item.size)
 
         on_threads(fetch, objects)
-    work.replace(target)
+    partial.finish(target)
     return target
+
+
+class _PartialTree:
+    """The finished files of a folder's download, and a list of their ETags beside it."""
+
+    def __init__(self, target: Path, names: list[str]) -> None:
+        self.folder = target.with_name(f".{target.name}.partial")
+        self.journal = target.with_name(f".{target.name}.partial.etags")
+        lines = self.journal.read_text("utf-8").splitlines() if self.journal.exists() else []
+        self.etags = dict(map(_etag_line, lines))
+        self._drop_others({self.path(name) for name in names})
+
+    def path(self, name: str) -> Path:
+        return _inside(self.folder, name)
+
+    def holds(self, name: str, etag: str) -> bool:
+        return self.etags.get(name) == etag and self.path(name).is_file()
+
+    def note(self, name: str, etag: str) -> None:
+        with open(self.journal, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps([name, etag]) + "\n")
+
+    def finish(self, target: Path) -> None:
+        self.folder.replace(target)
+        self.journal.unlink(missing_ok=True)
+
+    def _drop_others(self, wanted: set[Path]) -> None:
+        """Remove what an earlier listing held and today's does not."""
+        for path in sorted(self.folder.resolve().rglob("*"), reverse=True):
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path not in wanted and _unfinished(path) not in wanted:
+                path.unlink()
+
+
+def _etag_line(line: str) -> tuple[str, str]:
+    """Name and ETag; a line that was cut off stands for nothing."""
+    try:
+        name, etag = json.loads(line)
+    except ValueError:
+        return "", ""
+    return str(name), str(etag)
+
+
+def _unfinished(path: Path) -> Path:
+    """The file that `path`, a part of an interrupted download, would become."""
+    name = path.name.removesuffix(".parts").removesuffix(".partial")
+    return path.with_name(name.removeprefix("."))
 
 
 def _inside(folder: Path, name: str) -> Path:

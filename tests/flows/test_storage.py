@@ -10,7 +10,7 @@ import pytest
 
 from flows import s3 as s3_module
 from flows import storage
-from flows.s3 import StorageError, ensure_bucket, head, list_objects, make_client
+from flows.s3 import StorageError, ensure_bucket, head, list_objects, list_versions, make_client
 from flows.storage import download, fetch, upload
 from flows.trees import download_tree, upload_tree
 from rfdetr.files import sha256_file
@@ -127,6 +127,66 @@ def test_folders_travel_and_resume(s3: S3Server, tmp_path: Path) -> None:
         assert (target / path.relative_to(source)).read_bytes() == path.read_bytes()
     with pytest.raises(StorageError, match="exists already"):
         download_tree("s3://data/sets/one", target, progress=False)
+
+
+def put(key: str, content: bytes) -> None:
+    make_client().put_object(Bucket="data", Key=key, Body=content)
+
+
+def test_a_folder_with_a_marker_object_is_a_folder(s3: S3Server, tmp_path: Path) -> None:
+    put("marked/a.txt", b"a")
+    real = make_client()
+
+    class Marked:
+        """The server of the tests makes a folder of a marker; others answer for it as for a file."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def head_object(self, **ids: str) -> Any:
+            if ids["Key"] == "marked/":
+                return {"ContentLength": 0, "ETag": "e", "Metadata": {}}
+            return real.head_object(**ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "make_client", Marked)
+        patch.setattr(s3_module, "make_client", Marked)
+        fetch("s3://data/marked/", tmp_path / "set", progress=False)
+    assert (tmp_path / "set" / "a.txt").read_bytes() == b"a"
+
+
+def test_an_interrupted_folder_goes_on_only_with_what_is_still_there(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.txt", "gone/c.txt", "z.txt"):
+        put(f"moving/{name}", b"old")
+    monkeypatch.setattr(s3_module, "THREADS", 1)
+    faulty = Faulty("get_object", 4)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("flows.trees.make_client", lambda: faulty)
+        download_tree("s3://data/moving", tmp_path / "set", progress=False)
+    put("moving/b.txt", b"new")  # as long as before
+    make_client().delete_object(Bucket="data", Key="moving/gone/c.txt")
+    counting = Faulty("get_object")
+    monkeypatch.setattr("flows.trees.make_client", lambda: counting)
+    target = download_tree("s3://data/moving", tmp_path / "set", progress=False)
+    found = {p.relative_to(target).as_posix(): p.read_bytes() for p in target.rglob("*.*")}
+    assert found == {"a.txt": b"old", "b.txt": b"new", "z.txt": b"old"}
+    assert not (target / "gone").exists()
+    assert counting.calls == 2  # b and z; a was there
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_the_version_of_a_prefix_follows_its_own_objects_only(s3: S3Server) -> None:
+    put("mine/a.txt", b"a")
+    first = list_versions("s3://data/mine")
+    put("mine2/a.txt", b"b")
+    assert list_versions("s3://data/mine") == first == list_versions("s3://data/mine/")
+    put("mine/a.txt", b"c")
+    assert list_versions("s3://data/mine") != first
+    assert [name for name, _ in list_versions("s3://data/mine/a.txt")] == ["s3://data/mine/a.txt"]
+    with pytest.raises(StorageError, match="does not exist"):
+        list_versions("s3://data/min")
 
 
 @pytest.mark.parametrize("uri", ["s3://", "s3://bucket", "http://x/y", "s3://user:pw@b/"])
