@@ -18,6 +18,7 @@ os.environ.update(
     # `dvc` and `uvicorn` are found when the environment is not activated, too.
     PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
 )
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of many children would compile anew
 
 PARITY = Path(__file__).parent / "parity"
 

@@ -133,6 +133,10 @@ class LiveStack:
         """Slots of a limit that are held now."""
         return int(self.api("GET", f"/v2/concurrency_limits/{name}")["active_slots"])
 
+    def free_slots(self, name: str = "gpu") -> None:
+        """What an operator does who knows that nobody holds them."""
+        self.api("PATCH", f"/v2/concurrency_limits/{name}", {"active_slots": 0})
+
     def trainings(self) -> dict[Path, int]:
         """Folder of each training -> epochs finished."""
         records = (self.folder / "state" / "fit").glob("*/run.json")

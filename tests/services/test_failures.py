@@ -122,6 +122,7 @@ def test_a_training_that_never_gets_on_fails_and_is_not_started_again(
         wait_for("the trainers to start", live.trainers)
         kill_all(live.flow_processes())
         live.wait_final(run, "CRASHED")
+        live.free_slots()  # the lease of a killed run would hold the next one up for a minute
         with locked(fitting.folder, wait=True):  # the stage has ended
             record = read_json(fitting.folder / "run.json")
             record["epochs_at_start"] = record["finished_epochs"]  # as if none had been finished
