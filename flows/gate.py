@@ -52,8 +52,8 @@ class _Case:
     def __init__(self, champion: Scores | None, challenger: Scores, policy: GatePolicy) -> None:
         self.champion, self.challenger, self.policy = champion, challenger, policy
         self.comparable = champion is not None and (
-            (champion.dataset_sha256, champion.settings)
-            == (challenger.dataset_sha256, challenger.settings)
+            (champion.dataset_sha256, champion.settings, champion.iou_type)
+            == (challenger.dataset_sha256, challenger.settings, challenger.iou_type)
         )
         self.same_classes = champion is None or (
             sorted(champion.class_names) == sorted(challenger.class_names)
@@ -100,20 +100,38 @@ def _new_weights(case: _Case) -> Rule:
     return Rule(name="new_weights", passed=not same, observed=short, reason=reason)
 
 
+def _not_rolled_back(case: _Case) -> Rule:
+    why = case.policy.rolled_back
+    reason = "was not rolled back"
+    if why is not None:
+        reason = f"was rolled back: {why} (promoting by hand with --force tries it again)"
+    return Rule(name="not_rolled_back", passed=why is None, reason=reason)
+
+
 def _same_test_set(case: _Case) -> Rule:
     if case.champion is None:
         return _skip("same_test_set", "no champion yet")
-    data = case.champion.dataset_sha256 == case.challenger.dataset_sha256
-    what = "settings" if data else "test sets"
+    reason = "scored on the same test set with the same settings"
+    if not case.comparable:
+        reason = _scored_otherwise(case.champion, case.challenger)
     return Rule(
         name="same_test_set",
         passed=case.comparable,
         observed=case.challenger.dataset_sha256[:12],
         limit=case.champion.dataset_sha256[:12],
-        reason="scored on the same test set with the same settings"
-        if case.comparable
-        else f"scored with different {what}: score the champion again before comparing",
+        reason=reason,
     )
+
+
+def _scored_otherwise(old: Scores, new: Scores) -> str:
+    if old.iou_type != new.iou_type:
+        by = {"bbox": "boxes", "segm": "masks"}
+        return (
+            f"the champion is scored by {by[old.iou_type]}, the challenger by {by[new.iou_type]}: "
+            "no number compares them (a person can promote with --force)"
+        )
+    what = "settings" if old.dataset_sha256 == new.dataset_sha256 else "test sets"
+    return f"scored with different {what}: score the champion again before comparing"
 
 
 def _same_classes(case: _Case) -> Rule:
@@ -188,18 +206,30 @@ def _class_drop(case: _Case) -> Rule:
     return Rule(name="class_drop", passed=not bad, observed=worst, limit=limit, reason=reason)
 
 
+def _no_interval(case: _Case) -> str | None:
+    """Why the difference has no interval, or None; a required one is then a failed rule."""
+    if not case.comparable:
+        return _not_compared(case)
+    if not case.same_classes:
+        return "class lists differ: the difference has no interval"
+    assert case.champion is not None
+    if case.champion.evidence is None or case.challenger.evidence is None:
+        return "no per-image matches were recorded"
+    return None
+
+
 def _bootstrap(case: _Case) -> Rule:
     policy, tolerance = case.policy, case.policy.tolerance
     if not policy.bootstrap and tolerance is None:
         return _skip("bootstrap", "not asked for")
-    if not case.comparable or case.champion is None:
+    if case.champion is None:
         return _skip("bootstrap", _not_compared(case))
-    if not case.same_classes:
-        return _skip("bootstrap", "class lists differ: the difference has no interval")
-    old, new = case.champion.evidence, case.challenger.evidence
     required = None if tolerance is None else False
-    if old is None or new is None:
-        return Rule(name="bootstrap", passed=required, reason="no per-image matches were recorded")
+    missing = _no_interval(case)
+    if missing is not None:
+        return Rule(name="bootstrap", passed=required, reason=missing)
+    old, new = case.champion.evidence, case.challenger.evidence
+    assert old is not None and new is not None
     metric: Metric = "map_50_95" if policy.metric == "f1" else policy.metric
     try:
         case.interval = paired_bootstrap(
@@ -254,6 +284,7 @@ def _approval(case: _Case) -> Rule:
 RULES: tuple[Callable[[_Case], Rule], ...] = (
     _finite,
     _new_weights,
+    _not_rolled_back,
     _same_test_set,
     _same_classes,
     _min_images,

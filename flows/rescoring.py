@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from rfdetr.files import sha256_file, write_text_atomic
 
 if TYPE_CHECKING:
     from flows.scoring import ScoredModel
+
+KEPT_VERSION = 2  # counts up when the record of kept scores gains something that the gate needs
 
 
 def data_digest(root: Path, params: Params, env: Environment) -> str:
@@ -68,5 +71,9 @@ def keep(params: Params, scored: ScoredModel, label: str, digest: str) -> Scores
 
 
 def _kept(params: Params, weights_sha256: str, digest: str) -> Path:
-    key = digest_of([weights_sha256, digest, params.evaluate.key()])[:32]
+    """The file of the scores; times are of one machine, which matters where they have a budget."""
+    machine = platform.node() if params.gate.max_latency_ms is not None else None
+    how = [params.evaluate.key(), params.evaluate.batch_size, params.dataset.layout]
+    where = [params.runtime.accelerator, machine]
+    key = digest_of([KEPT_VERSION, weights_sha256, digest, *how, *where])[:32]
     return Environment.read().state_dir / "scores" / f"{key}.json"

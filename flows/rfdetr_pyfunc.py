@@ -150,16 +150,24 @@ def _fetch(text: str) -> bytes:
     payload = text[match.end() :] if (match := DATA_URI.match(text)) else text
     if match is None and len(text) < 4096 and "\n" not in text:
         path = Path(text.removeprefix("file://"))
-        if path.is_file():
+        if _is_file(path):
             if path.stat().st_size > LARGEST_BYTES:
                 raise ValueError(f"{text} is larger than {LARGEST_BYTES >> 20} MB")
             return path.read_bytes()
         if path.suffix and len(path.suffix) <= 5:
-            raise ValueError(f"{text} is no file of this machine")
+            raise ValueError(f"{text} is no file that this machine can read")
     try:
         return base64.b64decode(re.sub(r"\s+", "", payload), validate=True)
     except binascii.Error:
         raise ValueError(f"{_shown(text)} is neither a file, a URL nor base64 text") from None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; base64 text may be longer than any name can be."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _download(url: str) -> bytes:

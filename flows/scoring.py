@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from flows.verdict import ClassScore, Scores
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.layouts import detect_layout
-from rfdetr.errors import CheckpointError, DatasetError
+from rfdetr.errors import DatasetError
 from rfdetr.evaluation import report
 from rfdetr.evaluation.bootstrap import collect_evidence
 from rfdetr.evaluation.coco import CocoEvaluator, EvaluationResult, evaluate
@@ -108,6 +109,7 @@ class ScoredModel:
             weights_sha256=self.weights_sha256,
             dataset_sha256=dataset_sha256,
             settings=self.settings,
+            iou_type=kind,
             class_names=tuple(self.model_class_names),
             images=self.result.images,
             metrics=self.metrics(),
@@ -175,7 +177,7 @@ def score_model(
 def label_table(container: Container, names: list[str]) -> dict[int, int]:
     """Model label -> dataset label, by name; unnamed models use the dataset's labels.
 
-    Raises CheckpointError when they share no class: the numbers would say nothing.
+    Warns when they share no class: such a model scores 0, and it is for the gate to judge.
     """
     own = container.class_names
     if not own:
@@ -184,9 +186,11 @@ def label_table(container: Container, names: list[str]) -> dict[int, int]:
     offset = container.label_offset
     table = {i + offset: known[name] for i, name in enumerate(own) if name in known}
     if not table:
-        raise CheckpointError(
+        warnings.warn(
             f"{container.path} knows the classes {', '.join(own[:8])}; the dataset has "
-            f"{', '.join(names[:8])}: none is common."
+            f"{', '.join(names[:8])}: none is common, every score is 0.",
+            UserWarning,
+            stacklevel=2,
         )
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
@@ -34,7 +35,8 @@ class Scores(_Record):
     """One model, scored on one test set with one set of settings.
 
     `settings` is a key of everything that shapes the numbers: evaluate parameters and the version
-    of the evaluator. `evidence` (class axis: the test set's classes) allows the bootstrap.
+    of the evaluator. `iou_type` tells boxes from masks. `evidence` (class axis: the test set's
+    classes) allows the bootstrap.
     `export_parity` is None when the export was not compared with the weights.
     """
 
@@ -42,6 +44,7 @@ class Scores(_Record):
     weights_sha256: str
     dataset_sha256: str
     settings: str
+    iou_type: Literal["bbox", "segm"] = "bbox"
     class_names: tuple[str, ...]
     images: int
     metrics: dict[str, float]
@@ -56,6 +59,7 @@ class GatePolicy(GateSettings):
     """The `gate` section of params.yaml and what only one decision knows."""
 
     approved_by: str | None = None  # who gave the approval that `manual_approval` asks for
+    rolled_back: str | None = None  # why the challenger was taken back after an earlier promotion
 
 
 class Rule(_Record):
@@ -83,6 +87,12 @@ class Verdict(_Record):
     def promote(self) -> bool:
         """Whether the challenger becomes champion now."""
         return self.outcome == "promote"
+
+    @property
+    def champion_version(self) -> int | None:
+        """The registered version that was compared with; None when there was no champion."""
+        known = re.fullmatch(r"version (\d+)", self.champion.model) if self.champion else None
+        return int(known[1]) if known else None
 
     def to_markdown(self) -> str:
         """The verdict as a table for people."""

@@ -129,6 +129,33 @@ def test_one_class_may_not_drop_too_far() -> None:
         assert "class_drop" in failed(judge(scores(0.5), scores(0.7, per_class=broken)))
 
 
+def test_a_version_that_was_rolled_back_is_refused_with_its_reason() -> None:
+    verdict = judge(scores(0.5), scores(0.6), rolled_back="misses small parts")
+    assert verdict.outcome == "refuse"
+    assert failed(verdict) == {"not_rolled_back"}
+    assert "misses small parts" in verdict.reason
+    assert judge(scores(0.5), scores(0.6)).promote
+
+
+def test_masks_are_not_compared_with_boxes() -> None:
+    verdict = judge(scores(0.5, iou_type="bbox"), scores(0.6, iou_type="segm"))
+    assert failed(verdict) == {"same_test_set"}
+    assert "champion is scored by boxes, the challenger by masks" in verdict.reason
+    assert rule(verdict, "gain").passed is None
+    assert judge(scores(0.5, iou_type="segm"), scores(0.6, iou_type="segm")).promote
+
+
+def test_a_required_interval_that_cannot_be_computed_is_a_refusal() -> None:
+    champion = scores(0.5, evidence=matches(0.5))
+    other = scores(0.9, class_names=("0", "1", "7"), evidence=matches(0.9))
+    consent: dict[str, Any] = {"allow_class_change": True}
+    assert failed(judge(champion, other, tolerance=0.0, **consent)) == {"bootstrap"}
+    assert judge(champion, other, bootstrap=10, **consent).promote
+    elsewhere = scores(0.9, dataset_sha256="other", evidence=matches(0.9))
+    assert "bootstrap" in failed(judge(champion, elsewhere, tolerance=0.0))
+    assert judge(None, other, tolerance=0.0).promote
+
+
 def test_small_test_sets_do_not_decide() -> None:
     verdict = judge(scores(0.5, images=49), scores(0.6, images=49))
     assert failed(verdict) == {"min_images"}

@@ -149,6 +149,17 @@ def test_gray_palette_alpha_and_deep_images_are_read(tmp_path: Path) -> None:
     assert read_images([np.zeros((4, 5), dtype=np.uint8)])[0].size == (5, 4)
 
 
+def test_base64_text_of_any_length_is_no_path() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        shape = (*random.integers(1, 30, 2), 3)
+        array = random.integers(0, 256, shape, dtype=np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(array).save(stream, "PNG")
+        (image,) = read_images([base64.b64encode(stream.getvalue()).decode("ascii")])
+        assert np.array_equal(np.asarray(image), array)
+
+
 def test_scoring_server_takes_json_and_answers_400_to_bad_rows(
     champion: Any, pixels: np.ndarray, picture: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Parts of the stages: devices, resume files, labels, curves, the copy of the state on S3."""
+"""Parts of the stages: devices, resume files, labels and curves."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ import yaml
 from flows import convert as convert_stage
 from flows import evaluate, fit, validate
 from flows.fit import code_of_stage
+from flows.gate import decide
 from flows.job import command, newest_checkpoint, resolve_devices
-from flows.mirror import Mirror
 from flows.outputs import epoch_rows
 from flows.progress import EpochProgress, parse_progress
-from flows.scoring import label_table, relabel
+from flows.rescoring import _kept
+from flows.scoring import label_table, relabel, score_model
+from flows.sections import DatasetSettings, EvaluateSettings
 from flows.settings import RuntimeSettings, parse_params
 from flows.stage import explain
 from flows.validate import reasons_to_stop
+from flows.verdict import GatePolicy
 from rfdetr.data.checks.report import DatasetReport, Finding, SplitStatistics
-from rfdetr.errors import CheckpointError, ConfigError
+from rfdetr.data.demo import build_demo
+from rfdetr.errors import ConfigError
 from rfdetr.evaluation.columns import Columns, make_rows
 from rfdetr.weights.container import Container
 from rfdetr.weights.io import save_file
-from tests.flows.servers import S3Server
+from tests.flows.models import NAMES, write_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,11 +92,62 @@ def test_classes_are_matched_by_name() -> None:
     shifted = Container("x.pth", "weights", {}, class_names=["dog", "cat"], label_offset=1)
     assert label_table(shifted, ["cat", "dog"]) == {1: 1, 2: 0}
     assert label_table(Container("x.pth", "weights", {}), ["a", "b"]) == {0: 0, 1: 1}
-    with pytest.raises(CheckpointError, match="none is common"):
-        label_table(old, ["zebra"])
+    with pytest.warns(UserWarning, match="none is common"):
+        assert label_table(old, ["zebra"]) == {}
     rows = make_rows([0, 0, 1], [0, 1, 2], np.ones((3, 4)), score=[0.9, 0.8, 0.7])
     columns = Columns(np.array([1, 2]), rows, make_rows([], [], []))
     assert relabel(columns, {0: 1, 1: 0}).detections.label.tolist() == [1, 0]
+
+
+def test_a_model_of_other_classes_scores_zero_and_the_gate_says_why(tmp_path: Path) -> None:
+    """`models.write_model` knows zero, one, four; the dataset holds sevens and nines."""
+    files = write_model(tmp_path)
+    data = build_demo(tmp_path / "demo", classes=(7, 9), train=2, valid=2, test=4)
+    dataset = DatasetSettings(name="demo", dir=str(data), layout="roboflow")
+    with pytest.warns(UserWarning, match="none is common"):
+        scored = score_model(
+            files.weights, data, dataset, EvaluateSettings(), accelerator="cpu"
+        ).scores("version 1", "d")
+    assert scored.metrics["map_50_95"] == 0
+    assert scored.class_names == tuple(NAMES)
+    better = {"class_names": ("seven", "nine"), "metrics": {"map_50_95": 0.5}}
+    challenger = scored.model_copy(
+        update={**better, "weights_sha256": "other", "export_parity": True}
+    )
+    verdict = decide(scored, challenger, GatePolicy(min_images=1))
+    assert [rule.name for rule in verdict.rules if rule.passed is False] == ["same_classes"]
+    assert decide(scored, challenger, GatePolicy(min_images=1, allow_class_change=True)).promote
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluate": {"batch_size": 3}},
+        {"dataset": {"layout": "yolo"}},
+        {"runtime": {"accelerator": "gpu"}},
+    ],
+)
+def test_scores_are_kept_for_one_way_of_scoring(
+    change: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RFDETR_STATE_DIR", str(tmp_path))
+    assert kept_file() != kept_file(**change)
+
+
+def test_times_with_a_budget_are_those_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RFDETR_STATE_DIR", str(tmp_path))
+    here, timed = kept_file(), kept_file(gate={"max_latency_ms": 10.0})
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    assert kept_file() == here
+    assert kept_file(gate={"max_latency_ms": 10.0}) != timed
+
+
+def kept_file(**changes: dict) -> Path:
+    dataset = {"name": "demo", "dir": "data/demo", "layout": "roboflow"}
+    sections = {"dataset": {**dataset, **changes.pop("dataset", {})}, **changes}
+    return _kept(parse_params(sections), "weights", "digest")
 
 
 def test_rows_of_steps_and_epochs_become_one_row_per_epoch(tmp_path: Path) -> None:
@@ -144,28 +199,3 @@ def test_a_cycle_of_causes_ends() -> None:
     other = ValueError("y")
     error.__cause__, other.__cause__ = other, error
     assert "unexpected RuntimeError" in explain(error)
-
-
-def test_the_state_travels_to_s3_and_back(s3: S3Server, tmp_path: Path) -> None:
-    here = tmp_path / "one" / "abc"
-    here.mkdir(parents=True)
-    (here / "last.ckpt").write_bytes(b"weights")
-    (here / "fit.log").write_text("stays here")
-    mirror = Mirror(here, "s3://data/state")
-    with mirror:
-        (here / "run.json").write_text("{}")
-    there = tmp_path / "two" / "abc"
-    there.mkdir(parents=True)
-    Mirror(there, "s3://data/state/").fetch()
-    assert sorted(path.name for path in there.iterdir()) == ["last.ckpt", "run.json"]
-    assert (there / "last.ckpt").read_bytes() == b"weights"
-
-
-def test_an_absent_s3_server_does_not_stop_the_training(
-    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("flows.s3.TRIES", 1)
-    (tmp_path / "last.ckpt").write_bytes(b"x")
-    with Mirror(tmp_path, "s3://data/state"):
-        pass
