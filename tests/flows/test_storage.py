@@ -138,7 +138,7 @@ def test_a_folder_with_a_marker_object_is_a_folder(s3: S3Server, tmp_path: Path)
     real = make_client()
 
     class Marked:
-        """The server of the tests makes a folder of a marker; others answer for it as for a file."""
+        """The server of the tests makes a folder of a marker, others a file."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)
