@@ -32,7 +32,7 @@ NOT_TORCH := grep -vE '^(torch|torchvision|triton|cuda-[a-z]+|nvidia-(cu|nc|nv[j
 
 lock: ## Resolve the lock files again from pyproject.toml (runtime: what the image installs)
 	$(COMPILE) --extra all --constraint requirements-torch.txt | $(NOT_TORCH) > requirements.lock
-	$(COMPILE) --extra pipeline --extra dask --constraint requirements-torch.txt --constraint requirements.lock \
+	$(COMPILE) --extra pipeline --extra dask --extra kubernetes --constraint requirements-torch.txt --constraint requirements.lock \
 		| $(NOT_TORCH) > requirements-runtime.lock
 
 retrain: $(READY) ## The whole pipeline on params.yaml (default: the demo)
@@ -47,8 +47,8 @@ stack: $(READY) ## PostgreSQL, S3, MLflow, Prefect and a worker on loopback
 stack-stop: $(READY) ## Stop the local stack
 	$(BIN)/python -m infra.stack down
 
-deploy: $(READY) ## Apply prefect.yaml to PREFECT_API_URL
-	$(BIN)/python -m infra.deploy
+deploy: $(READY) ## Apply prefect.yaml to PREFECT_API_URL (GPUS=4 POOL_TYPE=kubernetes)
+	$(BIN)/python -m infra.deploy $(if $(GPUS),--gpus $(GPUS)) $(if $(POOL_TYPE),--pool-type $(POOL_TYPE))
 
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .

@@ -3,12 +3,13 @@
     python -m infra.deploy [--gpus N] [--pool-type process|kubernetes]
 
 Needs PREFECT_API_URL and every variable that prefect.yaml names. Running it again changes nothing
-that is already right.
+that is already right, and without --gpus no limit that a team has set.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 PROJECT_FILE = ROOT / "prefect.yaml"
 AUTOMATIONS = Path(__file__).parent / "prefect" / "automations.yaml"
+JOB_TEMPLATE = Path(__file__).parent / "kubernetes" / "prefect-job-template.json"
 
 
 class DeployError(RuntimeError):
@@ -44,7 +46,7 @@ def check_environment(text: str) -> None:
         raise DeployError(f"set {', '.join(missing)} in the environment and run this again")
 
 
-def prepare_server(client: SyncPrefectClient, pool: str, pool_type: str, gpus: int) -> None:
+def prepare_server(client: SyncPrefectClient, pool: str, pool_type: str, gpus: int | None) -> None:
     """Create the work pool when missing and set the concurrency limits of params.yaml."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
@@ -55,9 +57,31 @@ def prepare_server(client: SyncPrefectClient, pool: str, pool_type: str, gpus: i
     try:
         client.read_work_pool(pool)
     except ObjectNotFound:
-        client.create_work_pool(WorkPoolCreate(name=pool, type=pool_type))
-    client.upsert_global_concurrency_limit_by_name(params.runtime.gpu_slot, gpus)
+        client.create_work_pool(
+            WorkPoolCreate(
+                name=pool, type=pool_type, base_job_template=base_job_template(pool_type)
+            )
+        )
+    slot = params.runtime.gpu_slot
+    try:
+        known = client.read_global_concurrency_limit_by_name(slot).limit
+    except ObjectNotFound:
+        known = None
+    slots = gpu_slots(gpus, known, params.runtime.devices)
+    if slots != known:
+        client.upsert_global_concurrency_limit_by_name(slot, slots)
     client.upsert_global_concurrency_limit_by_name(f"registry-{params.registry.name}", 1)
+
+
+def base_job_template(pool_type: str) -> dict[str, Any]:
+    """What a job of the pool looks like; empty leaves it to Prefect."""
+    return dict(json.loads(JOB_TEMPLATE.read_text())) if pool_type == "kubernetes" else {}
+
+
+def gpu_slots(given: int | None, known: int | None, devices: int | str) -> int:
+    """Slots of the GPU limit: as asked, else as they are, and enough for one run."""
+    slots = next((number for number in (given, known) if number is not None), 1)
+    return max(slots, devices) if isinstance(devices, int) else slots
 
 
 def apply_deployments() -> list[str]:
@@ -105,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m infra.deploy", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--gpus", type=int, default=1, help="slots of the GPU limit (default 1)")
+    parser.add_argument("--gpus", type=int, help="slots of the GPU limit (default: as it is, or 1)")
     parser.add_argument("--pool-type", default="process", help="type of a new work pool")
     options = parser.parse_args(arguments)
     try:

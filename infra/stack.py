@@ -246,6 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "env":
             for name, value in Stack(folder).environment().items():
                 print(f"export {name}={shlex.quote(value)}")
+            print(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
             return 0
         health = Stack(folder).health()
     except StackError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,8 +58,6 @@ def test_compose_services_are_hardened_and_publish_on_loopback() -> None:
 
 
 def test_every_compose_variable_is_in_the_example() -> None:
-    import re
-
     text = (INFRA / "compose.yaml").read_text()
     used = set(re.findall(r"\$\{(\w+)", text))
     lines = (INFRA / ".env.example").read_text().splitlines()
@@ -68,6 +67,48 @@ def test_every_compose_variable_is_in_the_example() -> None:
         name, _, value = line.partition("=")
         if any(word in name for word in ("PASSWORD", "SECRET", "KEY", "AUTH")):
             assert not value, f"{name} must stay empty in the example"
+
+
+def test_the_s3_service_may_write_where_it_writes() -> None:
+    services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
+    init, s3 = services["s3-init"], services["s3"]
+    assert init["command"] == ["chown", s3["user"], "/data"]
+    assert init["volumes"] == s3["volumes"] == ["s3:/data"]
+    assert (init["user"], init["cap_add"]) == ("0:0", ["CHOWN"])
+    assert s3["depends_on"]["s3-init"]["condition"] == "service_completed_successfully"
+    for name in ("HOME", "MC_CONFIG_DIR"):
+        assert Path("/tmp") in (Path(s3["environment"][name]), Path(s3["environment"][name]).parent)
+    assert "/tmp" in s3["tmpfs"]
+
+
+def test_runs_of_a_worker_get_all_settings_and_a_folder_on_a_volume() -> None:
+    text = (INFRA / "compose.yaml").read_text()
+    for name in ("worker", "gpu-worker"):
+        service = yaml.safe_load(text)["services"][name]
+        environment = service["environment"]
+        assert {
+            "MLFLOW_TRACKING_URI",
+            "RFDETR_DVC_CACHE",
+            "RFDETR_DVC_REMOTE",
+            "RFDETR_NOTIFY_BLOCK",
+            "RFDETR_NOTIFY_URL",
+            "RFDETR_RECENT_IMAGES",
+            "RFDETR_STATE_DIR",
+            "RFDETR_STATE_URL",
+        } <= set(environment)
+        volumes = [Path(v.partition(":")[2]) for v in service["volumes"]]
+        for folder in ("TMPDIR", "RFDETR_DVC_CACHE", "RFDETR_STATE_DIR"):
+            assert set(volumes) & set(Path(environment[folder]).parents), folder
+        buckets = yaml.safe_load(text)["services"]["s3-buckets"]["command"][2]
+        assert f'"{environment["RFDETR_DVC_REMOTE"].split("/")[2]}"' in buckets
+
+
+def test_every_documented_compose_command_starts_a_worker() -> None:
+    files = (ROOT / "README.md", INFRA / "compose.yaml")
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    ups = [line for line in lines if "docker compose" in line and " up " in line]
+    assert len(ups) == 2
+    assert all(re.search(r"--profile (cpu|gpu) up ", line) for line in ups)
 
 
 def test_images_pass_hadolint() -> None:
@@ -89,6 +130,7 @@ def test_the_image_installs_what_the_tests_ran_with_and_no_test_tools() -> None:
     assert shipped < tested
     names = {line.split("==")[0] for line in shipped}
     assert {"prefect", "mlflow", "dvc", "boto3", "timm", "onnxruntime", "distributed"} <= names
+    assert "prefect-kubernetes" in names
     assert not {"pytest", "mypy", "ruff", "moto", "hypothesis"} & names
 
 
@@ -164,8 +206,100 @@ def test_job_template_renders_as_the_worker_would(tmp_path: Path) -> None:
     container = pod["containers"][0]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert {"name": "RFDETR_STATE_DIR", "value": "/state"} in container["env"]
-    assert "/dev/shm" in {m["mountPath"] for m in container["volumeMounts"]}
+    mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+    disks = {v["name"]: v.get("emptyDir", {}).get("sizeLimit") for v in pod["volumes"]}
+    assert "/dev/shm" in mounts
+    assert disks[mounts[container["workingDir"]]] == "200Gi"
     assert container["securityContext"]["readOnlyRootFilesystem"]
+
+
+def test_the_kubernetes_worker_stays_in_its_namespace_and_hides_the_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from prefect_kubernetes.settings import KubernetesSettings
+
+    for document in yaml.safe_load_all((INFRA / "kubernetes" / "worker.yaml").read_text()):
+        (container,) = document["spec"]["template"]["spec"]["containers"]
+    for entry in container["env"]:
+        if "_INTEGRATIONS_" in entry["name"]:
+            monkeypatch.setenv(entry["name"], entry["value"])
+    settings = KubernetesSettings()
+    assert settings.observer.namespaces == {"rfdetr"}
+    secret = yaml.safe_load((INFRA / "kubernetes" / "secret.example.yaml").read_text())
+    assert settings.worker.api_auth_string_secret_name == secret["metadata"]["name"]
+    assert settings.worker.api_auth_string_secret_key in secret["stringData"]
+    assert container["envFrom"] == [{"secretRef": {"name": secret["metadata"]["name"]}}]
+    image = (INFRA / "docker" / "pipeline.Dockerfile").read_text()
+    for name in ("MLFLOW_TRACKING_URI", "RFDETR_DVC_REMOTE"):
+        assert name in secret["stringData"]
+    for name in ("RFDETR_DVC_CACHE", "RFDETR_STATE_DIR"):
+        assert f"{name}=/" in image
+
+
+def test_the_multi_node_job_is_what_the_fit_stage_expects() -> None:
+    from flows.settings import parse_params
+
+    text = (INFRA / "kubernetes" / "multi-node-job.yaml").read_text()
+    service, job = yaml.safe_load_all(text)
+    told = re.search(r"^# +(runtime: .*)$", text, re.MULTILINE)
+    assert told
+    runtime = parse_params(yaml.safe_load(told[1]), origin="the header").runtime
+    assert runtime.nodes == job["spec"]["completions"] == job["spec"]["parallelism"]
+    name, pod = job["metadata"]["name"], job["spec"]["template"]["spec"]
+    (port,) = service["spec"]["ports"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert runtime.rendezvous == f"{name}-0.{pod['subdomain']}:{port['port']}"
+    assert service["spec"]["selector"] == {"job-name": name}
+    command = pod["containers"][0]["args"][0]
+    assert '"$JOB_COMPLETION_INDEX" = 0 ]; then exec python -m flows.fit; fi' in command
+    assert command.endswith("exec python -m flows.fit --join")
+
+
+def test_slots_of_the_gpu_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import gpus
+    from flows.settings import RuntimeSettings
+    from infra.deploy import gpu_slots
+
+    assert gpu_slots(None, None, "auto") == 1
+    assert gpu_slots(None, None, 2) == 2
+    assert gpu_slots(4, 1, "auto") == gpu_slots(None, 4, 2) == gpu_slots(4, None, 2) == 4
+    assert gpu_slots(None, 0, "auto") == 0, "a team's pause stays"
+
+    monkeypatch.setattr(gpus, "_present", lambda: 4)
+    for visible, count in {
+        "": 0,
+        "0,1": 2,
+        "2": 1,
+        "0,-1,1": 1,
+        "0,9": 1,
+        "GPU-a,GPU-b": 2,
+    }.items():
+        assert gpus.visible_gpus({"CUDA_VISIBLE_DEVICES": visible}) == count, visible
+    assert gpus.visible_gpus({}) == 4
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus.wanted_slots(RuntimeSettings()) == 4
+    assert gpus.wanted_slots(RuntimeSettings(devices=2)) == 2
+    assert gpus.wanted_slots(RuntimeSettings(accelerator="cpu")) == 1
+    monkeypatch.setattr(gpus, "_present", lambda: 0)
+    assert gpus.wanted_slots(RuntimeSettings()) == 1
+
+
+def test_a_kubernetes_pool_gets_our_job_template() -> None:
+    from infra.deploy import base_job_template
+
+    assert base_job_template("process") == {}
+    assert "job_manifest" in base_job_template("kubernetes")["job_configuration"]
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [((), ""), (("GPUS=4", "POOL_TYPE=kubernetes"), "--gpus 4 --pool-type kubernetes")],
+)
+def test_make_deploy_hands_its_settings_on(words: tuple[str, ...], given: str) -> None:
+    done = run("make", "--dry-run", "deploy", *words)
+    assert (
+        f"-m infra.deploy {given}".strip() == done.stdout.splitlines()[-1].partition(" ")[2].strip()
+    )
 
 
 def test_deployment_names_the_variables_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
