@@ -47,6 +47,7 @@ class RFDETRModule(pl.LightningModule):
         self.train_config = train_config
         warn_ignored_settings(model_config, train_config)
         self.model = network or build_network(model_config)
+        self.model.train()  # a detector's network comes in eval mode, and Lightning keeps modes
         self.load_report = None if network else initialise_weights(self.model, model_config)
         self.criterion = build_criterion(model_config, train_config)
         self.postprocess = PostProcess(model_config.num_select)

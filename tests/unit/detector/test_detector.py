@@ -218,3 +218,18 @@ def test_the_public_distribution_beside_ours_is_told(
     (tmp_path / "rfdetr-1.6.0.dist-info").mkdir()
     with pytest.warns(RuntimeWarning, match=r"rfdetr-1\.6\.0.*pip uninstall"):
         rfdetr._warn_about_other_distribution()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_train_trains_every_query_group(tmp_path: Path) -> None:
+    """The network of a detector is in eval mode, with one group, until it is trained."""
+    data = make_roboflow(tmp_path / "data")
+    detector = small(group_detr=2)
+    before = {n: p.clone() for n, p in detector.model.model.named_parameters()}
+    for run in ("first", "second"):
+        detector.train(dataset_dir=data, output_dir=tmp_path / run, **TRAIN)
+        after = dict(detector.model.model.named_parameters())
+        for name in ("transformer.enc_output.1.weight", "transformer.enc_output.0.weight"):
+            assert not torch.equal(before[name].cpu(), after[name].cpu()), name
+        before = {n: p.detach().clone() for n, p in after.items()}
+    assert not detector.model.model.training
