@@ -24,10 +24,10 @@ RUN uv pip install --no-deps .
 
 FROM python:3.11.13-slim-bookworm
 
-# git: the worker clones the project for every run.
+# git: the worker clones the project for every run, by HTTPS or SSH.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends git tini \
+    && apt-get install --yes --no-install-recommends git openssh-client tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 pipeline \
     && install --directory --owner=pipeline /cache /state
