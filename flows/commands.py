@@ -114,9 +114,11 @@ def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
 def register_command(_options: argparse.Namespace) -> int:
     """Register models/trained and let the gate decide, without Prefect."""
     from flows import release
+    from flows.slots import registry_slot
 
     root = _root()
-    registered = release.register(root)
+    with registry_slot(root):
+        registered = release.register(root)
     verdict = release.judge(root, registered.number)
     print(verdict.to_markdown())
     if verdict.promote:

@@ -62,13 +62,14 @@ def promote(
     *,
     reason: str,
     by: str,
-    expected_champion: int | Literal["any"] | None = "any",
+    expected_champion: int | Literal["any", "judged"] | None = "any",
     force: bool = False,
 ) -> AuditRecord | None:
     """Make a version champion; the old one becomes `previous_champion`. None: it already was.
 
-    `expected_champion` is what the gate compared with (None: there was none); another one now is a
-    ChampionChangedError. A version that the gate refused or that was rolled back needs `force`.
+    `expected_champion` is what the gate compared with (None: there was none, `judged`: the one on
+    record with the version's verdict); another one now is a ChampionChangedError. A version that
+    the gate refused or that was rolled back needs `force`.
     """
     version, aliases = registry.version(number), registry.aliases()
     current = aliases.get(CHAMPION)
@@ -77,13 +78,12 @@ def promote(
         if current == number:
             _drop_challenger(registry, number)
             return None
-        if expected_champion not in ("any", current):
-            raise ChampionChangedError(
-                f"{registry.name}: the champion is version {current}, the gate compared with "
-                f"{expected_champion}. Run the gate again."
-            )
         if not force:
             _check_allowed(registry.name, version)
+            expected = expected_champion
+            if expected == "judged":
+                expected = _judged_against(registry.name, version)
+            _check_champion(registry.name, number, current, expected)
         record = AuditRecord(
             action="promote",
             version=number,
@@ -98,8 +98,7 @@ def promote(
         _set_alias(registry, PREVIOUS, record.previous)
     _set_alias(registry, CHAMPION, number)
     _drop_challenger(registry, number)
-    tags = {"promotion.rolled_back": "false"} if "promotion.rolled_back" in version.tags else {}
-    _finish(registry, version, record, tags)
+    _finish(registry, version, record)
     return record
 
 
@@ -115,6 +114,7 @@ def rollback(registry: Registry, *, reason: str, by: str, to: int | None = None)
     if left is not None:
         tags = {"promotion.rolled_back": "true", "promotion.rolled_back_reason": record.reason}
         registry.set_tags(left, tags)
+        _forget_intent(registry, registry.version(left))
     _set_alias(registry, CHAMPION, restored.number)
     before = _champion_before(registry, restored.number)
     if before is not None:
@@ -122,7 +122,7 @@ def rollback(registry: Registry, *, reason: str, by: str, to: int | None = None)
     elif PREVIOUS in registry.aliases():
         registry.client.delete_registered_model_alias(registry.name, PREVIOUS)
     _drop_challenger(registry, restored.number)
-    _finish(registry, restored, record, {})
+    _finish(registry, restored, record)
     return record
 
 
@@ -172,13 +172,39 @@ def _check_allowed(name: str, version: Version) -> None:
         )
 
 
+def _judged_against(name: str, version: Version) -> int | Literal["any"] | None:
+    """The champion that the gate compared a version with; `any` for a verdict of long ago."""
+    if "gate.outcome" not in version.tags:
+        raise RegistryError(
+            f"{name} version {version.number} was not judged by the gate. Register it with "
+            "`rfdetr-pipeline register`, or promote with --force to do without a verdict."
+        )
+    known = version.tags.get("gate.champion_version", "any")
+    if known == "any":
+        return "any"
+    return None if known == "none" else int(known)
+
+
+def _check_champion(
+    name: str, number: int, current: int | None, expected: int | str | None
+) -> None:
+    if expected not in ("any", current):
+        found = "there is no champion" if current is None else f"the champion is version {current}"
+        compared = "no champion" if expected is None else f"version {expected}"
+        raise ChampionChangedError(
+            f"{name}: {found}, but the gate compared version {number} with {compared}. Run the "
+            "gate again, or promote with --force."
+        )
+
+
 def _pending(version: Version, current: int | None, action: str = "promote") -> AuditRecord | None:
     """The unfinished move to this version, unless the champion has changed since."""
     text = version.tags.get(PENDING)
     if not text:
         return None
     record = AuditRecord.model_validate_json(text)
-    fresh = current in (record.previous, record.version)
+    begun = current == record.previous and record.key not in version.tags
+    fresh = begun or current == record.version
     return record if fresh and record.action == action else None
 
 
@@ -201,14 +227,18 @@ def _drop_challenger(registry: Registry, number: int) -> None:
         registry.client.delete_registered_model_alias(registry.name, CHALLENGER)
 
 
-def _finish(
-    registry: Registry, version: Version, record: AuditRecord, tags: dict[str, str]
-) -> None:
+def _finish(registry: Registry, version: Version, record: AuditRecord) -> None:
     """Write the record on the version and on its run, then forget the intent."""
     text = record.model_dump_json()
+    tags = {"promotion.rolled_back": "false"} if "promotion.rolled_back" in version.tags else {}
     names = ("action", "reason", "by", "at", "previous")
     promotion = {f"promotion.{name}": getattr(record, name) for name in names}
     registry.set_tags(version.number, {**promotion, **tags, record.key: text})
     if version.run_id:
         registry.client.log_text(version.run_id, text, f"audit/{record.key}.json")
-    registry.client.delete_model_version_tag(registry.name, str(version.number), PENDING)
+    _forget_intent(registry, registry.version(version.number))
+
+
+def _forget_intent(registry: Registry, version: Version) -> None:
+    if PENDING in version.tags:
+        registry.client.delete_model_version_tag(registry.name, str(version.number), PENDING)

@@ -232,6 +232,7 @@ class Registry:
             "gate.champion": verdict.champion.metrics.get(verdict.policy.metric)
             if verdict.champion
             else "none",
+            "gate.champion_version": verdict.champion_version or "none",
             "gate.failed": ", ".join(r.name for r in verdict.rules if r.passed is False) or "none",
             "gate.at": now(),
         }

@@ -7,7 +7,6 @@ and no GPU memory lives in the flow's process.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ from pydantic import BaseModel
 from flows import promote
 from flows.freshness import GATE_KEY, TRAINED, dataset_version, gate_key, registry_of
 from flows.gate import decide
+from flows.notify import notify
 from flows.process import die_with_parent, exit_on_sigterm
 from flows.promote import AuditRecord
 from flows.quiet import quiet_libraries
 from flows.redact import redact
 from flows.rescoring import champion_scores, data_digest, scores_of
 from flows.settings import Environment, load_params
+from flows.slots import registry_slot
 from flows.stage import explain, read_json, write_json
 from flows.verdict import GatePolicy, Verdict
 from rfdetr.files import write_text_atomic
@@ -108,31 +109,52 @@ def judge(root: Path, number: int) -> Verdict:
     old = None
     if champion is not None:
         old = champion_scores(root, params, registry, champion, digest)
-    verdict = decide(old, challenger, GatePolicy(**params.gate.model_dump()))
+    tags = registry.version(number).tags
+    taken_back = tags.get("promotion.rolled_back") == "true"
+    why = tags.get("promotion.rolled_back_reason", "no reason on record") if taken_back else None
+    verdict = decide(old, challenger, GatePolicy(**params.gate.model_dump(), rolled_back=why))
     registry.record_verdict(number, verdict)
     registry.set_tags(number, {GATE_KEY: gate_key(params, digest)})
     write_text_atomic(root / VERDICT, verdict.model_dump_json(indent=2))
     return verdict
 
 
+def last_verdict(root: Path) -> Verdict:
+    """The verdict that `judge` wrote last."""
+    return Verdict.model_validate(read_json(root / VERDICT))
+
+
 def promote_winner(root: Path, number: int, verdict: Verdict) -> AuditRecord | None:
     """Make the gate's winner champion. Raises ChampionChangedError when another took its place."""
     if not verdict.promote:
         return None
-    known = re.fullmatch(r"version (\d+)", verdict.champion.model) if verdict.champion else None
-    return promote.promote(
-        registry_of(root),
-        number,
-        reason=verdict.reason,
-        by=promote.actor(),
-        expected_champion=int(known[1]) if known else None,
-    )
+    with registry_slot(root):
+        record = promote.promote(
+            registry_of(root),
+            number,
+            reason=verdict.reason,
+            by=promote.actor(),
+            expected_champion=verdict.champion_version,
+        )
+    return record and _announce(record)
 
 
 def promote_by_hand(root: Path, number: int, *, reason: str, force: bool) -> AuditRecord | None:
-    """A person's promotion; it also gives the approval that a gate waits for."""
-    registry = registry_of(root)
-    return promote.promote(registry, number, reason=reason, by=promote.actor(), force=force)
+    """A person's promotion; it also gives the approval that a gate waits for.
+
+    Raises RegistryError for a version without a verdict, or with one against it, and
+    ChampionChangedError when the verdict is about another champion, unless `force`.
+    """
+    with registry_slot(root):
+        record = promote.promote(
+            registry_of(root),
+            number,
+            reason=reason,
+            by=promote.actor(),
+            expected_champion="judged",
+            force=force,
+        )
+    return record and _announce(record)
 
 
 def roll_back(
@@ -140,7 +162,19 @@ def roll_back(
 ) -> AuditRecord:
     """Move `champion` of `name` (default: params.yaml's) back, with a reason on record."""
     registry = registry_of(root, name)
-    return promote.rollback(registry, reason=reason, by=promote.actor(), to=to)
+    with registry_slot(root, name):
+        record = promote.rollback(registry, reason=reason, by=promote.actor(), to=to)
+    return _announce(record)
+
+
+def _announce(record: AuditRecord) -> AuditRecord:
+    """Tell people of a move of the champion."""
+    subject, text = "champion changed", f"version {record.version}: {record.reason}"
+    if record.action == "rollback":
+        subject = "champion rolled back"
+        text = f"version {record.version} serves again: {record.reason}"
+    notify(subject, text, record.model_dump(mode="json"))
+    return record
 
 
 def audit(root: Path) -> list[AuditRecord]:

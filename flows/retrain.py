@@ -10,21 +10,17 @@ import contextlib
 import os
 import re
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed
 
 from flows import artifacts, freshness, release
+from flows.gpus import wanted_slots
 from flows.notify import notify
 from flows.process import CommandFailed, run_streaming
 from flows.promote import ChampionChangedError
@@ -32,8 +28,8 @@ from flows.publish import publish_lock
 from flows.redact import redact
 from flows.release import Registered
 from flows.settings import Environment, RetrainParams, load_params
+from flows.slots import registry_slot, slot
 from flows.stage import read_json
-from flows.state import locked
 from flows.tracking import default_tracking_uri
 from flows.verdict import Verdict
 from flows.workspace import (
@@ -51,7 +47,6 @@ ADVICE = re.compile(
     r"To (track|enable) .*run:$|\s+(git add|dvc config) |Use `dvc push` to send|^\s*$"
 )
 SKIPPED = ("didn't change, skipping", "is cached - skipping run")
-LEASE_SECONDS = 60
 SUMMARY = Path("reports/release.json")
 
 
@@ -103,16 +98,14 @@ def retrain(params: RetrainParams | None = None) -> State | dict[str, Any]:
     promote(root, number, verdict, allowed=params.promote)
     if params.publish:
         publish(root)
-    return release.summarise(root, number, verdict)
+    return release.summarise(root, number, release.last_verdict(root))
 
 
 @flow(name="rollback")
 def rollback(reason: str, name: str | None = None, to: int | None = None) -> dict[str, Any]:
     """Give `champion` back to its predecessor, or to version `to`; the reason goes on record."""
     record = release.roll_back(Path.cwd(), reason=reason, name=name, to=to)
-    facts = record.model_dump(mode="json")
-    notify("champion rolled back", f"version {record.version} serves again: {reason}", facts)
-    return facts
+    return record.model_dump(mode="json")
 
 
 def use_ref(root: Path, ref: str) -> None:
@@ -178,26 +171,28 @@ def register(root: Path) -> int:
 @task(task_run_name="gate", cache_policy=NO_CACHE)
 def gate(root: Path, number: int) -> Verdict:
     """Champion and challenger on the same test set; the verdict is recorded whatever it is."""
-    verdict = _judge(root, number)
-    artifacts.show_verdict(verdict)
-    return verdict
+    return _judge(root, number)
 
 
 @task(task_run_name="promote", retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
 def promote(root: Path, number: int, verdict: Verdict, *, allowed: bool) -> State:
-    """Move the alias `champion` if the gate says so and the run may."""
+    """Move the alias `champion` if the gate says so and the run may.
+
+    Another champion than the one that the gate knew makes it judge once more.
+    """
     if not verdict.promote:
         return Completed(name="Kept", message=f"{verdict.outcome}: {verdict.reason}")
     if not allowed:
         return Completed(name="Kept", message="this run was started without promotion")
-    with registry_slot(root):
-        try:
-            record = release.promote_winner(root, number, verdict)
-        except ChampionChangedError:
-            record = release.promote_winner(root, number, _judge(root, number))
+    try:
+        record = release.promote_winner(root, number, verdict)
+    except ChampionChangedError:
+        verdict = _judge(root, number)
+        record = release.promote_winner(root, number, verdict)
+    if not verdict.promote:
+        return Completed(name="Kept", message=f"{verdict.outcome}: {verdict.reason}")
     if record is None:
         return Completed(name="Kept", message=f"version {number} is champion already")
-    notify("champion changed", f"version {number}: {record.reason}", record.model_dump())
     return Completed(message=f"version {number} is champion: {record.reason}")
 
 
@@ -212,71 +207,15 @@ def publish(root: Path) -> State:
 def gpu_slot(root: Path) -> Iterator[None]:
     """Hold the machine's GPU slots; runs on other workers of the same limit wait."""
     settings = load_params(root / "params.yaml").runtime
-    with _slot(settings.gpu_slot, settings.devices if isinstance(settings.devices, int) else 1):
+    with slot(settings.gpu_slot, wanted_slots(settings)):
         yield
-
-
-@contextlib.contextmanager
-def registry_slot(root: Path) -> Iterator[None]:
-    """One writer of the registered model at a time."""
-    with _slot(f"registry-{load_params(root / 'params.yaml').registry.name}", 1):
-        yield
-
-
-@contextlib.contextmanager
-def _slot(name: str, occupy: int) -> Iterator[None]:
-    """A Prefect limit; a lock file while only a temporary server is there.
-
-    A temporary server never frees the slots of a run that was killed, a lock file does. A
-    deployment needs its limit to exist, a local run makes it. A renewal that fails does not end
-    the run: a server that restarts must not kill a training.
-    """
-    if PREFECT_API_URL.value() is None:
-        with locked(Environment.read().state_dir / "slots" / name, wait=True):
-            yield
-        return
-    if runtime.deployment.id is None:
-        _ensure_limit(name, occupy)
-    limit = concurrency(
-        name,
-        occupy=occupy,
-        lease_duration=LEASE_SECONDS,
-        strict=True,
-        raise_on_lease_renewal_failure=False,
-    )
-    with contextlib.ExitStack() as held:
-        with _warn_when_slow(name):
-            held.enter_context(limit)
-        yield
-
-
-@contextlib.contextmanager
-def _warn_when_slow(slot: str) -> Iterator[None]:
-    """After a lease's time a slot is either in use or was leaked: a person should look."""
-    text = f"still waiting for slot {slot}: if no other run is live, `rfdetr-pipeline doctor`"
-    timer = threading.Timer(LEASE_SECONDS, get_run_logger().warning, (text,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _ensure_limit(name: str, slots: int) -> None:
-    """Make the limit, or widen one that could never hold this run; a team's own stays."""
-    with get_client(sync_client=True) as client:
-        try:
-            known = client.read_global_concurrency_limit_by_name(name)
-        except ObjectNotFound:
-            known = None
-        if known is None or known.limit < slots:
-            client.upsert_global_concurrency_limit_by_name(name, slots)
 
 
 def _judge(root: Path, number: int) -> Verdict:
     _release_child(root, "judge", str(number))
-    return Verdict.model_validate(read_json(root / release.VERDICT))
+    verdict = release.last_verdict(root)
+    artifacts.show_verdict(verdict)
+    return verdict
 
 
 def _release_child(root: Path, *arguments: str) -> None:

@@ -112,7 +112,7 @@ def test_the_champion_moves_by_hand_and_back(
     registry = Registry("tiny", project.uri)
     first = registry.version(1)
     own = {k: v for k, v in first.tags.items() if k.startswith(("gate.", "lineage.", "weights."))}
-    tags = {**own, "gate.outcome": "approval"}
+    tags = {**own, "gate.outcome": "approval", "gate.champion_version": "1"}
     registry.client.create_model_version(
         "tiny", f"models:/{first.model_id}", run_id=first.run_id, tags=tags
     )

@@ -185,6 +185,72 @@ def test_a_stale_intent_does_not_act_after_another_promotion(registry: Registry)
     assert record is not None and (record.reason, record.previous) == ("new", 2)
 
 
+def test_a_move_of_long_ago_that_was_cut_at_its_last_call_is_not_repeated(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(registry)
+    promote(registry, 1, **WHO)
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(registry.client, "delete_model_version_tag", _broken)
+        promote(registry, 2, **WHO)
+    assert promotion.PENDING in registry.version(2).tags
+    rollback(registry, reason="bad recall", by="bob")
+    assert promotion.PENDING not in registry.version(2).tags
+    with pytest.raises(RegistryError, match="rolled back: bad recall"):
+        promote(registry, 2, **WHO)
+    assert registry.aliases() == {"champion": 1}
+
+
+def test_an_intent_whose_record_is_written_is_over(registry: Registry) -> None:
+    three(registry)
+    promote(registry, 1, **WHO)
+    record = promote(registry, 2, **WHO)
+    assert record is not None
+    rollback(registry, reason="bad recall", by="bob")
+    registry.set_tags(2, {promotion.PENDING: record.model_dump_json()})
+    with pytest.raises(RegistryError, match="rolled back"):
+        promote(registry, 2, **WHO)
+
+
+def test_a_version_that_serves_again_is_no_longer_rolled_back(registry: Registry) -> None:
+    three(registry)
+    for number in (1, 2, 3):
+        promote(registry, number, **WHO)
+    rollback(registry, reason="bad recall", by="bob")
+    assert registry.version(3).tags["promotion.rolled_back"] == "true"
+    rollback(registry, reason="it was the camera", by="bob", to=3)
+    assert registry.version(3).tags["promotion.rolled_back"] == "false"
+    assert registry.version(2).tags["promotion.rolled_back"] == "true"
+
+
+def test_a_verdict_counts_only_against_the_champion_it_is_about(registry: Registry) -> None:
+    three(registry)
+    promote(registry, 1, **WHO)
+    champion = scores(0.5).model_copy(update={"model": "version 1"})
+    waiting = decide(champion, scores(0.6), GatePolicy(manual_approval=True))
+    assert waiting.champion_version == 1
+    with pytest.raises(RegistryError, match="version 2 was not judged by the gate"):
+        promote(registry, 2, **WHO, expected_champion="judged")
+    registry.record_verdict(2, waiting)
+    assert registry.version(2).tags["gate.champion_version"] == "1"
+    promote(registry, 3, **WHO)
+    with pytest.raises(ChampionChangedError, match="compared version 2 with version 1"):
+        promote(registry, 2, **WHO, expected_champion="judged")
+    assert registry.aliases()["champion"] == 3
+    assert promote(registry, 2, **WHO, expected_champion="judged", force=True) is not None
+    assert promote(registry, 2, **WHO, expected_champion="judged") is None
+
+
+def test_a_first_champion_by_hand_needs_a_verdict_without_one(registry: Registry) -> None:
+    three(registry)
+    registry.record_verdict(1, decide(None, scores(0.6), GatePolicy(manual_approval=True)))
+    assert promote(registry, 1, **WHO, expected_champion="judged") is not None
+
+
+def _broken(*_: Any, **__: Any) -> None:
+    raise ConnectionError("the process was killed")
+
+
 def test_unknown_versions_and_models_are_named(registry: Registry) -> None:
     assert registry.champion() is None and registry.aliases() == {} and history(registry) == []
     with pytest.raises(RegistryError, match="rfdetr-demo has no version 7; known versions: none"):
