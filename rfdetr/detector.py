@@ -14,10 +14,11 @@ from torch import Tensor
 
 from rfdetr.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
 from rfdetr.config import ModelConfig, SegmentationTrainConfig, TrainConfig
-from rfdetr.data.transforms import preprocess
+from rfdetr.data.batch import pad_images
+from rfdetr.data.transforms import EvalTransform, ImageLike, preprocess
 from rfdetr.errors import ConfigError
 from rfdetr.images import height_and_width, read_image
-from rfdetr.inference import Optimized
+from rfdetr.inference import FINAL, Optimized
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
 from rfdetr.weights.container import read_container
@@ -46,6 +47,7 @@ class Holder:
         self.resolution = config.resolution
         self.class_names: list[str] | None = None
         self.label_offset = 0
+        self.square = True  # False where the weights were trained on images of any aspect ratio
         self.optimized: Optimized | None = None
 
     @property
@@ -80,6 +82,8 @@ class RFDETR:
         if report is not None and report.class_names:
             self.model.class_names = list(report.class_names)
             self.model.label_offset = report.label_offset
+        if report is not None:
+            self.model.square = report.square
 
     @classmethod
     def from_checkpoint(cls, path: StrPath, **overrides: Any) -> RFDETR:
@@ -140,6 +144,7 @@ class RFDETR:
             self.model.model = module.model.to(device).eval()
         self.model.class_names = train_config.class_names or datamodule.class_names
         self.model.label_offset = 0
+        self.model.square = train_config.square_resize_div_64
 
     def _any_classes(self) -> ModelConfig:
         return self.model_config.model_copy(update={"num_classes": ANY_NUMBER})
@@ -174,8 +179,10 @@ class RFDETR:
 
         `images` is a path, an http(s) URL, a PIL image, a uint8 RGB array (H, W, 3), a tensor
         (3, H, W) in 0..1, or a list of these; a list gives a list. `class_id` are the labels of
-        the network, `data["class_name"]` their names, `mask` (N, H, W) for segmentation. Raises
-        InputError or FileNotFoundError for what is no image.
+        the network, `data["class_name"]` their names, `mask` (N, H, W) for segmentation. Weights
+        trained with square_resize_div_64=False see images as in validation: at their own aspect
+        ratio, padded to the largest of the batch. Raises InputError or FileNotFoundError for what
+        is no image.
         """
         single = not isinstance(images, list | tuple)
         sources: Sequence[Any] = [images] if single else images
@@ -193,18 +200,35 @@ class RFDETR:
         holder = self.model
         pictures = [read_image(source) for source in sources]
         sizes = [height_and_width(picture) for picture in pictures]
-        inputs = torch.stack([preprocess(p, holder.resolution) for p in pictures])
         run = holder.model if holder.optimized is None else holder.optimized
-        outputs = run(inputs.to(holder.device))
-        results = holder.postprocess(outputs, torch.tensor(sizes, device=holder.device))
-        return [self._detections(result, threshold) for result in results]
+        outputs = run(self._inputs(pictures, sizes))
+        found = []
+        for i, size in enumerate(sizes):  # one at a time: masks have the size of the image
+            own = {name: outputs[name][i : i + 1] for name in FINAL if name in outputs}
+            target = torch.tensor([size], device=holder.device)
+            (result,) = holder.postprocess(own, target, threshold)
+            found.append(self._detections(result))
+        return found
 
-    def _detections(self, result: dict[str, Tensor], threshold: float) -> supervision.Detections:
+    def _inputs(self, pictures: Sequence[ImageLike], sizes: Sequence[tuple[int, int]]) -> Any:
+        """The batch as validation builds it: a tensor of squares, or padded with a mask."""
+        holder = self.model
+        square = holder.square or holder.optimized is not None
+        transform = EvalTransform(holder.resolution, square=square)
+        views = [transform.view(height, width) for height, width in sizes]
+        images = [
+            preprocess(picture, (view.out_height, view.out_width))
+            for picture, view in zip(pictures, views, strict=True)
+        ]
+        if square:
+            return torch.stack(images).to(holder.device)
+        return pad_images(images, self.model_config.block_size).to(holder.device)
+
+    def _detections(self, result: dict[str, Tensor]) -> supervision.Detections:
         import numpy as np
         import supervision
 
-        keep = int((result["scores"] > threshold).sum())  # scores descend
-        kept = {name: value[:keep].cpu().numpy() for name, value in result.items()}
+        kept = {name: value.cpu().numpy() for name, value in result.items()}
         names = np.array([self._name_of(int(label)) for label in kept["labels"]], dtype=str)
         return supervision.Detections(
             xyxy=kept["boxes"],
@@ -229,8 +253,16 @@ class RFDETR:
         """Predict with a fixed copy: traced if `compile`, in `dtype`, for `batch_size` images.
 
         Afterwards another number of images or another resolution raises ValueError, until
-        `remove_optimized_model`.
+        `remove_optimized_model`. Images become squares; a warning says so where the weights were
+        trained with square_resize_div_64=False.
         """
+        if not self.model.square:
+            warnings.warn(
+                "The optimized model resizes images to squares, but the weights were trained with "
+                "square_resize_div_64=False. Predict without it to keep the aspect ratio.",
+                UserWarning,
+                stacklevel=2,
+            )
         self.model.optimized = Optimized(
             self.model.model, self.model.resolution, batch_size, dtype, trace=compile
         )
@@ -248,7 +280,12 @@ class RFDETR:
 
 def _device(name: str) -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"device {name!r} is unknown: use auto, cpu, cuda, cuda:1 (the second GPU) or mps."
+            ) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rfdetr.errors import InputError
 from rfdetr.model.boxes import cxcywh_to_xyxy
 
-_MASKS_AT_ONCE = 32  # bounds the memory of resized mask logits
+_PIXELS_AT_ONCE = 1 << 24  # of resized mask logits; bounds their memory to 64 MiB or one mask
 
 
 class PostProcess(nn.Module):
@@ -22,13 +22,16 @@ class PostProcess(nn.Module):
         self.num_select = num_select
 
     @torch.no_grad()
-    def forward(self, outputs: dict[str, Any], target_sizes: Tensor) -> list[dict[str, Tensor]]:
+    def forward(
+        self, outputs: dict[str, Any], target_sizes: Tensor, threshold: float | None = None
+    ) -> list[dict[str, Tensor]]:
         """Per image: scores (n,), labels (n,) int64, boxes (n, 4) xyxy pixels, maybe masks.
 
         outputs hold pred_logits, pred_boxes and dense pred_masks for masks (n, 1, H, W) bool;
         target_sizes (B, 2) are the heights and widths that boxes and masks are scaled to.
-        Scores descend, ties ascend by flat (query, class) index. Raises InputError when
-        target_sizes do not fit the batch or the masks are in the sparse form of training.
+        Scores descend, ties ascend by flat (query, class) index. With `threshold` only scores above
+        it stay, and only their masks are resized. Raises InputError when target_sizes do not fit
+        the batch or the masks are in the sparse form of training.
         """
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         masks = outputs.get("pred_masks")
@@ -47,22 +50,25 @@ class PostProcess(nn.Module):
         corners = cxcywh_to_xyxy(boxes) * scale
         corners = torch.minimum(corners.clamp(min=0), scale)
         chosen = corners.gather(1, query[..., None].expand(-1, -1, 4))
+        counts = [scores.shape[1]] * len(scores)
+        if threshold is not None:
+            counts = (scores > threshold).sum(1).tolist()
         results = [
-            {"scores": s, "labels": k, "boxes": b}
-            for s, k, b in zip(scores, labels, chosen, strict=True)
+            {"scores": s[:n], "labels": k[:n], "boxes": b[:n]}
+            for s, k, b, n in zip(scores, labels, chosen, counts, strict=True)
         ]
         if masks is not None:
             for i, (height, width) in enumerate(target_sizes.tolist()):
-                results[i]["masks"] = resize_masks(masks[i][query[i]], int(height), int(width))
+                kept = masks[i][query[i, : counts[i]]]
+                results[i]["masks"] = resize_masks(kept, int(height), int(width))
         return results
 
 
 def resize_masks(logits: Tensor, height: int, width: int) -> Tensor:
     """Logits (n, h, w) to bool masks (n, 1, height, width), bilinear, above 0."""
-    if not len(logits):
-        return torch.zeros(0, 1, height, width, dtype=torch.bool, device=logits.device)
-    parts = [
-        F.interpolate(chunk[:, None].float(), (height, width), mode="bilinear") > 0
-        for chunk in torch.split(logits, _MASKS_AT_ONCE)
-    ]
-    return torch.cat(parts)
+    masks = torch.empty(len(logits), 1, height, width, dtype=torch.bool, device=logits.device)
+    step = max(1, _PIXELS_AT_ONCE // (height * width))
+    for start in range(0, len(logits), step):
+        chunk = logits[start : start + step, None].float()
+        masks[start : start + step] = F.interpolate(chunk, (height, width), mode="bilinear") > 0
+    return masks

@@ -54,6 +54,15 @@ class Container:
         value = self.model_config.get(name)
         return self.args.get(name) if value is None else value
 
+    @property
+    def square(self) -> bool:
+        """Whether the run resized images to squares.
+
+        True without a model section: such a file may list a False that was only the default of its
+        writer (training specification, section 14.1).
+        """
+        return not self.model_config or self.args.get("square_resize_div_64") is not False
+
 
 def read_container(path: StrPath, *, mmap: bool = False) -> Container:
     """Read a checkpoint of any generation.

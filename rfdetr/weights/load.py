@@ -40,6 +40,7 @@ class LoadReport:
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     label_offset: int = 0
+    square: bool = True
 
 
 def initialise_weights(network: RFDETRNetwork, model_config: ModelConfig) -> LoadReport | None:
@@ -130,6 +131,7 @@ def _load(network: RFDETRNetwork, fitted: Fitted, container: Container) -> LoadR
         num_classes=container.num_classes,
         class_names=tuple(container.class_names) if container.class_names else None,
         label_offset=container.label_offset,
+        square=container.square,
     )
 
 

@@ -83,13 +83,14 @@ def _map_of_predict(detector: RFDETR, split: Path) -> float:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("optimized", [False, True])
-def test_map_of_predict_equals_validation(optimized: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("optimized", "square"), [(False, True), (True, True), (False, False)])
+def test_map_of_predict_equals_validation(optimized: bool, square: bool, tmp_path: Path) -> None:
     detector = _detector()
+    detector.model.square = square
     data = _dataset(tmp_path / "data", detector)
     config = TrainConfig(
-        dataset_dir=data, output_dir=tmp_path / "out", batch_size=4, num_workers=0,
-        tensorboard=False, accelerator="cpu",
+        dataset_dir=data, output_dir=tmp_path / "out", batch_size=4 if square else 1,
+        num_workers=0, tensorboard=False, accelerator="cpu", square_resize_div_64=square,
     )  # fmt: skip
     module = RFDETRModule(detector.model_config, config, network=detector.model.model)
     trainer = build_trainer(config, detector.model_config, enable_model_summary=False)

@@ -16,9 +16,16 @@ import supervision
 import torch
 from PIL import Image
 
+from rfdetr import RFDETR
 from rfdetr.coco_names import COCO_CATEGORIES, COCO_NAMES
+from rfdetr.config import TrainConfig
+from rfdetr.data.batch import pad_images
 from rfdetr.data.transforms import preprocess
 from rfdetr.errors import InputError
+from rfdetr.model import postprocess
+from rfdetr.model.postprocess import resize_masks
+from rfdetr.training.checkpoint import best_payload
+from rfdetr.weights.io import save_file
 from tests.unit.detector.small import pixels, small, small_segmentation
 
 DETECTOR = small(num_classes=3)
@@ -84,6 +91,35 @@ def test_detections_are_those_of_the_network() -> None:
     found = DETECTOR.predict(image, threshold=0.0)
     np.testing.assert_allclose(found.xyxy, result["boxes"].numpy(), atol=1e-4)
     assert found.class_id.tolist() == result["labels"].tolist()
+
+
+def test_images_keep_their_aspect_ratio_where_training_did() -> None:
+    detector, image = small(num_classes=3), pixels(40, 90)
+    squares = detector.predict(image, threshold=0.0)
+    detector.model.square = False
+    with torch.no_grad():
+        batch = pad_images([preprocess(image, (64, 144))], detector.model_config.block_size)
+        outputs = detector.model.model(batch)
+    result = detector.model.postprocess(outputs, torch.tensor([[40, 90]]))[0]
+    found = detector.predict(image, threshold=0.0)
+    np.testing.assert_allclose(found.xyxy, result["boxes"].numpy(), atol=1e-4)
+    assert np.abs(found.confidence - squares.confidence).max() > 1e-4
+    assert len(detector.predict([image, pixels(90, 40)], threshold=0.0)) == 2
+    with pytest.warns(UserWarning, match="square_resize_div_64=False"):
+        detector.optimize_for_inference()
+    _same(detector.predict(image, threshold=0.0), squares)
+
+
+@pytest.mark.parametrize("square", [True, False])
+def test_a_best_file_says_whether_images_become_squares(square: bool, tmp_path: Path) -> None:
+    config = TrainConfig(dataset_dir=tmp_path, square_resize_div_64=square)
+    network, model_config = DETECTOR.model.model, DETECTOR.model_config
+    save_file(best_payload(network.state_dict(), model_config, config), tmp_path / "best.pth")
+    for found in (
+        RFDETR.from_checkpoint(tmp_path / "best.pth"),
+        small(num_classes=3, pretrain_weights=str(tmp_path / "best.pth")),
+    ):
+        assert found.model.square is square
 
 
 def test_the_threshold_is_strict() -> None:
@@ -209,3 +245,22 @@ def test_an_optimized_segmentation_copy_in_low_precision() -> None:
     detector = small_segmentation(num_classes=2)
     detector.optimize_for_inference(dtype=torch.bfloat16)
     assert detector.predict(pixels(), threshold=0.0).mask.shape == (10, 50, 70)
+
+
+def test_only_masks_above_the_threshold_are_resized(monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = small_segmentation(num_classes=2)
+    images = [pixels(50, 70), pixels(31, 20, seed=1)]
+    everything = detector.predict(images, threshold=0.0)
+    limit = float(everything[0].confidence[3])
+    resized: list[tuple[int, int, int]] = []
+
+    def resize(logits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        resized.append((len(logits), height, width))
+        return resize_masks(logits, height, width)
+
+    monkeypatch.setattr(postprocess, "resize_masks", resize)
+    kept = detector.predict(images, threshold=limit)
+    assert resized == [(len(kept[0]), 50, 70), (len(kept[1]), 31, 20)]
+    assert len(kept[0]) == 3
+    for some, whole in zip(kept, everything, strict=True):
+        assert np.array_equal(some.mask, whole.mask[: len(some)])
