@@ -60,8 +60,11 @@ def parser() -> argparse.ArgumentParser:
     )
     plan = _add(commands, "plan", run.plan_command, "what would run and what is up to date")
     plan.add_argument("--json", action="store_true", help="for programs")
-    for stage in STAGES:
-        _add(commands, stage, run.stage_command(stage), f"the stage {stage}, with what it needs")
+    stages = {
+        stage: _add(commands, stage, run.stage_command(stage), f"stage {stage}, with what it needs")
+        for stage in STAGES
+    }
+    stages["fit"].add_argument("--retry", action="store_true", help="forget failed attempts first")
     _add(commands, "register", run.register_command, "register the trained model and ask the gate")
     back = _add(commands, "rollback", run.rollback_command, "give champion back to its predecessor")
     back.add_argument("--reason", required=True, help="goes into the audit record")

@@ -29,7 +29,11 @@ def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
         section, dot, field = name.partition(".")
         if not (equals and dot and section and field):
             raise ConfigError(f"--set {text}: write it as section.field=value, e.g. fit.epochs=20.")
-        changes.setdefault(section, {})[field] = yaml.safe_load(value)
+        try:
+            changes.setdefault(section, {})[field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None) or str(error)
+            raise ConfigError(f"--set {text}: '{value}' is no valid YAML ({why}).") from None
     return changes
 
 
@@ -97,14 +101,16 @@ def plan_command(options: argparse.Namespace) -> int:
 
 
 def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
-    def run(_options: argparse.Namespace) -> int:
+    def run(options: argparse.Namespace) -> int:
         from flows.settings import load_params
+        from flows.state import RETRY
         from flows.workspace import configure_dvc, dvc
 
         root = _root()
         load_params(root / "params.yaml")
         configure_dvc(root, Environment.read())
-        dvc(root, "repro", stage, on_line=print)
+        variables = {RETRY: "1"} if getattr(options, "retry", False) else {}
+        dvc(root, "repro", stage, on_line=print, variables=variables)
         return OK
 
     run.__doc__ = f"`dvc repro {stage}`: the stage and whatever it needs that is out of date."

@@ -1,7 +1,7 @@
 """The fit stage: training in a child process group, resumed where it stopped.
 
-`python -m flows.fit` trains; `--retry` forgets earlier failed attempts first; `--join` is what the
-other machines of a training on several nodes run.
+`python -m flows.fit` trains; `rfdetr-pipeline fit --retry` forgets earlier failed attempts first;
+`python -m flows.fit --join` is what the other machines of a training on several nodes run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flows.progress import parse_progress
 from flows.redact import redact
 from flows.settings import Environment, Params, plan_batch
 from flows.stage import read_json, run_stage
-from flows.state import FitState, locked
+from flows.state import RETRY, FitState, locked
 from flows.validate import require_valid
 from rfdetr.errors import RFDETRError
 
@@ -41,7 +41,7 @@ class FitError(RFDETRError):
     """The training failed; the text is the trainer's own."""
 
 
-def fit(params: Params, *, retry: bool = False) -> None:
+def fit(params: Params) -> None:
     """Train with `params` and write models/trained, metrics/fit.json and plots/fit.csv.
 
     Raises ConfigError before any work, FitError with the trainer's reason, StateError when the
@@ -55,7 +55,7 @@ def fit(params: Params, *, retry: bool = False) -> None:
     with locked(state.folder):
         if not state.done:
             mirror.fetch()
-        if retry:
+        if os.environ.get(RETRY):
             state.update(attempts=0)
         if state.done:
             _say(f"already trained: {state.folder} is done")
@@ -201,12 +201,10 @@ def join(params: Params) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status of `python -m flows.fit [--retry | --join]`."""
+    """Exit status of `python -m flows.fit [--join]`."""
     match arguments:
         case []:
             return run_stage("fit", SECTIONS, fit)
-        case ["--retry"]:
-            return run_stage("fit", SECTIONS, functools.partial(fit, retry=True))
         case ["--join"]:
             return run_stage("fit", SECTIONS, join)
     print(__doc__, file=sys.stderr)

@@ -1,15 +1,18 @@
 """Datasets of very many small files as a few tar shards, so that hashing, pushing and pulling cost
 seconds instead of minutes.
 
-A file's shard follows from its name alone: adding or changing some files rewrites their shards
+`python -m flows.pack FOLDER PACK` packs, `--unpack` writes the files of PACK into FOLDER. A file's
+shard follows from its name alone: adding or changing some files rewrites their shards
 only. Shards are plain tar files with fixed times and owners, equal for equal content.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import shutil
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flows.digest import digest_of, list_files
-from flows.stage import read_json, write_json
+from flows.stage import explain, read_json, write_json
 from flows.state import locked
 from rfdetr.errors import DatasetError
 from rfdetr.files import atomic_path, sha256_file
@@ -139,3 +142,25 @@ def open_dataset(folder: str | os.PathLike[str], state_dir: Path) -> Path:
             if not target.exists():
                 unpack(folder, target)
     return target
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; status 1 after an error, which is one readable text."""
+    parser = argparse.ArgumentParser(prog="python -m flows.pack", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the small files")
+    parser.add_argument("pack", type=Path, metavar="PACK", help="the folder of the shards")
+    parser.add_argument("--unpack", action="store_true", help="from PACK to a new FOLDER")
+    given = parser.parse_args(arguments)
+    try:
+        if given.unpack:
+            print(unpack(given.pack, given.folder, progress=sys.stderr.isatty()))
+        else:
+            print(pack(given.folder, given.pack, progress=sys.stderr.isatty()))
+    except Exception as error:  # noqa: BLE001 - one readable text
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,6 +23,7 @@ from flows.stage import read_json, write_json
 from rfdetr.errors import RFDETRError
 
 MAX_ATTEMPTS = 3
+RETRY = "RFDETR_FIT_RETRY"  # set by `fit --retry`: DVC runs the stage's command as it is written
 TAIL_LINES = 30
 
 
@@ -97,7 +98,7 @@ class FitState:
             raise StateError(
                 f"{attempts} attempts ended without finishing a new epoch (epoch "
                 f"{record.finished_epochs} was the last one). Last lines of {self.log_file}:\n"
-                f"{self.log_tail()}\nMend the cause, then run `python -m flows.fit --retry`."
+                f"{self.log_tail()}\nMend the cause, then run `rfdetr-pipeline fit --retry`."
             )
         return self.update(attempts=attempts + 1, epochs_at_start=record.finished_epochs)
 

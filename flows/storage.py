@@ -240,25 +240,22 @@ def fetch(uri: str, target: str | os.PathLike[str], *, progress: bool = True) ->
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m flows.storage get|put|pack|unpack SOURCE TARGET`."""
+    """`python -m flows.storage get|put SOURCE TARGET`."""
     import argparse
 
-    from flows.pack import pack, unpack
     from flows.trees import upload_tree
 
     parser = argparse.ArgumentParser(prog="python -m flows.storage", description=__doc__)
-    parser.add_argument("action", choices=["get", "put", "pack", "unpack"])
+    parser.add_argument("action", choices=["get", "put"])
     parser.add_argument("source", help="s3:// address or prefix, file, or folder")
     parser.add_argument("target", help="where it goes")
     given = parser.parse_args(arguments)
     try:
         if given.action == "get":
             fetch(given.source, given.target)
-        elif given.action == "put":
+        else:
             single = Path(given.source).is_file()
             (upload if single else upload_tree)(given.source, given.target)
-        else:
-            (pack if given.action == "pack" else unpack)(given.source, given.target)
     except (RFDETRError, OSError) as error:
         print(redact(str(error)), file=sys.stderr)
         return 1

@@ -22,10 +22,20 @@ LINK_TYPES = "reflink,hardlink,symlink,copy"
 Line = Callable[[str], None]
 
 
-def dvc(root: Path, *args: str, on_line: Line, **limits: Any) -> list[str]:
-    """Run one DVC command in `root` as a child process; the last lines of its output."""
+def dvc(
+    root: Path,
+    *args: str,
+    on_line: Line,
+    variables: Mapping[str, str] | None = None,
+    **limits: Any,
+) -> list[str]:
+    """Run one DVC command in `root` as a child process; the last lines of its output.
+
+    `variables` are added to the environment of the command and of the stages that it runs.
+    """
     beside = str(Path(sys.executable).parent)  # stages say `python`; it must be this one
-    env = {**os.environ, "PATH": f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"}
+    path = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+    env = {**os.environ, **(variables or {}), "PATH": path}
     command = [sys.executable, "-m", "dvc", *args]
     return run_streaming(command, on_line, cwd=root, env=env, **limits)
 

@@ -52,7 +52,7 @@ def test_every_make_target_exists() -> None:
     assert {"retrain", "test", "stack", "deploy"} <= named <= targets
 
 
-def test_every_module_that_is_run_exists() -> None:
+def test_every_module_that_is_run_does_something() -> None:
     named = {
         m for line in COMMANDS for m in re.findall(r"python -m ((?:flows|rfdetr|infra)\S*)", line)
     }
@@ -62,7 +62,11 @@ def test_every_module_that_is_run_exists() -> None:
         found = importlib.util.find_spec(name)
         assert found is not None, name
         if found.submodule_search_locations:
-            assert importlib.util.find_spec(f"{name}.__main__") is not None, name
+            found = importlib.util.find_spec(f"{name}.__main__")
+        assert found is not None, name
+        assert found.origin is not None, name
+        starts = 'if __name__ == "__main__":' in Path(found.origin).read_text(encoding="utf-8")
+        assert starts or name != found.name, f"`python -m {name}` does nothing"
 
 
 def test_every_deployment_exists() -> None:

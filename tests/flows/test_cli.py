@@ -14,6 +14,7 @@ from flows.promote import history
 from flows.registry import Registry
 from tests.flows.prefect_fixtures import Retrained
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "retrain", "plan", "validate", "convert", "fit", "evaluate", "register", "promote", "rollback",
     "history", "predict", "demo", "sync", "doctor",
@@ -183,6 +184,33 @@ def test_wrong_params_are_one_readable_error(
     assert error.startswith("error: ")
     assert all(part in error for part in said)
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("value", ["[1", "{a: [", "'"])
+def test_a_value_that_is_no_yaml_is_one_readable_error(
+    value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["retrain", "--set", f"fit.epochs={value}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --set fit.epochs={value}: '{value}' is no valid YAML")
+    assert "Traceback" not in error
+
+
+def test_retry_reaches_the_stage_and_leaves_its_command_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = "python -c \"import os; print('retry is', os.environ.get('RFDETR_FIT_RETRY'))\""
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"fit": {"cmd": command}}}))
+    (tmp_path / "params.yaml").write_text("{}")
+    (tmp_path / ".dvc").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit"]) == 0
+    lock = (tmp_path / "dvc.lock").read_text()
+    assert "retry is None" in capfd.readouterr().out
+    assert main(["fit", "--retry"]) == 0
+    assert "retry is 1" in capfd.readouterr().out
+    assert (tmp_path / "dvc.lock").read_text() == lock
 
 
 def test_outside_a_project_it_says_so(

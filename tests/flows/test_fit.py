@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.state import RETRY
 from tests.flows.projects import environment, make_project, run, write_params
 
 EPOCHS = 12  # enough that the training outlives the requests to stop
@@ -147,6 +148,21 @@ def test_a_full_disk_is_named_and_nothing_half_written_remains(ready: Path, tmp_
     assert "Traceback" not in text.rpartition("fit failed")[2]
     assert not (root / "models" / "trained").exists()
     assert not list(state_of(root).glob("*.tmp"))
+
+
+def test_a_person_can_retry_what_failed_too_often(ready: Path, tmp_path: Path) -> None:
+    """After the full disk: `rfdetr-pipeline fit --retry` sets the variable."""
+    root = copied(ready, tmp_path / "project", fit={"epochs": 1})
+
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    start(root, no_large_files).communicate()
+    record = state_of(root) / "run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "attempts": 3}))
+    refused = run(root, "python", "-m", "flows.fit", check=False)
+    assert "run `rfdetr-pipeline fit --retry`" in refused.stderr
+    assert run(root, "python", "-m", "flows.fit", **{RETRY: "1"}).returncode == 0
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -97,3 +99,24 @@ def test_what_is_no_pack_is_said(tmp_path: Path) -> None:
         pack(tmp_path / "full", tmp_path / "full", progress=False)
     with pytest.raises(DatasetError, match="no folder with files"):
         pack(tmp_path / "none", tmp_path / "b", progress=False)
+
+
+def test_the_command_packs_and_unpacks(source: Path, tmp_path: Path) -> None:
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flows.pack", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+
+    packed, back = str(tmp_path / "packed"), str(tmp_path / "back")
+    done = command(str(source), packed)
+    assert (done.returncode, done.stdout) == (0, f"{packed}\n"), done.stderr
+    assert command("--unpack", back, packed).returncode == 0
+    assert path_digest(back) == path_digest(source)
+    failed = command(str(tmp_path / "none"), packed)
+    assert failed.returncode == 1
+    assert failed.stderr == f"error: {tmp_path / 'none'} is no folder with files in it.\n"
+    assert command(packed).returncode == 2
+    assert "FOLDER PACK" in command("--help").stdout
