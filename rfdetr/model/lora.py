@@ -54,7 +54,11 @@ class DoRALinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "weight" in state_dict and prefix + "magnitude" not in state_dict:
+        if prefix + "weight" not in state_dict:
+            return
+        if prefix + "lora_b" not in state_dict:  # the loaded weight stands alone
+            nn.init.zeros_(self.lora_b)
+        if prefix + "magnitude" not in state_dict:
             self.reset_magnitude()
 
 

@@ -23,7 +23,7 @@ from rfdetr.errors import CheckpointError
 from rfdetr.files import atomic_path
 from rfdetr.weights.container import Container, parse_container, plain
 from rfdetr.weights.io import StrPath, load_file, save_file
-from rfdetr.weights.legacy import OURS, to_legacy
+from rfdetr.weights.legacy import OURS, PARTS, to_legacy
 from rfdetr.weights.proof import ConversionReport, prove_conversion
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ def normalise_legacy(checkpoint: Mapping[str, Any], path: str = "the checkpoint"
     Raises CheckpointError for anything that is no checkpoint.
     """
     container = parse_container(checkpoint, path)
-    if container.kind == "lightning" and not container.old_names and "loops" in checkpoint:
+    counted = "fit_loop" in (checkpoint.get("loops") or {})
+    if container.kind == "lightning" and not container.old_names and counted:
         return dict(checkpoint)
     return _resumable(container)
 
@@ -80,7 +81,8 @@ def convert_legacy_checkpoint(old_path: StrPath, new_path: StrPath) -> Conversio
     both files on a fixed input (between their tensors where no network can be built from the
     file). Weights, averaged weights, epoch and settings travel; the optimizer state does not.
     Raises FileNotFoundError, or CheckpointError for a file that is damaged, refused, no legacy
-    checkpoint, or the target itself. The target appears complete and compared, or not at all.
+    checkpoint, of another network, or the target itself. The target appears complete and compared,
+    or not at all.
     """
     old, new = os.fspath(old_path), os.fspath(new_path)
     if Path(old).resolve() == Path(new).resolve():
@@ -88,6 +90,11 @@ def convert_legacy_checkpoint(old_path: StrPath, new_path: StrPath) -> Conversio
     container = parse_container(load_file(old, mmap=True, verify=False), old)
     if container.kind == "lightning":
         raise CheckpointError(f"{old} is a Lightning file already; pass it as ckpt_path.")
+    if not any(name.startswith(PARTS) for name in container.weights):
+        raise CheckpointError(
+            f"{old} is no checkpoint of this detector: none of its {len(container.weights)} "
+            f"tensors has a name that RF-DETR uses; found: {', '.join(container.weights)}."
+        )
     with atomic_path(new) as temporary:
         report = prove_conversion(
             container, lambda: save_file(_resumable(container), temporary), temporary, new

@@ -8,6 +8,7 @@ history in metrics.csv (training specification, section 14.4).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -17,26 +18,34 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
+from rfdetr.config import ModelConfig
 from rfdetr.errors import CheckpointError
+from rfdetr.training.checkpoint import MARKER
 from rfdetr.training.rng import random_state, restore_random_state
-from rfdetr.weights.adapt import structure_problems
+from rfdetr.weights.adapt import add_silent_rows, structure_problems
 from rfdetr.weights.container import Container, parse_container
+from rfdetr.weights.load import OPTIONAL
 
 if TYPE_CHECKING:
     from rfdetr.training.module import RFDETRModule
 
 KEY = "rfdetr_resume"
 PREFIX = "model."
+ENDLESS_EPOCHS = 100  # the length of the schedule of training without an end
+STREAM_STEPS = 1000  # steps of an epoch of such training on data without a length
 
 
 def planned_steps(trainer: pl.Trainer) -> tuple[int, int]:
     """(optimizer steps of the whole fit, optimizer steps of an epoch), as Lightning runs them."""
-    total = trainer.estimated_stepping_batches  # builds the training loader
+    total = trainer.estimated_stepping_batches  # builds the training loader, where it has an end
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
     per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
     if math.isinf(per_epoch):
-        per_epoch = total // max(1, trainer.max_epochs or 1)
+        epochs = max(1, trainer.max_epochs or 1)
+        per_epoch = STREAM_STEPS if math.isinf(total) else total // epochs
     if math.isinf(total):
-        total = math.ceil(per_epoch) * 100  # endless training: the schedule's default length
+        total = math.ceil(per_epoch) * ENDLESS_EPOCHS
     return max(1, int(total)), max(1, math.ceil(per_epoch))
 
 
@@ -68,13 +77,16 @@ def load(module: RFDETRModule, checkpoint: dict[str, Any]) -> None:
     """Check that a checkpoint fits and remember what `start` needs.
 
     A dictionary without Lightning's `state_dict` gets one from its `model`. Raises CheckpointError
-    when weights and network differ in structure or class count.
+    when weights and network differ in structure or class count, when they share no tensor, or when
+    a full checkpoint lacks one.
     """
     trainer = module._trainer
     path = str(getattr(trainer, "ckpt_path", None) or "The checkpoint")
-    container = parse_container(checkpoint, path)
-    _check_fit(module, container)
-    if "state_dict" not in checkpoint or container.old_names:
+    found = parse_container(checkpoint, path)
+    whole = found.kind == "lightning" and not checkpoint.get(MARKER)
+    container = found if whole else _with_surplus_row(found, module.model_config)
+    _check_fit(module, container, whole=whole)
+    if "state_dict" not in checkpoint or container.old_names or container is not found:
         checkpoint["state_dict"] = {PREFIX + k: v for k, v in container.weights.items()}
     if checkpoint.get("ema_model") or checkpoint.get("legacy_ema_state_dict"):
         module.legacy_ema_state = container.ema
@@ -87,7 +99,26 @@ def load(module: RFDETRModule, checkpoint: dict[str, Any]) -> None:
         _rescale_position(module, loops)
 
 
-def _check_fit(module: RFDETRModule, container: Container) -> None:
+def _with_surplus_row(container: Container, config: ModelConfig) -> Container:
+    """Give old YOLO-format files, whose head has N rows for N classes, the row N + 1 of ours."""
+    names, classes = container.class_names, config.num_classes
+    old = len(names) == classes if names else container.setting("dataset_file") == "yolo"
+    if container.num_classes != classes - 1 or not old:
+        return container
+    rank_zero_warn(
+        f"{container.path} has a class head of {classes} rows for {classes} classes, as older "
+        "YOLO-format trainings wrote it: the surplus row of the present layout is added."
+    )
+    return dataclasses.replace(
+        container,
+        weights=add_silent_rows(container.weights, classes + 1),
+        ema=container.ema and add_silent_rows(container.ema, classes + 1),
+        num_classes=classes,
+    )
+
+
+def _check_fit(module: RFDETRModule, container: Container, *, whole: bool) -> None:
+    """`whole`: the file is a full checkpoint, in which nothing may be missing."""
     config = module.model_config
     problem = structure_problems(container, config)
     classes = container.num_classes
@@ -108,14 +139,19 @@ def _check_fit(module: RFDETRModule, container: Container) -> None:
         )
     if problem is not None:
         raise CheckpointError(problem)
-    missing = [n for n in own if n not in container.weights and not n.endswith("mask_token")]
+    missing = [n for n in own if n not in container.weights and not n.endswith(OPTIONAL)]
     unexpected = [name for name in container.weights if name not in own]
-    if missing or unexpected:
-        warnings.warn(
-            f"{container.path}: missing tensors {missing[:5]}, unexpected {unexpected[:5]}.",
-            UserWarning,
-            stacklevel=2,
+    difference = (
+        f"{len(missing)} tensors of the model are missing in it: {', '.join(missing) or 'none'}; "
+        f"{len(unexpected)} are not of this model: {', '.join(unexpected) or 'none'}."
+    )
+    if len(unexpected) == len(container.weights) or (whole and missing):
+        raise CheckpointError(
+            f"{container.path} is no checkpoint of this model, so training cannot go on from it. "
+            f"Give the file of the run to resume. {difference}"
         )
+    if missing or unexpected:
+        warnings.warn(f"{container.path}: {difference}", UserWarning, stacklevel=2)
 
 
 def _say_when_finished(trainer: pl.Trainer, loops: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ PATCHES = "backbone.0.encoder.patch_embed.proj.weight"
 QUERIES = ("refpoint_embed.weight", "query_feat.weight")
 _HEAD = re.compile(r"(transformer\.enc_out_class_embed\.\d+|class_embed)\.(weight|bias)$")
 _GROUP = re.compile(r"transformer\.enc_[a-z_]+\.(\d+)\.")
+SILENT = -100.0  # bias of a class row that never fires; finite in half precision
 _SAMPLES = "transformer.decoder.layers.0.cross_attn.attention_weights.bias"
 
 
@@ -38,6 +39,18 @@ def resize_rows(tensor: Tensor, rows: int) -> Tensor:
     """The first `rows` rows; a larger number repeats the rows from the start."""
     copies = -(-rows // len(tensor))
     return torch.cat([tensor] * copies)[:rows] if copies > 1 else tensor[:rows]
+
+
+def add_silent_rows(weights: Weights, rows: int) -> Weights:
+    """The weights with every class head filled up to `rows` by rows that never fire."""
+    filled = dict(weights)
+    for name, value in weights.items():
+        if _HEAD.match(name) and len(value) < rows:
+            extra = value.new_full((rows - len(value), *value.shape[1:]), 0.0)
+            if name.endswith("bias"):
+                extra.fill_(SILENT)
+            filled[name] = torch.cat([value, extra])
+    return filled
 
 
 def slice_query_groups(tensor: Tensor, queries: int, groups: int, per_group: int | None) -> Tensor:
@@ -178,6 +191,12 @@ def _fit_groups(fitted: Fitted, config: ModelConfig) -> None:
 
 
 def _fit_head(fitted: Fitted, rows: int) -> None:
+    """Cut or repeat rows; the one row of an old one-class file is not doubled for one class."""
+    single = len(fitted.weights.get("class_embed.bias", ())) == 1
+    if single and rows == 2:
+        fitted.changes.append("a second row that never fires added to the class head of one row")
+        fitted.weights = add_silent_rows(fitted.weights, rows)
+        return
     for name, value in fitted.weights.items():
         if _HEAD.match(name) and len(value) != rows:
             if name == "class_embed.bias":

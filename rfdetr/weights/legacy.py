@@ -16,6 +16,18 @@ from torch import Tensor
 OURS = "backbone.0.encoder."
 LEGACY = "backbone.0.encoder.encoder."
 QKV = ("query", "key", "value")
+# how names of every layout of this detector begin, without prefixes of wrappers
+PARTS = (
+    "backbone.0.encoder.",
+    "backbone.0.projector.",
+    "transformer.decoder.",
+    "transformer.enc_out",
+    "refpoint_embed.",
+    "query_feat.",
+    "class_embed.",
+    "bbox_embed.",
+    "segmentation_head.",
+)
 
 # legacy name -> our name, after the prefixes; {} stands for the block number or for weight|bias
 _TENSORS = {

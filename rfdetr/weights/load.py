@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Never trained or derived from another tensor: a file without them is complete.
-_OPTIONAL = (".mask_token", ".lora_a", ".lora_b", ".magnitude")
+OPTIONAL = (".mask_token", ".lora_a", ".lora_b", ".magnitude")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _load(network: RFDETRNetwork, fitted: Fitted, container: Container) -> LoadR
     expected = network.state_dict()
     given = fitted.weights
     _check_shapes(expected, given, container.path)
-    missing = [n for n in expected if n not in given and not n.endswith(_OPTIONAL)]
+    missing = [n for n in expected if n not in given and not n.endswith(OPTIONAL)]
     unexpected = [n for n in given if n not in expected]
     if len(unexpected) == len(given):
         raise CheckpointError(

@@ -8,6 +8,8 @@ import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
+from rfdetr.training.resume import planned_steps
+
 Mode = Literal["standard", "early", "late"]
 Schedule = Literal["constant", "linear"]
 
@@ -65,12 +67,11 @@ class DropPathCallback(Callback):
         self._current: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        total = max(1, int(trainer.estimated_stepping_batches))
-        epochs = max(1, min(trainer.max_epochs or 1, total))
+        total, per_epoch = planned_steps(trainer)
         self.values = drop_path_schedule(
             self.rate,
-            epochs,
-            max(1, total // epochs),
+            -(-total // per_epoch),
+            per_epoch,
             cutoff_epoch=self.cutoff_epoch,
             mode=self.mode,
             schedule=self.schedule,

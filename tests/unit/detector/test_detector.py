@@ -104,6 +104,22 @@ def test_a_legacy_file_is_recognised_and_its_names_count_from_one(tmp_path: Path
     assert again.class_names == ["a", "b", "c"]
 
 
+def test_an_old_file_of_one_class_predicts_every_object_once(tmp_path: Path) -> None:
+    network = small(num_classes=1).model.model
+    network.resize_head(1)
+    with torch.inference_mode():
+        outputs = network(torch.zeros(1, 3, 64, 64))
+    args = argparse.Namespace(dataset_file="yolo", class_names=["bolt"])
+    torch.save({"model": to_legacy(network.state_dict()), "args": args}, tmp_path / "old.pth")
+    again = small(pretrain_weights=str(tmp_path / "old.pth"))
+    with torch.inference_mode():
+        found = again.model.model(torch.zeros(1, 3, 64, 64))
+    assert torch.equal(found["pred_boxes"], outputs["pred_boxes"])
+    assert torch.equal(found["pred_logits"][..., :1], outputs["pred_logits"])
+    detections = again.predict(pixels(), threshold=0.0)
+    assert detections.data["class_name"].tolist() == ["bolt"] * SMALL["num_select"]
+
+
 @pytest.mark.parametrize(
     "name", ["evil_reduce_in_args.pth", "evil_reduce_inside_namespace.pth", "truncated.pth"]
 )

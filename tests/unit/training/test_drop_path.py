@@ -52,7 +52,14 @@ def test_callback_acts_on_a_network_built_without_drop_path():
     network = build_network(config)
     module = SimpleNamespace(model=network, model_config=config)
     callback = DropPathCallback(0.2, schedule="linear")
-    trainer = SimpleNamespace(estimated_stepping_batches=4, max_epochs=2, global_step=0)
+    trainer = SimpleNamespace(
+        estimated_stepping_batches=4,
+        train_dataloader=[0, 1],
+        num_training_batches=2,
+        accumulate_grad_batches=1,
+        max_epochs=2,
+        global_step=0,
+    )
     callback.on_train_start(trainer, module)
     for step, last in ((0, 0.2), (3, 0.0), (9, 0.0)):
         trainer.global_step = step

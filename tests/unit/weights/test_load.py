@@ -227,6 +227,20 @@ def test_a_file_without_adapters_fits_a_model_with_them(file: Path) -> None:
     assert (report.missing, report.unexpected) == ((), ())
 
 
+def test_weights_without_adapters_replace_trained_adapters(file: Path) -> None:
+    network = build_network(small(num_classes=5, backbone_lora=True)).eval()
+    plain = build_network(small(num_classes=5)).eval()
+    for name, tensor in network.state_dict().items():
+        if name.endswith(("lora_b", "magnitude")):
+            tensor.add_(0.5)
+    load_pretrained(network, small(num_classes=5), file)
+    load_pretrained(plain, small(num_classes=5), file)
+    images = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    with torch.inference_mode():
+        difference = network(images)["pred_logits"] - plain(images)["pred_logits"]
+    assert difference.abs().max() < 1e-4
+
+
 def test_initialise_without_weights_says_so(caplog: pytest.LogCaptureFixture) -> None:
     config = small()
     with caplog.at_level(logging.WARNING):
