@@ -455,7 +455,7 @@ class TrainConfig(StrictConfig):
     warmup_epochs: float = Field(0.0, ge=0)
     clip_max_norm: float = Field(0.1, ge=0)
     resume: PathText | None = None
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, le=2**32 - 1)
     use_ema: bool = True
     ema_decay: float = Field(0.993, ge=0, lt=1)
     ema_tau: int = Field(100, ge=0)

@@ -57,7 +57,7 @@ def export_onnx(
     """Write `output_dir`/inference_model.onnx from a copy of `network`, which stays as it is.
 
     `shape` is (height, width), default the configured resolution. `check=True` runs the file with
-    onnxruntime. Raises InputError for a shape that does not divide into blocks,
+    onnxruntime. Raises InputError for a shape that is no pair or does not divide into blocks,
     MissingDependencyError when onnx or onnxruntime is not installed.
     """
     _require("onnx", *(["onnxruntime"] if check else []))
@@ -92,6 +92,8 @@ def _require(*packages: str) -> None:
 
 
 def _checked_shape(shape: tuple[int, int], config: Any) -> tuple[int, int]:
+    if not isinstance(shape, list | tuple) or len(shape) != 2:
+        raise InputError(f"shape must be (height, width), for example (384, 384); got {shape!r}.")
     height, width = shape
     block = config.block_size
     if height < 1 or width < 1 or height % block or width % block:

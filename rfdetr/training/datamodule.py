@@ -26,7 +26,7 @@ from rfdetr.data.sampler import EpochSampler, ResumableLoader
 from rfdetr.data.spawn import safe_workers
 from rfdetr.data.transforms import EvalTransform, TrainTransform, multi_scale_sizes
 from rfdetr.data.yolo import YoloSplits
-from rfdetr.errors import DatasetError
+from rfdetr.errors import ConfigError, DatasetError
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class RFDETRDataModule(pl.LightningDataModule):
 
     A split is read when it is first needed and then kept; building reads or changes no global
     random state and writes nothing. There is no predict loader: hand one to `trainer.predict`.
-    Raises DatasetError that lists what is wrong with a split.
+    Raises DatasetError that lists what is wrong with a split, and ConfigError when `class_names` of
+    the configuration are more or fewer than the data's classes.
     """
 
     def __init__(self, model_config: ModelConfig, train_config: TrainConfig) -> None:
@@ -134,25 +135,42 @@ class RFDETRDataModule(pl.LightningDataModule):
     def _build(self, name: str) -> DetectionDataset:
         splits = self._source()
         if name == "test" and "test" not in splits.layout.splits:
-            if splits.layout.kind != "coco":
-                warnings.warn(
-                    f"{splits.layout.root} has no test split; testing uses the validation split.",
-                    stacklevel=2,
-                )
-            return self._dataset("val")
+            silent = splits.layout.kind == "coco"  # whose test split has no annotations
+            return self._val_as_test("" if silent else "no test split")
         index = splits.index(name)
+        if name == "test" and not len(index):
+            return self._val_as_test("a test split without images")
         if len(index) == 0:
             raise DatasetError(f"{splits.layout.root}: the {name!r} split has no images.")
         augmentation = None
         if name == "train" and self.train_config.aug_config:
             augmentation = Augmentation(self.train_config.aug_config)
-        return DetectionDataset(
+        dataset = DetectionDataset(
             index,
             self._train_transform() if name == "train" else self._eval_transform(),
             masks=self.model_config.segmentation_head,
             augmentation=augmentation,
             seed=self.order_seed,
         )
+        self._check_names(dataset)
+        return dataset
+
+    def _val_as_test(self, cause: str) -> DetectionDataset:
+        if cause:
+            warnings.warn(
+                f"{self._source().layout.root} has {cause}; testing uses the validation split.",
+                stacklevel=4,
+            )
+        return self._dataset("val")
+
+    def _check_names(self, dataset: DetectionDataset) -> None:
+        given, found = self.train_config.class_names, dataset.class_names
+        if given and len(given) != len(found):
+            raise ConfigError(
+                f"class_names has {len(given)} names, {dataset.index.root} has {len(found)} "
+                f"classes ({', '.join(found)}). Give one name for each, in this order, or leave "
+                "class_names out."
+            )
 
     def _source(self) -> CocoSplits | YoloSplits:
         if self._splits is None:

@@ -22,7 +22,12 @@ from rfdetr.training import resume
 from rfdetr.training.multi_scale import draw_size
 from rfdetr.training.non_finite import check_finite
 from rfdetr.training.optimizer import build_optimizer, lr_factor
-from rfdetr.training.settings import hyper_parameters, warn_ignored_settings
+from rfdetr.training.settings import (
+    hyper_parameters,
+    stored_model_config,
+    stored_train_config,
+    warn_ignored_settings,
+)
 from rfdetr.weights.load import initialise_weights
 
 Batch = tuple[NestedTensor, Sequence[dict[str, Any]]]
@@ -32,17 +37,21 @@ class RFDETRModule(pl.LightningModule):
     """Trains and evaluates one detector; `model` is the network.
 
     Pretrained weights are loaded at construction (`load_report` says how); a `network` that is
-    given is trained as it is. Raises CheckpointError or DownloadError when weights that were asked
-    for cannot be used.
+    given is trained as it is. Dictionaries, with the name of the configuration class as
+    `model_name`, are what checkpoints store: `load_from_checkpoint` needs no configurations.
+    Raises CheckpointError or DownloadError when weights that were asked for cannot be used.
     """
 
     def __init__(
         self,
-        model_config: ModelConfig,
-        train_config: TrainConfig,
+        model_config: ModelConfig | dict[str, Any],
+        train_config: TrainConfig | dict[str, Any],
         network: RFDETRNetwork | None = None,
+        model_name: str = "",
     ) -> None:
         super().__init__()
+        model_config = stored_model_config(model_config, model_name)
+        train_config = stored_train_config(train_config)
         self.model_config = model_config
         self.train_config = train_config
         warn_ignored_settings(model_config, train_config)
@@ -60,9 +69,9 @@ class RFDETRModule(pl.LightningModule):
 
     @property
     def class_names(self) -> list[str] | None:
-        """Class names of the data, of the configuration, or of the loaded weights."""
+        """Class names of the configuration, of the data, or of the loaded weights."""
         datamodule = getattr(self._trainer, "datamodule", None)
-        names = getattr(datamodule, "class_names", None) or self.train_config.class_names
+        names = self.train_config.class_names or getattr(datamodule, "class_names", None)
         if not names and self.load_report is not None:
             names = self.load_report.class_names
         return list(names) if names else None
@@ -81,7 +90,8 @@ class RFDETRModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.train_config.seed is not None:
-            pl.seed_everything(self.train_config.seed + self.global_rank, workers=True)
+            seed = (self.train_config.seed + self.global_rank) % 2**32
+            pl.seed_everything(seed, workers=True)
         resume.begin_history(self)
 
     def on_train_start(self) -> None:

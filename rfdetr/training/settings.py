@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from rfdetr.config import ModelConfig, TrainConfig
+from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, TrainConfig
+from rfdetr.errors import ConfigError
 
 # fields of TrainConfig that repeat the model's settings; the model's value acts
 REPEATED = ("group_detr", "ia_bce_loss", "num_select", "segmentation_head")
@@ -35,3 +36,28 @@ def hyper_parameters(model_config: ModelConfig, train_config: TrainConfig) -> di
         "model_config": model_config.model_dump(mode="json"),
         "train_config": train_config.model_dump(mode="json"),
     }
+
+
+def stored_model_config(value: ModelConfig | dict[str, Any], class_name: str) -> ModelConfig:
+    """The configuration that `hyper_parameters` recorded, without weights to start from.
+
+    A configuration comes back as it is. Raises ConfigError for a dictionary of unknown class.
+    """
+    if isinstance(value, ModelConfig):
+        return value
+    classes = {cls.__name__: cls for cls in MODEL_CONFIGS.values()}
+    if class_name not in classes:
+        raise ConfigError(
+            f"model_name {class_name!r} is no configuration class; known: {', '.join(classes)}. "
+            "Or give model_config and train_config as configurations."
+        )
+    return classes[class_name](**{**value, "pretrain_weights": None})
+
+
+def stored_train_config(value: TrainConfig | dict[str, Any]) -> TrainConfig:
+    """As `stored_model_config`; the segmentation fields tell the class."""
+    if isinstance(value, TrainConfig):
+        return value
+    segmentation = value.keys() - TrainConfig.model_fields.keys()
+    config_class = SegmentationTrainConfig if segmentation else TrainConfig
+    return config_class(**{name: v for name, v in value.items() if name not in REPEATED})

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar, TQDMProgressB
 
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.training.callbacks.best_model import BestModelCallback
-from rfdetr.training.callbacks.checkpoints import CheckpointCallback
+from rfdetr.training.callbacks.checkpoints import LAST, CheckpointCallback
 from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from rfdetr.training.callbacks.drop_path import DropPathCallback
 from rfdetr.training.callbacks.early_stopping import RFDETREarlyStopping
@@ -22,6 +22,13 @@ from rfdetr.training.loggers import build_loggers
 
 SHARDED = ("fsdp", "deepspeed")
 BF16_CAPABILITY = (8, 0)
+# what Lightning's mode for measuring its own overhead refuses
+BAREBONES = {
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "log_every_n_steps": 0,
+    "logger": False,
+}
 # what Lightning says about things that are meant to be so
 NOISE = (
     "You have overridden `transfer_batch_to_device` in `LightningModule`",
@@ -30,13 +37,48 @@ NOISE = (
 )
 
 
+class RFDETRTrainer(pl.Trainer):
+    """A Trainer whose `ckpt_path="last"` is the last.ckpt in the output folder, where there is one.
+
+    Lightning looks for it at its own checkpoint callback only.
+    """
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """As `pytorch_lightning.Trainer.fit`."""
+        super().fit(*map(self._file, args), **{k: self._file(v) for k, v in kwargs.items()})
+
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
+        """As `pytorch_lightning.Trainer.validate`."""
+        return super().validate(
+            *map(self._file, args), **{k: self._file(v) for k, v in kwargs.items()}
+        )
+
+    def test(self, *args: Any, **kwargs: Any) -> Any:
+        """As `pytorch_lightning.Trainer.test`."""
+        return super().test(*map(self._file, args), **{k: self._file(v) for k, v in kwargs.items()})
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `pytorch_lightning.Trainer.predict`."""
+        return super().predict(
+            *map(self._file, args), **{k: self._file(v) for k, v in kwargs.items()}
+        )
+
+    def _file(self, argument: Any) -> Any:
+        if not isinstance(argument, str) or argument != "last":
+            return argument
+        own = (c for c in self.callbacks if isinstance(c, CheckpointCallback))  # type: ignore[attr-defined]
+        files = [callback.output_dir / LAST for callback in own]
+        return next((str(file) for file in files if file.is_file()), argument)
+
+
 def build_trainer(
     train_config: TrainConfig, model_config: ModelConfig, **trainer_kwargs: Any
 ) -> pl.Trainer:
     """A Trainer with the callbacks and loggers of the configurations.
 
     Every argument of `pytorch_lightning.Trainer` can be given as a keyword and wins over the
-    configuration; `callbacks=` replaces the whole list. A sharded `strategy` trains without
+    configuration; `callbacks=` replaces the whole list, `barebones=True` leaves out loggers,
+    checkpoints and the progress bar. A sharded `strategy` trains without
     averaged weights, with a UserWarning if the configuration asks for them. Raises
     MissingDependencyError for a logger that was asked for and is not installed.
     """
@@ -56,18 +98,19 @@ def build_trainer(
         "default_root_dir": train_config.output_dir,
         "log_every_n_steps": 10,
         "num_sanity_val_steps": 0,
+        **(BAREBONES if given.get("barebones") else {}),
         **given,
     }
     if "precision" not in given and not _has_precision_plugin(given.get("plugins")):
         settings["precision"] = choose_precision(model_config, accelerator, devices)
     if "callbacks" not in given:
         settings["callbacks"] = build_callbacks(train_config, model_config, settings)
-    if "logger" not in given:
+    if "logger" not in settings:
         settings["logger"] = build_loggers(train_config)
     settings["plugins"] = _with_checkpoint_io(given.get("plugins"))
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    return pl.Trainer(**settings)
+    return RFDETRTrainer(**settings)
 
 
 def build_callbacks(
@@ -117,9 +160,18 @@ def build_callbacks(
 def _checkpoints(
     train_config: TrainConfig, settings: dict[str, Any], monitors: dict[str, str]
 ) -> list[Callback]:
-    if settings.get("enable_checkpointing") is False:
+    off = settings.get("enable_checkpointing") is False
+    save = not (off or train_config.dont_save_weights)
+    if train_config.run_test and not save:
+        cause = "enable_checkpointing=False" if off else "dont_save_weights=True"
+        warnings.warn(
+            f"run_test is ignored: with {cause} there is no file of the best weights to test. "
+            "Call trainer.test after the training to test the last weights.",
+            UserWarning,
+            stacklevel=4,
+        )
+    if off:
         return []  # Lightning refuses checkpoint callbacks then
-    save = not train_config.dont_save_weights
     best = BestModelCallback(
         train_config.output_dir,
         **monitors,

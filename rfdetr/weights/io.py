@@ -27,6 +27,7 @@ from rfdetr.files import CHUNK_BYTES, atomic_path
 
 StrPath = str | os.PathLike[str]
 
+CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt")
 ZIP_MAGIC = b"PK\x03\x04"
 # Paths written on another system become pure paths of that system, which exist everywhere.
 _PATH_CLASSES: dict[str, type[pathlib.PurePath]] = {
@@ -67,9 +68,15 @@ def load_file(path: StrPath, *, mmap: bool = False, verify: bool = True) -> Any:
 
     `mmap=True` maps the tensors instead of copying them (zip containers only; the older container
     is read in full). `verify=False` leaves `verify_file` to the caller. Raises FileNotFoundError
-    for a missing file and CheckpointError, naming the file and the cause, for a damaged file or one
-    that asks for anything outside the allow-list.
+    for a missing file and CheckpointError, naming the file and the cause, for a folder, a damaged
+    file or one that asks for anything outside the allow-list.
     """
+    if Path(path).is_dir():
+        inside = sorted(p.name for p in Path(path).iterdir() if p.suffix in CHECKPOINT_SUFFIXES)
+        raise CheckpointError(
+            f"{os.fspath(path)} is a folder; name a checkpoint file. Found in it: "
+            f"{', '.join(inside) or 'no checkpoint'}."
+        )
     is_zip = _is_zip(path)
     if verify:
         verify_file(path)

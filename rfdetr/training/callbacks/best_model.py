@@ -84,12 +84,17 @@ class BestModelCallback(Checkpoint):
         return choose(self.regular, self.averaged)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Fetch or forget best files of the resumed run that are not in the output folder."""
+        """Fetch or forget best files of the resumed run that are not in the output folder.
+
+        A new run in a used folder has no best file before its first evaluation.
+        """
         if trainer.fast_dev_run or not self.save_weights:
             return
         for track in (self.regular, self.averaged):
             if track.value is not None and not self._bring(trainer, track):
                 track.value = track.epoch = None
+        if self.best is None:
+            self.best_model_path = ""
         trainer.strategy.barrier("best files of the resumed run")
 
     def _bring(self, trainer: Any, track: Track) -> bool:
@@ -164,6 +169,9 @@ class BestModelCallback(Checkpoint):
             "ema": asdict(self.averaged),
         }
         write_text_atomic(self.output_dir / RECORD, json.dumps(record, indent=2) + "\n")
+        for track in (self.regular, self.averaged):
+            if track.value is None:  # a file of a former run in this folder
+                (self.output_dir / track.file).unlink(missing_ok=True)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.fast_dev_run or not self.save_weights:

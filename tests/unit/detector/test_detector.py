@@ -51,6 +51,11 @@ def test_unknown_settings_are_named() -> None:
         rfdetr.RFDETRHuge  # noqa: B018
 
 
+def test_an_unknown_device_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="'gpu' is unknown: use auto, cpu, cuda"):
+        small(device="gpu")
+
+
 def test_the_holder_has_what_users_read() -> None:
     holder = small(num_classes=3).model
     assert (holder.resolution, holder.device.type, holder.model.training) == (64, "cpu", False)
