@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     retrain.add_argument("--publish", action="store_true", help="push dvc.lock to a branch")
     retrain.add_argument(
-        "--only-if-data-changed", action="store_true", help="stop when the champion knows the data"
+        "--only-if-data-changed", action="store_true", help="stop if this data was judged before"
     )
     plan = _add(commands, "plan", run.plan_command, "what would run and what is up to date")
     plan.add_argument("--json", action="store_true", help="for programs")

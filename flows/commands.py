@@ -42,7 +42,7 @@ def retrain_command(options: argparse.Namespace) -> int:
     from flows import freshness, release
     from flows.plan import plan_stages
     from flows.settings import RetrainParams, load_params
-    from flows.workspace import write_overrides
+    from flows.workspace import pin_source, write_overrides
 
     root = _root()
     changes = parse_changes(options.set)
@@ -55,6 +55,7 @@ def retrain_command(options: argparse.Namespace) -> int:
         only_if_data_changed=options.only_if_data_changed,
     )
     write_overrides(root, params.changes())
+    pin_source(root)
     plans = plan_stages(root)
     if all(p.state == "up to date" for p in plans) and freshness.is_released(root):
         print("nothing to do: data, parameters and code are those of the registered model")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows.digest import digest_of
-from flows.registry import Registry, Version
+from flows.registry import CHAMPION, Registry, Version
 from flows.rescoring import data_digest
 from flows.settings import Environment, Params, load_params
 from flows.stage import read_json
 from flows.tracking import default_tracking_uri
+from flows.workspace import current_version, used_source
 
 GATE_KEY = "gate.key"
 TRAINED = Path("models/trained")
@@ -21,34 +22,43 @@ def registry_of(root: Path, name: str | None = None) -> Registry:
     return Registry(known, default_tracking_uri(root))
 
 
-def data_changed(root: Path) -> bool:
-    """Whether the dataset's version differs from the champion's; True without a champion."""
+def judged_version(root: Path) -> Version | None:
+    """The newest version that was trained on what the dataset holds now, and judged; or None.
+
+    A refused or rolled back version counts: the same data would bring the same verdict again. A
+    winner whose promotion is not on record does not, unless it is the champion.
+    """
     if not _has_registry(root):
-        return True
-    champion = registry_of(root).champion()
-    if champion is None:
-        return True
-    return champion.tags.get("lineage.dataset_version") != dataset_version(root)
+        return None
+    registry, data = registry_of(root), dataset_version(root, look=True)
+    champion = registry.aliases().get(CHAMPION)
+    known = [
+        v
+        for v in registry.versions()
+        if v.tags.get("lineage.dataset_version") == data
+        and (v.number == champion or ("gate.outcome" in v.tags and _settled(v)))
+    ]
+    return known[-1] if known else None
 
 
-def dataset_version(root: Path) -> str:
-    """A cheap name of the dataset's content: pointer, S3 listing, or the demo's settings.
+def dataset_version(root: Path, *, look: bool = False) -> str:
+    """A cheap name of the dataset's content: pointer, version on S3, or the demo's settings.
 
-    Nothing is downloaded and no image is read, unless the folder is under no version control.
+    Nothing is downloaded and no image is read, unless the folder is under no version control. Of a
+    source on S3 it is the version that the run has pinned; with `look`, what S3 holds now.
     """
     import yaml
 
-    from flows.s3 import list_versions
-
     params = load_params(root / "params.yaml")
-    name = Path(params.dataset.dir).name
     pointer = root / f"{params.dataset.dir}.dvc"
     if pointer.exists():
         outs = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"]
         return f"dvc:{outs[0].get('md5') or outs[0].get('etag')}"
-    if name in params.sources:
-        source = params.sources[name]
-        return f"s3:{digest_of([source.model_dump(), list_versions(source.uri)])[:32]}"
+    found = used_source(root)
+    if found is not None:
+        source = found[1]
+        pinned = None if look else source.version
+        return f"s3:{digest_of([source.uri, pinned or current_version(source)])[:32]}"
     if Path(params.dataset.dir) == Path("data/demo"):
         return f"demo:{digest_of(params.demo.model_dump())[:32]}"
     return f"content:{data_digest(root, params, Environment.read())}"

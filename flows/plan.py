@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.workspace import stage_names
+from flows.workspace import current_version, stage_names, used_source
 
 State = Literal["up to date", "runs", "may run"]
 
@@ -37,6 +37,8 @@ def plan_stages(root: Path) -> list[StagePlan]:
     plans: dict[str, StagePlan] = {}
     for name in stage_names(root):
         reasons = _reasons(status.get(name, []))
+        if name.startswith("fetch@"):
+            reasons += _news(root)
         waiting = [
             p for p in upstream.get(name, ()) if p in plans and plans[p].state != "up to date"
         ]
@@ -44,6 +46,15 @@ def plan_stages(root: Path) -> list[StagePlan]:
         after = tuple(f"after {parent}" for parent in sorted(waiting))
         plans[name] = StagePlan(stage=name, state=state, reasons=(*reasons, *after))
     return list(plans.values())
+
+
+def _news(root: Path) -> list[str]:
+    """What a run would find changed on S3. Raises StorageError when it does not answer."""
+    found = used_source(root)
+    if found is None or current_version(found[1]) == found[1].version:
+        return []
+    news = "has changed" if found[1].version else "has no version on record"
+    return [f"{found[1].uri} {news}"]
 
 
 def _reasons(changes: list[Any]) -> list[str]:

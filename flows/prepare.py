@@ -7,9 +7,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from flows.settings import Params
+from flows.s3 import StorageError
+from flows.settings import Params, SourceSettings
 from flows.stage import run_stage
 from flows.storage import fetch
+from flows.workspace import current_version
 from rfdetr.errors import ConfigError
 
 DATA = Path("data")
@@ -34,12 +36,27 @@ def demo(params: Params) -> None:
 
 
 def fetch_source(name: str, params: Params) -> None:
-    """Fetch `sources.<name>` to data/<name>; an interrupted transfer goes on where it stopped."""
+    """Fetch `sources.<name>` to data/<name>; an interrupted transfer goes on where it stopped.
+
+    Raises StorageError, also when S3 holds another version than params.yaml names.
+    """
     if name not in params.sources:
         known = ", ".join(params.sources) or "none"
         raise ConfigError(f"sources has no entry '{name}'. Known: {known}.")
+    source = params.sources[name]
+    _check_version(source)
     shutil.rmtree(DATA / name, ignore_errors=True)
-    fetch(params.sources[name].uri, DATA / name)
+    fetch(source.uri, DATA / name)
+    _check_version(source)  # it may have changed during the transfer
+
+
+def _check_version(source: SourceSettings) -> None:
+    if source.version is not None and current_version(source) != source.version:
+        raise StorageError(
+            f"{source.uri} has changed: it is not the {source.version} of params.yaml any more. "
+            "Start `rfdetr-pipeline retrain`, which takes what is there now, or get the old data "
+            "with `dvc pull`."
+        )
 
 
 def _empty(target: Path) -> Path:

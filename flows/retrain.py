@@ -82,8 +82,11 @@ def retrain(params: RetrainParams | None = None) -> State | dict[str, Any]:
     if params.ref:
         use_ref(root, params.ref)
     write_overrides(root, params.changes())
-    if params.only_if_data_changed and not freshness.data_changed(root):
-        return Completed(name="Skipped", message="the champion was trained on this dataset")
+    known = freshness.judged_version(root) if params.only_if_data_changed else None
+    if known is not None:
+        outcome = known.tags.get("gate.outcome", "champion")
+        message = f"version {known.number} was trained on this dataset already ({outcome})"
+        return Completed(name="Skipped", message=message)
     prepare(root, params)
     *before, fit, evaluate = stage_names(root)
     for stage in before:
@@ -199,8 +202,11 @@ def promote(root: Path, number: int, verdict: Verdict, *, allowed: bool) -> Stat
 @task(task_run_name="publish", retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
 def publish(root: Path) -> State:
     """Push dvc.lock and params.yaml to a branch of the run, for a person to merge."""
+    if not has_remote(root):
+        text = "no DVC remote is configured: nobody could get the data of a published dvc.lock"
+        return Completed(name="Skipped", message=text)
     branch = publish_lock(root, _flow_run() or "local", log_line())
-    return Completed(message=f"pushed branch {branch}" if branch else "nothing has changed")
+    return Completed(message=f"pushed branch {branch}" if branch else "nothing is new")
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class SourceSettings(StrictConfig):
     """An address that `data/<key>` is fetched from: an s3:// prefix, plain or packed."""
 
     uri: str = Field(pattern=r"^s3://[^/]+/.+")
-    version: str | None = None  # free text; a new value fetches again
+    version: str | None = None  # a new value fetches again; a run writes what S3 lists then
 
 
 class DatasetSettings(StrictConfig):

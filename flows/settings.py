@@ -72,9 +72,13 @@ class Params:
     sources: dict[str, SourceSettings] = dataclasses.field(default_factory=dict)
 
     def snapshot(self, *sections: str) -> dict[str, Any]:
-        """The named sections (default: all) as plain data, in the order of their fields."""
+        """The named sections (default: all but `sources`) as plain data, in their fields' order."""
         names = sections or tuple(SECTIONS)
-        return {name: getattr(self, name).model_dump(mode="json") for name in names}
+        known = [name for name in names if name != "sources"]
+        plain = {name: getattr(self, name).model_dump(mode="json") for name in known}
+        if "sources" in names:
+            plain["sources"] = {key: value.model_dump() for key, value in self.sources.items()}
+        return plain
 
 
 SECTIONS: dict[str, type[StrictConfig]] = {
@@ -224,7 +228,7 @@ class RetrainParams(BaseModel):
     promote: bool = Field(default=True, description="Let the gate's winner become champion")
     publish: bool = Field(default=False, description="Push dvc.lock and params.yaml to a branch")
     only_if_data_changed: bool = Field(
-        default=False, description="Do nothing when the champion was trained on this dataset"
+        default=False, description="Do nothing when a model of this dataset was judged already"
     )
 
     def changes(self) -> dict[str, dict[str, Any]]:

@@ -11,13 +11,16 @@ from typing import Any
 import yaml
 from ruamel.yaml import YAML
 
+from flows.digest import digest_of
 from flows.process import CommandFailed, run_streaming
 from flows.redact import redact
-from flows.settings import PARAMS_FILE, Environment, load_params, parse_params
+from flows.s3 import list_versions
+from flows.settings import PARAMS_FILE, Environment, SourceSettings, load_params, parse_params
 from rfdetr.errors import ConfigError, DatasetError
 from rfdetr.files import atomic_path
 
 REMOTE = "store"
+LISTING = "listing-"  # a source's version that `pin_source` wrote begins so
 LINK_TYPES = "reflink,hardlink,symlink,copy"
 Line = Callable[[str], None]
 
@@ -127,11 +130,12 @@ def has_remote(root: Path) -> bool:
 def prepare_workspace(
     root: Path, changes: Mapping[str, Mapping[str, Any]], env: Environment, on_line: Line
 ) -> None:
-    """Make `root` ready for the stages: overrides, DVC settings, and what the remote has.
+    """Make `root` ready: overrides, the version on S3, DVC settings, and what the remote has.
 
     Raises DatasetError when the dataset is neither there, nor pulled, nor the product of a stage.
     """
     write_overrides(root, changes)
+    pin_source(root)
     configure_dvc(root, env)
     if has_remote(root):
         dvc(root, "pull", "--allow-missing", on_line=on_line)
@@ -147,6 +151,40 @@ def prepare_workspace(
             f"The dataset {folder} is missing: {found}. Copy it there and run `dvc add {folder}`, "
             "or name its s3:// address under `sources` in params.yaml."
         )
+
+
+def pin_source(root: Path) -> None:
+    """Write what S3 holds now as the version of the dataset's source into params.yaml.
+
+    The version is a DVC parameter: the stage `fetch` runs again when it is another one. Without a
+    source, or with a version that a person wrote, nothing happens. Raises StorageError.
+    """
+    found = used_source(root)
+    if found is None:
+        return
+    name, source = found
+    version = current_version(source)
+    if version != source.version:
+        changed = {**source.model_dump(exclude_none=True), "version": version}
+        write_overrides(root, {"sources": {name: changed}})
+
+
+def used_source(root: Path) -> tuple[str, SourceSettings] | None:
+    """Name and settings of the S3 source that the dataset is fetched from, if it is."""
+    stage, _, name = (data_stage(root) or "").partition("@")
+    if stage != "fetch":
+        return None
+    return name, load_params(root / PARAMS_FILE).sources[name]
+
+
+def current_version(source: SourceSettings) -> str:
+    """A name of what the address holds now; a version that a person wrote stands.
+
+    Raises StorageError.
+    """
+    if source.version is not None and not source.version.startswith(LISTING):
+        return source.version
+    return LISTING + digest_of(list_versions(source.uri))[:32]
 
 
 def data_stage(root: Path) -> str | None:

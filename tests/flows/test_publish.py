@@ -76,12 +76,38 @@ def test_a_taken_name_gets_a_number_and_nothing_is_forced(clone: Path) -> None:
     assert branches(clone)[today("fox")] == theirs
 
 
+def test_what_an_earlier_run_published_is_not_published_again(clone: Path) -> None:
+    for name in ("dvc.lock", "params.yaml"):
+        (clone / name).write_text("new\n")
+    first = publish_lock(clone, "fox", print)
+    (clone / "code.py").write_text("other code\n")
+    run(clone, "git", "commit", "-qm", "code", "code.py")
+    said: list[str] = []
+    assert publish_lock(clone, "hare", said.append) is None
+    assert f"branch {first} holds the same dvc.lock and params.yaml" in said
+    assert set(branches(clone)) == {"main", first}
+    (clone / "dvc.lock").write_text("newer\n")
+    assert publish_lock(clone, "hare", print) == today("hare")
+
+
+def test_without_a_dvc_remote_nothing_is_published(clone: Path) -> None:
+    """Nobody could get the data that such a lock names."""
+    from flows.retrain import publish
+
+    (clone / ".dvc").mkdir()
+    (clone / "dvc.lock").write_text("new\n")
+    state = publish.fn(clone)
+    assert state.name == "Skipped"
+    assert "no DVC remote" in str(state.message)
+    assert set(branches(clone)) == {"main"}
+
+
 def test_a_remote_that_refuses_is_an_error(clone: Path) -> None:
     """And the password in its address stays out of the error."""
     url = "http://bot:hunter2-planted@127.0.0.1:1/gone.git"
     run(clone, "git", "remote", "set-url", "origin", url)
     (clone / "dvc.lock").write_text("new\n")
-    with pytest.raises(CommandFailed, match="push origin") as failure:
+    with pytest.raises(CommandFailed, match="origin") as failure:
         publish_lock(clone, "fox", print)
     assert "127.0.0.1" in str(failure.value)
     assert "hunter2" not in str(failure.value)
