@@ -1,4 +1,4 @@
-"""Looks for what goes wrong silently: versions, unsent records, held slots, zombie runs, leftovers.
+"""Looks for what goes wrong silently: versions, unsent records, held slots, leftovers on the disk.
 
 `rfdetr-pipeline doctor` only looks; `python -m flows.doctor --repair` also mends what is safe to.
 """
@@ -24,6 +24,7 @@ from flows.tracking import default_tracking_uri, sync, unsent_journals
 from flows.workspace import has_remote
 
 OLD_DAYS = 30
+COPIES = ("unpacked", "exports", "downloads")  # whoever uses one sets its time
 LEASE_STORAGE = "prefect.server.concurrency.lease_storage.memory"
 
 
@@ -43,6 +44,7 @@ def examine(root: Path, *, repair: bool = False) -> list[Finding]:
         _versions,
         lambda: _unsent(env, root, repair=repair),
         lambda: _old_state(env, repair=repair),
+        lambda: _old_copies(env, repair=repair),
         lambda: _remote(root),
         lambda: _registry(root),
         lambda: _prefect(repair=repair),
@@ -94,22 +96,52 @@ def _unsent(env: Environment, root: Path, *, repair: bool) -> Iterator[Finding]:
 
 
 def _old_state(env: Environment, *, repair: bool) -> Iterator[Finding]:
-    """Resume state that nobody has touched for a month; only finished trainings are removed."""
-    old = [
+    """Resume state that nobody has touched for a month; only finished trainings are removed.
+
+    One whose records have not reached the server stays: its journal is the only copy.
+    """
+    old = _old(env.state_dir / "fit")
+    waiting = [journal.folder for journal in unsent_journals(env.state_dir)]
+    done = [
         folder
-        for folder in (env.state_dir / "fit").glob("*")
-        if time.time() - folder.stat().st_mtime > OLD_DAYS * 86400
+        for folder in old
+        if (folder / "done").exists() and not any(w.is_relative_to(folder) for w in waiting)
     ]
-    size = sum(f.stat().st_size for folder in old for f in folder.rglob("*") if f.is_file())
-    done = [folder for folder in old if (folder / "done").exists()]
+    text = f"{len(old)} trainings older than {OLD_DAYS} days, {_mebibytes(old)} MiB"
+    yield _prune("state", text, old, done, "finished ones", repair=repair)
+
+
+def _old_copies(env: Environment, *, repair: bool) -> Iterator[Finding]:
+    """Unpacked datasets, exports and downloads that nobody has used for a month: made again."""
+    for name in COPIES:
+        old = _old(env.state_dir / name)
+        text = f"{len(old)} not used for {OLD_DAYS} days, {_mebibytes(old)} MiB"
+        yield _prune(name, text, old, old, "of them", repair=repair)
+
+
+def _prune(
+    subject: str, text: str, old: list[Path], useless: list[Path], which: str, *, repair: bool
+) -> Finding:
+    """What is old; with `repair` the useless part of it is removed."""
     if repair:
-        for folder in done:
-            shutil.rmtree(folder)
-    text = f"{len(old)} trainings older than {OLD_DAYS} days, {size >> 20} MiB"
-    if repair and done:
-        text += f"; {len(done)} finished ones removed"
-    advice = "python -m flows.doctor --repair" if done and not repair else None
-    yield Finding(subject="state", level="note" if old else "ok", text=text, repair=advice)
+        for path in useless:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if repair and useless:
+        text += f"; {len(useless)} {which} removed"
+    advice = "rfdetr-pipeline doctor --repair" if useless and not repair else None
+    return Finding(subject=subject, level="note" if old else "ok", text=text, repair=advice)
+
+
+def _old(folder: Path) -> list[Path]:
+    """What lies in `folder` and was last used a month ago; locks stay."""
+    limit = time.time() - OLD_DAYS * 86400
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p for p in paths if p.suffix != ".lock" and p.stat().st_mtime < limit)
+
+
+def _mebibytes(paths: list[Path]) -> int:
+    files = (f for path in paths for f in (path, *path.rglob("*")) if f.is_file())
+    return sum(f.stat().st_size for f in files) >> 20
 
 
 def _remote(root: Path) -> Iterator[Finding]:
@@ -136,7 +168,7 @@ def _registry(root: Path) -> Iterator[Finding]:
 
 
 def _prefect(*, repair: bool) -> Iterator[Finding]:
-    """Server reachable, leases on disk, no slot held and no run alive without its process."""
+    """Server reachable, leases on disk, no slot held without a live run."""
     if not os.environ.get("PREFECT_API_URL"):
         yield Finding(subject="prefect", level="ok", text="no server: flows use a temporary one")
         return

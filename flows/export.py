@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ def export_once(weights: Path, state_dir: Path) -> Exported:
     folder = state_dir / "exports" / sha256_file(weights)[:32]
     if not (folder / "parity.json").exists():
         _export(weights, folder)
+    os.utime(folder)  # `doctor` removes what has not been used for long
     agrees = bool(read_json(folder / "parity.json")["agrees"])
     return Exported(folder / "model.onnx", folder / "parity.json", agrees)
 

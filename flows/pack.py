@@ -141,6 +141,7 @@ def open_dataset(folder: str | os.PathLike[str], state_dir: Path) -> Path:
         with locked(state_dir / "unpacked" / f".{name}.lock", wait=True):
             if not target.exists():
                 unpack(folder, target)
+    os.utime(target)  # `doctor` removes what has not been used for long
     return target
 
 

@@ -1,0 +1,80 @@
+"""What doctor finds in the state folder, what it removes, and what it keeps."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.doctor import OLD_DAYS, Finding, _old_copies, _old_state
+from flows.journal import Journal, RunSpec
+from flows.pack import open_dataset, pack
+from flows.settings import Environment
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> Environment:
+    return Environment.read({"RFDETR_STATE_DIR": str(tmp_path / "state")})
+
+
+def aged(path: Path) -> Path:
+    """`path` as if nobody had used it for longer than the limit."""
+    past = time.time() - (OLD_DAYS + 1) * 86400
+    os.utime(path, (past, past))
+    return path
+
+
+def training(env: Environment, name: str, *, unsent: bool = False, done: bool = True) -> Path:
+    folder = env.state_dir / "fit" / name
+    folder.mkdir(parents=True)
+    if done:
+        (folder / "done").write_text("{}")
+    if unsent:
+        Journal(folder, RunSpec(experiment="e", name="n")).log_metrics({"loss": 1.0}, 1)
+    return aged(folder)
+
+
+def test_a_finished_training_with_unsent_records_stays(env: Environment) -> None:
+    sent, unsent = training(env, "sent"), training(env, "unsent", unsent=True)
+    begun = training(env, "begun", done=False)
+    (found,) = _old_state(env, repair=False)
+    assert found.level == "note"
+    assert found.repair == "rfdetr-pipeline doctor --repair"
+    assert sent.exists()
+    (found,) = _old_state(env, repair=True)
+    assert "3 trainings" in found.text
+    assert "1 finished ones removed" in found.text
+    assert (sent.exists(), unsent.exists(), begun.exists()) == (False, True, True)
+
+
+def looked(env: Environment, *, repair: bool) -> dict[str, Finding]:
+    return {found.subject: found for found in _old_copies(env, repair=repair)}
+
+
+def test_copies_that_nobody_uses_are_named_and_removed(env: Environment) -> None:
+    assert {found.level for found in looked(env, repair=False).values()} == {"ok"}
+    for name in ("unpacked", "exports", "downloads"):
+        for age in ("old", "new"):
+            (env.state_dir / name / age).mkdir(parents=True)
+            (env.state_dir / name / age / "file").write_bytes(bytes(2 << 20))
+        aged(env.state_dir / name / "old")
+    held = env.state_dir / "unpacked" / ".old.lock"
+    held.mkdir()
+    aged(held)
+    found = looked(env, repair=False)
+    assert found["exports"].text == f"1 not used for {OLD_DAYS} days, 2 MiB"
+    looked(env, repair=True)
+    left = {path.name for name in found for path in (env.state_dir / name).iterdir()}
+    assert left == {"new", ".old.lock"}
+
+
+def test_a_dataset_in_use_is_not_old(env: Environment, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.txt").write_text("a")
+    packed = pack(tmp_path / "set", tmp_path / "packed", progress=False)
+    copy = aged(open_dataset(packed, env.state_dir))
+    assert open_dataset(packed, env.state_dir) == copy
+    looked(env, repair=True)
+    assert copy.exists()
