@@ -12,13 +12,16 @@ MASK = "***"
 MIN_LITERAL = 6  # shorter values of secret variables would mask ordinary words
 
 _SECRET_NAME = re.compile(
-    r"(?:secret|passw(?:or)?d|passwd|passphrase|pwd|credential|api_?key|access_?key|account_?key|"
-    r"private_?key|signing_?key|bearer|authorization|cookie|webhook|auth_string|"
+    r"(?:secret|passw(?:or)?d|passwd|passphrase|pwd|credential|"
+    r"(?:api|access|account|private|signing)[_\-]?key|bearer|authorization|cookie|auth[_\-]string|"
+    r"webhook|(?:notify|notification|hook|callback)_?url|"
     r"connection_(?:url|string)|(?:^|[_.\-/])(?:token|tokens|auth|dsn)$|"
     r"(?:auth|access|refresh|api|session|security|id|bot|git|github|gitlab|hf|wandb)_?token)",
     re.IGNORECASE,
 )
-_NOT_SECRET = re.compile(r"(?:cls|reg|class|mask|num|max|min|pad|eos|bos)_tokens?$", re.IGNORECASE)
+_NOT_SECRET = re.compile(
+    r"(?:cls|reg|class|mask|num|max|min|pad|eos|bos)[_\-]tokens?$", re.IGNORECASE
+)
 
 _FOLDERS = {"PWD", "OLDPWD"}  # the shell's folders, not passwords
 
@@ -38,9 +41,28 @@ _ASSIGNMENT = re.compile(
     r"(?P<value>\\\"[^\"\\\n]*\\\"|\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|(?:[^\s,;'\"{}\[\]()&\\]|\\(?![\"']))+)",
 )
 _NO_VALUE = {"", "none", "null", "true", "false", MASK}
-_HEADER = re.compile(r"(?i)\b(?P<key>(?:bearer|basic|authorization:)\s+)[A-Za-z0-9+/=_.~\-]{8,}")
-_OPTION = re.compile(
-    r"(?i)(?P<key>--?[\w\-]*(?:password|passwd|token|secret|api-key|access-key)[\w\-]*[ =])\S+"
+_SCHEME = re.compile(r"(?i)\b(?P<key>(?:bearer|basic)\s+)[A-Za-z0-9+/=_.~\-]{8,}")
+# a header with its scheme, whatever that is called; quoted values are those of _ASSIGNMENT
+_HEADER = re.compile(
+    r"(?P<key>(?:authorization|cookie)(?:\\?[\"'])?[ \t]*(?:=>|[:=])[ \t]*(?:\r?\n[ \t]+)?)"
+    r"(?!(?:none|null|true|false)\b)"
+    r"(?:(?:digest|oauth|hawk|mac|signature|aws4-[\w\-]+)\s+"
+    r"(?:[\w\-]+=(?:\"[^\"\n]*\"|[^\s,\"'\\]+)(?:,?[ \t]*(?=[\w\-]+=)|))+"
+    r"|[^\s,\"'\\{}\[\]()][^,\"'\\{}\[\]()\r\n]*)",
+    re.IGNORECASE,
+)
+_HEADER_PAIR = re.compile(  # ('Authorization', 'Token abc')
+    r"(?P<key>[\"'](?:proxy-)?authorization[\"']\s*,\s*b?(?P<quote>[\"']))[^\s\"']+\s[^\"'\n]*(?P=quote)",
+    re.IGNORECASE,
+)
+_OPTION = re.compile(  # --name value, --name=value, "--name", "value"
+    r"(?P<key>(?<![\w\-])--?(?P<name>[A-Za-z][\w\-]*)(?:=|\s+|(?P<quote>\\?[\"'])\s*,\s*(?=\\?[\"'])))"
+    r"(?P<value>\"(?:[^\"\\\n]|\\.)*\"|'[^'\n]*'|\\\"[^\"\\\n]*\\\"|(?!--[a-z])(?:[^\s\"'\\]|[\"'](?=\w)|\\(?![\"']))+)",
+    re.IGNORECASE,
+)
+_OPTION_NAME = re.compile(r"token(?!iz)|secret", re.IGNORECASE)
+_USER_OPTION = re.compile(
+    r"(?P<key>\bcurl\s[^\n]{0,80}?(?:-u|--user)[ =][\"']?[^\s:\"']+:)[^\s\"']+"
 )
 _SHAPES = re.compile(
     r"\b(?:A(?:KIA|SIA)[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|"
@@ -67,12 +89,21 @@ def _userinfo(match: re.Match[str]) -> str:
     return f"{scheme}{MASK}@"
 
 
+def _option(match: re.Match[str]) -> str:
+    name, value = match["name"], match["value"]
+    secret = is_secret_name(name) or (_OPTION_NAME.search(name) and not _NOT_SECRET.search(name))
+    if not secret:
+        return match.group()
+    quote = value[: len(value) - len(value.lstrip("\\\"'"))]
+    return f"{match['key']}{quote}{MASK}{quote}"
+
+
 def _assignment(match: re.Match[str]) -> str:
     value = match["value"]
     if not is_secret_name(match["name"]):
         return match["key"] + _ASSIGNMENT.sub(_assignment, value)  # a sentence may hold another one
-    if value.strip("\\\"'").lower() in _NO_VALUE:
-        return match.group()
+    if value.strip("\\\"'").lower() in _NO_VALUE or value.startswith(f"{MASK}\\"):
+        return match.group()  # nothing to hide, or a masked header with an escaped line end
     quote = value[: len(value) - len(value.lstrip("\\\"'"))]
     return (
         f"{match['key']}{quote or match['quote']}{MASK}{quote or match['quote']}"  # JSON stays so
@@ -101,7 +132,10 @@ def redact(text: str) -> str:
     text = _URI_USERINFO.sub(_userinfo, text)
     text = _QUERY.sub(rf"\g<key>{MASK}", text)
     text = _HEADER.sub(rf"\g<key>{MASK}", text)
-    text = _OPTION.sub(rf"\g<key>{MASK}", text)
+    text = _HEADER_PAIR.sub(rf"\g<key>{MASK}\g<quote>", text)
+    text = _SCHEME.sub(rf"\g<key>{MASK}", text)
+    text = _OPTION.sub(_option, text)
+    text = _USER_OPTION.sub(rf"\g<key>{MASK}", text)
     text = _ASSIGNMENT.sub(_assignment, text)
     return _SHAPES.sub(MASK, text)
 
