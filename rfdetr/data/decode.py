@@ -31,12 +31,17 @@ FAILURES = (
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to RGB; 16-bit gray levels are scaled to 8 bits, alpha is dropped."""
+    """Any PIL mode to RGB; 16-bit gray levels are scaled to 8 bits, alpha is dropped.
+
+    The file's depth decides, not the picture: a dark frame of a 16-bit camera stays dark. Only
+    32-bit integers tell no depth; they are 8-bit levels where none is above 255.
+    """
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        eight_bit = levels >> 8 if levels.max(initial=0) > 255 else levels
+        deep = image.mode != "I" or image.format == "PPM" or levels.max(initial=0) > 255
+        eight_bit = levels >> 8 if deep else levels
         return Image.fromarray(eight_bit.astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 

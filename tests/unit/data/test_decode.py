@@ -85,3 +85,16 @@ def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DatasetError, match=r"bomb\.png.*decompression bomb"):
         ImageFile(path)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+def test_dark_frames_of_a_16_bit_camera_stay_dark(tmp_path: Path, name: str) -> None:
+    for level in (200, 60_000):
+        pixels = np.full((5, 7), level, np.uint16)
+        Image.fromarray(pixels).save(tmp_path / name)
+        assert set(ImageFile(tmp_path / name).decode().ravel().tolist()) == {level >> 8}
+
+
+def test_32_bit_levels_that_fit_into_8_bits_stay(tmp_path: Path) -> None:
+    Image.fromarray(np.full((5, 7), 200, np.int32)).save(tmp_path / "a.tif")
+    assert ImageFile(tmp_path / "a.tif").decode().max() == 200
