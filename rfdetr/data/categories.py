@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,19 @@ import numpy.typing as npt
 from rfdetr.data.coco_json import Category
 from rfdetr.errors import DatasetError
 
+HIGHEST_RAW_ID = 10_000  # of plain COCO, where the id is the label
 UNUSED = "N/A"  # the name of a label that no category has, where raw ids have gaps
+
+
+class Entry(Protocol):
+    """What a table needs of a category; training and the dataset checks have their own records."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def supercategory(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,18 @@ class CategoryTable:
         return np.where(known[place] == ids, values[place], -1)
 
 
-def exported_table(categories: Sequence[Category], used_ids: Collection[int]) -> CategoryTable:
+def category_table(
+    categories: Sequence[Entry], used_ids: Collection[int], *, raw: bool
+) -> CategoryTable:
+    """The table of a split: of plain COCO where `raw`, else of an export.
+
+    `used_ids` are the categories of all annotations of the file, crowd regions included. Refuse the
+    list by `check_ids` first.
+    """
+    return raw_table(categories) if raw else exported_table(categories, used_ids)
+
+
+def exported_table(categories: Sequence[Entry], used_ids: Collection[int]) -> CategoryTable:
     """The table of a COCO export: ids ascending, without parents that only group others.
 
     A category goes when its name is the supercategory of a differently named one and no annotation
@@ -55,27 +79,38 @@ def exported_table(categories: Sequence[Category], used_ids: Collection[int]) ->
     return CategoryTable({c.id: i for i, c in enumerate(kept)}, tuple(c.name for c in kept))
 
 
-def raw_table(categories: Sequence[Category]) -> CategoryTable:
+def raw_table(categories: Sequence[Entry]) -> CategoryTable:
     """The table of plain COCO: labels are the ids themselves; gaps are named "N/A"."""
     names = {c.id: c.name for c in categories}
     class_names = tuple(names.get(i, UNUSED) for i in range(max(names, default=-1) + 1))
     return CategoryTable({i: i for i in names}, class_names)
 
 
-def check_ids(path: Path, categories: Sequence[Category], raw: bool) -> None:
+def check_ids(path: Path, categories: Sequence[Entry], raw: bool) -> None:
     """Refuse a category list that cannot become a table."""
+    problems = id_problems(categories, raw)
+    if problems:
+        raise DatasetError(f"{path}: the categories cannot be used: {'; '.join(problems)}.")
+
+
+def id_problems(categories: Sequence[Entry], raw: bool) -> list[str]:
+    """Why a category list cannot become a table; empty when it can."""
     problems = []
     seen: dict[int, str] = {}
     for category in categories:
         if category.id in seen:
             problems.append(f"id {category.id} is both {seen[category.id]!r} and {category.name!r}")
         seen.setdefault(category.id, category.name)
-    if raw and any(not 0 <= i <= 10_000 for i in seen):
-        problems.append("ids of plain COCO become labels and must lie in 0..10000")
+    if raw and not all(map(is_raw_label, seen)):
+        problems.append(f"ids of plain COCO become labels and must lie in 0..{HIGHEST_RAW_ID}")
     if not categories:
         problems.append("there is no category")
-    if problems:
-        raise DatasetError(f"{path}: the categories cannot be used: {'; '.join(problems)}.")
+    return problems
+
+
+def is_raw_label(category_id: int) -> bool:
+    """Whether the id of a plain COCO category can be a label."""
+    return 0 <= category_id <= HIGHEST_RAW_ID
 
 
 def check_same(

@@ -8,13 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from rfdetr.data.categories import (
-    CategoryTable,
-    check_ids,
-    check_same,
-    exported_table,
-    raw_table,
-)
+from rfdetr.data.categories import CategoryTable, category_table, check_ids, check_same
 from rfdetr.data.coco_json import Category, CocoFile, read_coco
 from rfdetr.data.index import (
     AnnotationIndex,
@@ -62,7 +56,7 @@ class CocoSplits:
             raw = self.layout.kind == "coco"
             check_ids(source.path, source.categories, raw)
             used = set(np.unique(source.annotations.category_ids).tolist())
-            table = raw_table(source.categories) if raw else exported_table(source.categories, used)
+            table = category_table(source.categories, used, raw=raw)
             self._train = (source.categories, table, source.path)
         categories, table, path = self._train
         check_same(coco.path, coco.categories, categories, path)
@@ -98,7 +92,8 @@ def build_index(
     corners = rows.boxes[kept].astype(np.float32)
     corners[:, 2:] += corners[:, :2]
     box_areas = rows.boxes[kept, 2] * rows.boxes[kept, 3]
-    areas = np.where(np.isnan(rows.areas[kept]), box_areas, rows.areas[kept])
+    given = rows.areas[kept]
+    areas = np.where(given > 0, given, box_areas)  # evaluation would ignore a negative area
     starts, stops = rows.starts[kept], rows.stops[kept]
     return AnnotationIndex(
         root=folder,

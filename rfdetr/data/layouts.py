@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ FOLDERS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
 YAML_KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 ANNOTATIONS = "_annotations.coco.json"
 YAML_NAMES = ("data.yaml", "data.yml")
+YAML_TEXT, YAML_NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 
 
 @dataclass(frozen=True)
@@ -138,20 +140,23 @@ def _yolo(root: Path) -> Layout:
         raise DatasetError(f"{root}: expected data.yaml or data.yml. {found_in(root)}")
     content = _read_yaml(path)
     problems: list[str] = []
+    notes: list[str] = []
     names = class_names(content, problems)
     splits = {}
     for name in SPLITS:
-        images = yolo_images(path, content, name, problems)
+        images = yolo_images(path, content, name, problems, notes)
         if images:
             splits[name] = SplitPaths(name, images)
     if problems:
         raise DatasetError(f"{path}: " + " ".join(problems))
+    if notes:
+        warnings.warn(f"{path}: " + " ".join(notes), stacklevel=3)
     return Layout("yolo", root, splits, path, names)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise DatasetError(f"{path}: not valid YAML: {error}") from error
     except OSError as error:
@@ -159,6 +164,32 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DatasetError(f"{path}: expected keys such as names: and train:, found {content!r}.")
     return content
+
+
+def parse_yaml(text: str) -> Any:
+    """Content of a data.yaml. Class names are read as they are written: yes, no, on, 01 are names.
+
+    Raises the errors of `yaml.safe_load`.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        _mark_names_as_text(node)
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _mark_names_as_text(document: yaml.Node | None) -> None:
+    if not isinstance(document, yaml.MappingNode):
+        return
+    for key, value in document.value:
+        if key.value != "names" or not isinstance(value, yaml.CollectionNode):
+            continue
+        mapping = isinstance(value, yaml.MappingNode)
+        for name in [pair[1] for pair in value.value] if mapping else value.value:
+            if isinstance(name, yaml.ScalarNode) and name.tag != YAML_NULL:
+                name.tag = YAML_TEXT
 
 
 def class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
@@ -187,27 +218,51 @@ def class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, .
 
 
 def yolo_images(
-    path: Path, content: Mapping[str, Any], name: str, problems: list[str]
+    path: Path, content: Mapping[str, Any], name: str, problems: list[str], notes: list[str]
 ) -> tuple[Path, ...]:
-    """Picture folders or list files of a split: those of the yaml, else the usual folders."""
+    """Picture folders or list files of a split: those of the yaml, else the usual folders.
+
+    The usual folders, with a note, also take the place of entries that all do not exist; exports
+    name a test folder that was never written, and then there is no test split.
+    """
     key = next((key for key in YAML_KEYS[name] if content.get(key)), None)
+    usual = _usual_folders(path.parent, name)
     if key is None:
-        usual = [path.parent / folder / "images" for folder in FOLDERS[name]]
-        usual += [path.parent / "images" / folder for folder in FOLDERS[name]]
-        return tuple([folder for folder in usual if folder.is_dir()][:1])
+        return usual
+    found, lost = _resolve(path, content, key, problems)
+    if found or not lost:
+        problems += lost
+    elif usual:
+        notes.append(f"{' '.join(lost)} Using {usual[0]}; correct the path if that is not meant.")
+        return usual
+    elif name != "test":
+        problems += [*lost[:-1], f"{lost[-1]} {found_in(path.parent)}"]
+    return found
+
+
+def _usual_folders(root: Path, name: str) -> tuple[Path, ...]:
+    usual = [root / folder / "images" for folder in FOLDERS[name]]
+    usual += [root / "images" / folder for folder in FOLDERS[name]]
+    return tuple([folder for folder in usual if folder.is_dir()][:1])
+
+
+def _resolve(
+    path: Path, content: Mapping[str, Any], key: str, problems: list[str]
+) -> tuple[tuple[Path, ...], list[str]]:
+    """Places of the entries of a key, and a sentence for each entry that does not exist."""
     given = content[key] if isinstance(content[key], list) else [content[key]]
-    found = []
+    found, lost = [], []
     for entry in given:
         tried = _candidates(path.parent, content.get("path"), str(entry))
         existing = next((place for place in tried if _exists(place)), None)
-        if existing in path.absolute().parent.parents:
-            problems.append(f"{key}: {entry} is {existing}, a folder around the dataset.")
-        elif existing is None:
+        if existing is None:
             places = ", ".join(str(place) for place in tried)
-            problems.append(f"{key}: {entry} does not exist (looked at {places}).")
+            lost.append(f"{key}: {entry} does not exist (looked at {places}).")
+        elif existing in path.absolute().parent.parents:
+            problems.append(f"{key}: {entry} is {existing}, a folder around the dataset.")
         else:
             found.append(existing)
-    return tuple(found)
+    return tuple(found), lost
 
 
 def _exists(place: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -45,10 +46,13 @@ class YoloSplits:
         self.masks = masks
 
     def index(self, name: str) -> AnnotationIndex:
-        """The index of one split. Raises DatasetError that lists every bad line."""
+        """The index of one split; only that of a test split may be empty.
+
+        Raises DatasetError that lists every bad line.
+        """
         split, root = self.layout.require(name), self.layout.root
         files = list(image_files(split))
-        if not files:
+        if not files and name != "test":
             places = ", ".join(map(str, split.images))
             raise DatasetError(f"{places}: no pictures ({', '.join(SUFFIXES)}) for {name!r}.")
         listed = [file for file in files if not file.is_file()]
@@ -139,14 +143,11 @@ def parse_line(line: str, classes: int, number: int = 1) -> LabelRow:
     words = line.split()
     if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
         raise DatasetError(f"{len(words)} numbers; expected 5, or an odd count of at least 7")
-    try:
-        label = int(words[0])
-    except ValueError:
-        raise DatasetError(f"the class {words[0]!r} is not an integer") from None
+    label = _class_number(words[0])
     if not 0 <= label < classes:
         raise DatasetError(f"the class {label} is not in 0..{classes - 1}")
     try:
-        values = [float(word) for word in words[1:]]
+        values = [_number(word) for word in words[1:]]
     except ValueError:
         raise DatasetError("not all values are numbers") from None
     if not all(map(math.isfinite, values)):
@@ -156,3 +157,17 @@ def parse_line(line: str, classes: int, number: int = 1) -> LabelRow:
         return LabelRow(label, (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), [], number)
     xs, ys = values[::2], values[1::2]
     return LabelRow(label, (min(xs), min(ys), max(xs), max(ys)), values, number)
+
+
+def _class_number(word: str) -> int:
+    """Plain digits: int() would also take 1_0, +1 and digits of other scripts."""
+    if not re.fullmatch("-?[0-9]{1,18}", word):
+        raise DatasetError(f"the class {word!r} is not an integer")
+    return int(word)
+
+
+def _number(word: str) -> float:
+    """A number in ASCII without "_", which float() would also take."""
+    if "_" in word or not word.isascii():
+        raise ValueError
+    return float(word)

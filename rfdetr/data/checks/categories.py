@@ -6,11 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rfdetr.data.categories import (
+    HIGHEST_RAW_ID,
+    CategoryTable,
+    category_table,
+    id_problems,
+    is_raw_label,
+)
 from rfdetr.data.checks.config import CheckConfig
 from rfdetr.data.checks.report import Collector
 from rfdetr.data.checks.table import Integers, SplitTable
-
-PLACEHOLDERS = frozenset({"", "none"})
 
 
 def check_categories(
@@ -27,6 +32,10 @@ def check_categories(
     counts = {table.name: category_counts(table) for table in tables}
     ghosts = ghost_categories(tables)
     first = tables[0]
+    if not first.categories and first.label_files is None:
+        source = first.show(first.annotation_file) if first.annotation_file else None
+        text = f"{first.name} lists no category"
+        collector.add("categories-missing", text, split=first.name, file=source)
     for row, category in enumerate(first.categories):
         if row in ghosts:
             text = (
@@ -49,37 +58,23 @@ def category_counts(table: SplitTable) -> dict[int, int]:
     return counts
 
 
-def ghost_categories(tables: Sequence[SplitTable]) -> set[int]:
-    """Rows of the first table that training drops (training specification 4.3).
-
-    A category goes when its name is the supercategory of a category with another name and no
-    annotation uses it; when that would remove everything, nothing goes.
-    """
-    table = tables[0]
-    if table.label_files is not None:
-        return set()
-    parents = {
-        category.supercategory
-        for category in table.categories
-        if category.supercategory != category.name
-        and category.supercategory.strip().lower() not in PLACEHOLDERS
-    }
-    used = category_counts(table)
-    ghosts = {
-        row
-        for row, category in enumerate(table.categories)
-        if category.name in parents and not used.get(category.id)
-    }
-    return set() if len(ghosts) == len(table.categories) else ghosts
-
-
-def class_names(tables: Sequence[SplitTable]) -> list[str]:
-    """Names of the classes in label order."""
+def training_table(tables: Sequence[SplitTable]) -> CategoryTable:
+    """The classes as training has them; every category where training refuses the list."""
     if not tables:
-        return []
-    ghosts = ghost_categories(tables)
-    kept = [c for row, c in enumerate(tables[0].categories) if row not in ghosts]
-    return [category.name for category in sorted(kept, key=lambda category: category.id)]
+        return CategoryTable({}, ())
+    first = tables[0]
+    raw = first.raw_ids or first.label_files is not None
+    if id_problems(first.categories, first.raw_ids):
+        listed = sorted(first.categories, key=lambda category: category.id)
+        return CategoryTable({c.id: i for i, c in enumerate(listed)}, tuple(c.name for c in listed))
+    used = np.unique(first.category_rows[first.category_rows >= 0]).tolist()
+    return category_table(first.categories, {first.categories[row].id for row in used}, raw=raw)
+
+
+def ghost_categories(tables: Sequence[SplitTable]) -> set[int]:
+    """Rows of the first table that training drops (training specification 4.3)."""
+    labels = training_table(tables).labels
+    return {row for row, c in enumerate(tables[0].categories) if c.id not in labels}
 
 
 def _place(table: SplitTable, row: int) -> dict[str, object]:
@@ -97,6 +92,12 @@ def _check_table(table: SplitTable, collector: Collector) -> None:
     names: dict[str, int] = {}
     for row, category in enumerate(table.categories):
         place = _place(table, row)
+        if table.raw_ids and not is_raw_label(category.id):
+            text = (
+                f"category '{category.name}' has the id {category.id}; ids of plain COCO become "
+                f"labels and must lie in 0..{HIGHEST_RAW_ID}"
+            )
+            collector.add("category-id-range", text, **place)
         if category.id in ids:
             text = (
                 f"category id {category.id} is used by '{ids[category.id]}' and '{category.name}'"
@@ -117,7 +118,7 @@ def _check_equal(tables: Sequence[SplitTable], collector: Collector) -> None:
     first = tables[0]
     expected = {category.id: category.name for category in first.categories}
     for table in tables[1:]:
-        if table.label_files is not None:  # one data.yaml for all splits
+        if table.label_files is not None or not table.file_names:  # one data.yaml, or unused
             continue
         own = {category.id: category.name for category in table.categories}
         for key in sorted(expected.keys() | own.keys()):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rfdetr.config import ModelConfig, RFDETRNanoConfig
 from rfdetr.data.checks.boxes import check_boxes
 from rfdetr.data.checks.cache import FactsCache
-from rfdetr.data.checks.categories import check_categories, class_names
+from rfdetr.data.checks.categories import check_categories, training_table
 from rfdetr.data.checks.compare import compare_versions
 from rfdetr.data.checks.config import CheckConfig
 from rfdetr.data.checks.files import SplitFiles, adopt_sizes, check_files, find_files
@@ -122,10 +122,11 @@ def _report(
     older: DatasetReport | None,
 ) -> DatasetReport:
     config = collector.config
-    names = class_names(sources.tables)
+    classes = training_table(sources.tables)
+    named = [classes.class_names[label] for label in sorted(classes.labels.values())]
     statistics = {}
     for split in splits:
-        numbers = split_statistics(split, names, model)
+        numbers = split_statistics(split, named, model)
         check_shares(split.table, numbers, collector, config)
         statistics[split.table.name] = numbers
     prints = {split.table.name: fingerprints(split) for split in splits}
@@ -139,7 +140,7 @@ def _report(
         resolution=model.resolution,
         patch_size=model.patch_size,
         images_checked=config.check_images,
-        class_names=names,
+        class_names=list(classes.class_names),
         annotation_files={
             table.name: table.show(table.annotation_file)
             for table in sources.tables

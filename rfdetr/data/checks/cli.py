@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from rich.console import Console
 
 from rfdetr.config import MODEL_CONFIGS, ModelConfig
@@ -75,10 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(options)
     except ValidationError as error:
-        text = "; ".join(f"{e['msg']}" for e in error.errors())
-        return _fail(text)
+        return _fail("; ".join(map(_problem, error.errors())))
     except (RFDETRError, ValueError, OSError) as error:
         return _fail(str(error))
+
+
+def _problem(error: ErrorDetails) -> str:
+    """What is wrong, after the field and the value that it was given."""
+    field = ".".join(map(str, error["loc"]))
+    return f"{field}={error['input']}: {error['msg']}" if field else error["msg"]
 
 
 def _fail(text: str) -> int:

@@ -132,6 +132,11 @@ CODES: dict[str, CodeInfo] = {
     "yaml-malformed": CodeInfo(
         "error", "data.yaml is not valid YAML", "Correct the file at the given line."
     ),
+    "yaml-path": CodeInfo(
+        "warning",
+        "path in data.yaml does not exist; the usual folder takes its place",
+        "Correct the path.",
+    ),
     "yaml-structure": CodeInfo(
         "error",
         "data.yaml does not describe a dataset",
@@ -166,6 +171,14 @@ CODES: dict[str, CodeInfo] = {
     ),
     "category-id-duplicate": CodeInfo(
         "error", "two categories have the same id", "Give each category its own id."
+    ),
+    "category-id-range": CodeInfo(
+        "error",
+        "category id of plain COCO cannot be a label",
+        "Number the categories from 1, without large gaps.",
+    ),
+    "categories-missing": CodeInfo(
+        "error", "category list is empty", "List the categories of the annotations."
     ),
     "image-id-unknown": CodeInfo(
         "error",

@@ -76,7 +76,7 @@ def _statistics(report: DatasetReport) -> list[str]:
     splits = list(report.statistics)
     classes = [
         [name, *(str(report.statistics[split].class_counts.get(name, 0)) for split in splits)]
-        for name in report.class_names
+        for name in report.statistics[splits[0]].class_counts
     ]
     return [
         "",

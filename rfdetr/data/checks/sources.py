@@ -47,17 +47,12 @@ def read_sources(
         if split.annotations is None:
             tables.append(read_yolo_split(layout, split, collector))
         else:
-            folder = split.images[0]
-            tables.append(
-                read_coco_split(
-                    split.name,
-                    root,
-                    folder,
-                    split.annotations,
-                    collector=collector,
-                    workers=workers,
-                )
+            folder, file = split.images[0], split.annotations
+            table = read_coco_split(
+                split.name, root, folder, file, collector=collector, workers=workers
             )
+            table.raw_ids = layout.kind == "coco"
+            tables.append(table)
     if not tables and layout.kind != "yolo":
         raise DatasetError(f"{root}: no split was found. {found_in(root)}")
     _report_splits(layout, tables, collector)
@@ -83,7 +78,7 @@ def _find_layout(root: Path, dataset_file: Kind, collector: Collector) -> Layout
 def _report_bare_folders(root: Path, splits: dict[str, SplitPaths], collector: Collector) -> None:
     for name, folders in FOLDERS.items():
         bare = next((root / folder for folder in folders if (root / folder).is_dir()), None)
-        if name not in splits and bare is not None:
+        if name not in splits and bare is not None and (name != "test" or any(bare.iterdir())):
             text = f"{bare.name}/ has no {ANNOTATIONS}"
             collector.add("annotation-file-missing", text, split=name, file=bare.name)
 
@@ -101,8 +96,8 @@ def _report_splits(layout: Layout, tables: list[SplitTable], collector: Collecto
         if not table.readable:
             continue
         if not table.file_names:
-            text = f"{table.name} has no images"
-            collector.add("split-empty", text, split=table.name, file=source)
+            code = "split-test-missing" if table.name == "test" else "split-empty"
+            collector.add(code, f"{table.name} has no images", split=table.name, file=source)
         elif not len(table.boxes):
             text = f"{table.name} has {len(table.file_names)} images and no usable annotation"
             collector.add("split-unannotated", text, split=table.name, file=source)

@@ -54,7 +54,7 @@ class SplitTable:
     an unknown id. `areas` is None for a layout without areas. `image_records` and
     `annotation_records` are positions in the file's own lists. A table that is not `readable` lacks
     a whole list: what is absent from it says nothing. `broken_names` are files that image records
-    name which could not be used otherwise.
+    name which could not be used otherwise. `raw_ids`: the ids of categories are their labels.
     """
 
     name: str
@@ -81,6 +81,7 @@ class SplitTable:
     broken_names: frozenset[str] = frozenset()
     relative: bool = False
     readable: bool = True
+    raw_ids: bool = False
 
     def __post_init__(self) -> None:
         """Fill the flag columns that a layout does not have."""

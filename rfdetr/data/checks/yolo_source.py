@@ -14,7 +14,7 @@ import yaml
 from rfdetr.data.checks.polygons import ring_extents
 from rfdetr.data.checks.report import Collector
 from rfdetr.data.checks.table import CategoryRow, Polygons, SplitTable
-from rfdetr.data.layouts import SPLITS, Layout, SplitPaths, class_names, yolo_images
+from rfdetr.data.layouts import SPLITS, Layout, SplitPaths, class_names, parse_yaml, yolo_images
 from rfdetr.data.yolo import LabelRow, image_files, label_path, read_labels
 from rfdetr.errors import DatasetError
 
@@ -31,16 +31,17 @@ def read_yolo_layout(root: Path, yaml_file: Path, collector: Collector) -> Layou
     """The splits that data.yaml names, as far as it can be understood."""
     content, text = _load_yaml(root, yaml_file, collector)
     problems: list[str] = []
+    notes: list[str] = []
     names = class_names(content, problems)
     splits = {}
     for name in SPLITS:
-        images = yolo_images(yaml_file, content, name, problems)
+        images = yolo_images(yaml_file, content, name, problems, notes)
         if images:
             splits[name] = SplitPaths(name, images)
-    if text is not None:
-        for problem in problems:
-            line = _line_of_key(text, problem)
-            collector.add("yaml-structure", problem, file=_show(root, yaml_file), line=line)
+    for code, found in (("yaml-structure", problems), ("yaml-path", notes)):
+        for problem in found if text is not None else ():
+            line = _line_of_key(text or "", problem)
+            collector.add(code, problem, file=_show(root, yaml_file), line=line)
     return Layout("yolo", root, splits, yaml_file, names)
 
 
@@ -60,7 +61,7 @@ def _load_yaml(root: Path, path: Path, collector: Collector) -> tuple[dict[str, 
         collector.add("yaml-malformed", "brackets are nested too deeply", file=where, line=deep)
         return {}, None
     try:
-        content = yaml.safe_load(text)
+        content = parse_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         found = mark.line + 1 if mark else None

@@ -106,6 +106,30 @@ def test_missing(root: Path) -> Expected:
 
 
 @coco
+def test_empty(root: Path) -> Expected:
+    data = Coco(root, "test")
+    data.document["images"], data.document["annotations"] = [], []
+    data.document["categories"] = []
+    data.save()
+    return Expected("split-test-missing", {"split": "test"})
+
+
+@coco
+def test_folder_empty(root: Path) -> Expected:
+    shutil.rmtree(root / "test")
+    (root / "test").mkdir()
+    return Expected("split-test-missing", {"split": "test"})
+
+
+@coco
+def categories_missing(root: Path) -> Expected:
+    data = Coco(root)
+    data.document["categories"] = []
+    data.save()
+    return Expected("categories-missing", {"split": "train"})
+
+
+@coco
 def valid_annotations_missing(root: Path) -> Expected:
     (root / "valid" / "_annotations.coco.json").unlink()
     return Expected("annotation-file-missing", {"split": "val", "file": "valid"})
@@ -268,7 +292,9 @@ for _name, _code, _old, _new, _number in (
     ("yaml_no_names", "yaml-structure", "names:", "classes:", 1),
     ("yaml_count", "yaml-structure", "nc: 3", "nc: 4", 4),
     ("yaml_names_keys", "yaml-structure", '["washer", "bolt", "nut"]', "{0: a, 2: b, 5: c}", 5),
-    ("yaml_path", "yaml-structure", "train/images", "train/pictures", 1),
+    ("yaml_path", "yaml-path", "train/images", "train/pictures", 1),
+    ("yaml_paths", "yaml-structure", "train/images", "[train/images, train/pictures]", 1),
+    ("yaml_elsewhere", "yaml-structure", "train/images", "..", 1),
     (
         "yaml_word",
         "yaml-structure",

@@ -85,3 +85,17 @@ def test_the_module_runs_and_lists_its_codes(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     )
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(CODES)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--set", "outside_tolerance=-1"], "outside_tolerance=-1: Input should be greater"),
+        (["--severity", "box-nan=loud"], "severity.box-nan=loud: Input should be 'error'"),
+    ],
+)
+def test_a_refused_value_is_named_with_its_field(
+    clean: dict[str, Path], options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(clean["coco"]), *options]) == 2
+    assert words in capsys.readouterr().err

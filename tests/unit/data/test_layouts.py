@@ -76,6 +76,59 @@ def test_paths_of_a_yaml_file(tmp_path: Path, text: str) -> None:
     assert splits.index("train").class_names == ("washer", "bolt", "nut")
 
 
+@pytest.mark.parametrize("test", ["../test/images", "test/images", "/none/test", "[a, b]"])
+def test_an_absent_test_folder_is_no_test_split(tmp_path: Path, test: str) -> None:
+    text = NAMES + f"train: ../train/images\nval: ../valid/images\ntest: {test}\n"
+    root = make_yolo(tmp_path, splits={"train": 3, "valid": 2}, yaml_text=text)
+    assert list(detect_layout(root).splits) == ["train", "val"]
+
+
+def test_usual_folders_take_the_place_of_absent_ones_with_a_warning(tmp_path: Path) -> None:
+    text = NAMES + "train: train/images\nval: val/images\n"
+    root = make_yolo(tmp_path, splits={"train": 3, "valid": 2}, yaml_text=text)
+    with pytest.warns(UserWarning, match=r"val/images does not exist.*Using .*valid/images"):
+        layout = detect_layout(root)
+    assert layout.require("val").images == (root / "valid/images",)
+    (root / "data.yaml").write_text(text.replace("val/images", "[valid/images, more]"))
+    with pytest.raises(DatasetError, match="val: more does not exist"):
+        detect_layout(root)
+
+
+def test_an_absent_validation_folder_lists_what_was_found(tmp_path: Path) -> None:
+    text = NAMES + "train: train/images\nval: val/images\n"
+    root = make_yolo(tmp_path, splits={"train": 3}, yaml_text=text)
+    with pytest.raises(DatasetError, match=r"val/images does not exist.*Found in .*train/"):
+        detect_layout(root)
+
+
+def test_an_empty_test_split_has_an_empty_index(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path, splits={"train": 3, "valid": 2, "test": 0})
+    splits = YoloSplits(detect_layout(root), masks=True)
+    assert (len(splits.index("test")), len(splits.index("val"))) == (0, 2)
+    for file in (root / "valid/images").iterdir():
+        file.unlink()
+    with pytest.raises(DatasetError, match="no pictures"):
+        YoloSplits(detect_layout(root)).index("val")
+
+
+def test_a_test_file_without_images_has_an_empty_index(tmp_path: Path) -> None:
+    root = make_roboflow(tmp_path)
+    edit(
+        root / "test/_annotations.coco.json",
+        lambda content: content.update(images=[], annotations=[], categories=[]),
+    )
+    index = CocoSplits(detect_layout(root), masks=True).index("test")
+    assert (len(index), index.class_names) == (0, ("washer", "bolt", "nut"))
+
+
+@pytest.mark.parametrize(
+    "names", ["[yes, no, 01]", "{0: yes, 1: no, 2: 01}", "\n- yes\n- no\n- 01"]
+)
+def test_names_are_read_as_they_are_written(tmp_path: Path, names: str) -> None:
+    root = make_yolo(tmp_path, yaml_text=f"nc: 3\nnames: {names}\n")
+    assert detect_layout(root).names == ("yes", "no", "01")
+
+
 def test_ultralytics_folders(tmp_path: Path) -> None:
     root = make_yolo(tmp_path, yaml_text="names: [washer, bolt, nut]\n")
     for kind in ("images", "labels"):

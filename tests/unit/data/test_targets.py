@@ -106,6 +106,13 @@ def test_empty_segmentation_is_an_empty_mask_and_one_warning(tmp_path: Path) -> 
     assert not target["masks"].any()
 
 
+@pytest.mark.parametrize("area", [-3, 0])
+def test_an_area_that_cannot_be_is_that_of_the_box(area: int, tmp_path: Path) -> None:
+    row = {"bbox": [1, 1, 4, 5], "category_id": 4, "area": area}
+    _, target = coco_dataset(tmp_path, [row], {4: 0}, False)
+    assert target["area"].tolist() == [20.0]
+
+
 def test_missing_area_is_that_of_the_box(tmp_path: Path) -> None:
     row = {"bbox": [1, 1, 5, 4], "category_id": 4}
     _, target = coco_dataset(tmp_path, [row], {4: 0}, False)
@@ -161,6 +168,18 @@ def test_yolo_bad_lines_come_together_with_their_numbers(conversion: dict, tmp_p
     for number in range(2, len(bad) + 3):
         assert f"a.txt, line {number}:" in text
     assert f"{len(bad) + 1} problem(s)" in text
+
+
+@pytest.mark.parametrize("word", ["1_0", "+1", "\u0661", "1.0", "9" * 30, "x"])
+def test_the_class_of_a_yolo_line_is_plain_digits(word: str) -> None:
+    with pytest.raises(ValueError, match="is not an integer"):
+        parse_line(f"{word} 0.5 0.5 0.2 0.2", 20)
+
+
+@pytest.mark.parametrize("word", ["0_5", "\u0660.5"])
+def test_the_numbers_of_a_yolo_line_are_ascii(word: str) -> None:
+    with pytest.raises(ValueError, match="not all values are numbers"):
+        parse_line(f"1 {word} 0.5 0.2 0.2", 20)
 
 
 def test_yolo_label_file_with_blank_lines_and_none(tmp_path: Path) -> None:
