@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from rfdetr.data.decode import to_rgb
 
-PROBE_VERSION = 2
+PROBE_VERSION = 2  # part of the cache key: raise it when a field or its meaning changes
 THUMB_SIDE = 16
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit
 
