@@ -75,7 +75,7 @@ class RFDETRDataModule(pl.LightningDataModule):
         sampler = EpochSampler(
             dataset,
             batch_size=self.train_config.batch_size,
-            window=self.train_config.grad_accum_steps,
+            window=self._window(),
             seed=self._common_seed(),
             replicas=replicas,
             rank=rank,
@@ -117,6 +117,12 @@ class RFDETRDataModule(pl.LightningDataModule):
         if self.trainer is not None:
             self._use_seed(int(self.trainer.strategy.broadcast(self.order_seed)))
         return self.order_seed
+
+    def _window(self) -> int:
+        """Micro-batches of one optimizer step."""
+        if self.trainer is not None:
+            return self.trainer.accumulate_grad_batches
+        return self.train_config.grad_accum_steps
 
     def _processes(self) -> tuple[int, int]:
         """(number of processes, own rank)."""

@@ -22,7 +22,7 @@ from rfdetr.config import ModelConfig
 from rfdetr.errors import CheckpointError
 from rfdetr.training.checkpoint import MARKER
 from rfdetr.training.rng import random_state, restore_random_state
-from rfdetr.weights.adapt import add_silent_rows, structure_problems
+from rfdetr.weights.adapt import add_silent_rows, structure_problems, warn_other_settings
 from rfdetr.weights.container import Container, parse_container
 from rfdetr.weights.load import OPTIONAL
 
@@ -139,6 +139,7 @@ def _check_fit(module: RFDETRModule, container: Container, *, whole: bool) -> No
         )
     if problem is not None:
         raise CheckpointError(problem)
+    warn_other_settings(container, config)
     missing = [n for n in own if n not in container.weights and not n.endswith(OPTIONAL)]
     unexpected = [name for name in container.weights if name not in own]
     difference = (

@@ -40,11 +40,14 @@ NOISE = (
 class RFDETRTrainer(pl.Trainer):
     """A Trainer whose `ckpt_path="last"` is the last.ckpt in the output folder, where there is one.
 
-    Lightning looks for it at its own checkpoint callback only.
+    Lightning looks for it at its own checkpoint callback only. Averaging comes before all other
+    callbacks in a fit, also when it was added last: a checkpoint holds the average of its step.
     """
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """As `pytorch_lightning.Trainer.fit`."""
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: not isinstance(callback, RFDETREMACallback))
         super().fit(*map(self._file, args), **{k: self._file(v) for k, v in kwargs.items()})
 
     def validate(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,6 +130,13 @@ def build_callbacks(
             )
         )
     if train_config.drop_path > 0:
+        if train_config.drop_mode == "early" and train_config.cutoff_epoch == 0:
+            warnings.warn(
+                f"drop_path={train_config.drop_path} never acts: drop_mode='early' ends it at "
+                "cutoff_epoch, which is 0. Set cutoff_epoch to the number of epochs it shall last.",
+                UserWarning,
+                stacklevel=3,
+            )
         callbacks.append(
             DropPathCallback(
                 train_config.drop_path,

@@ -7,6 +7,7 @@ patch size, width, depth, or a segmentation head on one side only) is named by `
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ PATCHES = "backbone.0.encoder.patch_embed.proj.weight"
 QUERIES = ("refpoint_embed.weight", "query_feat.weight")
 _HEAD = re.compile(r"(transformer\.enc_out_class_embed\.\d+|class_embed)\.(weight|bias)$")
 _GROUP = re.compile(r"transformer\.enc_[a-z_]+\.(\d+)\.")
+_UNSEEN = ("num_windows", "out_feature_indexes")
 SILENT = -100.0  # bias of a class row that never fires; finite in half precision
 _SAMPLES = "transformer.decoder.layers.0.cross_attn.attention_weights.bias"
 
@@ -95,6 +97,24 @@ def structure_problems(container: Container, config: ModelConfig) -> str | None:
         f"{container.path} does not fit {type(config).__name__}: {differences}. "
         f"{_matching_configs(container)}"
     )
+
+
+def warn_other_settings(container: Container, config: ModelConfig) -> None:
+    """UserWarning for settings that no tensor shows and that the file's network had otherwise."""
+    saved = {name: container.setting(name) for name in _UNSEEN}
+    other = [
+        f"{name}={value} (the configuration has {getattr(config, name)})"
+        for name, value in saved.items()
+        if value is not None and value != getattr(config, name)
+    ]
+    if other:
+        warnings.warn(
+            f"{container.path} was trained with {', '.join(other)}: its weights load, but the "
+            "network computes something else with them. Set the same in the configuration, or use "
+            "RFDETR.from_checkpoint, which takes it from the file.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _structure_of_file(container: Container) -> dict[str, Any]:

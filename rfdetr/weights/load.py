@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rfdetr.config import ModelConfig
 from rfdetr.errors import CheckpointError, DownloadError
-from rfdetr.weights.adapt import Fitted, fit, structure_problems
+from rfdetr.weights.adapt import Fitted, fit, structure_problems, warn_other_settings
 from rfdetr.weights.container import Container, Weights, read_container
 from rfdetr.weights.dinov2 import load_dinov2, wants_dinov2
 from rfdetr.weights.hub import resolve_weights
@@ -90,6 +90,7 @@ def load_container(
     problem = structure_problems(container, model_config)
     if problem:
         raise CheckpointError(problem)
+    warn_other_settings(container, model_config)
     _adopt_classes(network, model_config, container)
     fitted = fit(container, model_config)
     report = _load(network, fitted, container)

@@ -119,8 +119,8 @@ def test_an_old_file_of_one_class_predicts_every_object_once(tmp_path: Path) -> 
     again = small(pretrain_weights=str(tmp_path / "old.pth"))
     with torch.inference_mode():
         found = again.model.model(torch.zeros(1, 3, 64, 64))
-    assert torch.equal(found["pred_boxes"], outputs["pred_boxes"])
-    assert torch.equal(found["pred_logits"][..., :1], outputs["pred_logits"])
+    assert torch.allclose(found["pred_boxes"], outputs["pred_boxes"], atol=1e-5)
+    assert torch.allclose(found["pred_logits"][..., :1], outputs["pred_logits"], atol=1e-5)
     detections = again.predict(pixels(), threshold=0.0)
     assert detections.data["class_name"].tolist() == ["bolt"] * SMALL["num_select"]
 

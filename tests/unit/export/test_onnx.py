@@ -83,6 +83,11 @@ def test_a_shape_that_does_not_divide_is_refused(shape: tuple[int, int], tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_shape_that_is_no_pair_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"shape must be \(height, width\).*; got 64\."):
+        small().export(tmp_path, shape=64)
+
+
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
 

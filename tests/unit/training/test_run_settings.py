@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from rfdetr.config import SegmentationTrainConfig, TrainConfig
 from rfdetr.errors import CheckpointError, ConfigError
 from rfdetr.training import RFDETRModule, build_trainer
+from rfdetr.training.callbacks import CheckpointCallback, RFDETREMACallback
 from rfdetr.training.settings import stored_model_config, stored_train_config
 from tests.datasets import make_roboflow
-from tests.unit.training.helpers import Run, tiny_model, tiny_run
+from tests.unit.training.helpers import Run, StopAt, tiny_model, tiny_run
 
 
 @pytest.fixture
@@ -36,6 +37,30 @@ def test_training_without_an_end(shapes: Path, tmp_path: Path, fields: dict[str,
         limit_val_batches=0,
     ).fit()
     assert run.trainer.global_step > 0
+
+
+def test_an_epoch_has_five_windows_of_the_trainer(shapes: Path, tmp_path: Path) -> None:
+    config = tiny_run(shapes, tmp_path, epochs=1, grad_accum_steps=1)
+    run = Run(tiny_model(), config, accumulate_grad_batches=3).fit()
+    assert run.trainer.global_step == 5
+
+
+def test_a_drop_rate_that_never_acts_is_told(shapes: Path, tmp_path: Path) -> None:
+    config = tiny_run(shapes, tmp_path, drop_path=0.1, drop_mode="early")
+    with pytest.warns(UserWarning, match="drop_path=0.1 never acts"):
+        build_trainer(config, tiny_model())
+
+
+def test_an_average_that_was_added_last_is_in_the_checkpoint(shapes: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model(), tiny_run(shapes, tmp_path, use_ema=False))
+    run.trainer.callbacks.extend([RFDETREMACallback(), StopAt(3)])
+    for callback in run.trainer.callbacks:
+        if isinstance(callback, CheckpointCallback):
+            callback.every_n_steps = 3
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        run.fit()
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == saved["callbacks"]["RFDETREMACallback"]["updates"] == 3
 
 
 @pytest.mark.parametrize("by_trainer", [False, True])

@@ -227,6 +227,17 @@ def test_a_file_without_adapters_fits_a_model_with_them(file: Path) -> None:
     assert (report.missing, report.unexpected) == ((), ())
 
 
+def test_settings_that_no_tensor_shows_are_told() -> None:
+    network = build_network(small())
+    content = {"model": to_legacy(network.state_dict()), "args": {"num_windows": 1}}
+    with pytest.warns(UserWarning, match=r"num_windows=1 \(the configuration has 2\)"):
+        load_container(network, small(), parse_container(content, "one.pth"))
+    content["args"] = {"num_windows": 2, "out_feature_indexes": [1, 2]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_container(network, small(), parse_container(content, "two.pth"))
+
+
 def test_weights_without_adapters_replace_trained_adapters(file: Path) -> None:
     network = build_network(small(num_classes=5, backbone_lora=True)).eval()
     plain = build_network(small(num_classes=5)).eval()
