@@ -36,6 +36,7 @@ FINAL_CODES = {
     "RESOURCE_ALREADY_EXISTS",
     "MALFORMED_REQUEST",
 }
+FINAL_STATUS = {400, 413, 415, 422}  # of HTTP, where an artifact store answers itself
 LOST_RUN = re.compile(
     r"run .*(?:not found|must be in the 'active' state)", re.IGNORECASE | re.DOTALL
 )
@@ -147,7 +148,7 @@ def _send(client: MlflowClient, run_id: str, folder: Path, records: list[Record]
                 _send_batch(client, run_id, kind, batch)
         else:
             for record in group:
-                _send_one(client, run_id, folder, record)
+                _try_one(client, run_id, folder, record)
 
 
 def _entities(kind: str, record: Record) -> Iterator[Any]:
@@ -183,7 +184,20 @@ def _send_batch(client: MlflowClient, run_id: str, kind: str, batch: list[Any]) 
 
 
 def _is_final(error: Exception) -> bool:
-    return getattr(error, "error_code", None) in FINAL_CODES
+    """Whether the server calls the record itself invalid; not a refused sign-in, not an outage."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return getattr(error, "error_code", None) in FINAL_CODES or status in FINAL_STATUS
+
+
+def _try_one(client: MlflowClient, run_id: str, folder: Path, record: Record) -> None:
+    """Send one record; one that is refused for good must not hold back those after it."""
+    try:
+        _send_one(client, run_id, folder, record)
+    except Exception as error:
+        if _is_lost(error) or not _is_final(error):
+            raise
+        what = record.get("file") or record.get("name") or record.get("status", "")
+        log.warning("MLflow refused %s %s: %s", record["kind"], what, redact(str(error)))
 
 
 def _send_one(client: MlflowClient, run_id: str, folder: Path, record: Record) -> None:

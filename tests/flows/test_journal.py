@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from requests import HTTPError, Response
 
-from flows.delivery import deliver, valid_key
+from flows.delivery import deliver, tracking_client, valid_key
 from flows.journal import Journal, RunSpec
 from flows.tracking import main, sync
 from rfdetr.errors import ConfigError
-from tests.flows.mlflow_fixtures import history, runs
+from tests.flows.mlflow_fixtures import artifacts, history, runs
 
 SPEC = RunSpec(experiment="rfdetr/demo", name="fit", tags={"fit.fingerprint": "abc"})
 NOWHERE = "http://127.0.0.1:9"  # nothing listens on the discard port
@@ -80,6 +84,53 @@ def test_one_refused_record_does_not_hold_back_the_others(
     assert run.data.metrics[valid_key("AP/a/../b<c>")] == 0.5
     assert set(run.data.metrics) == {"AP/b_c_", "nan"}
     assert not journal.unsent
+
+
+def refusal(status: int) -> HTTPError:
+    response = Response()
+    response.status_code = status
+    return HTTPError(f"{status} for the artifact", response=response)
+
+
+@pytest.mark.parametrize(
+    "error", [refusal(413), refusal(400), MlflowException("no such thing", INVALID_PARAMETER_VALUE)]
+)
+def test_a_refused_artifact_does_not_hold_back_what_follows(
+    error: Exception,
+    tracking_uri: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    journal = journal_with_artifact(tmp_path)
+    monkeypatch.setattr(tracking_client(tracking_uri), "log_artifact", Mock(side_effect=error))
+    deliver(journal, tracking_uri)
+    assert "MLflow refused artifact" in caplog.text
+    (run,) = runs(tracking_uri)
+    assert run.data.metrics == {"after": 1}
+    assert not journal.unsent
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 503])
+def test_an_artifact_waits_while_a_server_is_away_or_closed(
+    status: int, tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = journal_with_artifact(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(HTTPError):
+        failing = Mock(side_effect=refusal(status))
+        patch.setattr(tracking_client(tracking_uri), "log_artifact", failing)
+        deliver(journal, tracking_uri)
+    assert journal.unsent
+    deliver(journal, tracking_uri)
+    (run,) = runs(tracking_uri)
+    assert artifacts(tracking_uri, run.info.run_id) == {"note.txt"}
+
+
+def journal_with_artifact(folder: Path) -> Journal:
+    journal = Journal(folder / "fit", SPEC)
+    journal.log_text("a note", "note.txt")
+    journal.log_metrics({"after": 1}, 1)
+    return journal
 
 
 def test_torn_lines_of_a_killed_writer_are_passed_over(tracking_uri: str, tmp_path: Path) -> None:
