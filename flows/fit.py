@@ -18,6 +18,7 @@ import yaml
 from flows import job as jobs
 from flows.digest import path_digest, paths_digest
 from flows.job import ERROR, STOPPED, FitJob, FitResult
+from flows.journal import JOURNAL
 from flows.mirror import Mirror
 from flows.outputs import collect
 from flows.pack import open_dataset
@@ -27,6 +28,7 @@ from flows.redact import redact
 from flows.settings import Environment, Params, plan_batch
 from flows.stage import read_json, run_stage
 from flows.state import RETRY, FitState, locked
+from flows.tracking import close_run
 from flows.validate import require_valid
 from rfdetr.errors import RFDETRError
 
@@ -152,6 +154,7 @@ def _train(params: Params, job: FitJob, state: FitState, mirror: Mirror) -> None
         if (state.folder / ERROR).exists():
             told = read_json(state.folder / ERROR)
             raise FitError(f"rank {told['rank']}: {told['text']}") from error
+        _close_tracked_run(state)
         raise
     except (KeyboardInterrupt, Terminated):
         if os.getppid() == parent:  # a request; a parent that died is a crash, and counts
@@ -161,6 +164,12 @@ def _train(params: Params, job: FitJob, state: FitState, mirror: Mirror) -> None
         state.update(seconds=before + time.monotonic() - begun)
     FitResult.read(state.folder)
     state.mark_done()
+
+
+def _close_tracked_run(state: FitState) -> None:
+    """A trainer that was killed could not say that its run failed; a resumed one opens it again."""
+    if (state.folder / JOURNAL).exists():
+        close_run(state.folder, "FAILED", Environment.read().tracking_uri)
 
 
 def _on_line(state: FitState, log: Any, line: str) -> None:

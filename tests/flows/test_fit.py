@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from flows.state import RETRY
+from tests.flows.mlflow_fixtures import runs
 from tests.flows.projects import environment, make_project, run, write_params
 
 EPOCHS = 12  # enough that the training outlives the requests to stop
@@ -121,6 +123,23 @@ def test_stopped_and_killed_runs_go_on_in_the_same_folder_and_run(project: Path)
     assert [row.split(",")[0] for row in rows] == ["epoch", *map(str, range(1, EPOCHS + 1))]
     keys.add(json.loads((state_of(project) / "journal.json").read_text())["key"])
     assert len(keys) == 1
+
+
+def test_a_killed_trainer_leaves_no_running_record(
+    ready: Path, tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 of the trainers; the stage, which is still there, closes their run."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    project = copied(ready, tmp_path / "project", fit={"epochs": EPOCHS})
+    process = start(project)
+    epochs(process, 1)
+    for pid in trainers(project):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    epochs(process)
+    assert process.wait(60) == 1
+    (record,) = runs(tracking_uri)
+    assert record.info.status == "FAILED"
 
 
 def test_a_finished_training_is_not_repeated(project: Path) -> None:
