@@ -21,7 +21,7 @@ from PIL import Image
 
 from infra.services import StackError
 
-SIZE = (1280, 900)
+SIZE = (1280, 800)
 PAGE_MS = 25_000  # virtual time for a page to load its data
 PAGE_SECONDS = 180.0
 COLOURS = 128  # a palette keeps the files small
@@ -60,9 +60,7 @@ def pages() -> dict[str, str]:
     record = f"{tracking}/#/experiments/{trained.info.experiment_id}/runs/{trained.info.run_id}"
     return {
         "prefect-run": f"{prefect}/runs/flow-run/{run}",
-        "prefect-artifacts": f"{prefect}/runs/flow-run/{run}?tab=Artifacts",
-        "mlflow-run": record,
-        "mlflow-charts": f"{record}/model-metrics",
+        "mlflow-run": f"{record}/artifacts",
         "mlflow-model": f"{tracking}/#/models/{name}/versions/{version.version}",
     }
 
