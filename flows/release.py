@@ -82,6 +82,9 @@ def register(root: Path, flow_run: str | None = None) -> Registered:
         dataset=(params.dataset.name, card["dataset"]["digest"]),
     )
     version = registry.register(model_id, run_id=run_id, tags=lineage)
+    # The same content may have got a new version where it came from, and the model stayed the same.
+    key = "lineage.dataset_version"
+    registry.set_tags(version.number, {key: lineage[key]})
     registered = Registered(
         name=registry.name,
         number=version.number,
