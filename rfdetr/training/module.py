@@ -19,6 +19,7 @@ from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
 from rfdetr.training import resume
+from rfdetr.training.callbacks.ema import RFDETREMACallback
 from rfdetr.training.multi_scale import draw_size
 from rfdetr.training.non_finite import check_finite
 from rfdetr.training.optimizer import build_optimizer, lr_factor
@@ -87,6 +88,14 @@ class RFDETRModule(pl.LightningModule):
     def _window(self) -> int:
         """Micro-batches of one optimizer step."""
         return 1 if self._trainer is None else self._trainer.accumulate_grad_batches
+
+    def setup(self, stage: str) -> None:
+        """Average before all other callbacks, so that checkpoints hold the average of their step.
+
+        Callbacks that users add come last, behind those that write checkpoints.
+        """
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: not isinstance(callback, RFDETREMACallback))
 
     def on_fit_start(self) -> None:
         if self.train_config.seed is not None:

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO, Precision
 from pytorch_lightning.callbacks import Callback, RichProgressBar, TQDMProgressBar
+from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.training.callbacks.best_model import BestModelCallback
@@ -37,41 +38,15 @@ NOISE = (
 )
 
 
-class RFDETRTrainer(pl.Trainer):
-    """A Trainer whose `ckpt_path="last"` is the last.ckpt in the output folder, where there is one.
+class LastInFolder(_CheckpointConnector):
+    """Makes `ckpt_path="last"` the last.ckpt of our callback; Lightning asks its own one only."""
 
-    Lightning looks for it at its own checkpoint callback only. Averaging comes before all other
-    callbacks in a fit, also when it was added last: a checkpoint holds the average of its step.
-    """
-
-    def fit(self, *args: Any, **kwargs: Any) -> None:
-        """As `pytorch_lightning.Trainer.fit`."""
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
-        callbacks.sort(key=lambda callback: not isinstance(callback, RFDETREMACallback))
-        super().fit(*map(self._file, args), **{k: self._file(v) for k, v in kwargs.items()})
-
-    def validate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `pytorch_lightning.Trainer.validate`."""
-        return super().validate(
-            *map(self._file, args), **{k: self._file(v) for k, v in kwargs.items()}
-        )
-
-    def test(self, *args: Any, **kwargs: Any) -> Any:
-        """As `pytorch_lightning.Trainer.test`."""
-        return super().test(*map(self._file, args), **{k: self._file(v) for k, v in kwargs.items()})
-
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `pytorch_lightning.Trainer.predict`."""
-        return super().predict(
-            *map(self._file, args), **{k: self._file(v) for k, v in kwargs.items()}
-        )
-
-    def _file(self, argument: Any) -> Any:
-        if not isinstance(argument, str) or argument != "last":
-            return argument
-        own = (c for c in self.callbacks if isinstance(c, CheckpointCallback))  # type: ignore[attr-defined]
-        files = [callback.output_dir / LAST for callback in own]
-        return next((str(file) for file in files if file.is_file()), argument)
+    def _parse_ckpt_path(self, state_fn: Any, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if ckpt_path == "last":
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            own = [c.output_dir / LAST for c in callbacks if isinstance(c, CheckpointCallback)]
+            ckpt_path = next((str(file) for file in own if file.is_file()), ckpt_path)
+        return super()._parse_ckpt_path(state_fn, ckpt_path, *args, **kwargs)
 
 
 def build_trainer(
@@ -113,7 +88,9 @@ def build_trainer(
     settings["plugins"] = _with_checkpoint_io(given.get("plugins"))
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    return RFDETRTrainer(**settings)
+    trainer = pl.Trainer(**settings)
+    trainer._checkpoint_connector = LastInFolder(trainer)
+    return trainer
 
 
 def build_callbacks(
