@@ -8,9 +8,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.workspace import current_version, stage_names, used_source
+from flows.workspace import current_version, forget_dead_locks, stage_names, used_source
+from rfdetr.errors import RFDETRError
 
 State = Literal["up to date", "runs", "may run"]
+
+
+class BusyError(RFDETRError):
+    """Another process holds what the plan must look at."""
 
 
 class StagePlan(BaseModel):
@@ -24,11 +29,19 @@ class StagePlan(BaseModel):
 
 
 def plan_stages(root: Path) -> list[StagePlan]:
-    """The stages of a run in order. `may run`: a stage before it runs, its result may differ."""
+    """The stages of a run in order. `may run`: a stage before it runs, its result may differ.
+
+    Raises BusyError while another DVC process works in the folder.
+    """
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
+    forget_dead_locks(root)
     with Repo(str(root)) as repo:
-        status = repo.status()
+        try:
+            status = repo.status()
+        except LockError as error:
+            raise BusyError(f"{root} is in use by another process: {error}") from error
         upstream = {
             stage.addressing: {parent.addressing for parent in repo.index.graph.successors(stage)}
             for stage in repo.index.graph

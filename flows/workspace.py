@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from ruamel.yaml import YAML
 
@@ -17,7 +19,7 @@ from flows.redact import redact
 from flows.s3 import list_versions
 from flows.settings import PARAMS_FILE, Environment, SourceSettings, load_params, parse_params
 from rfdetr.errors import ConfigError, DatasetError
-from rfdetr.files import atomic_path
+from rfdetr.files import atomic_path, write_text_atomic
 
 REMOTE = "store"
 LISTING = "listing-"  # a source's version that `pin_source` wrote begins so
@@ -41,6 +43,47 @@ def dvc(
     env = {**os.environ, **(variables or {}), "PATH": path}
     command = [sys.executable, "-m", "dvc", *args]
     return run_streaming(command, on_line, cwd=root, env=env, **limits)
+
+
+def forget_dead_locks(root: Path) -> None:
+    """Take killed DVC processes out of DVC's list of who reads and writes what.
+
+    DVC does so only when no process has their number; a zombie has it, and a later process may.
+    A list that was cut off while it was written is removed.
+    """
+    file = root / ".dvc" / "tmp" / "rwlock"
+    if not file.exists() or not _dead_held(file):
+        return
+    from dvc.lock import make_lock
+
+    guard = file.with_name("rwlock.lock")
+    with make_lock(str(guard), tmp_dir=str(file.parent)):
+        write_text_atomic(file, json.dumps(_living(file)))
+
+
+def _dead_held(file: Path) -> bool:
+    try:
+        return bool(_living(file) != json.loads(file.read_text()))
+    except ValueError:
+        return True
+
+
+def _living(file: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(file.read_text())
+    except ValueError:
+        held = {}
+    read = {path: [i for i in infos if _is_dvc(i)] for path, infos in held.get("read", {}).items()}
+    write = {path: info for path, info in held.get("write", {}).items() if _is_dvc(info)}
+    return {"write": write, "read": {path: infos for path, infos in read.items() if infos}}
+
+
+def _is_dvc(info: Mapping[str, Any]) -> bool:
+    try:
+        process = psutil.Process(info["pid"])
+        return process.status() != psutil.STATUS_ZOMBIE and "dvc" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def git(root: Path, *args: str, on_line: Line, **limits: Any) -> list[str]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -15,6 +20,7 @@ from flows.workspace import (
     configure_dvc,
     data_stage,
     dvc,
+    forget_dead_locks,
     has_remote,
     prepare_workspace,
     stage_names,
@@ -182,3 +188,26 @@ def test_a_shallow_clone_moves_to_commits_tags_and_branches(project: Path, tmp_p
         assert (copy / "third.txt").exists() == (ref == "third")
     with pytest.raises(ConfigError, match="'nothing' is no commit, tag or branch"):
         checkout(copy, "nothing", quiet)
+
+
+def test_dvc_locks_of_killed_processes_are_forgotten(tmp_path: Path) -> None:
+    """Of zombies, too: DVC itself believes that they still work."""
+    file = tmp_path / ".dvc/tmp/rwlock"
+    file.parent.mkdir(parents=True)
+    zombie = subprocess.Popen([sys.executable, "-c", "pass", "dvc"])
+    living = subprocess.Popen([sys.executable, "-c", "input()", "dvc"], stdin=subprocess.PIPE)
+    other = {"pid": os.getppid(), "cmd": "a later process with that number"}
+    try:
+        while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        dead, alive = ({"pid": p.pid, "cmd": "dvc repro"} for p in (zombie, living))
+        held = {"write": {"/a": dead, "/b": alive}, "read": {"/c": [dead, alive], "/d": [other]}}
+        file.write_text(json.dumps(held))
+        forget_dead_locks(tmp_path)
+        assert json.loads(file.read_text()) == {"write": {"/b": alive}, "read": {"/c": [alive]}}
+        file.write_text(json.dumps(held)[:30])
+        forget_dead_locks(tmp_path)
+        assert json.loads(file.read_text()) == {"write": {}, "read": {}}
+    finally:
+        living.communicate()
+        zombie.wait()
