@@ -31,6 +31,7 @@ from flows.state import RETRY, FitState, locked
 from flows.tracking import close_run
 from flows.validate import require_valid
 from rfdetr.errors import RFDETRError
+from rfdetr.files import remove_cut_off
 
 SECTIONS = ["dataset", "model", "fit"]
 INITIAL = Path("models/initial/model.ckpt")
@@ -55,6 +56,8 @@ def fit(params: Params) -> None:
     state = FitState(env.state_dir, fingerprint(params, job, env))
     mirror = Mirror(state.folder, env.state_url)
     with locked(state.folder):
+        for name in ("*.ckpt", "*.pth", "run.json", "job.json"):
+            remove_cut_off(state.folder, name)
         if not state.done:
             mirror.fetch()
         if os.environ.get(RETRY):

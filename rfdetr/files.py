@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 20
+TAG = 12  # characters that make a temporary name unique
 
 
 @contextlib.contextmanager
@@ -21,7 +23,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:TAG]}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -29,6 +31,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_cut_off(folder: Path, name: str = "*", *, idle_s: float = 0.0) -> None:
+    """Remove what killed writers of `name` left in `folder`, if untouched for `idle_s` seconds.
+
+    Only for a caller who knows that nobody writes these files now, or that writing them is shorter.
+    """
+    for left in folder.glob(f".{name}.{'?' * TAG}.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime >= idle_s:
+                left.unlink()
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:

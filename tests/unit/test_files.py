@@ -1,0 +1,32 @@
+"""What writers that were killed leave behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from rfdetr.files import atomic_path, remove_cut_off
+
+
+def cut_off(target: Path) -> Path:
+    """The temporary file of a writer that was killed."""
+    with pytest.raises(FileNotFoundError), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        kept = temporary.rename(temporary.with_suffix(".kept"))
+    return kept.rename(temporary)
+
+
+def test_cut_off_files_of_a_name_are_removed(tmp_path: Path) -> None:
+    left = cut_off(tmp_path / "run.json")
+    other = cut_off(tmp_path / "last.ckpt")
+    (tmp_path / "run.json").write_text("whole")
+    remove_cut_off(tmp_path, "run.json", idle_s=60)
+    assert left.exists(), "it may be written right now"
+    os.utime(left, (time.time() - 90, time.time() - 90))
+    remove_cut_off(tmp_path, "run.json", idle_s=60)
+    assert sorted(tmp_path.iterdir()) == sorted([other, tmp_path / "run.json"])
+    remove_cut_off(tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "run.json"]
