@@ -105,11 +105,12 @@ def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
         from flows.settings import load_params
         from flows.state import RETRY
-        from flows.workspace import configure_dvc, dvc
+        from flows.workspace import configure_dvc, dvc, require_dataset
 
         root = _root()
         load_params(root / "params.yaml")
         configure_dvc(root, Environment.read())
+        require_dataset(root, print)
         variables = {RETRY: "1"} if getattr(options, "retry", False) else {}
         dvc(root, "repro", stage, on_line=print, variables=variables)
         return OK

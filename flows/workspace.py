@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -182,9 +183,18 @@ def prepare_workspace(
     configure_dvc(root, env)
     if has_remote(root):
         dvc(root, "pull", "--allow-missing", on_line=on_line)
+    require_dataset(root, on_line)
+
+
+def require_dataset(root: Path, on_line: Line) -> None:
+    """Raise DatasetError unless the dataset is there, in DVC's cache, or the product of a stage."""
     folder = load_params(root / PARAMS_FILE).dataset.dir
     if not (root / folder).exists() and data_stage(root) is None:
         pointer = root / f"{folder}.dvc"
+        if pointer.exists():
+            with contextlib.suppress(CommandFailed):
+                dvc(root, "checkout", f"{folder}.dvc", on_line=on_line)
+                return
         found = (
             f"{pointer} exists but its data is not on the DVC remote"
             if pointer.exists()

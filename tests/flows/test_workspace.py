@@ -23,6 +23,7 @@ from flows.workspace import (
     forget_dead_locks,
     has_remote,
     prepare_workspace,
+    require_dataset,
     stage_names,
     write_overrides,
 )
@@ -211,3 +212,17 @@ def test_dvc_locks_of_killed_processes_are_forgotten(tmp_path: Path) -> None:
     finally:
         living.communicate()
         zombie.wait()
+
+
+def test_a_missing_dataset_comes_from_the_cache_or_is_explained(project: Path) -> None:
+    (project / "data/mine").mkdir(parents=True)
+    (project / "data/mine/a.txt").write_text("a")
+    run(project, "dvc", "add", "data/mine")
+    write_overrides(project, {"dataset": {"name": "mine", "dir": "data/mine"}})
+    (project / "data/mine/a.txt").unlink()
+    (project / "data/mine").rmdir()
+    require_dataset(project, quiet)
+    assert (project / "data/mine/a.txt").read_text() == "a"
+    write_overrides(project, {"dataset": {"dir": "data/nobody"}})
+    with pytest.raises(DatasetError, match=r"data/nobody is missing.*run `dvc add data/nobody`"):
+        require_dataset(project, quiet)
