@@ -107,7 +107,7 @@ class COCOEvalCallback(Callback):
         results, targets = outputs["results"], outputs["targets"]
         self._live.update(results, targets)
         if self._averaged is not None:
-            self._averaged.update(_averaged_results(trainer, pl_module, batch[0], targets), targets)
+            _add_averaged(self._averaged, trainer, pl_module, batch[0], targets)
         missing = pictures.SAMPLES - len(self._samples)
         if missing > 0 and self._plots_folder(trainer, pl_module) is not None:
             self._samples += pictures.take_samples(batch[0], targets, missing)
@@ -234,14 +234,28 @@ def _averaged_model(trainer: pl.Trainer) -> nn.Module | None:
     return None
 
 
-def _averaged_results(
-    trainer: pl.Trainer, pl_module: Any, samples: Any, targets: Sequence[Mapping[str, Any]]
-) -> Any:
-    """Detections of the averaged model on a batch, under the precision of the live one."""
+def _add_averaged(
+    evaluator: CocoEvaluator,
+    trainer: pl.Trainer,
+    pl_module: Any,
+    samples: Any,
+    targets: Sequence[Mapping[str, Any]],
+) -> None:
+    """Add detections of the averaged model on a batch, under the precision of the live one.
+
+    Those with masks go image by image: beside the live model's masks, which the batch's outputs
+    hold in full size, only one image's masks are in memory.
+    """
     model = _averaged_model(trainer)
     assert model is not None
     with trainer.precision_plugin.forward_context():
-        return pl_module.detect(pl_module.evaluation_forward(model, samples), targets)
+        outputs = pl_module.evaluation_forward(model, samples)
+        if "segm" not in evaluator.iou_types:
+            evaluator.update(pl_module.detect(outputs, targets), targets)
+            return
+        for i, target in enumerate(targets):
+            one = {n: v[i : i + 1] for n, v in outputs.items() if isinstance(v, torch.Tensor)}
+            evaluator.update(pl_module.detect(one, [target]), [target])
 
 
 def _share(trainer: pl.Trainer, evaluators: Sequence[CocoEvaluator]) -> None:

@@ -158,8 +158,8 @@ def _load(network: nn.Module, weights: dict[str, Tensor]) -> None:
     report = network.load_state_dict(weights, strict=False)
     if report.missing_keys or report.unexpected_keys:
         warnings.warn(
-            f"Averaged weights in the checkpoint: missing {report.missing_keys[:5]}, unexpected "
-            f"{report.unexpected_keys[:5]}.",
+            f"Averaged weights in the checkpoint: missing {report.missing_keys}, unexpected "
+            f"{report.unexpected_keys}.",
             UserWarning,
             stacklevel=2,
         )

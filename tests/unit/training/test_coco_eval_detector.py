@@ -6,11 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from rfdetr.data.masks import rasterise
 from rfdetr.evaluation.coco import CocoEvaluator, evaluate_coco
 from rfdetr.training import RFDETRDataModule
+from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from tests.datasets import make_coco
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 
@@ -88,6 +90,31 @@ def test_masks_are_scored_in_the_original_size(tmp_path):
         evaluator.update([perfect(document, target) for target in targets], targets)
     result = evaluator.compute()
     assert result.segm.summary.ap == pytest.approx(1.0)
+
+
+class Collected(pl.Callback):
+    """Keeps what the live and the averaged evaluator hold when an epoch ends."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        (callback,) = [c for c in trainer.callbacks if isinstance(c, COCOEvalCallback)]
+        self.states = [evaluator.state() for evaluator in callback._evaluators()]
+
+
+def test_averaged_masks_equal_those_of_the_same_weights_live(tmp_path):
+    """The averaged model's masks are taken image by image, the live one's by batch."""
+    root = make_coco(tmp_path / "data", splits={"train": 4, "val": 5}, segmentation=True)
+    config = tiny_run(root, tmp_path / "output", dataset_file="coco", batch_size=3, ema_decay=0)
+    model = tiny_model(segmentation_head=True, num_queries=16, num_select=40)
+    run = Run(model, config)
+    run.trainer.callbacks.append(collected := Collected())
+    run.fit()
+    live, averaged = (state.detections for state in collected.states)
+    assert len(live) == 5 * 40
+    assert averaged.image.tolist() == live.image.tolist()
+    np.testing.assert_allclose(averaged.score, live.score, rtol=1e-6)
+    areas = live.with_mask_areas().area
+    assert areas.any()
+    np.testing.assert_array_equal(averaged.with_mask_areas().area, areas)
 
 
 def perfect(document, target):
