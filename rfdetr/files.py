@@ -26,11 +26,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:TAG]}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        to_disk(temporary)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until the content of `path` is on the disk."""
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
 
 
 def remove_cut_off(folder: Path, name: str = "*", *, idle_s: float = 0.0) -> None:

@@ -22,7 +22,7 @@ from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.errors import CheckpointError
 from rfdetr.files import atomic_path
 from rfdetr.weights.container import Container, parse_container, plain
-from rfdetr.weights.io import StrPath, load_file, save_file
+from rfdetr.weights.io import StrPath, load_file, save_file, write_torch
 from rfdetr.weights.legacy import OURS, PARTS, to_legacy
 from rfdetr.weights.proof import ConversionReport, prove_conversion
 
@@ -97,7 +97,7 @@ def convert_legacy_checkpoint(old_path: StrPath, new_path: StrPath) -> Conversio
         )
     with atomic_path(new) as temporary:
         report = prove_conversion(
-            container, lambda: save_file(_resumable(container), temporary), temporary, new
+            container, lambda: write_torch(_resumable(container), temporary), temporary, new
         )
     logger.info("%s", report.summary)
     if report.max_abs_difference > 0:

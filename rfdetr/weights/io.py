@@ -110,7 +110,13 @@ def verify_file(path: StrPath, copy: StrPath | None = None) -> None:
 
 def save_file(obj: Any, path: StrPath) -> None:
     """Write `obj` with torch.save in one step: readers see the old file or the complete new one."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+    with atomic_path(path) as temporary:
+        write_torch(obj, temporary)
+
+
+def write_torch(obj: Any, temporary: Path) -> None:
+    """Write `obj` with torch.save to a path that `atomic_path` gave."""
+    with open(temporary, "wb") as stream:
         torch.save(obj, stream)  # a stream keeps the temporary name out of the file's bytes
 
 

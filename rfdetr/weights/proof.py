@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rfdetr.errors import RFDETRError
+from rfdetr.files import to_disk
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.weights.adapt import fit, structure_problems
 from rfdetr.weights.container import Container, parse_container
@@ -114,7 +115,8 @@ def prove_conversion(
 ) -> ConversionReport:
     """Run `write`, which makes the file `written` from `old`, and compare the two.
 
-    The old outputs are computed meanwhile, and the old file's checksums compared. Consumes `old`:
+    The old outputs are computed meanwhile, the old file's checksums compared, and the new file is
+    sent to the disk while it is read back. Consumes `old`:
     its weights go before the new file is mapped, so that the memory of one file is enough.
     """
     sources = {name: legacy_names(name) for name in old.weights}
@@ -123,6 +125,7 @@ def prove_conversion(
     with _single_threaded() as worker:
         running = worker.submit(_probe, old)
         write()
+        flushed = worker.submit(to_disk, written)
         verify_file(old.path, copy=written)
         probe, before = running.result()
         old_tensors = {} if before is not None else to_legacy(old.weights)
@@ -130,6 +133,7 @@ def prove_conversion(
         (old.ema or {}).clear()
         new = parse_container(load_file(written, mmap=True, verify=False), new_path)
         after = None if before is None else worker.submit(probe.outputs, new).result()
+        flushed.result()
     if {name: value.shape for name, value in new.weights.items()} != shapes:
         difference = float("inf")
     elif before is not None and after is not None:
@@ -153,9 +157,9 @@ def prove_conversion(
 
 @contextlib.contextmanager
 def _single_threaded() -> Iterator[ThreadPoolExecutor]:
-    """A worker whose products use one thread, beside the writing; the caller's setting returns."""
+    """Workers whose products use one thread, beside the writing; the caller's setting returns."""
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         yield executor
     torch.set_num_threads(threads)
 

@@ -132,13 +132,13 @@ def test_a_conversion_that_changed_a_value_would_be_told(
 ) -> None:
     from rfdetr.training import checkpoint
 
-    real = checkpoint.save_file
+    real = checkpoint.write_torch
 
-    def damaged(content: dict[str, Any], path: str) -> None:
+    def damaged(content: dict[str, Any], path: Path) -> None:
         content["state_dict"]["model.class_embed.bias"] = torch.full((4,), 7.0)
         real(content, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", damaged)
+    monkeypatch.setattr(checkpoint, "write_torch", damaged)
     with pytest.warns(UserWarning, match="not exact"):
         report = convert_legacy_checkpoint(
             FOLDER / "c_stripped_best_total_legacy.pth", tmp_path / "new.ckpt"
