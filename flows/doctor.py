@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -18,9 +19,11 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
+from flows.journal import JOURNAL, Journal
 from flows.redact import redact
 from flows.settings import Environment
-from flows.tracking import default_tracking_uri, sync, unsent_journals
+from flows.state import StateError, locked
+from flows.tracking import close_run, default_tracking_uri, sync, unsent_journals
 from flows.workspace import has_remote
 
 OLD_DAYS = 30
@@ -43,6 +46,7 @@ def examine(root: Path, *, repair: bool = False) -> list[Finding]:
     looks: list[Callable[[], Iterator[Finding]]] = [
         _versions,
         lambda: _unsent(env, root, repair=repair),
+        lambda: _cut_off(env, root, repair=repair),
         lambda: _old_state(env, repair=repair),
         lambda: _old_copies(env, repair=repair),
         lambda: _remote(root),
@@ -93,6 +97,27 @@ def _unsent(env: Environment, root: Path, *, repair: bool) -> Iterator[Finding]:
         )
     else:
         yield Finding(subject="journals", level="ok", text="everything was sent")
+
+
+def _cut_off(env: Environment, root: Path, *, repair: bool) -> Iterator[Finding]:
+    """Trainings that a lost process left begun: MLflow says RUNNING until one goes on or is closed.
+
+    A training that goes on later opens the same run again.
+    """
+    found, left = 0, 0
+    for file in (env.state_dir / "fit").glob(f"*/{JOURNAL}"):
+        if not Journal(file.parent).open:
+            continue
+        with contextlib.suppress(StateError), locked(file.parent):  # held by a training at work
+            found += 1
+            if repair and not close_run(file.parent, "KILLED", default_tracking_uri(root)):
+                left += 1
+    advice = "rfdetr-pipeline doctor --repair" if found and not repair else None
+    text = f"{found} cut off and not gone on with" if found else "each at work or ended"
+    if repair and found:
+        text += f"; {found - left} closed as KILLED in MLflow" + (f", {left} unsent" * bool(left))
+    level: Literal["ok", "note"] = "note" if found else "ok"
+    yield Finding(subject="trainings", level=level, text=text, repair=advice)
 
 
 def _old_state(env: Environment, *, repair: bool) -> Iterator[Finding]:

@@ -225,16 +225,26 @@ class Journal:
                         log.warning("%s: an incomplete line before byte %d", self.file, offset)
         return records, offset
 
-    def _logged_params(self) -> dict[str, str]:
-        params: dict[str, str] = {}
+    @property
+    def open(self) -> bool:
+        """Whether the run was begun and not ended: it is at work, or was cut off."""
+        kinds = [r["kind"] for r in self._records() if r["kind"] in {"begin", "end"}]
+        return kinds[-1:] == ["begin"]
+
+    def _records(self) -> Iterator[Record]:
         offset = 0
         while True:
             records, offset = self.read(offset)
             if not records:
-                return params
-            for record in records:
-                if record["kind"] == "params":
-                    params = {**record["values"], **params}
+                return
+            yield from records
+
+    def _logged_params(self) -> dict[str, str]:
+        params: dict[str, str] = {}
+        for record in self._records():
+            if record["kind"] == "params":
+                params = {**record["values"], **params}
+        return params
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

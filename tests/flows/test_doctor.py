@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from flows.doctor import OLD_DAYS, Finding, _old_copies, _old_state
+from flows.doctor import OLD_DAYS, Finding, _cut_off, _old_copies, _old_state
 from flows.journal import Journal, RunSpec
 from flows.pack import open_dataset, pack
 from flows.settings import Environment
+from flows.state import locked
+from flows.tracking import TrackedRun, close_run, default_tracking_uri, sync
+from tests.flows.mlflow_fixtures import runs
 
 
 @pytest.fixture
@@ -47,6 +50,34 @@ def test_a_finished_training_with_unsent_records_stays(env: Environment) -> None
     assert "3 trainings" in found.text
     assert "1 finished ones removed" in found.text
     assert (sent.exists(), unsent.exists(), begun.exists()) == (False, True, True)
+
+
+def test_a_training_that_was_cut_off_is_closed_unless_it_is_at_work(
+    env: Environment, tmp_path: Path
+) -> None:
+    uri = default_tracking_uri(tmp_path)
+    folders = {name: env.state_dir / "fit" / name for name in ("cut off", "at work", "ended")}
+    for name, folder in folders.items():
+        spec = RunSpec(experiment="e", name=name)
+        TrackedRun(folder, spec, uri=uri).begin()
+        assert sync(env.state_dir, uri)[folder] is None
+    close_run(folders["ended"], "FINISHED", uri)
+
+    def states() -> dict[str, str]:
+        return {run.info.run_name: run.info.status for run in runs(uri)}
+
+    with locked(folders["at work"]):
+        (found,) = _cut_off(env, tmp_path, repair=False)
+        assert (found.level, found.text) == ("note", "1 cut off and not gone on with")
+        assert states()["cut off"] == "RUNNING"
+        (found,) = _cut_off(env, tmp_path, repair=True)
+    assert found.text.endswith("1 closed as KILLED in MLflow")
+    assert states() == {"cut off": "KILLED", "at work": "RUNNING", "ended": "FINISHED"}
+    with TrackedRun(folders["cut off"], uri=uri):  # the next attempt
+        pass
+    assert states()["cut off"] == "FINISHED"
+    (found,) = _cut_off(env, tmp_path, repair=False)
+    assert "1 cut off" in found.text, "the lock of the one at work is free now"
 
 
 def looked(env: Environment, *, repair: bool) -> dict[str, Finding]:
