@@ -112,8 +112,7 @@ def build_model(path: Path, files: ModelFiles, *, model_id: str, run_id: str | N
     requirements = [f"{name}=={metadata.version(name)}" for name in REQUIREMENTS]
     if files.onnx is not None:
         requirements.append(f"onnxruntime=={metadata.version('onnxruntime')}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Add type hints")  # they would drop the params
+    with warnings.catch_warnings(record=True) as said:  # MLflow puts its own filter before others
         mlflow.pyfunc.save_model(
             path=str(path),
             python_model=str(CODE),
@@ -124,3 +123,8 @@ def build_model(path: Path, files: ModelFiles, *, model_id: str, run_id: str | N
             mlflow_model=Model(run_id=run_id, model_id=model_id),
             metadata=files.params(),
         )
+    for warning in said:
+        if "Add type hints" not in str(warning.message):  # they would drop the parameters
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )

@@ -12,8 +12,8 @@ ADVICE = (
     ".*smaller than the logging interval",
     "It is recommended to use .self.log.* when logging on epoch level in distributed",
     ".*isinstance\\(treespec, LeafSpec\\)",
-    ".*Add type hints to the `predict` method",
     ".*does not have many workers which may be a bottleneck",
+    "SOCKS support in urllib3",  # requests' own filter is lost when two threads import
 )
 
 
