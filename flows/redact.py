@@ -25,24 +25,26 @@ _NOT_SECRET = re.compile(
 
 _FOLDERS = {"PWD", "OLDPWD"}  # the shell's folders, not passwords
 
+_TOKEN = re.compile(r"[^\s'\"<>]+")
 _URI_USERINFO = re.compile(
-    r"(?P<scheme>\b[a-z][a-z0-9+.\-]*://)"
+    r"(?P<scheme>(?<![a-z0-9+.\-])[a-z0-9+.\-]+://)"
     r"(?P<user>[^\s/?#'\"<>]+|[^\s/:@]*:(?!\d+/)[^\s@'\"<>]+)@",  # or a raw / in it
     re.IGNORECASE,
 )
 _URI_PASSWORD = re.compile(r"://[^\s/:@]*:([^\s@]+)@")
 _QUERY = re.compile(
-    r"(?P<key>[?&;](?:[\w.\-]*(?:token|secret|password|passwd|api[_-]?key|access[_-]?key(?:id)?|"
-    r"signature|credential)[\w.\-]*|sig|key|auth|pwd|code)=)[^&#\s'\"<>]+",
+    r"(?P<key>[?&;](?:(?=[\w.\-]*(?:token|secret|password|passwd|api[_-]?key|access[_-]?key(?:id)?|"
+    r"signature|credential))[\w.\-]++|sig|key|auth|pwd|code)=)[^&#\s'\"<>]+",
     re.IGNORECASE,
 )
-_ASSIGNMENT = re.compile(
-    r"(?P<key>(?P<quote>\\?[\"']|)(?P<name>[A-Za-z_][\w.\-]*)(?P=quote)\s*(?:=>|[:=])\s*)"
-    r"(?P<value>\\\"[^\"\\\n]*\\\"|\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|(?:[^\s,;'\"{}\[\]()&\\]|\\(?![\"']))+)",
+# A name is taken from where its word begins, or a long word would be read once per letter.
+_KEY = re.compile(r"(?P<quote>\\?[\"']|(?<![\w.\-]))(?P<name>[\w.\-]+)(?P=quote)\s*(?:=>|[:=])\s*")
+_VALUE = re.compile(
+    r"\\\"[^\"\\\n]*\\\"|\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|(?:[^\s,;'\"{}\[\]()&\\]|\\(?![\"']))+",
 )
 _NO_VALUE = {"", "none", "null", "true", "false", MASK}
 _SCHEME = re.compile(r"(?i)\b(?P<key>(?:bearer|basic)\s+)[A-Za-z0-9+/=_.~\-]{8,}")
-# a header with its scheme, whatever that is called; quoted values are those of _ASSIGNMENT
+# a header with its scheme, whatever that is called; quoted values are those of _VALUE
 _HEADER = re.compile(
     r"(?P<key>(?:authorization|cookie)(?:\\?[\"'])?[ \t]*(?:=>|[:=])[ \t]*(?:\r?\n[ \t]+)?)"
     r"(?!(?:none|null|true|false)\b)"
@@ -69,7 +71,7 @@ _SHAPES = re.compile(
     r"glpat-[\w\-]{16,}|xox[abposr]-[\w\-]{10,}|sk-[A-Za-z0-9_\-]{20,}|hf_[A-Za-z0-9]{20,}|"
     r"AIza[\w\-]{30,}|pnu_[A-Za-z0-9]{20,}|pnb_[A-Za-z0-9]{20,}|npm_[A-Za-z0-9]{30,}|"
     r"(?:hooks\.slack\.com/services|discord(?:app)?\.com/api/webhooks)/[\w/\-]+|"
-    r"pypi-[\w\-]{20,}|dapi[0-9a-f]{32}|eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]*)"
+    r"pypi-[\w\-]{20,}|dapi[0-9a-f]{32}|eyJ[\w\-]{8,4096}\.[\w\-]{8,}\.[\w\-]*)"
 )
 _PEM = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
@@ -89,6 +91,12 @@ def _userinfo(match: re.Match[str]) -> str:
     return f"{scheme}{MASK}@"
 
 
+def _token(match: re.Match[str]) -> str:
+    """A word with its URIs' credentials masked; behind its last @ there are none."""
+    head, at, tail = match[0].rpartition("@")
+    return f"{_URI_USERINFO.sub(_userinfo, head + at)}{tail}" if "://" in head else match[0]
+
+
 def _option(match: re.Match[str]) -> str:
     name, value = match["name"], match["value"]
     secret = is_secret_name(name) or (_OPTION_NAME.search(name) and not _NOT_SECRET.search(name))
@@ -98,16 +106,25 @@ def _option(match: re.Match[str]) -> str:
     return f"{match['key']}{quote}{MASK}{quote}"
 
 
-def _assignment(match: re.Match[str]) -> str:
-    value = match["value"]
-    if not is_secret_name(match["name"]):
-        return match["key"] + _ASSIGNMENT.sub(_assignment, value)  # a sentence may hold another one
-    if value.strip("\\\"'").lower() in _NO_VALUE or value.startswith(f"{MASK}\\"):
-        return match.group()  # nothing to hide, or a masked header with an escaped line end
-    quote = value[: len(value) - len(value.lstrip("\\\"'"))]
-    return (
-        f"{match['key']}{quote or match['quote']}{MASK}{quote or match['quote']}"  # JSON stays so
-    )
+def _mask_assignments(text: str) -> str:
+    """Mask the values of secret names: `name=value`, `name: value`, `"name": "value"`.
+
+    The search goes on at the value of any other name: a sentence may hold another assignment.
+    """
+    parts, done, at = list[str](), 0, 0
+    while key := _KEY.search(text, at):
+        at = key.end()
+        value = _VALUE.match(text, at) if is_secret_name(key["name"]) else None
+        if value is None:
+            continue
+        at = value.end()
+        bare = value[0].strip("\\\"'")
+        if bare.lower() in _NO_VALUE or value[0].startswith(f"{MASK}\\"):
+            continue  # nothing to hide, or a masked header with an escaped line end
+        quote = value[0][: len(value[0]) - len(value[0].lstrip("\\\"'"))] or key["quote"]
+        parts += [text[done : value.start()], f"{quote}{MASK}{quote}"]  # JSON stays so
+        done = at
+    return "".join([*parts, text[done:]])
 
 
 def _literals() -> list[str]:
@@ -129,14 +146,14 @@ def redact(text: str) -> str:
     for literal in _literals():
         text = text.replace(literal, MASK)
     text = _PEM.sub(MASK, text)
-    text = _URI_USERINFO.sub(_userinfo, text)
+    text = _TOKEN.sub(_token, text)
     text = _QUERY.sub(rf"\g<key>{MASK}", text)
     text = _HEADER.sub(rf"\g<key>{MASK}", text)
     text = _HEADER_PAIR.sub(rf"\g<key>{MASK}\g<quote>", text)
     text = _SCHEME.sub(rf"\g<key>{MASK}", text)
     text = _OPTION.sub(_option, text)
     text = _USER_OPTION.sub(rf"\g<key>{MASK}", text)
-    text = _ASSIGNMENT.sub(_assignment, text)
+    text = _mask_assignments(text)
     return _SHAPES.sub(MASK, text)
 
 

@@ -221,3 +221,33 @@ def test_the_working_folder_is_no_password(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("OLDPWD", "/home/anna")
     text = 'File "/srv/pipeline/flows/fit.py", called from /home/anna'
     assert redact(text) == text
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "part",
+    [
+        "x",
+        "a:",
+        "a.",
+        "a=",
+        "-",
+        '"',
+        "'a': ",
+        "http://",
+        "http://a:",
+        "@http://a:",
+        "?token",
+        "?tokentoken",
+        "eyJabcdefgh-",
+        "authorization: digest a=b,",
+        "--password ",
+        "curl -u ",
+        "-----BEGIN PRIVATE KEY-----",
+        '\\"',
+        '{"a": ',
+    ],
+)
+def test_a_long_text_does_not_hang(part: str) -> None:
+    """A search that is quadratic in the length would take hours; one by recursion would fail."""
+    redact(part * (400_000 // len(part)))
