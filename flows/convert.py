@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from flows.digest import digest_of
-from flows.quiet import quiet_libraries
 from flows.s3 import is_s3
 from flows.settings import ConvertSettings, Environment, ModelSettings, Params
 from flows.stage import copy_atomic, run_stage, write_json
@@ -93,7 +92,7 @@ def _from_file(path: Path, source: str, params: Params, target: Path) -> dict[st
 
 def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path) -> dict[str, Any]:
     """Random weights from the seed (with the public encoder where it fits and is reachable)."""
-    from pytorch_lightning import seed_everything
+    import torch
 
     from rfdetr.model.network import build_network
     from rfdetr.training.checkpoint import best_payload, convert_legacy_checkpoint
@@ -101,8 +100,7 @@ def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path)
     from rfdetr.weights.load import initialise_weights
 
     config = model.config()
-    quiet_libraries()  # Lightning's import made it talk again
-    seed_everything(settings.seed)
+    torch.manual_seed(settings.seed)
     network = build_network(config)
     report = initialise_weights(network, config)
     legacy = target.with_suffix(".pth")

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.errors import CheckpointError
 from rfdetr.files import atomic_path
 from rfdetr.weights.container import Container, parse_container, plain
-from rfdetr.weights.io import StrPath, load_file, save_file, write_torch
+from rfdetr.weights.io import StrPath, load_file, write_torch
 from rfdetr.weights.legacy import OURS, PARTS, to_legacy
 from rfdetr.weights.proof import ConversionReport, prove_conversion
 
@@ -32,7 +31,6 @@ PREFIX = "model."
 EMA_KEY = "legacy_ema_state_dict"
 MARKER = "legacy_checkpoint_format"
 NOTE = "legacy_note"
-HAND_OVER = ".temp.ckpt"  # bare weights that Lightning's spawned processes give to their parent
 
 
 def normalise_legacy(checkpoint: Mapping[str, Any], path: str = "the checkpoint") -> dict[str, Any]:
@@ -103,34 +101,6 @@ def convert_legacy_checkpoint(old_path: StrPath, new_path: StrPath) -> Conversio
     if report.max_abs_difference > 0:
         warnings.warn(f"The conversion is not exact. {report.summary}", UserWarning, stacklevel=2)
     return report
-
-
-class LegacyCheckpointIO(TorchCheckpointIO):
-    """Reads every generation of checkpoint as a Lightning dictionary, safely; writes atomically."""
-
-    def load_checkpoint(
-        self, path: StrPath, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load `path` onto the CPU; `weights_only` is always on, whatever the caller says.
-
-        Raises FileNotFoundError, or CheckpointError for a damaged, refused or foreign file.
-        """
-        del map_location, weights_only
-        content = load_file(path)
-        if Path(path).name == HAND_OVER:
-            return dict(content)
-        checkpoint: dict[str, Any] = normalise_legacy(content, os.fspath(path))
-        if checkpoint.get(NOTE):
-            warnings.warn(checkpoint[NOTE], UserWarning, stacklevel=2)
-        return checkpoint
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: StrPath, storage_options: Any = None
-    ) -> None:
-        """Write in one step: an interrupted write leaves the previous file."""
-        if storage_options is not None:
-            raise TypeError("storage_options is not supported: checkpoints are local files.")
-        save_file(checkpoint, path)
 
 
 def best_payload(

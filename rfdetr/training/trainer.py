@@ -18,7 +18,7 @@ from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from rfdetr.training.callbacks.drop_path import DropPathCallback
 from rfdetr.training.callbacks.early_stopping import RFDETREarlyStopping
 from rfdetr.training.callbacks.ema import RFDETREMACallback
-from rfdetr.training.checkpoint import LegacyCheckpointIO
+from rfdetr.training.checkpoint_io import LegacyCheckpointIO
 from rfdetr.training.loggers import build_loggers
 
 SHARDED = ("fsdp", "deepspeed")

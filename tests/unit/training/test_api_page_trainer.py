@@ -21,7 +21,7 @@ from rfdetr.training.callbacks import (
     RFDETREarlyStopping,
     RFDETREMACallback,
 )
-from rfdetr.training.checkpoint import LegacyCheckpointIO
+from rfdetr.training.checkpoint_io import LegacyCheckpointIO
 from rfdetr.training.mlflow_logger import JournaledMLFlowLogger
 from rfdetr.training.trainer import choose_precision
 from tests.unit.training.helpers import Run, tiny_model, tiny_run

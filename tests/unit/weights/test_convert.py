@@ -18,12 +18,12 @@ from rfdetr.config import RFDETRNanoConfig, TrainConfig
 from rfdetr.errors import CheckpointError
 from rfdetr.model.network import build_network
 from rfdetr.training.checkpoint import (
-    LegacyCheckpointIO,
     best_payload,
     convert_legacy_checkpoint,
     normalise_legacy,
     stripped_payload,
 )
+from rfdetr.training.checkpoint_io import LegacyCheckpointIO
 from rfdetr.weights.container import read_container
 from rfdetr.weights.io import save_file
 from rfdetr.weights.legacy import from_legacy, to_legacy
