@@ -313,6 +313,7 @@ def prefect_server(folder: Path, settings: StackSettings) -> Service:
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
                 "prefect.server.concurrency.lease_storage.filesystem"
             ),
+            "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "prefect.server.events.ordering.db",
             "PREFECT_SERVER_UI_API_URL": f"{settings.url('prefect')}/api",
         },
         healthy=lambda: answers(f"{settings.url('prefect')}/api/health"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import uuid
@@ -113,15 +114,30 @@ def test_automations_bind_to_the_deployments() -> None:
     from infra import deploy
 
     resume = "{{ id of rfdetr resume after a crash }}"
+    lost = "{{ id of rfdetr resume of a lost run }}"
     manual = "{{ id of retrain/manual }}"
     values = {"{{ deployments }}": ["prefect.deployment.a"], resume: str(uuid.UUID(int=3))}
-    values |= {manual: str(uuid.UUID(int=4))}
+    values |= {manual: str(uuid.UUID(int=4)), lost: str(uuid.UUID(int=5))}
     entries = yaml.safe_load(deploy.AUTOMATIONS.read_text())["automations"]
     built = [AutomationCore.model_validate(deploy.fill(e, values)) for e in entries]
-    assert [a.trigger.posture.value for a in built] == ["Proactive"] + 3 * ["Reactive"]
+    assert [a.trigger.posture.value for a in built] == 2 * ["Proactive"] + 3 * ["Reactive"]
     assert "{{" not in json.dumps([a.trigger.model_dump(mode="json") for a in built])
-    again = built[1].actions[0]
-    assert again.source == "inferred", "the deployment that crashed is the one that goes on"
-    assert built[2].actions[0].automation_id == uuid.UUID(int=3)
-    assert built[3].actions[0].deployment_id == uuid.UUID(int=4)
-    assert "flow_run.parameters" in again.parameters["params"]
+    for again in (built[1].actions[0], built[2].actions[0]):
+        assert again.source == "inferred", "the deployment that crashed is the one that goes on"
+        assert "flow_run.parameters" in again.parameters["params"]
+    assert [a.automation_id for a in built[3].actions] == [uuid.UUID(int=3), uuid.UUID(int=5)]
+    assert built[4].actions[0].deployment_id == uuid.UUID(int=4)
+
+
+def test_every_final_state_of_a_flow_ends_the_wait_for_its_heartbeat() -> None:
+    """One that is missing would mark a finished run as lost, and start it again."""
+    from infra import deploy
+
+    entries = yaml.safe_load(deploy.AUTOMATIONS.read_text())["automations"]
+    watching = [e["trigger"] for e in entries if e["trigger"]["posture"] == "Proactive"]
+    source = (ROOT / "flows/retrain.py").read_text()
+    named = re.findall(r'return Completed\(name="(\w+)"', source.partition("\n@task")[0])
+    assert named == ["Skipped"]
+    final = {"Completed", "Failed", "TimedOut", "Cancelled", "Crashed", *named}
+    for trigger in watching:
+        assert {f"prefect.flow-run.{name}" for name in final} <= set(trigger["expect"])
