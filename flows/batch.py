@@ -36,7 +36,7 @@ def batch_predict(
             "s3:// prefix."
         )
     root = Path.cwd()
-    with gpu_slot(root):
+    with gpu_slot(root, 1):
         found = detect(root, source, out, model, threshold, draw=draw)
     artifacts.show_predictions(found)
     return found

@@ -40,7 +40,7 @@ def drift_check(
         text = "no images to look at: give a source, or set RFDETR_RECENT_IMAGES for the worker"
         return Completed(name="Skipped", message=text)
     root = Path.cwd()
-    with contextlib.nullcontext() if params.device == "cpu" else gpu_slot(root):
+    with contextlib.nullcontext() if params.device == "cpu" else gpu_slot(root, 1):
         check = compare_images(root, source, params)
     if check.report is None:
         return Completed(name="Skipped", message=check.skipped)

@@ -1,11 +1,19 @@
-"""How many GPUs this process's children will see, known without torch."""
+"""The GPUs of this machine, known without torch: how many, and which are a run's own."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from flows.settings import RuntimeSettings
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+LOOK_AGAIN_S = 1.0
 
 
 def wanted_slots(runtime: RuntimeSettings) -> int:
@@ -16,20 +24,66 @@ def wanted_slots(runtime: RuntimeSettings) -> int:
 
 
 def visible_gpus(env: Mapping[str, str] = os.environ) -> int:
-    """NVIDIA GPUs of this machine, or those that CUDA_VISIBLE_DEVICES leaves of them.
+    """NVIDIA GPUs of this machine, or those that CUDA_VISIBLE_DEVICES leaves of them."""
+    return len(_names(env))
 
-    As CUDA reads that list: it ends at the first entry that names no GPU.
+
+@contextlib.contextmanager
+def claimed(count: int, folder: Path) -> Iterator[None]:
+    """Hold `count` of the visible GPUs; children that are started inside see no other.
+
+    Waits while other runs of this machine hold them. The claims are lock files in `folder`, which
+    end with this process, however it ends.
     """
-    present, visible = _present(), env.get("CUDA_VISIBLE_DEVICES")
+    names = _names(os.environ)
+    if not names:
+        yield
+        return
+    place = folder / "gpus" / socket.gethostname()
+    place.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        while len(mine := _free(names, count, place, held)) < min(count, len(names)):
+            held.close()  # all or none, or two runs could wait for each other
+            time.sleep(LOOK_AGAIN_S)
+        before = os.environ.get(VISIBLE)
+        held.callback(_set_visible, before)
+        _set_visible(",".join(mine))
+        yield
+
+
+def _free(names: list[str], count: int, place: Path, held: contextlib.ExitStack) -> list[str]:
+    """Up to `count` GPUs that nobody holds, now locked until `held` is closed."""
+    mine: list[str] = []
+    for name in names:
+        if len(mine) == count:
+            break
+        handle = os.open(place / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        held.callback(os.close, handle)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine.append(name)
+    return mine
+
+
+def _set_visible(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(VISIBLE, None)
+    else:
+        os.environ[VISIBLE] = value
+
+
+def _names(env: Mapping[str, str]) -> list[str]:
+    """Indexes or identifiers, as CUDA reads its list: it ends at the first that names no GPU."""
+    present, visible = _present(), env.get(VISIBLE)
     if visible is None:
-        return present
-    count = 0
+        return [str(index) for index in range(present)]
+    names: list[str] = []
     for entry in (item.strip() for item in visible.split(",")):
         known = int(entry) < present if entry.isdecimal() else entry.startswith(("GPU-", "MIG-"))
-        if not known:
+        if not known or not present:
             break
-        count += 1
-    return count if present else 0
+        names.append(entry)
+    return names
 
 
 def _present() -> int:

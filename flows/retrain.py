@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows import artifacts, freshness, release
-from flows.gpus import wanted_slots
+from flows.gpus import claimed, wanted_slots
 from flows.notify import notify
 from flows.process import CommandFailed, run_streaming
 from flows.promote import ChampionChangedError
@@ -96,7 +96,7 @@ def retrain(params: RetrainParams | None = None) -> State | dict[str, Any]:
         reproduce(root, evaluate)
     push_data(root)
     number = register(root)
-    with gpu_slot(root):
+    with gpu_slot(root, 1):
         verdict = gate(root, number)
     promote(root, number, verdict, allowed=params.promote)
     if params.publish:
@@ -210,10 +210,15 @@ def publish(root: Path) -> State:
 
 
 @contextlib.contextmanager
-def gpu_slot(root: Path) -> Iterator[None]:
-    """Hold the machine's GPU slots; runs on other workers of the same limit wait."""
+def gpu_slot(root: Path, devices: int | None = None) -> Iterator[None]:
+    """Hold slots of the GPU limit and as many GPUs of this machine; other runs wait for them.
+
+    `devices` is what params.yaml says unless given.
+    """
     settings = load_params(root / "params.yaml").runtime
-    with slot(settings.gpu_slot, wanted_slots(settings)):
+    wanted = wanted_slots(settings) if devices is None else devices
+    on_gpus = settings.accelerator not in {"cpu", "mps"}
+    with slot(settings.gpu_slot, wanted), claimed(wanted * on_gpus, Environment.read().state_dir):
         yield
 
 
