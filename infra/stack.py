@@ -206,7 +206,7 @@ def down(folder: Path) -> int:
     os.kill(pid, signal.SIGTERM)
     until = time.monotonic() + 10 * STOP_SECONDS
     while time.monotonic() < until:
-        if _supervisor(folder) is None:
+        if _supervisor(folder) is None and not _works(pid):
             return 0
         time.sleep(0.1)
     print(f"process {pid} is still stopping; see {folder / 'logs'}", file=sys.stderr)
@@ -293,6 +293,14 @@ def _supervisor(folder: Path) -> int | None:
         ready.unlink(missing_ok=True)  # left by a supervisor that was killed
         return None
     return pid
+
+
+def _works(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is not waited for does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
