@@ -22,12 +22,14 @@ from pydantic import BaseModel
 from flows.journal import JOURNAL, Journal
 from flows.redact import redact
 from flows.settings import Environment
+from flows.slots import LEASE_SECONDS
 from flows.state import StateError, locked
 from flows.tracking import close_run, default_tracking_uri, sync, unsent_journals
 from flows.workspace import has_remote
 
 OLD_DAYS = 30
 COPIES = ("unpacked", "exports", "downloads")  # whoever uses one sets its time
+LEASES_ENDED_S = LEASE_SECONDS + 20  # the server looks for ended leases every 15 seconds
 LEASE_STORAGE = "prefect.server.concurrency.lease_storage.memory"
 
 
@@ -221,10 +223,21 @@ def _running(client: Any) -> list[Any]:
 
 
 def _slots(client: Any, running: list[Any], *, repair: bool) -> Iterator[Finding]:
-    """Slots that are held although no run is alive: the leak of a restart."""
-    for limit in client.read_global_concurrency_limits(limit=200, offset=0):
-        if not limit.active_slots or running:
-            continue
+    """Slots that are held although no run is alive: the leak of a restart.
+
+    A killed run's lease gives its slot back by itself, also when that was freed by hand and belongs
+    to another run by then; so the repair waits until no lease is left.
+    """
+    if running:
+        return
+    until = time.monotonic() + (LEASES_ENDED_S if repair else 0)
+    while (held := _held(client)) and time.monotonic() < until:
+        time.sleep(1)
+    if held and repair and _running(client):
+        text = "a run has started meanwhile; try again when none is alive"
+        yield Finding(subject="limits", level="problem", text=text)
+        return
+    for limit in held:
         if repair:
             from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 
@@ -236,8 +249,13 @@ def _slots(client: Any, running: list[Any], *, repair: bool) -> Iterator[Finding
             level="note" if repair else "problem",
             text=f"{limit.active_slots} slots held without a live run"
             + ("; freed" if repair else ""),
-            repair=None if repair else f"prefect gcl update {limit.name} --active-slots 0",
+            repair=None if repair else "rfdetr-pipeline doctor --repair",
         )
+
+
+def _held(client: Any) -> list[Any]:
+    limits = client.read_global_concurrency_limits(limit=200, offset=0)
+    return [limit for limit in limits if limit.active_slots]
 
 
 def main(arguments: list[str] | None = None) -> int:

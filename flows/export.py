@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.stage import read_json, write_json
-from rfdetr.export.onnx import TOLERANCE
 from rfdetr.files import sha256_file
 
 
@@ -33,7 +32,8 @@ def export_once(weights: Path, state_dir: Path) -> Exported:
 
 
 def _export(weights: Path, folder: Path) -> None:
-    from rfdetr import RFDETR
+    from rfdetr import RFDETR  # seconds of imports, only when there is something to export
+    from rfdetr.export.onnx import TOLERANCE
 
     work = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(work, ignore_errors=True)

@@ -21,7 +21,7 @@ from tests.services.deployed import git
 from tests.services.fitting import next_run
 from tests.services.live import LiveStack, wait_for
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(2400), pytest.mark.xdist_group("use")]
 MODEL = "service-test"
 
 

@@ -13,7 +13,20 @@ from flows.state import MAX_ATTEMPTS, locked
 from tests.services.fitting import Fitting, kill_all, next_run
 from tests.services.live import LiveStack, wait_for
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(2400), pytest.mark.xdist_group("faults")]
+
+
+def test_a_leaked_slot_is_found_and_freed_by_doctor(live: LiveStack) -> None:
+    body = {"names": ["gpu"], "slots": 1, "mode": "concurrency"}
+    live.api("POST", "/v2/concurrency_limits/increment", body)
+    assert live.slots() == 1
+    found = live.module("flows.doctor", check=False)
+    assert found.returncode == 1
+    assert "limit gpu: 1 slots held without a live run" in found.stdout
+    mended = live.module("flows.doctor", "--repair", check=False)
+    assert "limit gpu" in mended.stdout
+    assert live.slots() == 0
+    assert "limit gpu" not in live.module("flows.doctor", check=False).stdout
 
 
 def test_sigterm_is_never_success_and_the_next_run_goes_on(
@@ -54,16 +67,3 @@ def test_a_training_that_never_gets_on_fails_and_is_not_started_again(
         run = next_run(live, known)
     state = live.wait_final(run, "FAILED")
     assert f"{MAX_ATTEMPTS} attempts ended without finishing a new epoch" in state["message"]
-
-
-def test_a_leaked_slot_is_found_and_freed_by_doctor(live: LiveStack) -> None:
-    body = {"names": ["gpu"], "slots": 1, "mode": "concurrency"}
-    live.api("POST", "/v2/concurrency_limits/increment", body)
-    assert live.slots() == 1
-    found = live.module("flows.doctor", check=False)
-    assert found.returncode == 1
-    assert "limit gpu: 1 slots held without a live run" in found.stdout
-    mended = live.module("flows.doctor", "--repair", check=False)
-    assert "limit gpu" in mended.stdout
-    assert live.slots() == 0
-    assert "limit gpu" not in live.module("flows.doctor", check=False).stdout

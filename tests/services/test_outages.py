@@ -11,7 +11,7 @@ from tests.services.deployed import git
 from tests.services.fitting import Fitting
 from tests.services.live import LiveStack, wait_for
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(2400), pytest.mark.xdist_group("faults")]
 
 
 def test_servers_killed_one_after_the_other_do_not_stop_a_training(

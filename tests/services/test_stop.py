@@ -11,7 +11,7 @@ from tests.services.deployed import start, stop
 from tests.services.fitting import Fitting, next_run
 from tests.services.live import LiveStack, command_of, processes_of, wait_for
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(2400), pytest.mark.xdist_group("use")]
 
 
 def test_nothing_is_left_after_a_stop_and_a_start_goes_on(
