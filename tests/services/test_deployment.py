@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from flows.registry import Registry
-from infra.services import HOST
+from infra.services import HOST, listens
 from rfdetr.data.demo import build_demo
-from tests.services.deployed import git
-from tests.services.fitting import next_run
-from tests.services.live import LiveStack, wait_for
+from tests.services.deployed import git, start, stop
+from tests.services.fitting import Fitting, next_run
+from tests.services.live import LiveStack, command_of, processes_of, wait_for
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(2400), pytest.mark.xdist_group("use")]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
 MODEL = "service-test"
 
 
@@ -178,3 +179,24 @@ def test_everything_listens_on_loopback(live: LiveStack) -> None:
     ]
     assert {address.port for address in listening} >= set(live.settings.ports.values())
     assert {address.ip for address in listening} == {HOST}
+
+
+def test_nothing_is_left_after_a_stop_and_a_start_goes_on(
+    live: LiveStack, begin: Callable[..., Fitting]
+) -> None:
+    fitting = begin(epochs=8)
+    known = {r["id"] for r in live.runs()}
+    stop(live)
+    assert [command_of(p) for p in processes_of(live.folder)] == []
+    assert not any(listens(port) for port in live.settings.ports.values())
+    stop(live)  # a stopped stack is no error
+
+    start(live)
+    assert wait_for("health", lambda: all(live.health().values()))
+    state = live.wait_final(fitting.run)
+    if state["type"] == "CRASHED":
+        live.wait_final(next_run(live, known), "COMPLETED")
+    else:  # the worker had the time to tell that it ended the run
+        overrides = live.parameters(fitting.run)["overrides"]
+        live.wait_final(live.start(overrides=overrides), "COMPLETED")
+    fitting.assert_trained_once()

@@ -10,7 +10,7 @@ from flows.stage import read_json
 from tests.services.fitting import Fitting, kill_all, next_run
 from tests.services.live import LiveStack, alive, wait_for
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(2400), pytest.mark.xdist_group("kills")]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
 
 
 def test_cancel_ends_children_and_frees_the_slot(

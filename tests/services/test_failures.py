@@ -1,4 +1,4 @@
-"""Runs that end badly by themselves, and what is left behind: guards against loops and leaks."""
+"""Servers that go away during a run, runs that end badly by themselves, and what is left behind."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 
 from flows.stage import read_json, write_json
 from flows.state import MAX_ATTEMPTS, locked
+from tests.services.deployed import git
 from tests.services.fitting import Fitting, kill_all, next_run
 from tests.services.live import LiveStack, wait_for
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(2400), pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
 
 
 def test_a_leaked_slot_is_found_and_freed_by_doctor(live: LiveStack) -> None:
@@ -27,6 +28,47 @@ def test_a_leaked_slot_is_found_and_freed_by_doctor(live: LiveStack) -> None:
     assert "limit gpu" in mended.stdout
     assert live.slots() == 0
     assert "limit gpu" not in live.module("flows.doctor", check=False).stdout
+
+
+def test_servers_killed_one_after_the_other_do_not_stop_a_training(
+    live: LiveStack, begin: Callable[..., Fitting]
+) -> None:
+    fitting = begin(epochs=100)
+    trainers = {p.pid for p in live.trainers()}
+    for server in ("prefect", "mlflow", "s3", "postgres"):
+        live.kill(server)
+        assert {p.pid for p in live.trainers()} <= trainers, f"{server}: the training goes on"
+        if not (fitting.folder / "done").exists():
+            assert wait_for("an answer", lambda: live.slots() == 1), f"{server}: slot kept"
+    live.wait_final(fitting.run, "COMPLETED")
+    fitting.assert_trained_once()
+
+
+def test_s3_away_at_push_and_a_refused_branch_end_well(
+    live: LiveStack, begin: Callable[..., Fitting]
+) -> None:
+    """The push is tried again until S3 is back; a branch that git refuses gets another name."""
+    hook = live.project / ".git/hooks/update"
+    hook.write_text('#!/bin/sh\ncase "$1" in *-2) exit 0 ;; *) echo protected; exit 1 ;; esac\n')
+    hook.chmod(0o755)
+    supervisor = psutil.Process(int((live.folder / "ready").read_text()))
+    fitting = begin(epochs=4, publish=True)
+    supervisor.suspend()  # or it would start S3 again at once
+    try:
+        live.process("s3").kill()
+        wait_for(
+            "the push to be tried again",
+            lambda: live.task_states(fitting.run).get("push_data") == "AwaitingRetry",
+        )
+    finally:
+        supervisor.resume()
+        live.wait_final(fitting.run, "COMPLETED")
+        hook.unlink()
+    branches = git(live.project, "branch", "--list", "retrain/*-2").split()
+    assert len(branches) == 1
+    changed = git(live.project, "diff", "--name-only", "main", branches[0]).split()
+    assert changed == ["dvc.lock", "params.yaml"]
+    fitting.assert_trained_once()
 
 
 def test_sigterm_is_never_success_and_the_next_run_goes_on(
@@ -59,7 +101,9 @@ def test_a_training_that_never_gets_on_fails_and_is_not_started_again(
         wait_for("the trainers to start", live.trainers)
         kill_all(live.flow_processes())
         live.wait_final(run, "CRASHED")
-        live.free_slots()  # the lease of a killed run would hold the next one up for a minute
+        # The lease of a killed run would hold the next one up for a minute; when it ends it gives
+        # a slot back once more, so that no test may follow this one.
+        live.free_slots()
         with locked(fitting.folder, wait=True):  # the stage has ended
             record = read_json(fitting.folder / "run.json")
             record["epochs_at_start"] = record["finished_epochs"]  # as if none had been finished
