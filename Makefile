@@ -1,6 +1,7 @@
 # Every target sets up what it needs: Python 3.11 and git are enough.
 PYTHON ?= python3.11
 VENV ?= .venv
+SERVICES ?= tests/services
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -63,7 +64,7 @@ test: $(READY) ## The default tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-services: $(READY) ## The tests on real servers (PostgreSQL, S3, MLflow, Prefect, worker)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m services --numprocesses 3 --dist loadfile --no-loadscope-reorder tests/services
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m services --numprocesses 3 --dist loadfile --no-loadscope-reorder $(SERVICES)
 
 test-all: $(READY) ## Everything: large variants, real servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ""
