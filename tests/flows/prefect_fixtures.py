@@ -199,4 +199,5 @@ def retrained(
         file.write(f"# see https://reader:{SECRET}@example.org/wiki\n")
     done = project.pipeline("retrain")
     (folder / "first.log").write_text(done.stdout + done.stderr)
+    (folder / "first.id").write_text(prefect_server.last_run()["id"])
     return project
