@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -19,14 +20,17 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
+from flows.delivery import deliver
 from flows.journal import JOURNAL, Journal
 from flows.redact import redact
 from flows.settings import Environment
 from flows.slots import LEASE_SECONDS
 from flows.state import StateError, locked
-from flows.tracking import close_run, default_tracking_uri, sync, unsent_journals
+from flows.tracking import default_tracking_uri, sync, unsent_journals
 from flows.workspace import has_remote
+from rfdetr.errors import ConfigError
 
+log = logging.getLogger(__name__)
 OLD_DAYS = 30
 COPIES = ("unpacked", "exports", "downloads")  # whoever uses one sets its time
 LEASES_ENDED_S = LEASE_SECONDS + 20  # the server looks for ended leases every 15 seconds
@@ -108,18 +112,30 @@ def _cut_off(env: Environment, root: Path, *, repair: bool) -> Iterator[Finding]
     """
     found, left = 0, 0
     for file in (env.state_dir / "fit").glob(f"*/{JOURNAL}"):
-        if not Journal(file.parent).open:
-            continue
-        with contextlib.suppress(StateError), locked(file.parent):  # held by a training at work
-            found += 1
-            if repair and not close_run(file.parent, "KILLED", default_tracking_uri(root)):
-                left += 1
+        ended = False
+        # A training at work holds the lock; it is not kept while a server is waited for.
+        with contextlib.suppress(StateError, ConfigError, OSError), locked(file.parent):
+            journal = Journal(file.parent)
+            found += journal.open
+            if repair and journal.open:
+                journal.end("KILLED")
+                ended = True
+        left += ended and not _delivered(journal, default_tracking_uri(root))
     advice = "rfdetr-pipeline doctor --repair" if found and not repair else None
     text = f"{found} cut off and not gone on with" if found else "each at work or ended"
     if repair and found:
         text += f"; {found - left} closed as KILLED in MLflow" + (f", {left} unsent" * bool(left))
     level: Literal["ok", "note"] = "note" if found else "ok"
     yield Finding(subject="trainings", level=level, text=text, repair=advice)
+
+
+def _delivered(journal: Journal, uri: str) -> bool:
+    try:
+        deliver(journal, uri)
+    except Exception as error:  # noqa: BLE001 - `sync` tries again, the other journals go on
+        log.warning("%s cannot be sent: %s", journal.folder, redact(str(error)))
+        return False
+    return True
 
 
 def _old_state(env: Environment, *, repair: bool) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import time
@@ -14,6 +15,9 @@ from flows.settings import RuntimeSettings
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOOK_AGAIN_S = 1.0
+WARN_AFTER_S = 60.0
+
+log = logging.getLogger(__name__)
 
 
 def wanted_slots(runtime: RuntimeSettings) -> int:
@@ -35,15 +39,21 @@ def claimed(count: int, folder: Path) -> Iterator[None]:
     Waits while other runs of this machine hold them. The claims are lock files in `folder`, which
     end with this process, however it ends.
     """
-    names = _names(os.environ)
-    if not names:
+    names = list(dict.fromkeys(_names(os.environ)))
+    if not names or count < 1:
         yield
         return
     place = folder / "gpus" / socket.gethostname()
     place.mkdir(parents=True, exist_ok=True)
+    asked = time.monotonic()
     with contextlib.ExitStack() as held:
         while len(mine := _free(names, count, place, held)) < min(count, len(names)):
             held.close()  # all or none, or two runs could wait for each other
+            if time.monotonic() - asked > WARN_AFTER_S:
+                asked = float("inf")
+                log.warning(
+                    "still waiting for %d GPUs that others hold (locks in %s)", count, place
+                )
             time.sleep(LOOK_AGAIN_S)
         before = os.environ.get(VISIBLE)
         held.callback(_set_visible, before)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import warnings
+from collections.abc import Iterator
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -104,6 +106,22 @@ def input_example() -> Any:
     return pd.DataFrame({"image": [base64.b64encode(stream.getvalue()).decode("ascii")]})
 
 
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Drop MLflow's advice to add type hints, with which it would drop the parameters.
+
+    A filter cannot: MLflow puts one of its own before all others.
+    """
+    said: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            yield
+    finally:
+        for one in said:
+            if "Add type hints" not in str(one.message):
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
 def build_model(path: Path, files: ModelFiles, *, model_id: str, run_id: str | None) -> None:
     """Write the model folder `path`. It loads wherever `rfdetr` is installed."""
     import mlflow.pyfunc
@@ -112,7 +130,7 @@ def build_model(path: Path, files: ModelFiles, *, model_id: str, run_id: str | N
     requirements = [f"{name}=={metadata.version(name)}" for name in REQUIREMENTS]
     if files.onnx is not None:
         requirements.append(f"onnxruntime=={metadata.version('onnxruntime')}")
-    with warnings.catch_warnings(record=True) as said:  # MLflow puts its own filter before others
+    with _without_advice():
         mlflow.pyfunc.save_model(
             path=str(path),
             python_model=str(CODE),
@@ -123,8 +141,3 @@ def build_model(path: Path, files: ModelFiles, *, model_id: str, run_id: str | N
             mlflow_model=Model(run_id=run_id, model_id=model_id),
             metadata=files.params(),
         )
-    for warning in said:
-        if "Add type hints" not in str(warning.message):  # they would drop the parameters
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )

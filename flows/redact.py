@@ -15,7 +15,7 @@ _SECRET_NAME = re.compile(
     r"(?:secret|passw(?:or)?d|passwd|passphrase|pwd|credential|"
     r"(?:api|access|account|private|signing)[_\-]?key|bearer|authorization|cookie|auth[_\-]string|"
     r"webhook|(?:notify|notification|hook|callback)_?url|"
-    r"connection_(?:url|string)|(?:^|[_.\-/])(?:token|tokens|auth|dsn)$|"
+    r"connection_(?:url|string)|(?:^|[^a-z])(?:token|tokens|auth|dsn)$|"
     r"(?:auth|access|refresh|api|session|security|id|bot|git|github|gitlab|hf|wandb)_?token)",
     re.IGNORECASE,
 )
@@ -25,10 +25,10 @@ _NOT_SECRET = re.compile(
 
 _FOLDERS = {"PWD", "OLDPWD"}  # the shell's folders, not passwords
 
-_TOKEN = re.compile(r"[^\s'\"<>]+")
+_TOKEN = re.compile(r"\S+")
 _URI_USERINFO = re.compile(
     r"(?P<scheme>(?<![a-z0-9+.\-])[a-z0-9+.\-]+://)"
-    r"(?P<user>[^\s/?#'\"<>]+|[^\s/:@]*:(?!\d+/)[^\s@'\"<>]+)@",  # or a raw / in it
+    r"(?P<user>[^\s/?#'\"<>]+|[^\s/:@]*:(?!\d+/)[^\s@'\"<>]{1,4096})@",  # or a raw / in it
     re.IGNORECASE,
 )
 _URI_PASSWORD = re.compile(r"://[^\s/:@]*:([^\s@]+)@")
@@ -71,8 +71,9 @@ _SHAPES = re.compile(
     r"glpat-[\w\-]{16,}|xox[abposr]-[\w\-]{10,}|sk-[A-Za-z0-9_\-]{20,}|hf_[A-Za-z0-9]{20,}|"
     r"AIza[\w\-]{30,}|pnu_[A-Za-z0-9]{20,}|pnb_[A-Za-z0-9]{20,}|npm_[A-Za-z0-9]{30,}|"
     r"(?:hooks\.slack\.com/services|discord(?:app)?\.com/api/webhooks)/[\w/\-]+|"
-    r"pypi-[\w\-]{20,}|dapi[0-9a-f]{32}|eyJ[\w\-]{8,4096}\.[\w\-]{8,}\.[\w\-]*)"
+    r"pypi-[\w\-]{20,}|dapi[0-9a-f]{32})"
 )
+_JWT = re.compile(r"(?<![\w\-])(?>[\w\-]*?eyJ)[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]*")
 _PEM = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
 )
@@ -114,7 +115,8 @@ def _mask_assignments(text: str) -> str:
     parts, done, at = list[str](), 0, 0
     while key := _KEY.search(text, at):
         at = key.end()
-        value = _VALUE.match(text, at) if is_secret_name(key["name"]) else None
+        name = key["name"].lstrip("0123456789.-")  # "2024token" is a token, too
+        value = _VALUE.match(text, at) if is_secret_name(name) else None
         if value is None:
             continue
         at = value.end()
@@ -154,7 +156,7 @@ def redact(text: str) -> str:
     text = _OPTION.sub(_option, text)
     text = _USER_OPTION.sub(rf"\g<key>{MASK}", text)
     text = _mask_assignments(text)
-    return _SHAPES.sub(MASK, text)
+    return _JWT.sub(MASK, _SHAPES.sub(MASK, text))
 
 
 def redact_value(name: str, value: Any) -> Any:

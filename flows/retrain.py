@@ -19,7 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows import artifacts, freshness, release
+from flows import artifacts, freshness, release, resuming
 from flows.gpus import claimed, wanted_slots
 from flows.notify import notify
 from flows.process import CommandFailed, run_streaming
@@ -70,13 +70,19 @@ def _tell(what: str) -> Any:
     on_crashed=[_tell("crashed")],
     on_cancellation=[_tell("was cancelled")],
 )
-def retrain(params: RetrainParams | None = None) -> State | dict[str, Any]:
+def retrain(
+    params: RetrainParams | None = None, resumes: str | None = None
+) -> State | dict[str, Any]:
     """Check the data, train, evaluate, register, and let the gate choose the champion.
 
     Works in the current folder: a checkout, or the clone that a worker made for this run. Returns
-    the release: version, verdict, champion.
+    the release: version, verdict, champion. `resumes` is set by the automations: the id of the
+    crashed run that this one goes on with.
     """
     params = params or RetrainParams()
+    why_not = resuming.obstacle(resumes, str(runtime.flow_run.id)) if resumes else None
+    if why_not:
+        return Completed(name="Skipped", message=why_not)
     root = Path.cwd()
     os.environ.setdefault("MLFLOW_TRACKING_URI", default_tracking_uri(root))
     if params.ref:

@@ -1,4 +1,4 @@
-"""One local stack for all tests of this folder.
+"""One local stack for all tests of a process.
 
 RFDETR_TEST_STACK=FOLDER keeps it running there for the next `pytest`, which then starts at once.
 """
@@ -24,7 +24,8 @@ SEEDS = count(int(time.time()))  # a new seed is a new training
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
     """Servers, a worker, and the project deployed."""
     kept = os.environ.get("RFDETR_TEST_STACK")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("services")
+    own = os.environ.get("PYTEST_XDIST_WORKER", "")  # each process of pytest has a stack of its own
+    folder = Path(kept) / own if kept else tmp_path_factory.mktemp("services")
     stack = LiveStack(folder / "stack", folder / "project")
     try:
         if not (stack.folder / "ready").exists():

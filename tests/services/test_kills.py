@@ -46,3 +46,6 @@ def test_a_killed_run_is_crashed_and_goes_on_by_itself(
     wait_for("the trainers to end", lambda: not any(map(alive, children)), 90)
     live.wait_final(next_run(live, known), "COMPLETED")
     fitting.assert_trained_once()
+    resumed = [r["parameters"].get("resumes") for r in live.runs() if r["state_name"] != "Skipped"]
+    assert resumed.count(fitting.run) == 1
+    assert len(set(resumed) - {None}) == len([r for r in resumed if r]), "each crash: one restart"
