@@ -9,6 +9,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -127,6 +128,25 @@ def test_automations_bind_to_the_deployments() -> None:
         assert "flow_run.parameters" in again.parameters["params"]
     assert [a.automation_id for a in built[3].actions] == [uuid.UUID(int=3), uuid.UUID(int=5)]
     assert built[4].actions[0].deployment_id == uuid.UUID(int=4)
+
+
+def test_the_parameters_of_a_restart_render_as_the_server_renders_them() -> None:
+    from prefect.server.events.actions import RunDeployment
+    from prefect.utilities.schema_tools.hydration import HydrationContext, hydrate
+
+    from infra import deploy
+
+    crashed = SimpleNamespace(id=uuid.uuid4(), parameters={"params": {"publish": True}})
+    context = HydrationContext(render_jinja=True, jinja_context={"flow_run": crashed})
+    entries = yaml.safe_load(deploy.AUTOMATIONS.read_text())["automations"]
+    actions = [a for e in entries for a in e["actions"] if a.get("source") == "inferred"]
+    assert len(actions) == 2
+    for action in actions:
+        parameters = RunDeployment.model_validate(action).parameters
+        assert hydrate(parameters, context) == {
+            "params": {"publish": True},
+            "resumes": str(crashed.id),
+        }
 
 
 def test_every_final_state_of_a_flow_ends_the_wait_for_its_heartbeat() -> None:
