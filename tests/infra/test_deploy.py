@@ -143,6 +143,7 @@ def test_the_parameters_of_a_restart_render_as_the_server_renders_them() -> None
     assert len(actions) == 2
     for action in actions:
         parameters = RunDeployment.model_validate(action).parameters
+        RunDeployment._upgrade_v1_templates(parameters)  # in place, as before each rendering
         assert hydrate(parameters, context) == {
             "params": {"publish": True},
             "resumes": str(crashed.id),
