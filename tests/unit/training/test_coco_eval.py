@@ -116,13 +116,13 @@ class History(pl.Callback):
         self.epochs = []
 
     def on_validation_start(self, trainer, pl_module):
-        self.before = {k: id(v) for k, v in trainer.callback_metrics.items()}
+        self.before = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer, pl_module):
         fresh = {
             key: float(value)
             for key, value in trainer.callback_metrics.items()
-            if self.before.get(key) != id(value)
+            if self.before.get(key) is not value
         }
         self.epochs.append((trainer.sanity_checking, fresh))
 
