@@ -9,12 +9,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flows.settings import Environment
+from flows.settings import SECTIONS, Environment, unknown_name
 from rfdetr.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
@@ -251,11 +251,16 @@ def checked(kind: type[M], **fields: object) -> M:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        lines = [
-            f"- {'.'.join(map(str, item['loc'][1:] or item['loc']))}: {item['msg']}"
-            for item in error.errors(include_url=False)
-        ]
+        lines = [f"- {_mistake(item)}" for item in error.errors(include_url=False)]
         raise ConfigError("\n".join(["wrong parameters:", *lines])) from None
+
+
+def _mistake(item: Any) -> str:
+    first, *where = map(str, item["loc"])
+    if first == "overrides" and where and item["type"] == "extra_forbidden":
+        known: Any = SECTIONS if len(where) == 1 else SECTIONS[where[0]].model_fields
+        return unknown_name(where[-1], "".join(f"{part}." for part in where[:-1]), known)
+    return f"{'.'.join(where or [first])}: {item['msg']} (found {item['input']!r})."
 
 
 def _root() -> Path:

@@ -107,7 +107,7 @@ def parse_params(data: Any, *, origin: str = PARAMS_FILE) -> Params:
     problems: list[str] = []
     for name in data:
         if name not in (*SECTIONS, "sources"):
-            problems.append(_unknown(str(name), "", [*SECTIONS, "sources"]))
+            problems.append(unknown_name(str(name), "", [*SECTIONS, "sources"]))
     values = {
         name: _section(name, kind, data.get(name), problems) for name, kind in SECTIONS.items()
     }
@@ -134,7 +134,9 @@ def _section(name: str, kind: type[StrictConfig], data: Any, problems: list[str]
         problems.append(f"{name}: expected fields with values, found {data!r}.")
         return None
     known = {key: value for key, value in data.items() if key in kind.model_fields}
-    wrong = [_unknown(str(key), f"{name}.", kind.model_fields) for key in data if key not in known]
+    wrong = [
+        unknown_name(str(key), f"{name}.", kind.model_fields) for key in data if key not in known
+    ]
     section = None
     try:
         section = kind(**known)
@@ -154,7 +156,8 @@ def _texts(name: str, error: ValidationError) -> list[str]:
     return texts
 
 
-def _unknown(name: str, prefix: str, known: Any) -> str:
+def unknown_name(name: str, prefix: str, known: Any) -> str:
+    """What to say of a section or field that does not exist, with the nearest that does."""
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     kind = "field" if prefix else "section"

@@ -160,3 +160,17 @@ def test_environment_has_a_state_folder_always(tmp_path: Path) -> None:
     given = Environment.read({"RFDETR_STATE_DIR": str(tmp_path), "AWS_SECRET_ACCESS_KEY": "k3y"})
     assert given.state_dir == tmp_path
     assert "k3y" not in repr(given)
+
+
+def test_a_wrong_change_of_the_command_line_is_answered_with_the_nearest_name() -> None:
+    from flows.commands import checked
+    from flows.settings import RetrainParams
+
+    wrong = {"fit": {"lrr": 0.1, "epochs": "abc"}, "evalute": {}}
+    with pytest.raises(ConfigError) as told:
+        checked(RetrainParams, overrides=wrong)
+    text = str(told.value)
+    assert "fit.lrr: unknown field. Did you mean 'lr'?" in text
+    assert "evalute: unknown section. Did you mean 'evaluate'?" in text
+    assert "fit.epochs: Input should be a valid integer" in text
+    assert "(found 'abc')" in text
