@@ -33,7 +33,7 @@ class RFDETRNetwork(nn.Module):
     spatial_features, query_features and bias in training mode.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, initialise: bool = True) -> None:
         super().__init__()
         width, outputs = config.hidden_dim, config.num_classes + 1
         total = config.num_queries * config.group_detr
@@ -47,7 +47,8 @@ class RFDETRNetwork(nn.Module):
         self.refpoint_embed = nn.Embedding(total, 4)
         self.query_feat = nn.Embedding(total, width)
         self.backbone = nn.ModuleList([Backbone(config)])
-        self._initialise()
+        if initialise:
+            self._initialise()
 
     @property
     def encoder(self) -> WindowedEncoder:
@@ -144,9 +145,12 @@ class RFDETRNetwork(nn.Module):
         return {**layers[-1], "aux_outputs": layers[:-1], "enc_outputs": encoder}
 
 
-def build_network(config: ModelConfig) -> RFDETRNetwork:
-    """A network with random initial weights; nothing is downloaded."""
-    return RFDETRNetwork(config)
+def build_network(config: ModelConfig, *, initialise: bool = True) -> RFDETRNetwork:
+    """A network with random initial weights; nothing is downloaded.
+
+    `initialise=False` leaves out what only initial values need, for weights that are loaded next.
+    """
+    return RFDETRNetwork(config, initialise=initialise)
 
 
 def resize_linear(layer: nn.Linear, rows: int) -> nn.Linear:

@@ -78,7 +78,7 @@ class Probe:
             self.reason = structure_problems(container, config) or ""
             if not self.reason:
                 with torch.device("meta"), _NoInitialValues():
-                    self._network = build_network(self._config).eval()
+                    self._network = build_network(self._config, initialise=False).eval()
         except RFDETRError as error:
             self.reason = str(error)
 
@@ -122,12 +122,13 @@ def prove_conversion(
     sources = {name: legacy_names(name) for name in old.weights}
     shapes = {name: value.shape for name, value in old.weights.items()}
     averaged = old.ema is not None
+    probe = Probe(old)
     with _single_threaded() as worker:
-        running = worker.submit(_probe, old)
+        running = worker.submit(probe.outputs, old)
         write()
         flushed = worker.submit(to_disk, written)
         verify_file(old.path, copy=written)
-        probe, before = running.result()
+        before = running.result()
         old_tensors = {} if before is not None else to_legacy(old.weights)
         old.weights.clear()
         (old.ema or {}).clear()
@@ -162,11 +163,6 @@ def _single_threaded() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         yield executor
     torch.set_num_threads(threads)
-
-
-def _probe(container: Container) -> tuple[Probe, dict[str, Tensor] | None]:
-    probe = Probe(container)
-    return probe, probe.outputs(container)
 
 
 def max_difference(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
