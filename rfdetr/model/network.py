@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rfdetr.config import ModelConfig
 from rfdetr.data.batch import NestedTensor
 from rfdetr.errors import ConfigError, InputError
+from rfdetr.model.allocator import keep_freed_memory
 from rfdetr.model.backbone import Backbone, WindowedEncoder
 from rfdetr.model.boxes import apply_box_delta
 from rfdetr.model.decoder import Transformer, TransformerOutput
@@ -149,7 +150,10 @@ def build_network(config: ModelConfig, *, initialise: bool = True) -> RFDETRNetw
     """A network with random initial weights; nothing is downloaded.
 
     `initialise=False` leaves out what only initial values need, for weights that are loaded next.
+    A network that will run keeps freed memory in the process (`keep_freed_memory`).
     """
+    if initialise:
+        keep_freed_memory()
     return RFDETRNetwork(config, initialise=initialise)
 
 
