@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from rfdetr.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
-from rfdetr.config import ModelConfig, SegmentationTrainConfig, TrainConfig
+from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, TrainConfig
 from rfdetr.data.batch import pad_images
 from rfdetr.data.transforms import EvalTransform, ImageLike, preprocess
-from rfdetr.errors import ConfigError
+from rfdetr.errors import CheckpointError, ConfigError, InputError
 from rfdetr.images import height_and_width, read_image
 from rfdetr.inference import FINAL, Optimized
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
-from rfdetr.weights.container import read_container
+from rfdetr.weights.container import Container, read_container
 from rfdetr.weights.hub import resolve_weights
 from rfdetr.weights.identify import config_class_of, config_of
 from rfdetr.weights.io import StrPath
@@ -98,6 +98,7 @@ class RFDETR:
         file = resolve_weights(path)
         container = read_container(file, mmap=True)
         sized = cls if cls is not RFDETR else BY_CONFIG[config_class_of(container)]
+        _check_size(container, sized)
         settings = {"pretrain_weights": os.fspath(file), **overrides}
         config = config_of(container, sized.config_class, **settings)
         if "num_classes" not in overrides:
@@ -184,6 +185,8 @@ class RFDETR:
         ratio, padded to the largest of the batch. Raises InputError or FileNotFoundError for what
         is no image.
         """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be a whole number of at least 1; got {batch_size}.")
         single = not isinstance(images, list | tuple)
         sources: Sequence[Any] = [images] if single else images
         optimized = self.model.optimized
@@ -276,6 +279,18 @@ class RFDETR:
         from rfdetr.export.onnx import export_onnx
 
         return export_onnx(self.model.model, output_dir, **options)
+
+
+def _check_size(container: Container, sized: type[RFDETR]) -> None:
+    """CheckpointError for a file whose own record names another size."""
+    own = f"{container.model_name}".removesuffix("Config")
+    known = {cls.__name__.removesuffix("Config") for cls in MODEL_CONFIGS.values()}
+    wanted = sized.config_class.__name__.removesuffix("Config")
+    if own in known and own != wanted:
+        raise CheckpointError(
+            f"{container.path} is a checkpoint of {own}, not of {wanted}. Load it with "
+            f"{own}.from_checkpoint, or with RFDETR.from_checkpoint for whatever it holds."
+        )
 
 
 def _device(name: str) -> torch.device:

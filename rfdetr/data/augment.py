@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import warnings
 from collections.abc import Mapping
@@ -38,6 +39,15 @@ class Augmentation:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Got processor for bboxes")  # pixel transforms only
             self._compose = A.Compose(transforms, bbox_params=boxes)
+        self._probe()
+
+    def _probe(self) -> None:
+        """Refuse at once what gives no picture; a transform may need more than this picture."""
+        picture = np.zeros((512, 512, 3), np.uint8)
+        out = {"image": picture}
+        with contextlib.suppress(Exception):
+            out = self._compose(image=picture, bboxes=np.zeros((0, 4)), kept=np.zeros(0))
+        _check_picture(out["image"])
 
     def __call__(
         self, image: Pixels, shapes: Shapes, masks: Masks | None, seed: int
@@ -48,6 +58,7 @@ class Augmentation:
         numbers = np.arange(len(shapes.rows))
         out = self._compose(image=image, bboxes=shapes.boxes, kept=numbers, **given)
         kept = np.asarray(out["kept"], np.int64)
+        _check_picture(out["image"])
         height, width = out["image"].shape[:2]
         changed = Shapes(
             boxes=np.asarray(out["bboxes"], np.float32).reshape(-1, 4),
@@ -61,6 +72,16 @@ class Augmentation:
             stacked = np.array(out["masks"], bool).reshape(len(shapes.rows), height, width)
             masks = stacked[np.flatnonzero(np.isin(shapes.rows, changed.rows))]
         return np.ascontiguousarray(out["image"]), changed, masks
+
+
+def _check_picture(image: Any) -> None:
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+        return
+    raise ConfigError(
+        f"aug_config gives {getattr(image, 'dtype', type(image).__name__)} of shape "
+        f"{tuple(image.shape)}; pictures have to stay uint8 (height, width, 3). Leave out "
+        "Normalize, ToFloat and ToTensorV2: normalisation and tensors come after the augmentation."
+    )
 
 
 def _with_areas(shapes: Shapes, before: Shapes) -> Shapes:

@@ -109,8 +109,11 @@ def compute_multi_scale_scales(
     return multi_scale_sizes(resolution, patch_size * num_windows, expanded_scales)
 
 
-def resize_batch(nested: NestedTensor, size: int) -> None:
+def resize_batch(nested: NestedTensor | Tensor, size: int) -> None:
     """Resize a batch in place to (size, size): bilinear without antialias; the mask nearest."""
+    if isinstance(nested, Tensor):
+        nested.data = F.interpolate(nested, (size, size), mode="bilinear", align_corners=False)
+        return
     nested.tensors = F.interpolate(
         nested.tensors, (size, size), mode="bilinear", align_corners=False
     )
@@ -124,7 +127,8 @@ def keep_aspect(height: int, width: int, short: int) -> tuple[int, int]:
     low, high = min(height, width), max(height, width)
     if short * high / low > LONGEST:
         short = round(LONGEST * low / high)
-    long = round(short * high / low)
+    long = round(short * high / low) if short else LONGEST
+    short = max(1, short)
     return (short, long) if height <= width else (long, short)
 
 

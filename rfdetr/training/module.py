@@ -25,10 +25,12 @@ from rfdetr.training.non_finite import check_finite
 from rfdetr.training.optimizer import build_optimizer, lr_factor
 from rfdetr.training.settings import (
     hyper_parameters,
+    names_of_loader,
     stored_model_config,
     stored_train_config,
     warn_ignored_settings,
 )
+from rfdetr.weights.container import class_names_of
 from rfdetr.weights.load import initialise_weights
 
 Batch = tuple[NestedTensor, Sequence[dict[str, Any]]]
@@ -63,6 +65,7 @@ class RFDETRModule(pl.LightningModule):
         self.postprocess = PostProcess(model_config.num_select)
         self.legacy_ema_state: dict[str, Tensor] | None = None
         self.resume_record: dict[str, Any] | None = None
+        self.stored_class_names: list[str] | None = None  # of a checkpoint that was loaded
         self.strict_loading = False  # on_load_checkpoint checks and reports
         if model_config.compile:
             self.model.compile()
@@ -71,11 +74,19 @@ class RFDETRModule(pl.LightningModule):
     @property
     def class_names(self) -> list[str] | None:
         """Class names of the configuration, of the data, or of the loaded weights."""
-        datamodule = getattr(self._trainer, "datamodule", None)
-        names = self.train_config.class_names or getattr(datamodule, "class_names", None)
+        names: Any = self.train_config.class_names or self._names_of_data()
+        names = names or self.stored_class_names
         if not names and self.load_report is not None:
             names = self.load_report.class_names
         return list(names) if names else None
+
+    def _names_of_data(self) -> list[str] | None:
+        trainer = self._trainer
+        if trainer is None:
+            return None
+        sources = [trainer.train_dataloader, trainer.val_dataloaders]
+        names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+        return class_names_of(names or next(filter(None, map(names_of_loader, sources)), None))
 
     @functools.cached_property
     def _sizes(self) -> list[int]:
@@ -166,13 +177,20 @@ class RFDETRModule(pl.LightningModule):
         rates_now = {"train/lr": rates[0], "train/lr_min": min(rates), "train/lr_max": max(rates)}
         self.log_dict(rates_now, on_step=True, on_epoch=False, batch_size=batch_size)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """{"results", "targets"} of one batch for COCOEvalCallback; logs val/loss."""
-        return self._evaluate(batch, "val", self.train_config.compute_val_loss)
+    def validation_step(
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Any]:
+        """{"results", "targets"} of one batch for COCOEvalCallback; logs val/loss.
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        Of several loaders the first is measured.
+        """
+        with_loss = self.train_config.compute_val_loss and dataloader_idx == 0
+        return self._evaluate(batch, "val", with_loss)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """As `validation_step`, under test/."""
-        return self._evaluate(batch, "test", self.train_config.compute_test_loss)
+        with_loss = self.train_config.compute_test_loss and dataloader_idx == 0
+        return self._evaluate(batch, "test", with_loss)
 
     def predict_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -186,7 +204,14 @@ class RFDETRModule(pl.LightningModule):
         outputs = self.evaluation_forward(self.model, samples)
         if with_loss:
             loss = self._weighted(self.criterion(outputs, targets))
-            self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=len(targets), sync_dist=True)
+            self.log(
+                f"{stage}/loss",
+                loss,
+                on_epoch=True,
+                batch_size=len(targets),
+                sync_dist=True,
+                add_dataloader_idx=False,
+            )
         return {"results": self.detect(outputs, targets), "targets": targets}
 
     def evaluation_forward(self, network: nn.Module, samples: Any) -> dict[str, Any]:

@@ -22,7 +22,12 @@ from rfdetr.config import ModelConfig
 from rfdetr.errors import CheckpointError
 from rfdetr.training.checkpoint import MARKER
 from rfdetr.training.rng import random_state, restore_random_state
-from rfdetr.weights.adapt import add_silent_rows, structure_problems, warn_other_settings
+from rfdetr.weights.adapt import (
+    add_silent_rows,
+    structure_problems,
+    warn_other_settings,
+    without_adapters,
+)
 from rfdetr.weights.container import Container, parse_container
 from rfdetr.weights.load import OPTIONAL
 
@@ -85,18 +90,28 @@ def load(module: RFDETRModule, checkpoint: dict[str, Any]) -> None:
     found = parse_container(checkpoint, path)
     whole = found.kind == "lightning" and not checkpoint.get(MARKER)
     container = found if whole else _with_surplus_row(found, module.model_config)
+    container = without_adapters(container, module.model_config)
     _check_fit(module, container, whole=whole)
     if "state_dict" not in checkpoint or container.old_names or container is not found:
         checkpoint["state_dict"] = {PREFIX + k: v for k, v in container.weights.items()}
     if checkpoint.get("ema_model") or checkpoint.get("legacy_ema_state_dict"):
         module.legacy_ema_state = container.ema
+    module.stored_class_names = container.class_names
     if trainer is None or trainer.state.fn != TrainerFn.FITTING:
         return
     module.resume_record = {**(checkpoint.get(KEY) or {}), "step": checkpoint.get("global_step")}
+    _forget_group_factors(checkpoint)
     loops = (checkpoint.get("loops") or {}).get("fit_loop")
     if loops:
         _say_when_finished(trainer, loops)
         _rescale_position(module, loops)
+
+
+def _forget_group_factors(checkpoint: dict[str, Any]) -> None:
+    """Drop the empty record that a schedule keeps for each group: groups may be others now."""
+    for state in checkpoint.get("lr_schedulers") or ():
+        if not any(state.get("lr_lambdas") or ()):
+            state["lr_lambdas"] = []
 
 
 def _with_surplus_row(container: Container, config: ModelConfig) -> Container:

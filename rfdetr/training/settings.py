@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, TrainConfig
@@ -61,3 +62,17 @@ def stored_train_config(value: TrainConfig | dict[str, Any]) -> TrainConfig:
     segmentation = value.keys() - TrainConfig.model_fields.keys()
     config_class = SegmentationTrainConfig if segmentation else TrainConfig
     return config_class(**{name: v for name, v in value.items() if name not in REPEATED})
+
+
+def names_of_loader(loaders: Any) -> Any:
+    """The class names of the data set behind a loader (the first of several), or None."""
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
+    holder = getattr(loader, "dataset", None)
+    while holder is not None:
+        names = getattr(holder, "class_names", None)
+        if names is not None:
+            return names
+        holder = getattr(holder, "dataset", None)  # a Subset or another wrapper
+    return None

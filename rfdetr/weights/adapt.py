@@ -6,6 +6,7 @@ patch size, width, depth, or a segmentation head on one side only) is named by `
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import Tensor
 from rfdetr.config import MODEL_CONFIGS, ModelConfig
 from rfdetr.errors import CheckpointError
 from rfdetr.model.backbone import resize_position_table
+from rfdetr.model.lora import merge_adapters
 from rfdetr.weights.container import Container, Weights
 
 POSITIONS = "backbone.0.encoder.pos_embed"
@@ -74,12 +76,20 @@ def slice_query_groups(tensor: Tensor, queries: int, groups: int, per_group: int
 
 def fit(container: Container, config: ModelConfig) -> Fitted:
     """Fit head rows, query groups and position table to `config`; surplus groups are left out."""
-    fitted = Fitted(dict(container.weights))
+    fitted = Fitted(dict(without_adapters(container, config).weights))
     _fit_groups(fitted, config)
     _fit_head(fitted, config.num_classes + 1)
     _fit_queries(fitted, container, config)
     _fit_positions(fitted, config.positional_encoding_size)
     return fitted
+
+
+def without_adapters(container: Container, config: ModelConfig) -> Container:
+    """The container with its adapters folded into their weights, for a network without them."""
+    if config.backbone_lora or not any(name.endswith(".lora_a") for name in container.weights):
+        return container
+    ema = container.ema and merge_adapters(container.ema)
+    return dataclasses.replace(container, weights=merge_adapters(container.weights), ema=ema)
 
 
 def structure_problems(container: Container, config: ModelConfig) -> str | None:

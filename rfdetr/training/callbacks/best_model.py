@@ -11,7 +11,7 @@ from typing import Any
 
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 
 from rfdetr.files import write_text_atomic
@@ -75,6 +75,7 @@ class BestModelCallback(Checkpoint):
         self.regular = Track(monitor, REGULAR, averaged=False)
         self.averaged = Track(monitor_ema, EMA, averaged=True)
         self._metrics = FreshMetrics((monitor, monitor_ema))
+        self._fits = True
         total = self.output_dir / TOTAL
         self.best_model_path = str(total) if total.is_file() else ""  # for ckpt_path="best"
 
@@ -82,6 +83,9 @@ class BestModelCallback(Checkpoint):
     def best(self) -> Track | None:
         """The track that holds the best weights so far."""
         return choose(self.regular, self.averaged)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        self._fits = trainer.state.fn == TrainerFn.FITTING
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Fetch or forget best files of the resumed run that are not in the output folder.
@@ -178,6 +182,11 @@ class BestModelCallback(Checkpoint):
             return
         if self.best is None:
             _warn_without_best(self.regular.metric)
+        elif self.run_test and trainer.datamodule is None:
+            rank_zero_warn(
+                "run_test needs the data module; this fit was given loaders. Test the best "
+                f"weights with trainer.test(module, loader, ckpt_path={self.best_model_path!r})."
+            )
         elif self.run_test:
             self._test(trainer, pl_module)
 
@@ -204,6 +213,8 @@ class BestModelCallback(Checkpoint):
         return {"regular": asdict(self.regular), "ema": asdict(self.averaged)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._fits:  # a checkpoint that is only evaluated is not the run of a later fit
+            return
         for track, saved in ((self.regular, "regular"), (self.averaged, "ema")):
             if state_dict[saved]["metric"] == track.metric:
                 track.value, track.epoch = state_dict[saved]["value"], state_dict[saved]["epoch"]

@@ -22,6 +22,7 @@ from rfdetr.evaluation.columns import IouType
 from rfdetr.evaluation.plots import Sample
 from rfdetr.training import pictures
 from rfdetr.training.callbacks.ema import RFDETREMACallback
+from rfdetr.training.settings import names_of_loader
 
 
 class COCOEvalCallback(Callback):
@@ -203,18 +204,11 @@ def class_names(
 ) -> report.ClassNames | None:
     """Names of the classes: of the loader's data set, else of the data module or the module."""
     loaders = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
-    loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
-    holder = getattr(loader, "dataset", None)
-    while holder is not None:
-        names = getattr(holder, "class_names", None)
-        if names is not None:
-            return cast(report.ClassNames, names)
-        holder = getattr(holder, "dataset", None)  # a Subset or another wrapper
+    names = names_of_loader(loaders)
     for source in (getattr(trainer, "datamodule", None), pl_module):
-        names = getattr(source, "class_names", None)
-        if names is not None:
-            return cast(report.ClassNames, names)
-    return None
+        if names is None:
+            names = getattr(source, "class_names", None)
+    return cast(report.ClassNames | None, names)
 
 
 def _setting(pl_module: pl.LightningModule, config: str, name: str) -> Any:

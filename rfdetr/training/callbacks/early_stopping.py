@@ -38,6 +38,12 @@ class RFDETREarlyStopping(Callback):
         self.best = -np.inf
         self.waited = 0
         self._metrics = FreshMetrics((monitor, monitor_ema))
+        self._fits = True
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._fits = trainer.state.fn == TrainerFn.FITTING
 
     def observe(self, regular: float | None, averaged: float | None) -> bool:
         """Take the values of one evaluation; True when training should end."""
@@ -79,5 +85,7 @@ class RFDETREarlyStopping(Callback):
         return {"best": float(self.best), "waited": self.waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._fits:  # a checkpoint that is only evaluated is not the run of a later fit
+            return
         self.best = state_dict["best"]
         self.waited = state_dict["waited"]

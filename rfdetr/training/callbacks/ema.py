@@ -43,6 +43,9 @@ class RFDETREMACallback(Callback):
         self._copied: list[tuple[Tensor, Tensor]] = []
         self._scale: float | None = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self._restored = None  # of an earlier call: the checkpoint of this one is read next
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self._restored is None:
             self.updates = 0
