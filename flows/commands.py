@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flows.settings import SECTIONS, Environment, unknown_name
+from flows.settings import SECTIONS, Environment, takes_null, unknown_name
 from rfdetr.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
@@ -34,6 +34,9 @@ def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
         except yaml.YAMLError as error:
             why = getattr(error, "problem", None) or str(error)
             raise ConfigError(f"--set {text}: '{value}' is no valid YAML ({why}).") from None
+        known = section in SECTIONS and field in SECTIONS[section].model_fields
+        if changes[section][field] is None and known and not takes_null(section, field):
+            raise ConfigError(f"--set {text}: {name} cannot be empty or null; give it a value.")
     return changes
 
 
@@ -41,8 +44,8 @@ def retrain_command(options: argparse.Namespace) -> int:
     """Start the flow in this process, unless there is nothing to do."""
     from flows import freshness, release
     from flows.plan import plan_stages
-    from flows.settings import RetrainParams, load_params
-    from flows.workspace import pin_source, write_overrides
+    from flows.settings import Environment, RetrainParams, load_params
+    from flows.workspace import configure_dvc, pin_source, write_overrides
 
     root = _root()
     changes = parse_changes(options.set)
@@ -55,6 +58,7 @@ def retrain_command(options: argparse.Namespace) -> int:
         only_if_data_changed=options.only_if_data_changed,
     )
     write_overrides(root, params.changes())
+    configure_dvc(root, Environment.read())
     pin_source(root)
     plans = plan_stages(root)
     if all(p.state == "up to date" for p in plans) and freshness.is_released(root):
@@ -83,10 +87,12 @@ def plan_command(options: argparse.Namespace) -> int:
     """Print the stages and the release, changing nothing."""
     from flows import freshness
     from flows.plan import plan_stages
-    from flows.settings import load_params
+    from flows.settings import Environment, load_params
+    from flows.workspace import configure_dvc
 
     root = _root()
     load_params(root / "params.yaml")
+    configure_dvc(root, Environment.read())
     plans = plan_stages(root)
     released = all(p.state == "up to date" for p in plans) and freshness.is_released(root)
     if options.json:

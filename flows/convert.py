@@ -126,4 +126,4 @@ def _about(container: Container) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_stage("convert", SECTIONS, convert))
+    raise SystemExit(run_stage("convert", SECTIONS, convert, sys.argv[1:]))

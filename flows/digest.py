@@ -67,6 +67,16 @@ def _key(status: os.stat_result) -> str:
 
 def _open(memory: Path) -> sqlite3.Connection:
     memory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return _connect(memory)
+    except sqlite3.OperationalError:  # locked, full or forbidden: not a damaged file
+        raise
+    except sqlite3.DatabaseError:
+        memory.unlink()  # it only saves time
+        return _connect(memory)
+
+
+def _connect(memory: Path) -> sqlite3.Connection:
     database = sqlite3.connect(memory, timeout=30)
     database.execute("CREATE TABLE IF NOT EXISTS digest (key TEXT PRIMARY KEY, sha256 TEXT)")
     return database

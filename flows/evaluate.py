@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,4 +153,4 @@ def _replace(target: Path, write: Any) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_stage("evaluate", SECTIONS, evaluate))
+    raise SystemExit(run_stage("evaluate", SECTIONS, evaluate, sys.argv[1:]))

@@ -155,6 +155,9 @@ def _stop_on_sigint() -> None:
 
 def main(arguments: list[str]) -> int:
     """`torchrun ... -m flows.fit_worker FOLDER`: status 0 only when the training is finished."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        print("usage: torchrun ... -m flows.fit_worker FOLDER, of a job", file=sys.stderr)
+        return 2
     die_with_parent()
     _stop_on_sigint()
     quiet_libraries()

@@ -64,6 +64,8 @@ def predict_images(
     or pictures that were not wanted before, start anew. A file that is no image is named in the
     results and does not stop the others.
     """
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold is a score from 0 to 1; got {threshold}.")
     registry = Registry(load_params(root / "params.yaml").registry.name, default_tracking_uri(root))
     version = find_version(registry, model)
     folder = _working_folder(out)

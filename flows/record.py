@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.delivery import experiment_id, tracking_client
+from flows.delivery import experiment_id, tracking_client, valid_key
 from flows.digest import digest_of
 from flows.journal import STATE, Journal
 from flows.provenance import collect_provenance
 from flows.redact import redact, redact_mapping
+from flows.registry import RegistryError
 from flows.settings import Environment, Params
 from flows.stage import read_json
 from flows.tracking import sync
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 TEXTS = {".csv", ".html", ".json", ".lock", ".md", ".yaml"}
 RECORDED = "pipeline.recorded"
+NEEDED = ("dvc.lock", "models/trained/model.json", "metrics/fit.json", "metrics/test.json")
 REPORTS = (
     ("params.yaml", ""),
     ("dvc.lock", ""),
@@ -47,6 +49,13 @@ def complete_run(root: Path, params: Params, uri: str, tags: Mapping[str, Any]) 
     for journal, problem in sync(env.state_dir, uri).items():
         if problem:
             LOGGER.warning("journal %s is still unsent: %s", journal, problem)
+    missing = [name for name in NEEDED if not (root / name).is_file()]
+    if missing:
+        raise RegistryError(
+            f"there is no finished pipeline to record: {', '.join(missing)} missing in {root}. "
+            "Run `rfdetr-pipeline retrain` or `dvc repro` first (a stage that was run by hand "
+            "leaves no dvc.lock; `dvc commit -f` accepts its results)."
+        )
     card = read_json(root / "models/trained/model.json")
     client = tracking_client(uri)
     run_id = _known_run(client, card, env.state_dir) or _new_run(client, params, card, uri)
@@ -127,7 +136,7 @@ def _add_numbers(client: MlflowClient, run_id: str, root: Path, params: Params) 
         numbers["cost"] = seconds / 3600 * price * devices
     for key, value in numbers.items():
         if isinstance(value, int | float):
-            client.log_metric(run_id, key, float(value))
+            client.log_metric(run_id, valid_key(key), float(value))
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,12 +22,21 @@ INTERRUPTED = 130
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def run_stage(name: str, sections: Sequence[str], body: Callable[[Params], None]) -> int:
+def run_stage(
+    name: str,
+    sections: Sequence[str],
+    body: Callable[[Params], None],
+    arguments: Sequence[str] = (),
+) -> int:
     """Run `body` with the checked parameters; the exit status of the process.
 
+    A stage reads params.yaml alone: with `arguments` it says so and does nothing.
     `sections` are those that dvc.yaml tracks for the stage. They are compared with params.yaml
     again at the end: DVC records the values it finds then, and they must be those that acted.
     """
+    if arguments:
+        print(f"usage: python -m flows.{name}, without arguments: {PARAMS_FILE} has the settings")
+        return 0 if arguments[0] in {"-h", "--help"} else 2
     die_with_parent()
     exit_on_sigterm()
     quiet_libraries()

@@ -15,6 +15,15 @@ from rfdetr.files import write_text_atomic
 SECTIONS = ["dataset", "model", "validate"]
 REPORT = Path("reports/validation.json")
 SHOWN = 10
+UNREADABLE = {
+    "file-case",
+    "file-bomb",
+    "file-empty",
+    "file-missing",
+    "file-name-invalid",
+    "file-truncated",
+    "file-unreadable",
+}
 
 
 def validate(params: Params) -> None:
@@ -33,7 +42,7 @@ def validate(params: Params) -> None:
         params.dataset.layout,
         config=config,
         model_config=params.model.config(),
-        previous=REPORT if REPORT.exists() else None,
+        previous=_previous(),
         cache_dir=env.state_dir / "checks",
         progress=sys.stderr.isatty(),
     )
@@ -51,6 +60,15 @@ def validate(params: Params) -> None:
         raise DatasetError(_text(report, problems))
 
 
+def _previous() -> Path | None:
+    """The last report, unless it is cut off or of another version."""
+    try:
+        DatasetReport.read(REPORT)
+    except DatasetError:
+        return None
+    return REPORT
+
+
 def reasons_to_stop(report: DatasetReport, params: Params) -> list[str]:
     """Why training must not start with this dataset; empty when it may."""
     settings, problems = params.validate, []
@@ -63,7 +81,15 @@ def reasons_to_stop(report: DatasetReport, params: Params) -> list[str]:
     errors = [finding for finding in report.findings if finding.severity == "error"]
     total = max(1, sum(split.images for split in report.statistics.values()))
     bad = len({(finding.split, finding.file) for finding in errors if finding.image_id is not None})
+    bad = min(total, bad + report.errors - len(errors))  # those that are counted but not listed
     elsewhere = any(finding.image_id is None for finding in errors)
+    unreadable = sorted({finding.code for finding in errors} & UNREADABLE)
+    if unreadable:
+        problems.append(
+            f"training cannot skip images that it cannot read ({', '.join(unreadable)}), whatever "
+            "validate.max_bad_fraction is: `rfdetr-pipeline validate --fix` writes a dataset "
+            "without them"
+        )
     if not report.ok and (elsewhere or bad / total > settings.max_bad_fraction):
         problems.append(
             f"{report.errors} errors in {bad} of {total} images, validate.max_bad_fraction is "
@@ -100,4 +126,4 @@ def require_valid(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_stage("validate", SECTIONS, validate))
+    raise SystemExit(run_stage("validate", SECTIONS, validate, sys.argv[1:]))

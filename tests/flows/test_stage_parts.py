@@ -9,20 +9,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
 
 from flows import convert as convert_stage
-from flows import evaluate, fit, validate
+from flows import evaluate, fit, record, validate
+from flows.digest import path_digest
 from flows.fit import code_of_stage
 from flows.gate import decide
 from flows.job import command, newest_checkpoint, resolve_devices
 from flows.outputs import epoch_rows
 from flows.progress import EpochProgress, parse_progress
+from flows.registry import RegistryError
 from flows.rescoring import _kept
 from flows.scoring import label_table, relabel, score_model
 from flows.sections import DatasetSettings, EvaluateSettings
-from flows.settings import RuntimeSettings, parse_params
-from flows.stage import explain
-from flows.validate import reasons_to_stop
+from flows.settings import Params, RuntimeSettings, parse_params
+from flows.stage import explain, run_stage, write_json
+from flows.validate import UNREADABLE, reasons_to_stop
 from flows.verdict import GatePolicy
 from rfdetr.data.checks.report import DatasetReport, Finding, SplitStatistics
 from rfdetr.data.demo import build_demo
@@ -170,8 +173,9 @@ def test_progress_survives_the_way_through_a_pipe() -> None:
 
 
 def report(train: int, errors: int, **finding: object) -> DatasetReport:
+    finding = {"code": "x"} | finding
     found = [
-        Finding(code="x", severity="error", message="m", fix="f", split="train", **finding)
+        Finding(severity="error", message="m", fix="f", split="train", **finding)
         for _ in range(errors)
     ]
     return DatasetReport(
@@ -192,6 +196,63 @@ def test_the_share_of_bad_images_decides() -> None:
     assert "1 errors in 1 of 100 images" in reasons_to_stop(one, strict)[0]
     assert reasons_to_stop(one, patient) == []
     assert reasons_to_stop(report(100, 1, file="_annotations.coco.json"), patient)
+
+
+def test_errors_beyond_the_listing_limit_count() -> None:
+    patient = parse_params({"validate": {"max_bad_fraction": 0.5}})
+    many = report(100, 40, code="box-nan", file="a.jpg", image_id=7)
+    listed = many.model_copy(update={"findings": many.findings[:1]})
+    assert reasons_to_stop(many, patient) == []  # one image
+    assert reasons_to_stop(listed, patient) == []
+    more = listed.model_copy(update={"severities": {"error": 60}})
+    assert "60 errors in 60 of 100 images" in reasons_to_stop(more, patient)[0]
+
+
+@pytest.mark.parametrize("code", sorted(UNREADABLE))
+def test_images_that_cannot_be_read_are_never_tolerated(code: str) -> None:
+    lenient = parse_params({"validate": {"max_bad_fraction": 1.0}})
+    (reason,) = reasons_to_stop(report(100, 1, code=code, file="a.jpg", image_id=7), lenient)
+    assert f"training cannot skip images that it cannot read ({code})" in reason
+
+
+@pytest.mark.parametrize("stage", ["validate", "convert", "evaluate"])
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--bogus", 2)])
+def test_a_stage_with_arguments_does_nothing(
+    stage: str, argument: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called: list[Params] = []
+    assert run_stage(stage, [], called.append, [argument]) == status
+    assert f"python -m flows.{stage}" in capsys.readouterr().out
+    assert not called
+
+
+def test_a_damaged_memory_of_hashes_is_made_again(tmp_path: Path) -> None:
+    file, memory = tmp_path / "a.txt", tmp_path / "digests.db"
+    file.write_text("a")
+    wanted = path_digest(file)
+    memory.write_bytes(b"no database at all, but long enough to be looked at" * 20)
+    assert path_digest(file, memory) == wanted == path_digest(file, memory)
+
+
+def test_numbers_of_classes_with_punctuation_are_recorded(tmp_path: Path) -> None:
+    per_class = {"bolt & nut": 0.25, "50% off": 0.5, "T-joint (left)": 0.75}
+    write_json(tmp_path / "metrics/test.json", {"mAP50": 1.0, "per_class": per_class})
+    write_json(tmp_path / "metrics/fit.json", {"seconds": 3.0})
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run_id = client.create_run(client.create_experiment("e")).info.run_id
+    record._add_numbers(client, run_id, tmp_path, parse_params({}))
+    assert client.get_run(run_id).data.metrics == {
+        "test/mAP50": 1.0,
+        "test/per_class.bolt _ nut": 0.25,
+        "test/per_class.50_ off": 0.5,
+        "test/per_class.T-joint _left_": 0.75,
+        "fit/seconds": 3.0,
+    }
+
+
+def test_recording_needs_finished_stages(tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=r"dvc\.lock, models/trained/model\.json"):
+        record.complete_run(tmp_path, parse_params({}), f"sqlite:///{tmp_path / 'm.db'}", {})
 
 
 def test_a_cycle_of_causes_ends() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rfdetr.data.checks.images import probe_bytes, read_content
 from rfdetr.data.checks.report import Finding
+from rfdetr.errors import DatasetError
 from rfdetr.files import write_text_atomic
 
 DROPS = frozenset({"drop-annotation", "drop-record", "drop-image"})
@@ -23,7 +24,10 @@ def mend_coco_file(
     new_names: Mapping[str, str],
 ) -> None:
     """Write `source` to `target` with the findings mended; `new_names` are renamed image files."""
-    document = json.loads(source.read_bytes().decode("utf-8-sig"))
+    try:
+        document = json.loads(source.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
+        raise DatasetError(f"{source} cannot be mended: it is not UTF-8 JSON ({error}).") from error
     sections = {name: list(document.get(name) or []) for name in ("images", "annotations")}
     categories = document.get("categories")
     sections["categories"] = list(categories) if isinstance(categories, list) else []
@@ -45,8 +49,9 @@ def mend_coco_file(
             _mend_record(finding, record, sizes, sections["annotations"])
     _renumber(sections["annotations"], findings)
     for image in sections["images"]:
-        if isinstance(image, dict) and image.get("file_name") in new_names:
-            image["file_name"] = Path(new_names[image["file_name"]]).as_posix()
+        name = image.get("file_name") if isinstance(image, dict) else None
+        if isinstance(name, str) and name in new_names:
+            image["file_name"] = Path(new_names[name]).as_posix()
     kept = {name: _without(records, dropped[name]) for name, records in sections.items()}
     for annotation in kept["annotations"]:
         if isinstance(annotation, dict) and _key(annotation.get("image_id")) in merged:

@@ -138,7 +138,11 @@ class DatasetReport(BaseModel):
 
     def to_json(self) -> str:
         """The report as JSON text, keys in a fixed order."""
-        return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2).decode()
+        data = self.model_dump(mode="json")
+        try:
+            return orjson.dumps(data, option=orjson.OPT_INDENT_2).decode()
+        except TypeError:  # a file name that is not UTF-8
+            return orjson.dumps(printable(data), option=orjson.OPT_INDENT_2).decode()
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write `report.json` in one step."""
@@ -160,6 +164,17 @@ class DatasetReport(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             raise DatasetError(f"{path}: not a dataset report ({error}).") from error
+
+
+def printable(value: Any) -> Any:
+    """`value` with each byte of a file name that is no UTF-8 spelt out as a backslash escape."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [printable(item) for item in value]
+    return value
 
 
 class Collector:
@@ -187,6 +202,7 @@ class Collector:
     def note(self, code: str, message: str, **where: Any) -> None:
         """List a finding that `take` has counted."""
         self._noted[code] += 1
+        message, where = printable(message), printable(where)
         info = CODES[code]
         where.setdefault("mend", info.mend)
         self._findings.append(

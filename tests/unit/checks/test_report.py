@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -159,3 +160,20 @@ def test_the_listing_limit_keeps_the_counts(clean: dict[str, Path], tmp_path: Pa
     assert len(report.of("box-zero-area")) == 3
     assert report.counts["box-zero-area"] == len(data.annotations)
     assert report.errors >= len(data.annotations)
+
+
+@pytest.mark.parametrize("kind", ["coco", "yolo"])
+def test_a_file_name_that_is_not_utf8_is_in_the_report(
+    clean: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    folder = Path(shutil.copytree(clean[kind], tmp_path / "data"))
+    images = (path for path in sorted(folder.rglob("*.[jp][pn]g")) if "train" in str(path))
+    picture = next(images)
+    shutil.copy(picture, os.fsencode(picture.parent) + b"/bad\xff" + picture.suffix.encode())
+    report = run(folder, clean)
+    report.write(tmp_path / "report.json")
+    to_markdown(report)
+    write_html(report, tmp_path / "report.html", folder)
+    read = DatasetReport.read(tmp_path / "report.json")
+    places = [f"{finding.file} {finding.message}" for finding in read.findings]
+    assert any(r"bad\udcff" in place for place in places)
