@@ -61,7 +61,10 @@ def _locate(source: str) -> Path:
             f"it changes. Put it there, or run `dvc repro --force convert` after a change.",
             file=sys.stderr,
         )
-    return resolve_weights(source)
+    try:
+        return resolve_weights(source)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"convert.source: {error}") from error
 
 
 def _from_file(path: Path, source: str, params: Params, target: Path) -> dict[str, Any]:

@@ -38,7 +38,11 @@ def champion_scores(
         model = registry.fetch(champion, Path(folder))
         weights = next((model / "artifacts").glob("*.pth"), None)
         if weights is None:
-            raise RFDETRError(f"{registry.name} {label} holds no weights file in {model}.")
+            raise RFDETRError(
+                f"{registry.name} {label} is the champion, but its weights are gone from the "
+                "artifact store, so nothing can be compared with it. Restore its artifacts, or "
+                "roll back to a version that still has them."
+            )
         return scores_of(root, params, weights, label, digest)
 
 

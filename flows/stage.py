@@ -61,6 +61,8 @@ def explain(error: Exception) -> str:
         return f"no space left on the device{where}. Free some, then start again."
     if isinstance(error, RFDETRError):
         return redact(str(error))
+    if type(error).__module__.partition(".")[0] == "mlflow":  # a server that is away, or refuses
+        return redact(f"MLflow: {error}")
     trace = "".join(traceback.format_exception(error))
     return redact(f"unexpected {type(error).__name__}\n{trace}\n{type(error).__name__}: {error}")
 

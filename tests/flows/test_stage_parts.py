@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from flows import convert as convert_stage
 from flows import evaluate, fit, record, validate
@@ -260,3 +261,9 @@ def test_a_cycle_of_causes_ends() -> None:
     other = ValueError("y")
     error.__cause__, other.__cause__ = other, error
     assert "unexpected RuntimeError" in explain(error)
+
+
+def test_an_answer_of_mlflow_needs_no_traceback() -> None:
+    text = explain(MlflowException("no run http://user:pass@host/x"))
+    assert text.startswith("MLflow: no run")
+    assert "pass" not in text
