@@ -157,7 +157,8 @@ def rollback_command(options: argparse.Namespace) -> int:
     from flows import release
 
     record = release.roll_back(_root(), reason=options.reason, to=options.to)
-    print(f"version {record.version} serves again; version {record.previous} was left")
+    left = "" if record.previous is None else f"; version {record.previous} was left"
+    print(f"version {record.version} serves again{left}")
     return OK
 
 

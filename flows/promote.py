@@ -7,6 +7,7 @@ by repeating it, with the same record.
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import socket
 from typing import Literal
@@ -24,6 +25,7 @@ from flows.registry import (
     now,
 )
 
+LOGGER = logging.getLogger(__name__)
 PENDING = "promotion.pending"
 AUDIT = "audit."
 
@@ -52,8 +54,14 @@ class AuditRecord(BaseModel):
 
 
 def actor() -> str:
-    """Who acts: RFDETR_ACTOR, else user@host."""
-    return os.environ.get("RFDETR_ACTOR") or f"{getpass.getuser()}@{socket.gethostname()}"
+    """Who acts: RFDETR_ACTOR, else user@host; a user without a name is `uid <number>`."""
+    if named := os.environ.get("RFDETR_ACTOR"):
+        return named
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # containers run as numbers that /etc/passwd does not know
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
 
 
 def promote(
@@ -88,14 +96,14 @@ def promote(
             action="promote",
             version=number,
             previous=current,
-            reason=redact(reason),
+            reason=_given(reason),
             by=redact(by),
             at=now(),
             forced=force,
         )
         registry.set_tags(number, {PENDING: record.model_dump_json()})
-    if record.previous is not None:
-        _set_alias(registry, PREVIOUS, record.previous)
+    if (previous := _existing(registry, record.previous)) is not None:
+        _set_alias(registry, PREVIOUS, previous.number)
     _set_alias(registry, CHAMPION, number)
     _drop_challenger(registry, number)
     _finish(registry, version, record)
@@ -103,39 +111,40 @@ def promote(
 
 
 def rollback(registry: Registry, *, reason: str, by: str, to: int | None = None) -> AuditRecord:
-    """Move `champion` back to `previous_champion`, or to version `to`.
+    """Move `champion` back to `previous_champion`, or to version `to`, which must have served.
 
-    The version left behind is tagged `promotion.rolled_back`; `previous_champion` then names the
-    champion before the restored one. Raises RegistryError when there is nothing to go back to.
+    A rollback that was cut off is finished first, with its own record; that is all unless `to` is
+    another version. The version left behind is tagged `promotion.rolled_back`; `previous_champion`
+    then names the champion before the restored one. Raises RegistryError when there is nothing to
+    go back to.
     """
-    record = _plan_rollback(registry, redact(reason), redact(by), to)
-    restored, left = registry.version(record.version), record.previous
-    registry.set_tags(restored.number, {PENDING: record.model_dump_json()})
-    if left is not None:
-        tags = {"promotion.rolled_back": "true", "promotion.rolled_back_reason": record.reason}
-        registry.set_tags(left, tags)
-        _forget_intent(registry, registry.version(left))
-    _set_alias(registry, CHAMPION, restored.number)
-    before = _champion_before(registry, restored.number)
-    if before is not None:
-        _set_alias(registry, PREVIOUS, before)
-    elif PREVIOUS in registry.aliases():
-        registry.client.delete_registered_model_alias(registry.name, PREVIOUS)
-    _drop_challenger(registry, restored.number)
-    _finish(registry, restored, record)
+    reason, cut_off = _given(reason), _cut_off_rollback(registry)
+    if to is not None and (cut_off is None or to != cut_off.version):
+        _check_served(registry, to)
+    if cut_off is not None:
+        _move_back(registry, cut_off)
+        if to in (None, cut_off.version):
+            return cut_off
+    record = _plan_rollback(registry, reason, redact(by), to)
+    _move_back(registry, record)
     return record
 
 
+def _cut_off_rollback(registry: Registry) -> AuditRecord | None:
+    """The rollback that was begun and not finished, unless another move came after it."""
+    current, moves = registry.aliases().get(CHAMPION), history(registry)
+    last = moves[-1].at if moves else ""
+    found = (_pending(version, current, "rollback") for version in registry.versions())
+    alive = [
+        record for record in found if record and (record.version == current or record.at > last)
+    ]
+    return max(alive, key=lambda record: record.at, default=None)
+
+
 def _plan_rollback(registry: Registry, reason: str, by: str, to: int | None) -> AuditRecord:
-    """The move to make: one that was cut off, or a new one."""
     aliases = registry.aliases()
-    current, target = aliases.get(CHAMPION), to or aliases.get(PREVIOUS)
-    for number in (current, target):
-        if number is not None:
-            record = _pending(registry.version(number), current, "rollback")
-            if record is not None:
-                return record
-    if current is None or target is None:
+    current, target = aliases.get(CHAMPION), aliases.get(PREVIOUS) if to is None else to
+    if target is None or (current is None and to is None):
         missing = "champion" if current is None else "previous champion"
         raise RegistryError(
             f"{registry.name} has no {missing} to roll back; name the version that shall serve."
@@ -147,6 +156,23 @@ def _plan_rollback(registry: Registry, reason: str, by: str, to: int | None) -> 
     )
 
 
+def _move_back(registry: Registry, record: AuditRecord) -> None:
+    restored, left = registry.version(record.version), _existing(registry, record.previous)
+    registry.set_tags(restored.number, {PENDING: record.model_dump_json()})
+    if left is not None:
+        tags = {"promotion.rolled_back": "true", "promotion.rolled_back_reason": record.reason}
+        registry.set_tags(left.number, tags)
+        _forget_intent(registry, left)
+    before = _champion_before(registry, restored.number)
+    _set_alias(registry, CHAMPION, restored.number)
+    if before is not None:
+        _set_alias(registry, PREVIOUS, before)
+    elif PREVIOUS in registry.aliases():
+        registry.client.delete_registered_model_alias(registry.name, PREVIOUS)
+    _drop_challenger(registry, restored.number)
+    _finish(registry, restored, record)
+
+
 def history(registry: Registry) -> list[AuditRecord]:
     """Every promotion and rollback, oldest first."""
     records = [
@@ -156,6 +182,24 @@ def history(registry: Registry) -> list[AuditRecord]:
         if key.startswith(AUDIT)
     ]
     return sorted(records, key=lambda record: record.at)
+
+
+def _given(reason: str) -> str:
+    """A reason as it goes on record. Raises RegistryError for an empty one."""
+    if not reason.strip():
+        raise RegistryError("The reason is empty; say why the champion shall move.")
+    return redact(reason)
+
+
+def _check_served(registry: Registry, number: int) -> None:
+    registry.version(number)
+    served = {registry.aliases().get(alias) for alias in (CHAMPION, PREVIOUS)}
+    served.update(n for record in history(registry) for n in (record.version, record.previous))
+    if number not in served:
+        raise RegistryError(
+            f"{registry.name} version {number} never served, so there is no going back to it. "
+            "Promote it; `promote --force` overrules the gate."
+        )
 
 
 def _check_allowed(name: str, version: Version) -> None:
@@ -209,13 +253,17 @@ def _pending(version: Version, current: int | None, action: str = "promote") -> 
 
 
 def _champion_before(registry: Registry, number: int) -> int | None:
-    """The champion that `number` once replaced, if it may serve."""
+    """The champion that `number` once replaced, if it is still there and may serve."""
     earlier = [r for r in history(registry) if r.action == "promote" and r.version == number]
-    before = earlier[-1].previous if earlier else None
-    if before is None or before == number:
+    before = _existing(registry, earlier[-1].previous) if earlier else None
+    if before is None or before.number == number:
         return None
-    tags = registry.version(before).tags
-    return None if tags.get("promotion.rolled_back") == "true" else before
+    return None if before.tags.get("promotion.rolled_back") == "true" else before.number
+
+
+def _existing(registry: Registry, number: int | None) -> Version | None:
+    """A version that may have been deleted since it was put on record."""
+    return next((version for version in registry.versions() if version.number == number), None)
 
 
 def _set_alias(registry: Registry, alias: str, number: int) -> None:
@@ -228,14 +276,18 @@ def _drop_challenger(registry: Registry, number: int) -> None:
 
 
 def _finish(registry: Registry, version: Version, record: AuditRecord) -> None:
-    """Write the record on the version and on its run, then forget the intent."""
+    """Write the record on the version, a copy on its run, then forget the intent."""
     text = record.model_dump_json()
     tags = {"promotion.rolled_back": "false"} if "promotion.rolled_back" in version.tags else {}
     names = ("action", "reason", "by", "at", "previous")
     promotion = {f"promotion.{name}": getattr(record, name) for name in names}
     registry.set_tags(version.number, {**promotion, **tags, record.key: text})
     if version.run_id:
-        registry.client.log_text(version.run_id, text, f"audit/{record.key}.json")
+        try:
+            registry.client.log_text(version.run_id, text, f"audit/{record.key}.json")
+        except Exception as error:  # noqa: BLE001 - a purged run must not block the move
+            problem = redact(str(error))
+            LOGGER.warning("%s has no copy on run %s: %s", record.key, version.run_id, problem)
     _forget_intent(registry, registry.version(version.number))
 
 

@@ -6,9 +6,16 @@ not (devices, workers, time limits) and is therefore no DVC parameter.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 from flows.digest import digest_of
 from rfdetr.config import MODEL_CONFIGS, Level, ModelConfig, StrictConfig, TrainConfig
@@ -18,6 +25,7 @@ from rfdetr.errors import ConfigError
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Variant = Annotated[str, Field(min_length=1)]
 
+SOURCE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of a folder of data/; DVC splits names at dots
 
 EVALUATOR_VERSION = 1  # counts up when the same weights would get other numbers
 
@@ -28,32 +36,61 @@ def _devices(value: Any) -> Any:
     return value
 
 
-class DemoSettings(StrictConfig):
+def _takes(annotation: Any, kind: type) -> bool:
+    return annotation is kind or any(_takes(part, kind) for part in get_args(annotation))
+
+
+class NumberChecks(BaseModel):
+    """A number is finite, and no yes or true: they would pass as 1."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        number = _takes(annotation, int) or _takes(annotation, float)
+        given = value if isinstance(value, list) else [value]
+        if number and any(isinstance(item, bool) for item in given):
+            raise ValueError("must be a number, not true or false")
+        return value
+
+
+class Section(StrictConfig, NumberChecks):
+    """A section of params.yaml: its fields and no other."""
+
+
+class DemoSettings(Section):
     """The built-in dataset of digits on photos: number of images, classes, seed."""
 
     train: int = Field(1500, ge=1)
     valid: int = Field(200, ge=1)
     test: int = Field(200, ge=1)
     classes: list[int] = Field([0, 1, 4], min_length=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
-class SourceSettings(StrictConfig):
+class SourceSettings(Section):
     """An address that `data/<key>` is fetched from: an s3:// prefix, plain or packed."""
 
     uri: str = Field(pattern=r"^s3://[^/]+/.+")
     version: str | None = None  # a new value fetches again; a run writes what S3 lists then
 
 
-class DatasetSettings(StrictConfig):
+class DatasetSettings(Section):
     """The dataset that is checked, trained on and tested with."""
 
     name: Name = "demo"
     dir: str = Field("data/demo", min_length=1)
     layout: Literal["roboflow", "coco", "yolo"] = "roboflow"
 
+    @field_validator("dir")
+    @classmethod
+    def _without_last_slash(cls, value: str) -> str:
+        return value.rstrip("/") or value  # DVC's pointer file stands beside the folder
 
-class ModelSettings(StrictConfig):
+
+class ModelSettings(Section):
     """The network: a variant, and any field of its configuration that shall differ."""
 
     variant: Variant = "nano"
@@ -92,22 +129,22 @@ class ModelSettings(StrictConfig):
         return MODEL_CONFIGS[self.variant](**{"pretrain_weights": None, **given, **more})
 
 
-class ValidateSettings(CheckConfig):
+class ValidateSettings(CheckConfig, NumberChecks):
     """Which findings stop the pipeline before a GPU is used: the checks' options and two more."""
 
     min_images: int = Field(20, ge=1)  # in the train split
     max_bad_fraction: float = Field(0.0, ge=0, le=1)  # images with an error
 
 
-class ConvertSettings(StrictConfig):
+class ConvertSettings(Section):
     """The starting weights: a file, an s3:// address, a published name, or null for none."""
 
-    source: str | None = "weights/start.pth"
+    source: str | None = Field("weights/start.pth", min_length=1)
     seed: int = 42  # of the initial weights when there is no source
     tolerance: float = Field(1e-4, ge=0)  # largest accepted difference between old and converted
 
 
-class FitSettings(StrictConfig):
+class FitSettings(Section):
     """Training. Names and defaults are those of `rfdetr.config.TrainConfig`.
 
     With `effective_batch_size` the number of images per optimizer step stays the same on any
@@ -119,7 +156,7 @@ class FitSettings(StrictConfig):
     batch_size: int = Field(4, ge=1)
     grad_accum_steps: int | None = Field(None, ge=1)
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
-    seed: int = 42
+    seed: int = Field(42, ge=0, le=2**32 - 1)
     lr: float = Field(1e-4, ge=0)
     lr_encoder: float = Field(1.5e-4, ge=0)
     lr_vit_layer_decay: float = Field(0.8, gt=0)
@@ -157,7 +194,7 @@ class FitSettings(StrictConfig):
         return self.model_dump(exclude=apart)
 
 
-class EvaluateSettings(StrictConfig):
+class EvaluateSettings(Section):
     """How a model is scored; champion and challenger alike."""
 
     split: Literal["test", "valid"] = "test"
@@ -171,7 +208,7 @@ class EvaluateSettings(StrictConfig):
         return digest_of([self.split, self.max_dets, EVALUATOR_VERSION])[:16]
 
 
-class GateSettings(StrictConfig):
+class GateSettings(Section):
     """When a challenger replaces the champion."""
 
     metric: Literal["map_50_95", "map_50", "map_75", "f1"] = "map_50_95"
@@ -189,13 +226,13 @@ class GateSettings(StrictConfig):
     manual_approval: bool = False
 
 
-class RegistrySettings(StrictConfig):
+class RegistrySettings(Section):
     """The registered model of this detector line."""
 
     name: Name = "rfdetr-demo"
 
 
-class RuntimeSettings(StrictConfig):
+class RuntimeSettings(Section):
     """The machine. Nothing here changes a result, so DVC does not track it."""
 
     devices: Annotated[int | Literal["auto"], BeforeValidator(_devices)] = "auto"

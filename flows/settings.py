@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
 
@@ -13,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from flows.sections import (
+    SOURCE_NAME,
     BatchPlan,
     ConvertSettings,
     DatasetSettings,
@@ -21,6 +24,7 @@ from flows.sections import (
     FitSettings,
     GateSettings,
     ModelSettings,
+    NumberChecks,
     RegistrySettings,
     RuntimeSettings,
     SourceSettings,
@@ -50,6 +54,7 @@ __all__ = [
     "load_params",
     "parse_params",
     "plan_batch",
+    "takes_null",
 ]
 
 PARAMS_FILE = "params.yaml"
@@ -87,19 +92,45 @@ SECTIONS: dict[str, type[StrictConfig]] = {
 
 
 def load_params(path: str | os.PathLike[str] = PARAMS_FILE) -> Params:
-    """Read and check params.yaml. Raises one ConfigError that lists every mistake of the file."""
+    """Read and check params.yaml. Raises one ConfigError that lists every mistake of the file.
+
+    What the dvc.yaml beside it needs must be written out: DVC does not know the defaults.
+    """
     file = Path(path)
+    graph = file.with_name("dvc.yaml")
+    needed = _names_in(_read_yaml(graph)) if graph.exists() else ()
+    return parse_params(_read_yaml(file), origin=str(file), needed=needed)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, as YAML does; PyYAML takes the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    text = f"the key '{key.value}' stands in line {lines[key.value]} already"
+                    raise yaml.MarkedYAMLError(problem=text, problem_mark=key.start_mark)
+                lines[key.value] = key.start_mark.line + 1
+        return node
+
+
+def _read_yaml(file: Path) -> Any:
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return _Loader(file.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise ConfigError(f"{file} is missing; run from the project's root folder.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is no valid YAML: {error}") from None
-    return parse_params(data, origin=str(file))
 
 
-def parse_params(data: Any, *, origin: str = PARAMS_FILE) -> Params:
-    """Check plain data of the shape of params.yaml; `origin` names it in the error."""
+def parse_params(data: Any, *, origin: str = PARAMS_FILE, needed: Iterable[str] = ()) -> Params:
+    """Check plain data of the shape of params.yaml; `origin` names it in the error.
+
+    `needed` are sections and `section.field`s that have to be there although they have defaults.
+    """
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -111,15 +142,9 @@ def parse_params(data: Any, *, origin: str = PARAMS_FILE) -> Params:
     values = {
         name: _section(name, kind, data.get(name), problems) for name, kind in SECTIONS.items()
     }
-    given = data.get("sources") or {}
-    if not isinstance(given, dict):
-        problems.append(f"sources: expected names with their settings, found {given!r}.")
-        given = {}
-    sources = {
-        str(key): _section(f"sources.{key}", SourceSettings, value, problems)
-        for key, value in given.items()
-    }
+    sources = _sources(data.get("sources"), problems)
     problems.extend(_combinations(values))
+    problems.extend(_missing(data, needed))
     if problems:
         count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{origin} has {count}:\n" + "\n".join(f"- {p}" for p in problems))
@@ -144,6 +169,53 @@ def _section(name: str, kind: type[StrictConfig], data: Any, problems: list[str]
         wrong.extend(_texts(name, error))
     problems.extend(wrong)
     return None if wrong else section
+
+
+def _sources(data: Any, problems: list[str]) -> dict[str, SourceSettings]:
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        problems.append(f"sources: expected names with their settings, found {data!r}.")
+        return {}
+    for key in data:
+        if not isinstance(key, str) or not re.fullmatch(SOURCE_NAME, key):
+            problems.append(
+                f"sources: the name {key!r} must be a text of letters, digits, '-' and '_' that "
+                "begins with a letter or digit."
+            )
+        elif key == "demo":
+            problems.append("sources.demo: the stage demo makes data/demo; take another name.")
+    return {
+        str(key): _section(f"sources.{key}", SourceSettings, value, problems)
+        for key, value in data.items()
+    }
+
+
+def _names_in(graph: Any) -> set[str]:
+    """The sections and fields that a dvc.yaml lists as parameters or puts into its texts."""
+    stages = list(graph["stages"].values())
+    listed = [name for stage in stages for name in stage.get("do", stage).get("params", [])]
+    names = {name for name in listed if isinstance(name, str)}
+    names.update(re.findall(r"\$\{(.+?)\}", json.dumps(stages)))
+    fields = {f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields}
+    fields &= names
+    return fields | (names & {"sources", *SECTIONS}) - {name.split(".")[0] for name in fields}
+
+
+def _missing(data: dict[str, Any], needed: Iterable[str]) -> list[str]:
+    """One text that lists what of `needed` is not in `data`, and what to add."""
+    add: dict[str, str] = {}
+    for name in sorted(needed):
+        section, _, field = name.partition(".")
+        value = data.get(section)
+        if field and not (isinstance(value, dict) and field in value):
+            default = json.dumps(SECTIONS[section].model_fields[field].default)
+            add[name] = f"`{section}: {{{field}: {default}}}`"
+        elif section not in data or (section == "sources" and value is None):
+            add[name] = f"`{section}: {{}}`"
+    if not add:
+        return []
+    return [f"missing here, but read by dvc.yaml: {', '.join(add)}. Add {', '.join(add.values())}."]
 
 
 def _texts(name: str, error: ValidationError) -> list[str]:
@@ -183,6 +255,10 @@ def _combinations(values: dict[str, Any]) -> list[str]:
     return problems
 
 
+class _Partial(NumberChecks):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
 def _optional_fields(kind: type[StrictConfig]) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for name, field in kind.model_fields.items():
@@ -193,7 +269,7 @@ def _optional_fields(kind: type[StrictConfig]) -> type[BaseModel]:
     doc = f"Fields of {kind.__name__} that a run changes; an empty one keeps params.yaml's value."
     return create_model(
         kind.__name__.replace("Settings", "Overrides"),
-        __config__=ConfigDict(extra="forbid", protected_namespaces=()),
+        __base__=_Partial,
         __doc__=doc,
         **fields,
     )
@@ -238,13 +314,14 @@ class RetrainParams(BaseModel):
         """The given fields per section: an empty field that cannot be null is left out."""
         given: dict[str, dict[str, Any]] = {}
         for name, section in self.overrides.model_dump(exclude_unset=True, by_alias=True).items():
-            fields = {k: v for k, v in section.items() if v is not None or _nullable(name, k)}
+            fields = {k: v for k, v in section.items() if v is not None or takes_null(name, k)}
             if fields:
                 given[name] = fields
         return given
 
 
-def _nullable(section: str, field: str) -> bool:
+def takes_null(section: str, field: str) -> bool:
+    """Whether null is a value of the field, and not only a form's way to leave it out."""
     annotation: Any = SECTIONS[section].model_fields[field].annotation
     try:
         TypeAdapter(annotation).validate_python(None)

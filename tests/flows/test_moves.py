@@ -16,7 +16,7 @@ from flows import release, retrain
 from flows.cli import main
 from flows.delivery import experiment_id
 from flows.gate import decide
-from flows.promote import ChampionChangedError, promote
+from flows.promote import ChampionChangedError, history, promote
 from flows.registry import CHAMPION, Registry
 from flows.slots import registry_slot
 from flows.verdict import GatePolicy, Scores, Verdict
@@ -96,6 +96,40 @@ def test_approving_a_verdict_about_another_champion_needs_force(
     assert main(["promote", "2", "--reason", "approved"]) == 1
     assert "champion is version 3" in capsys.readouterr().err
     assert main(["promote", "2", "--reason", "approved", "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--reason", "r", "--to", "0"], "no version 0"),
+        (["--reason", "r", "--to", "3"], "version 3 never served"),
+        (["--reason", ""], "reason is empty"),
+        (["--reason", "  "], "reason is empty"),
+    ],
+)
+def test_a_rollback_that_cannot_be_meant_moves_nothing(
+    arguments: list[str], problem: str, registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promote(registry, 2, reason="better", by="ada")
+    assert main(["rollback", *arguments]) == 1
+    assert problem in capsys.readouterr().err
+    assert registry.aliases() == {"champion": 2, "previous_champion": 1}
+
+
+def test_a_promotion_needs_a_reason(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["promote", "2", "--reason", " ", "--force"]) == 1
+    assert "reason is empty" in capsys.readouterr().err
+    assert registry.aliases() == {"champion": 1}
+
+
+def test_a_deleted_champion_is_replaced_by_a_named_version(registry: Registry) -> None:
+    promote(registry, 2, reason="better", by="ada")
+    registry.client.delete_model_version(NAME, "2")
+    assert main(["rollback", "--reason", "version 2 was deleted"]) == 1
+    assert main(["rollback", "--reason", "version 2 was deleted", "--to", "1"]) == 0
+    assert registry.aliases() == {"champion": 1}
+    record = history(registry)[-1]
+    assert (record.action, record.version, record.previous) == ("rollback", 1, None)
 
 
 def test_a_rollback_waits_for_a_promotion_that_has_begun(

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from mlflow import MlflowClient
+from mlflow.cli import gc
 
 from flows import promote as promotion
 from flows.delivery import experiment_id
 from flows.gate import decide
-from flows.promote import ChampionChangedError, history, promote, rollback
-from flows.registry import Registry, RegistryError
+from flows.promote import AuditRecord, ChampionChangedError, actor, history, promote, rollback
+from flows.registry import Registry, RegistryError, now
 from flows.verdict import GatePolicy, Scores
 
 EXPERIMENT = "rfdetr/demo"
@@ -176,9 +180,7 @@ def _until(client: MlflowClient, step: str, calls: Any, last: int) -> Any:
 def test_a_stale_intent_does_not_act_after_another_promotion(registry: Registry) -> None:
     three(registry)
     promote(registry, 1, **WHO)
-    stale = promotion.AuditRecord(
-        action="promote", version=3, previous=None, reason="old", by="x", at="2020"
-    )
+    stale = AuditRecord(action="promote", version=3, previous=None, reason="old", by="x", at="2020")
     registry.set_tags(3, {promotion.PENDING: stale.model_dump_json()})
     promote(registry, 2, **WHO)
     record = promote(registry, 3, reason="new", by="y")
@@ -221,6 +223,121 @@ def test_a_version_that_serves_again_is_no_longer_rolled_back(registry: Registry
     rollback(registry, reason="it was the camera", by="bob", to=3)
     assert registry.version(3).tags["promotion.rolled_back"] == "false"
     assert registry.version(2).tags["promotion.rolled_back"] == "true"
+
+
+def moves(registry: Registry) -> list[tuple[int, int | None, str]]:
+    return [(r.version, r.previous, r.reason) for r in history(registry) if r.action == "rollback"]
+
+
+def test_a_deleted_predecessor_counts_as_none(registry: Registry) -> None:
+    three(registry)
+    for number in (1, 2, 3):
+        promote(registry, number, **WHO)
+    registry.client.delete_model_version(registry.name, "1")
+    rollback(registry, reason="bad recall", by="bob")
+    assert registry.aliases() == {"champion": 2}
+    assert moves(registry) == [(2, 3, "bad recall")]
+    assert promotion.PENDING not in registry.version(2).tags
+
+
+@pytest.mark.parametrize("to", [None, 3])
+def test_a_rollback_that_a_deleted_version_stopped_half_way_is_finished(
+    registry: Registry, to: int | None
+) -> None:
+    """The aliases and tags that rollbacks of before this test left behind."""
+    three(registry)
+    for number in (1, 2, 3):
+        promote(registry, number, **WHO)
+    registry.client.delete_model_version(registry.name, "1")
+    stuck = AuditRecord(action="rollback", version=2, previous=3, reason="old", by="bob", at=now())
+    registry.set_tags(2, {promotion.PENDING: stuck.model_dump_json()})
+    registry.set_tags(3, {"promotion.rolled_back": "true"})
+    registry.client.set_registered_model_alias(registry.name, "champion", "2")
+    rollback(registry, reason="new", by="bob", to=to)
+    again = [] if to is None else [(3, 2, "new")]
+    assert moves(registry) == [(2, 3, "old"), *again]
+    assert registry.aliases() == {"champion": to or 2}
+    assert promotion.PENDING not in registry.version(2).tags
+
+
+@pytest.mark.parametrize("action", ["promote", "rollback"])
+def test_a_move_is_finished_when_the_version_it_left_was_deleted(
+    registry: Registry, action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(registry)
+    promote(registry, 1, **WHO)
+    promote(registry, 2, **WHO)
+
+    def move() -> Any:
+        if action == "promote":
+            return promote(registry, 3, **WHO)
+        return rollback(registry, reason="bad", by="bob")
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(registry.client, "delete_model_version_tag", _broken)
+        move()
+    registry.client.delete_model_version(registry.name, "2")
+    record = move()
+    assert record.previous == 2 and history(registry)[-1] == record
+    assert registry.aliases() == {"champion": record.version}
+    assert promotion.PENDING not in registry.version(record.version).tags
+
+
+def test_a_purged_run_does_not_stop_a_rollback(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Version 1 serves without `promote`: a process that wrote on a run goes on finding it."""
+    three(registry)
+    registry.client.set_registered_model_alias(registry.name, "champion", "1")
+    promote(registry, 2, **WHO)
+    run_id = str(registry.version(1).run_id)
+    registry.client.delete_run(run_id)
+    purged = CliRunner().invoke(
+        gc,
+        ["--backend-store-uri", registry.uri, "--run-ids", run_id],
+        env={"MLFLOW_TRACKING_URI": registry.uri},
+    )
+    assert purged.exit_code == 0, purged.output
+    rollback(registry, reason="bad recall", by="bob")
+    assert registry.aliases() == {"champion": 1}
+    assert moves(registry) == [(1, 2, "bad recall")]
+    assert promotion.PENDING not in registry.version(1).tags
+    assert f"no copy on run {run_id}" in caplog.text
+
+
+@pytest.mark.parametrize("step", ["set_registered_model_alias", "delete_model_version_tag"])
+@pytest.mark.parametrize("to", [None, 2, 1])
+def test_a_cut_off_rollback_is_finished_before_another_one(
+    registry: Registry, step: str, to: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(registry)
+    for number in (1, 2, 3):
+        promote(registry, number, **WHO)
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(registry.client, step, _broken)
+        rollback(registry, reason="old", by="bob")
+    record = rollback(registry, reason="new", by="eve", to=to)
+    asked = [(1, 2, "new")] if to == 1 else []
+    assert moves(registry) == [(2, 3, "old"), *asked]
+    assert (record.version, record.by) == ((1, "eve") if to == 1 else (2, "bob"))
+    assert registry.aliases()["champion"] == record.version
+
+
+def test_a_cut_off_rollback_is_over_after_another_move(registry: Registry) -> None:
+    three(registry)
+    stale = AuditRecord(action="rollback", version=1, previous=3, reason="old", by="x", at=now())
+    for number in (1, 2, 3):
+        promote(registry, number, **WHO)
+    registry.set_tags(1, {promotion.PENDING: stale.model_dump_json()})
+    rollback(registry, reason="new", by="bob")
+    assert moves(registry) == [(2, 3, "new")]
+
+
+def test_a_user_without_a_name_acts_as_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RFDETR_ACTOR", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    assert actor() == f"uid 54321@{socket.gethostname()}"
 
 
 def test_a_verdict_counts_only_against_the_champion_it_is_about(registry: Registry) -> None:
