@@ -92,7 +92,8 @@ def plan_command(options: argparse.Namespace) -> int:
 
     root = _root()
     load_params(root / "params.yaml")
-    configure_dvc(root, Environment.read())
+    if not (root / ".dvc/config.local").exists():  # a folder without git needs it
+        configure_dvc(root, Environment.read())
     plans = plan_stages(root)
     released = all(p.state == "up to date" for p in plans) and freshness.is_released(root)
     if options.json:

@@ -175,12 +175,13 @@ def _move_back(registry: Registry, record: AuditRecord) -> None:
 
 def history(registry: Registry) -> list[AuditRecord]:
     """Every promotion and rollback, oldest first."""
-    records = [
+    places = [registry.model_tags(), *(version.tags for version in registry.versions())]
+    records = {
         AuditRecord.model_validate_json(value)
-        for version in registry.versions()
-        for key, value in version.tags.items()
+        for tags in places
+        for key, value in tags.items()
         if key.startswith(AUDIT)
-    ]
+    }
     return sorted(records, key=lambda record: record.at)
 
 
@@ -276,12 +277,16 @@ def _drop_challenger(registry: Registry, number: int) -> None:
 
 
 def _finish(registry: Registry, version: Version, record: AuditRecord) -> None:
-    """Write the record on the version, a copy on its run, then forget the intent."""
+    """Write the record on the version, the model and the run, then forget the intent.
+
+    The model keeps it when the version is deleted.
+    """
     text = record.model_dump_json()
     tags = {"promotion.rolled_back": "false"} if "promotion.rolled_back" in version.tags else {}
     names = ("action", "reason", "by", "at", "previous")
     promotion = {f"promotion.{name}": getattr(record, name) for name in names}
     registry.set_tags(version.number, {**promotion, **tags, record.key: text})
+    registry.set_model_tag(f"{record.key}-{record.version}", text)
     if version.run_id:
         try:
             registry.client.log_text(version.run_id, text, f"audit/{record.key}.json")

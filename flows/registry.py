@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +20,9 @@ from flows.packaging import ModelFiles, build_model
 from flows.redact import redact, redact_mapping
 from flows.verdict import Verdict
 from rfdetr.errors import RFDETRError
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import RegisteredModel
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous_champion"
 MODEL_NAME = "detector"
@@ -159,15 +162,23 @@ class Registry:
 
     def aliases(self) -> dict[str, int]:
         """Alias -> version number; empty when the model does not exist."""
+        model = self._model()
+        return {alias: int(number) for alias, number in model.aliases.items()} if model else {}
+
+    def model_tags(self) -> dict[str, str]:
+        """Tags of the model itself, which outlive its versions; empty when it does not exist."""
+        model = self._model()
+        return dict(model.tags) if model else {}
+
+    def _model(self) -> RegisteredModel | None:
         from mlflow.exceptions import MlflowException
 
         try:
-            model = self.client.get_registered_model(self.name)
+            return self.client.get_registered_model(self.name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            return {}
-        return {alias: int(number) for alias, number in model.aliases.items()}
+            return None
 
     def version(self, number: int) -> Version:
         """A version by number. Raises RegistryError when there is none."""
@@ -220,6 +231,11 @@ class Registry:
         """Tags of a version; secrets are masked."""
         for key, value in redact_mapping(tags).items():
             self.client.set_model_version_tag(self.name, str(number), key, str(value))
+
+    def set_model_tag(self, key: str, value: str) -> None:
+        """A tag of the model itself; secrets are masked."""
+        for name, text in redact_mapping({key: value}).items():
+            self.client.set_registered_model_tag(self.name, name, str(text))
 
     def record_verdict(self, number: int, verdict: Verdict) -> None:
         """Write a verdict, refusals too: tags of the version, JSON and Markdown on its run."""

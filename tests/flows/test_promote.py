@@ -240,6 +240,16 @@ def test_a_deleted_predecessor_counts_as_none(registry: Registry) -> None:
     assert promotion.PENDING not in registry.version(2).tags
 
 
+def test_the_history_outlives_a_deleted_version(registry: Registry) -> None:
+    three(registry)
+    for number in (1, 2, 3):
+        promote(registry, number, **WHO)
+    before = promotion.history(registry)
+    assert [record.version for record in before] == [1, 2, 3]
+    registry.client.delete_model_version(registry.name, "1")
+    assert promotion.history(registry) == before
+
+
 @pytest.mark.parametrize("to", [None, 3])
 def test_a_rollback_that_a_deleted_version_stopped_half_way_is_finished(
     registry: Registry, to: int | None

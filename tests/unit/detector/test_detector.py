@@ -91,7 +91,7 @@ def test_overrides_of_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no field"):
         rfdetr.RFDETR.from_checkpoint(tmp_path / "best.pth", unknown=1)
     with pytest.raises(CheckpointError, match="patch_size"):
-        rfdetr.RFDETRSegNano.from_checkpoint(tmp_path / "best.pth", patch_size=8)
+        rfdetr.RFDETR.from_checkpoint(tmp_path / "best.pth", patch_size=8)
 
 
 def test_a_legacy_file_is_recognised_and_its_names_count_from_one(tmp_path: Path) -> None:
