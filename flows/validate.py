@@ -87,7 +87,8 @@ def reasons_to_stop(report: DatasetReport, params: Params) -> list[str]:
     if unreadable:
         problems.append(
             f"training cannot skip images that it cannot read ({', '.join(unreadable)}), whatever "
-            "validate.max_bad_fraction is: `rfdetr-pipeline validate --fix` writes a dataset "
+            "validate.max_bad_fraction is: "
+            f"`python -m rfdetr.data.checks {params.dataset.dir} --fix COPY` writes a dataset "
             "without them"
         )
     if not report.ok and (elsewhere or bad / total > settings.max_bad_fraction):

@@ -214,6 +214,7 @@ def test_images_that_cannot_be_read_are_never_tolerated(code: str) -> None:
     lenient = parse_params({"validate": {"max_bad_fraction": 1.0}})
     (reason,) = reasons_to_stop(report(100, 1, code=code, file="a.jpg", image_id=7), lenient)
     assert f"training cannot skip images that it cannot read ({code})" in reason
+    assert "`python -m rfdetr.data.checks data/demo --fix COPY`" in reason
 
 
 @pytest.mark.parametrize("stage", ["validate", "convert", "evaluate"])
