@@ -19,20 +19,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows import artifacts, freshness, release, resuming
-from flows.gpus import claimed, wanted_slots
-from flows.notify import notify
-from flows.process import CommandFailed, run_streaming
-from flows.promote import ChampionChangedError
-from flows.publish import publish_lock
-from flows.redact import redact
-from flows.release import Registered
-from flows.settings import Environment, RetrainParams, load_params
-from flows.slots import registry_slot, slot
-from flows.stage import read_json
-from flows.tracking import default_tracking_uri
-from flows.verdict import Verdict
-from flows.workspace import (
+from flows.config.params import Environment, RetrainParams, load_params
+from flows.core.process import CommandFailed, run_streaming
+from flows.core.redact import redact
+from flows.gate.verdict import Verdict
+from flows.orchestration import artifacts, resume
+from flows.orchestration.gpus import claimed, wanted_slots
+from flows.orchestration.limits import registry_slot, slot
+from flows.orchestration.notify import notify
+from flows.project.publish import publish_lock
+from flows.project.workspace import (
     checkout,
     dvc,
     has_remote,
@@ -40,6 +36,11 @@ from flows.workspace import (
     stage_names,
     write_overrides,
 )
+from flows.release import freshness, steps
+from flows.release.champion import ChampionChangedError
+from flows.release.steps import Registered
+from flows.stages.runner import read_json
+from flows.tracking.run import default_tracking_uri
 from rfdetr.errors import ConfigError, RFDETRError
 
 # DVC's advice for a person at a terminal.
@@ -47,7 +48,7 @@ ADVICE = re.compile(
     r"To (track|enable) .*run:$|\s+(git add|dvc config) |Use `dvc push` to send|^\s*$"
 )
 SKIPPED = ("didn't change, skipping", "is cached - skipping run")
-SUMMARY = Path("reports/release.json")
+SUMMARY = Path("reports/steps.json")
 
 
 class StageFailedError(RFDETRError):
@@ -80,7 +81,7 @@ def retrain(
     crashed run that this one goes on with.
     """
     params = params or RetrainParams()
-    why_not = resuming.obstacle(resumes, str(runtime.flow_run.id)) if resumes else None
+    why_not = resume.obstacle(resumes, str(runtime.flow_run.id)) if resumes else None
     if why_not:
         return Completed(name="Skipped", message=why_not)
     root = Path.cwd()
@@ -107,13 +108,13 @@ def retrain(
     promote(root, number, verdict, allowed=params.promote)
     if params.publish:
         publish(root)
-    return release.summarise(root, number, release.last_verdict(root))
+    return steps.summarise(root, number, steps.last_verdict(root))
 
 
 @flow(name="rollback")
 def rollback(reason: str, name: str | None = None, to: int | None = None) -> dict[str, Any]:
     """Give `champion` back to its predecessor, or to version `to`; the reason goes on record."""
-    record = release.roll_back(Path.cwd(), reason=reason, name=name, to=to)
+    record = steps.roll_back(Path.cwd(), reason=reason, name=name, to=to)
     return record.model_dump(mode="json")
 
 
@@ -172,7 +173,7 @@ def register(root: Path) -> int:
     """The trained model as a version of the registry; the same model is registered once."""
     with registry_slot(root):
         _release_child(root, "register")
-    registered = Registered.model_validate(read_json(root / release.REGISTERED))
+    registered = Registered.model_validate(read_json(root / steps.REGISTERED))
     artifacts.show_links(registered.links())
     return registered.number
 
@@ -194,10 +195,10 @@ def promote(root: Path, number: int, verdict: Verdict, *, allowed: bool) -> Stat
     if not allowed:
         return Completed(name="Kept", message="this run was started without promotion")
     try:
-        record = release.promote_winner(root, number, verdict)
+        record = steps.promote_winner(root, number, verdict)
     except ChampionChangedError:
         verdict = _judge(root, number)
-        record = release.promote_winner(root, number, verdict)
+        record = steps.promote_winner(root, number, verdict)
     if not verdict.promote:
         return Completed(name="Kept", message=f"{verdict.outcome}: {verdict.reason}")
     if record is None:
@@ -230,14 +231,21 @@ def gpu_slot(root: Path, devices: int | None = None) -> Iterator[None]:
 
 def _judge(root: Path, number: int) -> Verdict:
     _release_child(root, "judge", str(number))
-    verdict = release.last_verdict(root)
+    verdict = steps.last_verdict(root)
     artifacts.show_verdict(verdict)
     return verdict
 
 
 def _release_child(root: Path, *arguments: str) -> None:
     """A step of the release in a child process: no network lives in the flow's process."""
-    command = [sys.executable, "-m", "flows.release", "--flow-run", _flow_run() or "", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.release.steps",
+        "--flow-run",
+        _flow_run() or "",
+        *arguments,
+    ]
     try:
         run_streaming(command, log_line(), cwd=root, timeout=_limit(root))
     except CommandFailed as error:

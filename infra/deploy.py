@@ -51,7 +51,7 @@ def prepare_server(client: SyncPrefectClient, pool: str, pool_type: str, gpus: i
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
 
-    from flows.settings import load_params
+    from flows.config.params import load_params
 
     params = load_params(ROOT / "params.yaml")
     try:

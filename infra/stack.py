@@ -26,7 +26,7 @@ from types import FrameType
 
 import psutil
 
-from flows.redact import redact
+from flows.core.redact import redact
 from infra.services import Service, StackError, StackSettings, all_services, quiet_environment
 from rfdetr.files import write_text_atomic
 

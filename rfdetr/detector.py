@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from rfdetr.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
+from rfdetr.checkpoints.hub import resolve_weights
+from rfdetr.checkpoints.identify import config_class_of, config_of
+from rfdetr.checkpoints.load import LoadReport, initialise_weights, load_container
+from rfdetr.checkpoints.record import Container, read_container
+from rfdetr.checkpoints.safe_io import StrPath
 from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, TrainConfig
 from rfdetr.data.batch import pad_images
+from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
+from rfdetr.data.image_input import height_and_width, read_image
 from rfdetr.data.transforms import EvalTransform, ImageLike, preprocess
 from rfdetr.errors import CheckpointError, ConfigError, InputError
-from rfdetr.images import height_and_width, read_image
-from rfdetr.inference import FINAL, Optimized
+from rfdetr.export.frozen import FINAL, Optimized
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
-from rfdetr.weights.container import Container, read_container
-from rfdetr.weights.hub import resolve_weights
-from rfdetr.weights.identify import config_class_of, config_of
-from rfdetr.weights.io import StrPath
-from rfdetr.weights.load import LoadReport, initialise_weights, load_container
 
 if TYPE_CHECKING:
     import supervision

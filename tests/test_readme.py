@@ -11,8 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from flows.cli import parser
-from flows.settings import SECTIONS, parse_params
+from flows.cli.main import parser
+from flows.config.params import SECTIONS, parse_params
 from rfdetr.data.demo import build_demo
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from rfdetr.data.index import (
 )
 from rfdetr.data.layouts import Layout, SplitPaths
 
-CHECKS = "`python -m rfdetr.data.checks` reports everything at once."
+CHECKS = "`python -m rfdetr.checks` reports everything at once."
 
 
 class CocoSplits:

@@ -101,5 +101,5 @@ class ImageFile:
     def _failure(self, what: str, why: object) -> DatasetError:
         return DatasetError(
             f"{self.path}: the image {what} ({why}). Restore the file, or remove it from the "
-            "dataset; `python -m rfdetr.data.checks` lists all such files."
+            "dataset; `python -m rfdetr.checks` lists all such files."
         )

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfdetr.checkpoints.safe_io import StrPath
 from rfdetr.errors import InputError, MissingDependencyError
+from rfdetr.export.frozen import FinalOutputs, frozen_copy
 from rfdetr.files import atomic_path
-from rfdetr.inference import FinalOutputs, frozen_copy
 from rfdetr.model.network import RFDETRNetwork
-from rfdetr.weights.io import StrPath
 
 logger = logging.getLogger(__name__)
 

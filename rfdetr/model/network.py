@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from rfdetr.config import ModelConfig
 from rfdetr.data.batch import NestedTensor
 from rfdetr.errors import ConfigError, InputError
-from rfdetr.model.allocator import keep_freed_memory
 from rfdetr.model.backbone import Backbone, WindowedEncoder
 from rfdetr.model.boxes import apply_box_delta
 from rfdetr.model.decoder import Transformer, TransformerOutput
 from rfdetr.model.segmentation import SegmentationHead, SparseMasks, dense_masks
 from rfdetr.model.selection import MLP
+from rfdetr.training.allocator import keep_freed_memory
 
 _PRIOR = 0.01  # initial score of every class
 

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rfdetr.checkpoints.convert import convert_legacy_checkpoint
     from rfdetr.training.callbacks import (
         BestModelCallback,
         COCOEvalCallback,
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
         RFDETREarlyStopping,
         RFDETREMACallback,
     )
-    from rfdetr.training.checkpoint import convert_legacy_checkpoint
     from rfdetr.training.datamodule import RFDETRDataModule
     from rfdetr.training.module import RFDETRModule
     from rfdetr.training.trainer import build_trainer
@@ -31,17 +31,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "RFDETRModule": "module",
-    "RFDETRDataModule": "datamodule",
-    "build_trainer": "trainer",
-    "convert_legacy_checkpoint": "checkpoint",
+    "RFDETRModule": "rfdetr.training.module",
+    "RFDETRDataModule": "rfdetr.training.datamodule",
+    "build_trainer": "rfdetr.training.trainer",
+    "convert_legacy_checkpoint": "rfdetr.checkpoints.convert",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'callbacks')}")
+    home = importlib.import_module(_HOMES.get(name, "rfdetr.training.callbacks"))
     return getattr(home, name)
 
 

@@ -12,6 +12,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from rfdetr.checkpoints.load import initialise_weights
+from rfdetr.checkpoints.record import class_names_of
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.data.batch import NestedTensor
 from rfdetr.data.transforms import multi_scale_sizes, resize_batch
@@ -30,8 +32,6 @@ from rfdetr.training.settings import (
     stored_train_config,
     warn_ignored_settings,
 )
-from rfdetr.weights.container import class_names_of
-from rfdetr.weights.load import initialise_weights
 
 Batch = tuple[NestedTensor, Sequence[dict[str, Any]]]
 

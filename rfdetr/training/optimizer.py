@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rfdetr.checkpoints.legacy_names import legacy_name
 from rfdetr.config import ModelConfig, TrainConfig
-from rfdetr.weights.legacy import legacy_name
 
 ENCODER = "backbone.0.encoder"
 DECODER = "transformer.decoder"

@@ -18,18 +18,18 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from rfdetr.config import ModelConfig
-from rfdetr.errors import CheckpointError
-from rfdetr.training.checkpoint import MARKER
-from rfdetr.training.rng import random_state, restore_random_state
-from rfdetr.weights.adapt import (
+from rfdetr.checkpoints.adapt import (
     add_silent_rows,
     structure_problems,
     warn_other_settings,
     without_adapters,
 )
-from rfdetr.weights.container import Container, parse_container
-from rfdetr.weights.load import OPTIONAL
+from rfdetr.checkpoints.convert import MARKER
+from rfdetr.checkpoints.load import OPTIONAL
+from rfdetr.checkpoints.record import Container, parse_container
+from rfdetr.config import ModelConfig
+from rfdetr.errors import CheckpointError
+from rfdetr.training.rng import random_state, restore_random_state
 
 if TYPE_CHECKING:
     from rfdetr.training.module import RFDETRModule

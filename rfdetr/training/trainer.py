@@ -11,6 +11,7 @@ from lightning_fabric.plugins import CheckpointIO, Precision
 from pytorch_lightning.callbacks import Callback, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
+from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.training.callbacks.best_model import BestModelCallback
 from rfdetr.training.callbacks.checkpoints import LAST, CheckpointCallback
@@ -18,7 +19,6 @@ from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from rfdetr.training.callbacks.drop_path import DropPathCallback
 from rfdetr.training.callbacks.early_stopping import RFDETREarlyStopping
 from rfdetr.training.callbacks.ema import RFDETREMACallback
-from rfdetr.training.checkpoint_io import LegacyCheckpointIO
 from rfdetr.training.loggers import build_loggers
 
 SHARDED = ("fsdp", "deepspeed")

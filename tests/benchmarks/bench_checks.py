@@ -48,7 +48,7 @@ def check_on_all_cores(path: Path) -> None:
 
 
 def _check(path: Path, workers: int | None) -> None:
-    from rfdetr.data.checks import CheckConfig, check_dataset
+    from rfdetr.checks import CheckConfig, check_dataset
 
     with tempfile.TemporaryDirectory() as folder:
         annotations = Path(folder) / "annotations"

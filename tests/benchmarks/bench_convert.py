@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 
+from rfdetr.checkpoints.convert import convert_legacy_checkpoint
+from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.config import MODEL_CONFIGS
 from rfdetr.model.network import build_network
-from rfdetr.training.checkpoint import convert_legacy_checkpoint
-from rfdetr.weights.legacy import to_legacy
 
 MEMORY = """
 import sys, threading, psutil, torch
-from rfdetr.training.checkpoint import convert_legacy_checkpoint
+from rfdetr.checkpoints.convert import convert_legacy_checkpoint
 process, peak, done = psutil.Process(), 0, threading.Event()
 def watch():
     global peak

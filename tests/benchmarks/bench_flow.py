@@ -81,9 +81,9 @@ def measure(folder: Path) -> int:
     bare, _ = timed(project(folder / "bare"), "dvc", "repro")
     show("dvc repro, everything", bare)
     root = project(folder / "flow")
-    full, log = timed(root, "flows.cli", "retrain")
+    full, log = timed(root, "flows.cli.main", "retrain")
     parts = show("rfdetr-pipeline retrain, everything", full, log)
-    again, _ = timed(root, "flows.cli", "retrain")
+    again, _ = timed(root, "flows.cli.main", "retrain")
     show("rfdetr-pipeline retrain, nothing to do", again)
     unchanged = {}
     for stage in STAGES:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flows.pack import pack, unpack
+from flows.storage.packs import pack, unpack
 
 FOLDERS = 100
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from flows.delivery import experiment_id
-from flows.packaging import ModelFiles
-from flows.promote import promote
-from flows.registry import Registry
+from flows.registry.model_folder import ModelFiles
+from flows.registry.registry import Registry
+from flows.release.champion import promote
+from flows.tracking.delivery import experiment_id
+from rfdetr.checkpoints.legacy_names import to_legacy
+from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.config import RFDETRNanoConfig
 from rfdetr.model.network import build_network
-from rfdetr.weights.io import save_file
-from rfdetr.weights.legacy import to_legacy
 
 NAMES = ["zero", "one", "four"]
 

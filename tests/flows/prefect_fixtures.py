@@ -149,7 +149,7 @@ class Retrained:
     def pipeline(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`rfdetr-pipeline` as a process in the project."""
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *arguments],
+            [sys.executable, "-m", "flows.cli.main", *arguments],
             cwd=self.root,
             env=self.environment(),
             capture_output=True,

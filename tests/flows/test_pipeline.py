@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rfdetr.checkpoints.safe_io import load_file
 from rfdetr.files import sha256_file
-from rfdetr.weights.io import load_file
 from tests.flows.projects import make_project, run, write_params
 
 
@@ -140,7 +140,7 @@ def test_a_dataset_with_errors_stops_before_training_and_leaves_its_report(
 def test_wrong_params_stop_a_stage_with_all_mistakes(tmp_path: Path) -> None:
     copy = make_project(tmp_path / "wrong")
     write_params(copy, fit={"epoch": 1, "lr": -1}, model={"resolution": 65})
-    done = run(copy, "python", "-m", "flows.convert", check=False)
+    done = run(copy, "python", "-m", "flows.stages.convert", check=False)
     assert done.returncode == 1
     assert "convert failed: params.yaml has 3 mistakes" in done.stderr
     assert "Traceback" not in done.stderr

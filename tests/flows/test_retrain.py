@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from flows.promote import history
-from flows.registry import Registry
+from flows.registry.registry import Registry
+from flows.release.champion import history
 from tests.flows.mlflow_fixtures import artifacts, runs
 from tests.flows.prefect_fixtures import SECRET, Retrained
 from tests.flows.projects import run, write_params

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.registry import Registry
+from flows.registry.registry import Registry
 from tests.flows.prefect_fixtures import Retrained
 from tests.flows.projects import run, set_params
 

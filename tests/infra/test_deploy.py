@@ -25,8 +25,8 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_slots_of_the_gpu_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows import gpus
-    from flows.settings import RuntimeSettings
+    from flows.config.params import RuntimeSettings
+    from flows.orchestration import gpus
     from infra.deploy import gpu_slots
 
     assert gpu_slots(None, None, "auto") == 1
@@ -56,7 +56,7 @@ def test_slots_of_the_gpu_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_asks_for_no_more_slots_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows import slots
+    from flows.orchestration import limits
 
     asked = []
 
@@ -65,11 +65,11 @@ def test_a_run_asks_for_no_more_slots_than_there_are(monkeypatch: pytest.MonkeyP
         return contextlib.nullcontext()
 
     monkeypatch.setattr("prefect.concurrency.sync.concurrency", concurrency)
-    monkeypatch.setattr(slots, "_ensure_limit", lambda *_: 2)
-    monkeypatch.setattr(slots, "_warn_when_slow", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(limits, "_ensure_limit", lambda *_: 2)
+    monkeypatch.setattr(limits, "_warn_when_slow", lambda *_: contextlib.nullcontext())
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
         for wanted in (1, 4):
-            with slots.slot("gpu", wanted):
+            with limits.slot("gpu", wanted):
                 pass
     assert asked == [1, 2]
 

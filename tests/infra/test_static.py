@@ -237,7 +237,7 @@ def test_the_kubernetes_worker_stays_in_its_namespace_and_hides_the_password(
 
 
 def test_the_multi_node_job_is_what_the_fit_stage_expects() -> None:
-    from flows.settings import parse_params
+    from flows.config.params import parse_params
 
     text = (INFRA / "kubernetes" / "multi-node-job.yaml").read_text()
     service, job = yaml.safe_load_all(text)
@@ -251,5 +251,5 @@ def test_the_multi_node_job_is_what_the_fit_stage_expects() -> None:
     assert runtime.rendezvous == f"{name}-0.{pod['subdomain']}:{port['port']}"
     assert service["spec"]["selector"] == {"job-name": name}
     command = pod["containers"][0]["args"][0]
-    assert '"$JOB_COMPLETION_INDEX" = 0 ]; then exec python -m flows.fit; fi' in command
-    assert command.endswith("exec python -m flows.fit --join")
+    assert '"$JOB_COMPLETION_INDEX" = 0 ]; then exec python -m flows.stages.fit; fi' in command
+    assert command.endswith("exec python -m flows.stages.fit --join")

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 from mlflow import MlflowClient
 
-from flows.registry import Registry
+from flows.registry.registry import Registry
 from tests.services.live import LiveStack, wait_for
 
 MODEL = "service-test"

@@ -15,7 +15,7 @@ import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
-from flows.registry import Registry
+from flows.registry.registry import Registry
 from infra.services import HOST, listens
 from rfdetr.data.demo import build_demo
 from tests.services.deployed import git, start, stop

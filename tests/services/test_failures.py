@@ -8,8 +8,8 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from flows.stage import read_json, write_json
-from flows.state import MAX_ATTEMPTS, locked
+from flows.fit_job.state import MAX_ATTEMPTS, locked
+from flows.stages.runner import read_json, write_json
 from tests.services.deployed import git
 from tests.services.fitting import Fitting, kill_all, next_run
 from tests.services.live import LiveStack, wait_for
@@ -21,13 +21,13 @@ def test_a_leaked_slot_is_found_and_freed_by_doctor(live: LiveStack) -> None:
     body = {"names": ["gpu"], "slots": 1, "mode": "concurrency"}
     live.api("POST", "/v2/concurrency_limits/increment", body)
     assert live.slots() == 1
-    found = live.module("flows.doctor", check=False)
+    found = live.module("flows.cli.doctor", check=False)
     assert found.returncode == 1
     assert "limit gpu: 1 slots held without a live run" in found.stdout
-    mended = live.module("flows.doctor", "--repair", check=False)
+    mended = live.module("flows.cli.doctor", "--repair", check=False)
     assert "limit gpu" in mended.stdout
     assert live.slots() == 0
-    assert "limit gpu" not in live.module("flows.doctor", check=False).stdout
+    assert "limit gpu" not in live.module("flows.cli.doctor", check=False).stdout
 
 
 def test_servers_killed_one_after_the_other_do_not_stop_a_training(

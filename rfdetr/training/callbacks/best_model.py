@@ -14,11 +14,11 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 
+from rfdetr.checkpoints.convert import best_payload, stripped_payload
+from rfdetr.checkpoints.safe_io import load_file, save_file
 from rfdetr.files import write_text_atomic
 from rfdetr.training.callbacks.ema import RFDETREMACallback
 from rfdetr.training.callbacks.fresh_metrics import FreshMetrics
-from rfdetr.training.checkpoint import best_payload, stripped_payload
-from rfdetr.weights.io import load_file, save_file
 
 REGULAR = "checkpoint_best_regular.pth"
 EMA = "checkpoint_best_ema.pth"
@@ -192,7 +192,7 @@ class BestModelCallback(Checkpoint):
 
     def _test(self, trainer: Any, pl_module: Any) -> None:
         """Test the best weights inside the ending fit, then give weights and state back."""
-        from rfdetr.weights.container import read_container
+        from rfdetr.checkpoints.record import read_container
 
         trainer.strategy.barrier("best weights are written")
         network: nn.Module = pl_module.model

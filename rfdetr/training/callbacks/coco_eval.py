@@ -20,7 +20,7 @@ from rfdetr.evaluation import report
 from rfdetr.evaluation.coco import CocoEvaluator, EvaluationResult
 from rfdetr.evaluation.columns import IouType
 from rfdetr.evaluation.plots import Sample
-from rfdetr.training import pictures
+from rfdetr.training import sample_images
 from rfdetr.training.callbacks.ema import RFDETREMACallback
 from rfdetr.training.settings import names_of_loader
 
@@ -109,9 +109,9 @@ class COCOEvalCallback(Callback):
         self._live.update(results, targets)
         if self._averaged is not None:
             _add_averaged(self._averaged, trainer, pl_module, batch[0], targets)
-        missing = pictures.SAMPLES - len(self._samples)
+        missing = sample_images.SAMPLES - len(self._samples)
         if missing > 0 and self._plots_folder(trainer, pl_module) is not None:
-            self._samples += pictures.take_samples(batch[0], targets, missing)
+            self._samples += sample_images.take_samples(batch[0], targets, missing)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -177,7 +177,7 @@ class COCOEvalCallback(Callback):
         except OSError as error:
             self._warn_once(f"Pictures cannot be written to {folder}: {error}")
             return
-        pictures.send_pictures(trainer.loggers, drawn, stage, trainer.global_step)
+        sample_images.send_pictures(trainer.loggers, drawn, stage, trainer.global_step)
 
     def _plots_folder(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path | None:
         """Where this rank draws: nowhere outside rank 0 and in a smoke run."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rfdetr.data.checks import CODES
-from rfdetr.data.checks.cli import main
+from rfdetr.checks import CODES
+from rfdetr.checks.cli import main
 from tests.unit.checks import planted_more  # noqa: F401 - registers plants
 from tests.unit.checks.conftest import snapshot
 from tests.unit.checks.planted import COCO
@@ -76,7 +76,7 @@ def test_unusable_input_exits_2_with_one_message(
 
 def test_the_module_runs_and_lists_its_codes(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "rfdetr.data.checks", "--list-codes"],
+        [sys.executable, "-m", "rfdetr.checks", "--list-codes"],
         capture_output=True,
         text=True,
         timeout=120,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rfdetr.data.checks import DatasetReport, check_dataset
+from rfdetr.checks import DatasetReport, check_dataset
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.layouts import Kind, detect_layout
 from rfdetr.data.yolo import YoloSplits

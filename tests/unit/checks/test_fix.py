@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rfdetr.data.checks import CODES, CheckConfig, DatasetReport, check_dataset
-from rfdetr.data.checks.fix import MENDS, mend_dataset, plan_text
+from rfdetr.checks import CODES, CheckConfig, DatasetReport, check_dataset
+from rfdetr.checks.repair.copy import MENDS, mend_dataset, plan_text
 from rfdetr.errors import DatasetError
 from tests.unit.checks import planted_more  # noqa: F401 - registers plants
 from tests.unit.checks.conftest import snapshot

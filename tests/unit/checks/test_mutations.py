@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rfdetr.data.checks import CheckConfig, DatasetReport, check_dataset
-from rfdetr.data.checks.html import to_html
-from rfdetr.data.checks.markdown import to_markdown
+from rfdetr.checks import CheckConfig, DatasetReport, check_dataset
+from rfdetr.checks.html import to_html
+from rfdetr.checks.markdown import to_markdown
 from rfdetr.errors import DatasetError
 from tests.datasets import make_roboflow, make_yolo
 from tests.unit.checks.mutate import mutate_bytes, mutate_json, mutate_labels, mutate_yaml

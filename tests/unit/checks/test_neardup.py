@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from rfdetr.data.checks.neardup import bit_counts, near_pairs
+from rfdetr.checks.neardup import bit_counts, near_pairs
 
 
 def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rfdetr.data.checks import CODES, CheckConfig, DatasetReport, check_dataset
+from rfdetr.checks import CODES, CheckConfig, DatasetReport, check_dataset
 from rfdetr.data.demo import build_demo
 from tests.datasets import make_coco
 from tests.unit.checks import planted_more  # noqa: F401 - registers plants

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from rfdetr.data.checks import polygons
-from rfdetr.data.checks.polygons import Measured, measure_segmentations, rle_problem
+from rfdetr.checks import polygons
+from rfdetr.checks.polygons import Measured, measure_segmentations, rle_problem
 
 
 def texts_of(values: list[object], indent: int | None) -> list[bytes]:

@@ -10,10 +10,10 @@ from typing import Any
 import orjson
 import pytest
 
+from rfdetr.checks import CheckConfig, DatasetReport, check_dataset
+from rfdetr.checks.html import write_html
+from rfdetr.checks.markdown import to_markdown
 from rfdetr.config import RFDETRNanoConfig
-from rfdetr.data.checks import CheckConfig, DatasetReport, check_dataset
-from rfdetr.data.checks.html import write_html
-from rfdetr.data.checks.markdown import to_markdown
 from rfdetr.errors import DatasetError
 from tests.unit.checks import planted_more  # noqa: F401 - registers plants
 from tests.unit.checks.planted import COCO, Coco

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rfdetr.data.checks import DatasetReport, check_dataset, runner
-from rfdetr.data.checks.cache import FactsCache, Inspected
-from rfdetr.data.checks.images import MAX_PIXELS, ImageFacts
-from rfdetr.data.checks.runner import Batch, inspect_images
+from rfdetr.checks import DatasetReport, check_dataset, inspection
+from rfdetr.checks.cache import FactsCache, Inspected
+from rfdetr.checks.image_probe import MAX_PIXELS, ImageFacts
+from rfdetr.checks.inspection import Batch, inspect_images
 from rfdetr.errors import DatasetError
 from tests.unit.checks.planted import COCO
 
@@ -51,7 +51,7 @@ def test_unchanged_images_are_not_decoded_again(
     first = facts_of(images, tmp_path / "cache", workers=1)
     decoded: list[int] = []
     monkeypatch.setattr(
-        runner, "probe_bytes", lambda data, limit: decoded.append(len(data)) or ImageFacts("ok")
+        inspection, "probe_bytes", lambda data, limit: decoded.append(len(data)) or ImageFacts("ok")
     )
     assert facts_of(images, tmp_path / "cache", workers=1) == first
     assert not decoded
@@ -82,14 +82,14 @@ def die_on_nine(paths: Batch, max_pixels: int) -> list[Inspected]:
     return runner_inspect(paths, max_pixels)
 
 
-runner_inspect = runner.inspect_batch
+runner_inspect = inspection.inspect_batch
 
 
 def test_a_decoder_that_kills_its_process_costs_one_image(
     images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = facts_of(images, tmp_path / "a", workers=1)
-    monkeypatch.setattr(runner, "inspect_batch", die_on_nine)
+    monkeypatch.setattr(inspection, "inspect_batch", die_on_nine)
     found = facts_of(images, tmp_path / "b", workers=2)
     assert found[9].facts.status == "unreadable"
     assert "crashed" in found[9].facts.detail
@@ -110,8 +110,8 @@ def test_a_script_without_main_guard_and_with_threads_works(tmp_path: Path) -> N
             f"""
             import threading
             from pathlib import Path
-            from rfdetr.data.checks.cache import FactsCache
-            from rfdetr.data.checks.runner import inspect_images, process_context
+            from rfdetr.checks.cache import FactsCache
+            from rfdetr.checks.inspection import inspect_images, process_context
             event = threading.Event()
             threading.Thread(target=event.wait, daemon=True).start()
             assert process_context().get_start_method() == "spawn"
@@ -161,6 +161,6 @@ def test_an_absent_scheduler_is_named(
     images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("distributed")
-    monkeypatch.setattr(runner, "CONNECT_SECONDS", 2)
+    monkeypatch.setattr(inspection, "CONNECT_SECONDS", 2)
     with pytest.raises(DatasetError, match=r"No Dask scheduler answers at tcp://127\.0\.0\.1:9"):
         facts_of(images, tmp_path / "cache", dask_address="tcp://127.0.0.1:9")

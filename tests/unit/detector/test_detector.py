@@ -15,12 +15,12 @@ import pytorch_lightning as pl
 import torch
 
 import rfdetr
+from rfdetr.checkpoints.convert import best_payload
+from rfdetr.checkpoints.legacy_names import to_legacy
+from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.config import MODEL_CONFIGS
 from rfdetr.errors import CheckpointError, ConfigError
-from rfdetr.training.checkpoint import best_payload
 from rfdetr.variants import BY_CONFIG
-from rfdetr.weights.io import save_file
-from rfdetr.weights.legacy import to_legacy
 from tests.datasets import make_roboflow, make_yolo
 from tests.unit.detector.small import SMALL, pixels, small, small_segmentation
 
@@ -140,9 +140,9 @@ def test_bad_files_are_refused_and_run_nothing(
 
 
 def test_a_full_size_file_without_settings_is_recognised_by_its_tensors() -> None:
+    from rfdetr.checkpoints.identify import config_class_of, config_of
+    from rfdetr.checkpoints.record import parse_container
     from rfdetr.model.network import build_network
-    from rfdetr.weights.container import parse_container
-    from rfdetr.weights.identify import config_class_of, config_of
 
     config_class = MODEL_CONFIGS["small"]
     with torch.device("meta"):

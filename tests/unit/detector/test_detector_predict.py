@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 
 from rfdetr import RFDETR
-from rfdetr.coco_names import COCO_CATEGORIES, COCO_NAMES
+from rfdetr.checkpoints.convert import best_payload
+from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.config import TrainConfig
 from rfdetr.data.batch import pad_images
+from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_NAMES
 from rfdetr.data.transforms import preprocess
 from rfdetr.errors import InputError
 from rfdetr.model import postprocess
 from rfdetr.model.postprocess import resize_masks
-from rfdetr.training.checkpoint import best_payload
-from rfdetr.weights.io import save_file
 from tests.unit.detector.small import pixels, small, small_segmentation
 
 DETECTOR = small(num_classes=3)

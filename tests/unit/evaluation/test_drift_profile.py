@@ -14,10 +14,10 @@ from PIL import Image, ImageFilter
 
 from rfdetr.detector import RFDETR
 from rfdetr.errors import ConfigError, InputError
-from rfdetr.evaluation.drift import THRESHOLDS, compare
-from rfdetr.evaluation.drift_plot import draw_drift
-from rfdetr.evaluation.drift_report import DriftReport
-from rfdetr.evaluation.profile import Profile, embedded, profile_images
+from rfdetr.monitoring.drift import THRESHOLDS, compare
+from rfdetr.monitoring.drift_plot import draw_drift
+from rfdetr.monitoring.drift_report import DriftReport
+from rfdetr.monitoring.profile import Profile, embedded, profile_images
 from tests.datasets import scenes
 from tests.unit.detector.small import small
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import rfdetr.config
+from rfdetr.checkpoints.legacy_names import from_legacy, to_legacy
 from rfdetr.config import ModelConfig
 from rfdetr.data.batch import NestedTensor
 from rfdetr.model.network import RFDETRNetwork
-from rfdetr.weights.legacy import from_legacy, to_legacy
 
 PARITY = Path(__file__).parents[2] / "parity"
 

@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from rfdetr.model import allocator
+from rfdetr.training import allocator
 kept = allocator.keep_freed_memory() if sys.argv[1] == "keep" else None
 def step():
     blocks = [torch.ones(16 << 20) for _ in range(3)]

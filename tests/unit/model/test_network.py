@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.config import MODEL_CONFIGS
 from rfdetr.errors import ConfigError
 from rfdetr.model.criterion import _sum_background_loss, build_criterion
 from rfdetr.model.lora import DoRALinear, merge_adapters
 from rfdetr.model.network import RFDETRNetwork
-from rfdetr.weights.legacy import to_legacy
 from tests.unit.model.parity_case import config, manifest
 from tests.unit.model.small import images, small_config, small_network, targets, weighted
 

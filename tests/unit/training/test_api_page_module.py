@@ -186,7 +186,7 @@ def test_configure_optimizers_builds_adamw_with_layer_wise_decay_and_a_lambda_sc
 
 
 def test_on_load_checkpoint_converts_a_legacy_dictionary(run):
-    from rfdetr.weights.legacy import to_legacy
+    from rfdetr.checkpoints.legacy_names import to_legacy
 
     state = run.module.model.state_dict()
     checkpoint = {"model": to_legacy(state), "ema_model": to_legacy(state), "epoch": 3}

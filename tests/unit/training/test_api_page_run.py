@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.config import RFDETRMediumConfig, TrainConfig
 from rfdetr.errors import CheckpointError
 from rfdetr.training import (
@@ -20,7 +21,6 @@ from rfdetr.training import (
     convert_legacy_checkpoint,
 )
 from rfdetr.training.callbacks import BestModelCallback, RFDETREMACallback
-from rfdetr.weights.legacy import to_legacy
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 from tests.unit.training.test_api_page_module import SIZES
 

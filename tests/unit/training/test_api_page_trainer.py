@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelSummary
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 
+from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO
 from rfdetr.errors import MissingDependencyError
 from rfdetr.training import build_trainer
 from rfdetr.training.callbacks import (
@@ -21,7 +22,6 @@ from rfdetr.training.callbacks import (
     RFDETREarlyStopping,
     RFDETREMACallback,
 )
-from rfdetr.training.checkpoint_io import LegacyCheckpointIO
 from rfdetr.training.mlflow_logger import JournaledMLFlowLogger
 from rfdetr.training.trainer import choose_precision
 from tests.unit.training.helpers import Run, tiny_model, tiny_run

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from rfdetr.checkpoints.legacy_names import our_name
 from rfdetr.config import RFDETRBaseConfig, RFDETRNanoConfig, TrainConfig
 from rfdetr.training.optimizer import build_optimizer, lr_factor, parameter_groups
-from rfdetr.weights.legacy import our_name
 
 BUFFER = "backbone.0.encoder.mask_token"
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rfdetr import RFDETR, RFDETRSegNano
+from rfdetr.checkpoints.safe_io import load_file
 from rfdetr.data.batch import NestedTensor
 from rfdetr.errors import CheckpointError, ConfigError, InputError
 from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
@@ -14,7 +15,6 @@ from rfdetr.training.callbacks import (
     RFDETREarlyStopping,
     RFDETREMACallback,
 )
-from rfdetr.weights.io import load_file
 from tests.datasets import make_roboflow
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 

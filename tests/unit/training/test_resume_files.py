@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from rfdetr.checkpoints.adapt import SILENT
+from rfdetr.checkpoints.convert import normalise_legacy
+from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.errors import CheckpointError
 from rfdetr.model.network import build_network
 from rfdetr.training import convert_legacy_checkpoint
-from rfdetr.training.checkpoint import normalise_legacy
-from rfdetr.weights.adapt import SILENT
-from rfdetr.weights.legacy import to_legacy
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 
 FOREIGN = {"stem.weight": torch.zeros(1), "stem.bias": torch.zeros(1)}

@@ -1,0 +1,281 @@
+"""What the subcommands of `rfdetr-pipeline` do. Each takes the parsed options, gives a status."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from flows.config.params import SECTIONS, Environment, takes_null, unknown_name
+from rfdetr.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+OK, FAILED, DRIFTED = 0, 1, 3
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
+    """`section.field=value` texts as nested data; values are YAML."""
+    changes: dict[str, dict[str, object]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        section, dot, field = name.partition(".")
+        if not (equals and dot and section and field):
+            raise ConfigError(f"--set {text}: write it as section.field=value, e.g. fit.epochs=20.")
+        try:
+            changes.setdefault(section, {})[field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None) or str(error)
+            raise ConfigError(f"--set {text}: '{value}' is no valid YAML ({why}).") from None
+        known = section in SECTIONS and field in SECTIONS[section].model_fields
+        if changes[section][field] is None and known and not takes_null(section, field):
+            raise ConfigError(f"--set {text}: {name} cannot be empty or null; give it a value.")
+    return changes
+
+
+def retrain_command(options: argparse.Namespace) -> int:
+    """Start the flow in this process, unless there is nothing to do."""
+    from flows.config.params import Environment, RetrainParams, load_params
+    from flows.project.plan import plan_stages
+    from flows.project.workspace import configure_dvc, pin_source, write_overrides
+    from flows.release import freshness, steps
+
+    root = _root()
+    changes = parse_changes(options.set)
+    load_params(root / "params.yaml")
+    params = checked(
+        RetrainParams,
+        overrides=changes,
+        promote=not options.no_promote,
+        publish=options.publish,
+        only_if_data_changed=options.only_if_data_changed,
+    )
+    write_overrides(root, params.changes())
+    configure_dvc(root, Environment.read())
+    pin_source(root)
+    plans = plan_stages(root)
+    if all(p.state == "up to date" for p in plans) and freshness.is_released(root):
+        print("nothing to do: data, parameters and code are those of the registered model")
+        print(steps.what_next(root))
+        return OK
+    for plan in plans:
+        print(f"{plan.stage:10} {plan.state}")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    from flows.retrain import retrain
+
+    try:
+        retrain(params)
+    except RuntimeError as error:
+        if "Failed to reach API" not in str(error):
+            raise
+        raise ConfigError(
+            f"Prefect: {error}. Start that server, or unset PREFECT_API_URL to use a temporary "
+            "one; `dvc repro` runs the stages without any."
+        ) from None
+    print(steps.what_next(root))
+    return OK
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    """Print the stages and the release, changing nothing."""
+    from flows.config.params import Environment, load_params
+    from flows.project.plan import plan_stages
+    from flows.project.workspace import configure_dvc
+    from flows.release import freshness
+
+    root = _root()
+    load_params(root / "params.yaml")
+    if not (root / ".dvc/config.local").exists():  # a folder without git needs it
+        configure_dvc(root, Environment.read())
+    plans = plan_stages(root)
+    released = all(p.state == "up to date" for p in plans) and freshness.is_released(root)
+    if options.json:
+        data = {"stages": [p.model_dump() for p in plans], "released": released}
+        print(json.dumps(data, indent=2))
+        return OK
+    for plan in plans:
+        print(f"{plan.stage:10} {plan.state}")
+        for reason in plan.reasons:
+            print(f"             {reason}")
+    print(f"{'release':10} {'up to date' if released else 'runs'}")
+    return OK
+
+
+def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
+    def run(options: argparse.Namespace) -> int:
+        from flows.config.params import load_params
+        from flows.fit_job.state import RETRY
+        from flows.project.workspace import configure_dvc, dvc, require_dataset
+
+        root = _root()
+        load_params(root / "params.yaml")
+        configure_dvc(root, Environment.read())
+        require_dataset(root, print)
+        variables = {RETRY: "1"} if getattr(options, "retry", False) else {}
+        dvc(root, "repro", stage, on_line=print, variables=variables)
+        return OK
+
+    run.__doc__ = f"`dvc repro {stage}`: the stage and whatever it needs that is out of date."
+    return run
+
+
+def register_command(_options: argparse.Namespace) -> int:
+    """Register models/trained and let the gate decide, without Prefect."""
+    from flows.orchestration.limits import registry_slot
+    from flows.release import steps
+
+    root = _root()
+    with registry_slot(root):
+        registered = steps.register(root)
+    verdict = steps.judge(root, registered.number)
+    print(verdict.to_markdown())
+    if verdict.promote:
+        steps.promote_winner(root, registered.number, verdict)
+    print(steps.what_next(root))
+    return OK
+
+
+def promote_command(options: argparse.Namespace) -> int:
+    """A person's decision: also the approval that `gate.manual_approval` waits for."""
+    from flows.release import steps
+
+    record = steps.promote_by_hand(
+        _root(), options.version, reason=options.reason, force=options.force
+    )
+    print("already champion" if record is None else f"version {record.version} is champion")
+    return OK
+
+
+def rollback_command(options: argparse.Namespace) -> int:
+    """Move the alias back and write the audit record."""
+    from flows.release import steps
+
+    record = steps.roll_back(_root(), reason=options.reason, to=options.to)
+    left = "" if record.previous is None else f"; version {record.previous} was left"
+    print(f"version {record.version} serves again{left}")
+    return OK
+
+
+def history_command(options: argparse.Namespace) -> int:
+    """Every promotion and rollback, oldest first."""
+    from flows.release import steps
+
+    records = steps.audit(_root())
+    if options.json:
+        print(json.dumps([r.model_dump() for r in records], indent=2))
+        return OK
+    for record in records:
+        before = "-" if record.previous is None else record.previous
+        print(
+            f"{record.at[:19]}  {record.action:8}  {before} -> {record.version}  "
+            f"by {record.by}: {record.reason}"
+        )
+    if not records:
+        print("no champion yet")
+    return OK
+
+
+def predict_command(options: argparse.Namespace) -> int:
+    """Detections of a registered model: COCO files and one drawn picture per image."""
+    from flows.inference.predict import predict_images
+
+    sources, out = [_place(source) for source in options.images], _place(options.out)
+    found = predict_images(
+        _root(),
+        sources,
+        out,
+        model=options.model,
+        threshold=options.threshold,
+        draw=not options.no_draw,
+    )
+    if options.json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return OK
+    print(
+        f"{found.images} images, {found.detections} detections by {found.model} version "
+        f"{found.version}: {found.out}/detections.json"
+    )
+    if found.unreadable:
+        print(f"{found.unreadable} files are no images; detections.json names them")
+    return OK
+
+
+def drift_command(options: argparse.Namespace) -> int:
+    """The flow drift-check in this process: report, event, notification."""
+    source = _place(options.source)
+    root = _root()
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    from flows.drift_check import drift_check
+    from flows.inference.drift import REPORT, DriftCheck, DriftParams
+
+    drift_check(source, checked(DriftParams, hours=options.hours, limit=options.limit))
+    check = DriftCheck.model_validate_json((root / REPORT).read_text(encoding="utf-8"))
+    print(check.to_markdown())
+    return DRIFTED if options.exit_code and check.drifted else OK
+
+
+def _place(text: str) -> str:
+    """A path of the person's current folder as an absolute one; an s3:// address as it is."""
+    from flows.storage.s3 import is_s3
+
+    return text if is_s3(text) else str(Path(text).absolute())
+
+
+def demo_command(options: argparse.Namespace) -> int:
+    """Digits on photos, with boxes, in Roboflow's COCO layout."""
+    from rfdetr.data.demo import build_demo
+
+    print(build_demo(options.folder, progress=sys.stderr.isatty()))
+    return OK
+
+
+def sync_command(_options: argparse.Namespace) -> int:
+    """Send every unsent journal."""
+    from flows.tracking.run import default_tracking_uri, sync
+
+    results = sync(Environment.read().state_dir, default_tracking_uri(_root()))
+    for folder, problem in results.items():
+        print(f"{folder}: {problem or 'sent'}")
+    return FAILED if any(results.values()) else OK
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    """Print what was found; status 1 when something needs a person."""
+    from flows.cli import doctor
+
+    _root()
+    return doctor.main(["--repair"] if options.repair else [])
+
+
+def checked(kind: type[M], **fields: object) -> M:
+    """Build a pydantic model; ConfigError with one line per mistake."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        lines = [f"- {_mistake(item)}" for item in error.errors(include_url=False)]
+        raise ConfigError("\n".join(["wrong parameters:", *lines])) from None
+
+
+def _mistake(item: Any) -> str:
+    first, *where = map(str, item["loc"])
+    if first == "overrides" and where and item["type"] == "extra_forbidden":
+        known: Any = SECTIONS if len(where) == 1 else SECTIONS[where[0]].model_fields
+        return unknown_name(where[-1], "".join(f"{part}." for part in where[:-1]), known)
+    return f"{'.'.join(where or [first])}: {item['msg']} (found {item['input']!r})."
+
+
+def _root() -> Path:
+    """The project's root folder: where dvc.yaml is, upwards from here."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").exists():
+            os.chdir(folder)
+            return folder
+    raise ConfigError(f"{here} is not inside a project: no dvc.yaml here or above.")

@@ -1,0 +1,290 @@
+"""Looks for what goes wrong silently: versions, unsent records, held slots, leftovers on the disk.
+
+`rfdetr-pipeline doctor` only looks; `python -m flows.cli.doctor --repair` also mends what is safe to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+from pydantic import BaseModel
+
+from flows.config.params import Environment
+from flows.core.redact import redact
+from flows.fit_job.state import StateError, locked
+from flows.orchestration.limits import LEASE_SECONDS
+from flows.project.workspace import has_remote
+from flows.tracking.delivery import deliver
+from flows.tracking.journal import JOURNAL, Journal
+from flows.tracking.run import default_tracking_uri, sync, unsent_journals
+from rfdetr.errors import ConfigError
+
+log = logging.getLogger(__name__)
+OLD_DAYS = 30
+COPIES = ("unpacked", "exports", "downloads")  # whoever uses one sets its time
+LEASES_ENDED_S = LEASE_SECONDS + 20  # the server looks for ended leases every 15 seconds
+LEASE_STORAGE = "prefect.server.concurrency.lease_storage.memory"
+
+
+class Finding(BaseModel, frozen=True):
+    """One thing that was looked at; `repair` says what --repair does about it."""
+
+    subject: str
+    level: Literal["ok", "note", "problem"]
+    text: str
+    repair: str | None = None
+
+
+def examine(root: Path, *, repair: bool = False) -> list[Finding]:
+    """Look at everything; with `repair`, mend what can be mended without losing anything."""
+    env = Environment.read()
+    looks: list[Callable[[], Iterator[Finding]]] = [
+        _versions,
+        lambda: _unsent(env, root, repair=repair),
+        lambda: _cut_off(env, root, repair=repair),
+        lambda: _old_state(env, repair=repair),
+        lambda: _old_copies(env, repair=repair),
+        lambda: _remote(root),
+        lambda: _registry(root),
+        lambda: _prefect(repair=repair),
+    ]
+    findings: list[Finding] = []
+    for look in looks:
+        try:
+            findings.extend(look())
+        except Exception as error:  # noqa: BLE001 - one dead server must not hide the rest
+            text = redact(f"{type(error).__name__}: {error}").splitlines()[0]
+            findings.append(Finding(subject="check", level="problem", text=text))
+    return findings
+
+
+def _versions() -> Iterator[Finding]:
+    """Installed packages against the bounds of pyproject.toml."""
+    wrong = []
+    for text in metadata.requires("rfdetr-pipeline") or ():
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": "pipeline"}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} is outside {requirement.specifier}")
+    level: Literal["ok", "problem"] = "problem" if wrong else "ok"
+    yield Finding(subject="packages", level=level, text="; ".join(wrong) or "as required")
+
+
+def _unsent(env: Environment, root: Path, *, repair: bool) -> Iterator[Finding]:
+    """Tracking records that did not reach the server."""
+    waiting = unsent_journals(env.state_dir)
+    if waiting and repair:
+        left = [p for p in sync(env.state_dir, default_tracking_uri(root)).values() if p]
+        text = f"{len(waiting) - len(left)} journals sent, {len(left)} still wait"
+        yield Finding(subject="journals", level="problem" if left else "ok", text=text)
+    elif waiting:
+        yield Finding(
+            subject="journals",
+            level="note",
+            text=f"{len(waiting)} with unsent records below {env.state_dir}",
+            repair="rfdetr-pipeline sync",
+        )
+    else:
+        yield Finding(subject="journals", level="ok", text="everything was sent")
+
+
+def _cut_off(env: Environment, root: Path, *, repair: bool) -> Iterator[Finding]:
+    """Trainings that a lost process left begun: MLflow says RUNNING until one goes on or is closed.
+
+    A training that goes on later opens the same run again.
+    """
+    found, left = 0, 0
+    for file in (env.state_dir / "fit").glob(f"*/{JOURNAL}"):
+        ended = False
+        # A training at work holds the lock; it is not kept while a server is waited for.
+        with contextlib.suppress(StateError, ConfigError, OSError), locked(file.parent):
+            journal = Journal(file.parent)
+            found += journal.open
+            if repair and journal.open:
+                journal.end("KILLED")
+                ended = True
+        left += ended and not _delivered(journal, default_tracking_uri(root))
+    advice = "rfdetr-pipeline doctor --repair" if found and not repair else None
+    text = f"{found} cut off and not gone on with" if found else "each at work or ended"
+    if repair and found:
+        text += f"; {found - left} closed as KILLED in MLflow" + (f", {left} unsent" * bool(left))
+    level: Literal["ok", "note"] = "note" if found else "ok"
+    yield Finding(subject="trainings", level=level, text=text, repair=advice)
+
+
+def _delivered(journal: Journal, uri: str) -> bool:
+    try:
+        deliver(journal, uri)
+    except Exception as error:  # noqa: BLE001 - `sync` tries again, the other journals go on
+        log.warning("%s cannot be sent: %s", journal.folder, redact(str(error)))
+        return False
+    return True
+
+
+def _old_state(env: Environment, *, repair: bool) -> Iterator[Finding]:
+    """Resume state that nobody has touched for a month; only finished trainings are removed.
+
+    One whose records have not reached the server stays: its journal is the only copy.
+    """
+    old = _old(env.state_dir / "fit")
+    waiting = [journal.folder for journal in unsent_journals(env.state_dir)]
+    done = [
+        folder
+        for folder in old
+        if (folder / "done").exists() and not any(w.is_relative_to(folder) for w in waiting)
+    ]
+    text = f"{len(old)} trainings older than {OLD_DAYS} days, {_mebibytes(old)} MiB"
+    yield _prune("state", text, old, done, "finished ones", repair=repair)
+
+
+def _old_copies(env: Environment, *, repair: bool) -> Iterator[Finding]:
+    """Unpacked datasets, exports and downloads that nobody has used for a month: made again."""
+    for name in COPIES:
+        old = _old(env.state_dir / name)
+        text = f"{len(old)} not used for {OLD_DAYS} days, {_mebibytes(old)} MiB"
+        yield _prune(name, text, old, old, "of them", repair=repair)
+
+
+def _prune(
+    subject: str, text: str, old: list[Path], useless: list[Path], which: str, *, repair: bool
+) -> Finding:
+    """What is old; with `repair` the useless part of it is removed."""
+    if repair:
+        for path in useless:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if repair and useless:
+        text += f"; {len(useless)} {which} removed"
+    advice = "rfdetr-pipeline doctor --repair" if useless and not repair else None
+    return Finding(subject=subject, level="note" if old else "ok", text=text, repair=advice)
+
+
+def _old(folder: Path) -> list[Path]:
+    """What lies in `folder` and was last used a month ago; locks stay."""
+    limit = time.time() - OLD_DAYS * 86400
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p for p in paths if p.suffix != ".lock" and p.stat().st_mtime < limit)
+
+
+def _mebibytes(paths: list[Path]) -> int:
+    files = (f for path in paths for f in (path, *path.rglob("*")) if f.is_file())
+    return sum(f.stat().st_size for f in files) >> 20
+
+
+def _remote(root: Path) -> Iterator[Finding]:
+    text = "a DVC remote is configured" if has_remote(root) else "no DVC remote: nothing is pushed"
+    yield Finding(subject="dvc", level="ok" if has_remote(root) else "note", text=text)
+
+
+def _registry(root: Path) -> Iterator[Finding]:
+    """The tracking server answers and its aliases point at versions that exist."""
+    from flows.config.params import load_params
+    from flows.registry.registry import Registry
+
+    registry = Registry(load_params(root / "params.yaml").registry.name, default_tracking_uri(root))
+    aliases = registry.aliases()
+    numbers = {version.number for version in registry.versions()}
+    lost = [f"{alias} -> {number}" for alias, number in aliases.items() if number not in numbers]
+    if lost:
+        text = f"aliases without a version: {', '.join(lost)}"
+        yield Finding(subject="registry", level="problem", text=text)
+    else:
+        named = ", ".join(f"{alias} {number}" for alias, number in sorted(aliases.items()))
+        text = f"{len(numbers)} versions; {named or 'no champion yet'}"
+        yield Finding(subject="registry", level="ok", text=text)
+
+
+def _prefect(*, repair: bool) -> Iterator[Finding]:
+    """Server reachable, leases on disk, no slot held without a live run."""
+    if not os.environ.get("PREFECT_API_URL"):
+        yield Finding(subject="prefect", level="ok", text="no server: flows use a temporary one")
+        return
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        problem = client.api_healthcheck()
+        if problem is not None:
+            raise problem
+        running = _running(client)
+        yield Finding(subject="prefect", level="ok", text=f"reachable, {len(running)} runs alive")
+        settings = client.request("GET", "/admin/settings").json()
+        storage = settings.get("server", {}).get("concurrency", {}).get("lease_storage")
+        if storage == LEASE_STORAGE:
+            text = "leases are in memory: a restart of the server leaks the slots of running flows"
+            yield Finding(subject="leases", level="problem", text=text)
+        yield from _slots(client, running, repair=repair)
+
+
+def _running(client: Any) -> list[Any]:
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    wanted = {"state": {"type": {"any_": ["RUNNING", "CANCELLING", "PENDING"]}}}
+    return list(client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted)))
+
+
+def _slots(client: Any, running: list[Any], *, repair: bool) -> Iterator[Finding]:
+    """Slots that are held although no run is alive: the leak of a restart.
+
+    A killed run's lease gives its slot back by itself, also when that was freed by hand and belongs
+    to another run by then; so the repair waits until no lease is left.
+    """
+    if running:
+        return
+    until = time.monotonic() + (LEASES_ENDED_S if repair else 0)
+    while (held := _held(client)) and time.monotonic() < until:
+        time.sleep(1)
+    if held and repair and _running(client):
+        text = "a run has started meanwhile; try again when none is alive"
+        yield Finding(subject="limits", level="problem", text=text)
+        return
+    for limit in held:
+        if repair:
+            from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+
+            client.update_global_concurrency_limit(
+                limit.name, GlobalConcurrencyLimitUpdate(active_slots=0)
+            )
+        yield Finding(
+            subject=f"limit {limit.name}",
+            level="note" if repair else "problem",
+            text=f"{limit.active_slots} slots held without a live run"
+            + ("; freed" if repair else ""),
+            repair=None if repair else "rfdetr-pipeline doctor --repair",
+        )
+
+
+def _held(client: Any) -> list[Any]:
+    limits = client.read_global_concurrency_limits(limit=200, offset=0)
+    return [limit for limit in limits if limit.active_slots]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; status 1 when a problem is left."""
+    parser = argparse.ArgumentParser(prog="python -m flows.cli.doctor", description=__doc__)
+    parser.add_argument("--repair", action="store_true", help="mend what is safe to mend")
+    options = parser.parse_args(arguments)
+    findings = examine(Path.cwd(), repair=options.repair)
+    for finding in findings:
+        advice = f"  -> {finding.repair}" if finding.repair else ""
+        print(f"{finding.level:8} {finding.subject}: {finding.text}{advice}")
+    return int(any(finding.level == "problem" for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

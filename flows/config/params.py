@@ -1,0 +1,366 @@
+"""Reads params.yaml with all of its mistakes at once, the overrides of a run, the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+
+from flows.config.sections import (
+    SOURCE_NAME,
+    BatchPlan,
+    ConvertSettings,
+    DatasetSettings,
+    DemoSettings,
+    EvaluateSettings,
+    FitSettings,
+    GateSettings,
+    ModelSettings,
+    NumberChecks,
+    RegistrySettings,
+    RuntimeSettings,
+    SourceSettings,
+    ValidateSettings,
+    plan_batch,
+)
+from rfdetr.config import StrictConfig
+from rfdetr.errors import ConfigError
+
+__all__ = [
+    "SECTIONS",
+    "BatchPlan",
+    "ConvertSettings",
+    "DatasetSettings",
+    "DemoSettings",
+    "Environment",
+    "EvaluateSettings",
+    "FitSettings",
+    "GateSettings",
+    "ModelSettings",
+    "Params",
+    "RegistrySettings",
+    "RetrainParams",
+    "RuntimeSettings",
+    "SourceSettings",
+    "ValidateSettings",
+    "load_params",
+    "parse_params",
+    "plan_batch",
+    "takes_null",
+]
+
+PARAMS_FILE = "params.yaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """All of params.yaml. A section that the file leaves out has its defaults."""
+
+    demo: DemoSettings
+    dataset: DatasetSettings
+    model: ModelSettings
+    validate: ValidateSettings
+    convert: ConvertSettings
+    fit: FitSettings
+    evaluate: EvaluateSettings
+    gate: GateSettings
+    registry: RegistrySettings
+    runtime: RuntimeSettings
+    sources: dict[str, SourceSettings] = dataclasses.field(default_factory=dict)
+
+    def snapshot(self, *sections: str) -> dict[str, Any]:
+        """The named sections (default: all but `sources`) as plain data, in their fields' order."""
+        names = sections or tuple(SECTIONS)
+        known = [name for name in names if name != "sources"]
+        plain = {name: getattr(self, name).model_dump(mode="json") for name in known}
+        if "sources" in names:
+            plain["sources"] = {key: value.model_dump() for key, value in self.sources.items()}
+        return plain
+
+
+SECTIONS: dict[str, type[StrictConfig]] = {
+    name: kind for name, kind in get_type_hints(Params).items() if name != "sources"
+}
+
+
+def load_params(path: str | os.PathLike[str] = PARAMS_FILE) -> Params:
+    """Read and check params.yaml. Raises one ConfigError that lists every mistake of the file.
+
+    What the dvc.yaml beside it needs must be written out: DVC does not know the defaults.
+    """
+    file = Path(path)
+    graph = file.with_name("dvc.yaml")
+    needed = _names_in(_read_yaml(graph)) if graph.exists() else ()
+    return parse_params(_read_yaml(file), origin=str(file), needed=needed)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, as YAML does; PyYAML takes the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    text = f"the key '{key.value}' stands in line {lines[key.value]} already"
+                    raise yaml.MarkedYAMLError(problem=text, problem_mark=key.start_mark)
+                lines[key.value] = key.start_mark.line + 1
+        return node
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        return _Loader(file.read_text(encoding="utf-8")).get_single_data()
+    except FileNotFoundError:
+        raise ConfigError(f"{file} is missing; run from the project's root folder.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is no valid YAML: {error}") from None
+
+
+def parse_params(data: Any, *, origin: str = PARAMS_FILE, needed: Iterable[str] = ()) -> Params:
+    """Check plain data of the shape of params.yaml; `origin` names it in the error.
+
+    `needed` are sections and `section.field`s that have to be there although they have defaults.
+    """
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{origin}: expected sections, found {type(data).__name__}.")
+    problems: list[str] = []
+    for name in data:
+        if name not in (*SECTIONS, "sources"):
+            problems.append(unknown_name(str(name), "", [*SECTIONS, "sources"]))
+    values = {
+        name: _section(name, kind, data.get(name), problems) for name, kind in SECTIONS.items()
+    }
+    sources = _sources(data.get("sources"), problems)
+    problems.extend(_combinations(values))
+    problems.extend(_missing(data, needed))
+    if problems:
+        count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
+        raise ConfigError(f"{origin} has {count}:\n" + "\n".join(f"- {p}" for p in problems))
+    return Params(**values, sources=sources)
+
+
+def _section(name: str, kind: type[StrictConfig], data: Any, problems: list[str]) -> Any:
+    """The checked section, or None after its mistakes were added to `problems`."""
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        problems.append(f"{name}: expected fields with values, found {data!r}.")
+        return None
+    known = {key: value for key, value in data.items() if key in kind.model_fields}
+    wrong = [
+        unknown_name(str(key), f"{name}.", kind.model_fields) for key in data if key not in known
+    ]
+    section = None
+    try:
+        section = kind(**known)
+    except ValidationError as error:
+        wrong.extend(_texts(name, error))
+    problems.extend(wrong)
+    return None if wrong else section
+
+
+def _sources(data: Any, problems: list[str]) -> dict[str, SourceSettings]:
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        problems.append(f"sources: expected names with their settings, found {data!r}.")
+        return {}
+    for key in data:
+        if not isinstance(key, str) or not re.fullmatch(SOURCE_NAME, key):
+            problems.append(
+                f"sources: the name {key!r} must be a text of letters, digits, '-' and '_' that "
+                "begins with a letter or digit."
+            )
+        elif key == "demo":
+            problems.append("sources.demo: the stage demo makes data/demo; take another name.")
+    return {
+        str(key): _section(f"sources.{key}", SourceSettings, value, problems)
+        for key, value in data.items()
+    }
+
+
+def _names_in(graph: Any) -> set[str]:
+    """The sections and fields that a dvc.yaml lists as parameters or puts into its texts."""
+    stages = list(graph["stages"].values())
+    listed = [name for stage in stages for name in stage.get("do", stage).get("params", [])]
+    names = {name for name in listed if isinstance(name, str)}
+    names.update(re.findall(r"\$\{(.+?)\}", json.dumps(stages)))
+    fields = {f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields}
+    fields &= names
+    return fields | (names & {"sources", *SECTIONS}) - {name.split(".")[0] for name in fields}
+
+
+def _missing(data: dict[str, Any], needed: Iterable[str]) -> list[str]:
+    """One text that lists what of `needed` is not in `data`, and what to add."""
+    add: dict[str, str] = {}
+    for name in sorted(needed):
+        section, _, field = name.partition(".")
+        value = data.get(section)
+        if field and not (isinstance(value, dict) and field in value):
+            default = json.dumps(SECTIONS[section].model_fields[field].default)
+            add[name] = f"`{section}: {{{field}: {default}}}`"
+        elif section not in data or (section == "sources" and value is None):
+            add[name] = f"`{section}: {{}}`"
+    if not add:
+        return []
+    return [f"missing here, but read by dvc.yaml: {', '.join(add)}. Add {', '.join(add.values())}."]
+
+
+def _texts(name: str, error: ValidationError) -> list[str]:
+    texts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in (name, *item["loc"]))
+        text = item["msg"].removeprefix("Value error, ")
+        found = f" (found {item['input']!r})" if item["loc"] else ""
+        texts.append(f"{where}: {text.removesuffix('.')}{found}.")
+    return texts
+
+
+def unknown_name(name: str, prefix: str, known: Any) -> str:
+    """What to say of a section or field that does not exist, with the nearest that does."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    kind = "field" if prefix else "section"
+    return f"{prefix}{name}: unknown {kind}.{hint} Known: {', '.join(sorted(known))}."
+
+
+def _combinations(values: dict[str, Any]) -> list[str]:
+    """Mistakes that only show when fields are taken together."""
+    problems = []
+    model, fit, runtime = values["model"], values["fit"], values["runtime"]
+    if model is not None:
+        try:
+            model.config()
+        except ValidationError as error:
+            problems.extend(_texts("model", error))
+    if fit is not None and runtime is not None and isinstance(runtime.devices, int):
+        try:
+            plan_batch(fit, runtime.devices * runtime.nodes)
+        except ConfigError as error:
+            problems.append(str(error))
+    if runtime is not None and runtime.nodes > 1 and not runtime.rendezvous:
+        problems.append("runtime.rendezvous: host:port of the first node is needed with nodes > 1.")
+    return problems
+
+
+class _Partial(NumberChecks):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+def _optional_fields(kind: type[StrictConfig]) -> type[BaseModel]:
+    fields: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        annotation: Any = field.annotation
+        for extra in field.metadata:
+            annotation = Annotated[annotation, extra]
+        fields[name] = (Optional[annotation], None)  # noqa: UP045
+    doc = f"Fields of {kind.__name__} that a run changes; an empty one keeps params.yaml's value."
+    return create_model(
+        kind.__name__.replace("Settings", "Overrides"),
+        __base__=_Partial,
+        __doc__=doc,
+        **fields,
+    )
+
+
+if TYPE_CHECKING:
+
+    class Overrides(BaseModel):
+        """Sections with the fields that a run changes."""
+else:
+    Overrides = create_model(
+        "Overrides",
+        __config__=ConfigDict(extra="forbid", protected_namespaces=(), populate_by_name=True),
+        **{
+            f"{name}_" if name == "validate" else name: (
+                _optional_fields(kind),
+                Field(default_factory=_optional_fields(kind), alias=name),
+            )
+            for name, kind in SECTIONS.items()
+        },
+    )
+
+
+class RetrainParams(BaseModel):
+    """What a person may choose when starting the pipeline."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    overrides: Overrides = Field(default_factory=Overrides, title="Changes to params.yaml")
+    ref: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._/-]*$",
+        description="Git commit, tag or branch whose stages, data and parameters a worker uses",
+    )
+    promote: bool = Field(default=True, description="Let the gate's winner become champion")
+    publish: bool = Field(default=False, description="Push dvc.lock and params.yaml to a branch")
+    only_if_data_changed: bool = Field(
+        default=False, description="Do nothing when a model of this dataset was judged already"
+    )
+
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """The given fields per section: an empty field that cannot be null is left out."""
+        given: dict[str, dict[str, Any]] = {}
+        for name, section in self.overrides.model_dump(exclude_unset=True, by_alias=True).items():
+            fields = {k: v for k, v in section.items() if v is not None or takes_null(name, k)}
+            if fields:
+                given[name] = fields
+        return given
+
+
+def takes_null(section: str, field: str) -> bool:
+    """Whether null is a value of the field, and not only a form's way to leave it out."""
+    annotation: Any = SECTIONS[section].model_fields[field].annotation
+    try:
+        TypeAdapter(annotation).validate_python(None)
+    except ValidationError:
+        return False
+    return True
+
+
+class Environment(BaseModel, frozen=True):
+    """What belongs to the machine and not to the project. Keys and passwords are not read here."""
+
+    state_dir: Path
+    state_url: str | None = None
+    dvc_cache: Path | None = None
+    dvc_remote: str | None = None
+    s3_endpoint: str | None = None
+    tracking_uri: str | None = None
+    git_url: str | None = None
+    git_branch: str | None = None
+    work_pool: str | None = None
+    recent_images: str | None = None
+
+    @classmethod
+    def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
+        """The settings of `env`; an empty value counts as not set."""
+        names = {
+            "state_url": "RFDETR_STATE_URL",
+            "dvc_cache": "RFDETR_DVC_CACHE",
+            "dvc_remote": "RFDETR_DVC_REMOTE",
+            "s3_endpoint": "AWS_ENDPOINT_URL",
+            "tracking_uri": "MLFLOW_TRACKING_URI",
+            "git_url": "RFDETR_GIT_URL",
+            "git_branch": "RFDETR_GIT_BRANCH",
+            "work_pool": "RFDETR_WORK_POOL",
+            "recent_images": "RFDETR_RECENT_IMAGES",
+        }
+        given = {field: env[name] for field, name in names.items() if env.get(name)}
+        state = env.get("RFDETR_STATE_DIR")
+        if not state:
+            cache = env.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+            state = str(Path(cache) / "rfdetr-pipeline")
+        return cls.model_validate({"state_dir": Path(state).expanduser().absolute(), **given})

@@ -1,0 +1,286 @@
+"""Runs a child, streams its lines, enforces time limits, and never leaves an orphan.
+
+A chain of parent-death signals ties children to their parents (Linux): a killed flow, dvc or
+torchrun takes the trainer with it. `run_streaming` covers exceptions and signals, `die_with_parent`
+covers `kill -9`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import ctypes
+import os
+import selectors
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from flows.core.redact import redact
+from rfdetr.errors import RFDETRError
+
+PR_SET_PDEATHSIG = 1
+TAIL_LINES = 30
+WAKE_SECONDS = 0.2
+DRAIN_SECONDS = 5.0
+LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+Line = Callable[[str], None]
+
+
+class CommandFailed(RFDETRError):  # noqa: N818 - the name of the design
+    """A child ended with an error or was ended for exceeding a limit.
+
+    `returncode` is negative for a signal, `tail` holds its last lines, `reason` says why. Secrets
+    are masked: the text ends in logs and states.
+    """
+
+    def __init__(self, cmd: Sequence[str], returncode: int, tail: Sequence[str], reason: str):
+        self.cmd, self.returncode, self.tail, self.reason = (
+            [redact(word) for word in cmd],
+            returncode,
+            [redact(line) for line in tail],
+            reason,
+        )
+        last = "\n".join(f"  {line}" for line in self.tail) or "  (no output)"
+        super().__init__(f"`{shlex.join(self.cmd)}` {reason}. Last lines:\n{last}")
+
+    def __reduce__(self) -> tuple[type, tuple[list[str], int, list[str], str]]:
+        return type(self), (self.cmd, self.returncode, self.tail, self.reason)
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived; the process exits with 143 after its clean-up."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+def exit_on_sigterm() -> None:
+    """Turn SIGTERM into the exception `Terminated`, so that `finally` blocks run."""
+
+    def handler(_signum: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handler)
+
+
+def die_with_parent(*, grace: float = 60.0) -> None:
+    """Get SIGTERM when the parent dies, SIGKILL `grace` seconds later if still alive.
+
+    The second half is a thread that watches the parent's pid: it also covers a process that hangs
+    in a collective, and systems without parent-death signals. Call it first thing in `main`.
+    """
+    parent = os.getppid()
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        if LIBC is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def run_streaming(
+    cmd: Sequence[str],
+    on_line: Line,
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+    timeout: float | None = None,
+    silence_timeout: float | None = None,
+    watched: Sequence[Path] = (),
+    grace: float = 30.0,
+) -> list[str]:
+    """Run `cmd` in its own process group and pass each line of its output to `on_line`.
+
+    `timeout` limits the whole run in seconds; `silence_timeout` the time without a line and
+    without a change of one of the `watched` files. On a limit or any exception the group gets
+    SIGINT and, after `grace` seconds, SIGKILL. Returns the last lines; raises CommandFailed.
+    """
+    child = _start(cmd, env, cwd)
+    output = _Output(child.stdout, on_line)
+    try:
+        reason = _follow(child, output, _Limits(timeout, silence_timeout, watched))
+        if reason:
+            _stop(child, output, grace)
+        _signal_group(child, signal.SIGKILL)
+        output.drain()
+    except BaseException:
+        _stop(child, output, grace)
+        raise
+    finally:
+        _signal_group(child, signal.SIGKILL)
+        code = child.wait()
+        output.close()
+    if code and not reason:
+        reason = f"was ended by signal {-code}" if code < 0 else f"failed with exit status {code}"
+    if reason:
+        raise CommandFailed(cmd, code, output.tail, reason)
+    return list(output.tail)
+
+
+def _follow(child: subprocess.Popen[bytes], output: _Output, limits: _Limits) -> str | None:
+    """Pass on lines until the child ends; the limit that it exceeded, if any."""
+    while not _ended(child):
+        if output.read(WAKE_SECONDS):
+            limits.heard()
+        if reason := limits.exceeded():
+            return reason
+    return None
+
+
+def _start(
+    cmd: Sequence[str], env: Mapping[str, str] | None, cwd: str | os.PathLike[str] | None
+) -> subprocess.Popen[bytes]:
+    parent = os.getpid()
+
+    def tie() -> None:
+        # A background job (`&`, nohup) ignores SIGINT, and would hand that down.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if LIBC is not None:
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    try:
+        return subprocess.Popen(
+            list(cmd),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            env={**(os.environ if env is None else env), "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+            preexec_fn=tie,  # noqa: PLW1509 - two system calls, prepared before the fork
+        )
+    except OSError as error:
+        raise CommandFailed(cmd, 127, [str(error)], "could not be started") from error
+
+
+class _Output:
+    """Splits a pipe into lines at newline and carriage return, and keeps the last ones."""
+
+    def __init__(self, pipe: IO[bytes] | None, on_line: Line) -> None:
+        assert pipe is not None
+        self.pipe, self.on_line = pipe, on_line
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.closed = False
+        self._text = ""
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(pipe, selectors.EVENT_READ)
+        os.set_blocking(pipe.fileno(), False)
+
+    def read(self, seconds: float) -> bool:
+        """Wait up to `seconds` for output and pass it on; whether there was any."""
+        if self.closed:
+            time.sleep(seconds)
+            return False
+        if not self._selector.select(seconds):
+            return False
+        data = os.read(self.pipe.fileno(), 1 << 16)
+        self.closed = not data
+        self._pass_on(self._decode(data, final=self.closed), last=self.closed)
+        return bool(data)
+
+    def drain(self) -> None:
+        """Pass on what is in the pipe now; a grandchild that holds it open is not waited for."""
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while not self.closed and time.monotonic() < deadline and self.read(0):
+            pass
+        self._pass_on("", last=True)
+
+    def close(self) -> None:
+        self._selector.close()
+        self.pipe.close()
+
+    def _pass_on(self, text: str, *, last: bool) -> None:
+        *lines, self._text = (self._text + text).replace("\r", "\n").split("\n")
+        if last:
+            lines.append(self._text)
+            self._text = ""
+        for line in lines:
+            if line.strip():
+                self.tail.append(line.rstrip())
+                self.on_line(line.rstrip())
+
+
+class _Limits:
+    def __init__(
+        self, timeout: float | None, silence: float | None, watched: Sequence[Path]
+    ) -> None:
+        self.timeout, self.silence, self.watched = timeout, silence, watched
+        self.start = self.last = time.monotonic()
+        self.seen = self._times()
+
+    def heard(self) -> None:
+        self.last = time.monotonic()
+
+    def exceeded(self) -> str | None:
+        """The reason to stop the child, if a limit is passed."""
+        now = time.monotonic()
+        if self.timeout is not None and now - self.start > self.timeout:
+            return f"was stopped after its time limit of {self.timeout:g} s"
+        if self.silence is None or now - self.last <= self.silence:
+            return None
+        if (times := self._times()) != self.seen:
+            self.seen, self.last = times, now
+            return None
+        return f"was stopped: no sign of life for {self.silence:g} s"
+
+    def _times(self) -> list[int]:
+        return [path.stat().st_mtime_ns if path.exists() else 0 for path in self.watched]
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """A second Ctrl-C or SIGTERM must not cut the clean-up short (main thread only)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def _stop(child: subprocess.Popen[bytes], output: _Output, grace: float) -> None:
+    """SIGINT to the group (dvc ignores it and waits for its child), then patience, then SIGKILL."""
+    with _signals_wait():
+        _signal_group(child, signal.SIGINT)
+        deadline = time.monotonic() + grace
+        while time.monotonic() < deadline and not _ended(child):
+            with contextlib.suppress(Exception):  # a failing on_line must not keep children alive
+                output.read(WAKE_SECONDS)
+        _signal_group(child, signal.SIGKILL)
+
+
+def _ended(child: subprocess.Popen[bytes]) -> bool:
+    """Whether the leader ended; it stays a zombie, so that its group id cannot be reused."""
+    if child.returncode is not None:
+        return True
+    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return os.waitid(os.P_PID, child.pid, flags) is not None
+
+
+def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, number)

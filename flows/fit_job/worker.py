@@ -1,0 +1,184 @@
+"""What each torchrun rank executes: one training, resumed where it stopped.
+
+Only rank 0 writes. SIGTERM and SIGINT save `last.ckpt` and end with status 143, never with 0.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+
+from flows.config.params import Environment
+from flows.core.process import die_with_parent
+from flows.core.quiet import quiet_libraries
+from flows.fit_job.job import ERROR, STOPPED, FitJob, FitResult, newest_checkpoint
+from flows.fit_job.progress import EpochProgress
+from flows.stages.runner import explain, read_json, write_json
+from flows.tracking.journal import RunSpec
+from flows.tracking.lightning_logger import JournalLogger
+from rfdetr.config import SegmentationTrainConfig, TrainConfig
+from rfdetr.errors import DatasetError
+from rfdetr.files import write_text_atomic
+from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
+from rfdetr.training.callbacks.best_model import RECORD
+
+STOPPED_STATUS = 128 + signal.SIGTERM
+SYSTEM_METRICS_SECONDS = 30.0
+
+
+class ProgressLines(Checkpoint):
+    """Prints a line per finished epoch, on each node: any of them may have rank 0.
+
+    A Checkpoint, so that it comes after last.ckpt is saved.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self._start, self._first = 0.0, 0
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._start, self._first = time.monotonic(), trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.local_rank != 0:
+            return
+        done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
+        seconds = time.monotonic() - self._start
+        values = [
+            float(trainer.callback_metrics[key])
+            for key in (f"val/{self.metric}", f"val/ema_{self.metric}")
+            if key in trainer.callback_metrics
+        ]
+        loss = trainer.callback_metrics.get("train/loss")
+        progress = EpochProgress(
+            epoch=done,
+            of=total,
+            loss=None if loss is None else round(float(loss), 5),
+            mAP=round(max(values), 5) if values else None,
+            seconds=round(seconds, 2),
+            eta_s=round(seconds / (done - self._first) * (total - done), 1),
+        )
+        print(progress.line(), flush=True)
+
+
+def train(folder: Path) -> FitResult | None:
+    """Run the job in `folder`; its result on rank 0. Raises SystemExit(143) when stopped."""
+    job = FitJob.read(folder)
+    kind = SegmentationTrainConfig if job.model.config().segmentation_head else TrainConfig
+    train_config = kind(**job.train, output_dir=str(folder))
+    datamodule = RFDETRDataModule(job.model.config(), train_config)
+    datamodule.setup("fit")
+    names, classes = datamodule.class_names or [], datamodule.num_classes
+    model_config = job.model.config(
+        num_classes=classes,
+        pretrain_weights=job.initial,
+        **({"amp": False} if job.precision == "32-true" else {}),
+    )
+    train_config = train_config.model_copy(update={"class_names": names})
+    datamodule.model_config, datamodule.train_config = model_config, train_config
+    module = RFDETRModule(model_config, train_config)
+    logger = _logger(job, folder)
+    trainer = _trainer(job, train_config, model_config, logger)
+    checkpoint, problems = newest_checkpoint(folder)
+    for problem in problems:
+        warnings.warn(problem, UserWarning, stacklevel=2)
+    trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
+    early = train_config.early_stopping and trainer.should_stop
+    if trainer.current_epoch < train_config.epochs and not early:
+        raise SystemExit(STOPPED_STATUS)  # Lightning returns normally from an interrupted fit
+    if not trainer.is_global_zero:
+        return None
+    if not (folder / RECORD).exists():
+        raise DatasetError(
+            "No epoch gave a validation metric, so there is no best model: the valid split has no "
+            "boxes. Add some and start again."
+        )
+    best = read_json(folder / RECORD)
+    return FitResult(
+        epochs=trainer.current_epoch,
+        stopped_early=trainer.current_epoch < train_config.epochs,
+        best_epoch=best["epoch"] + 1,
+        best_metric=best["metric"],
+        best_value=best["value"],
+        averaged=best["averaged"],
+        class_names=names,
+        num_classes=int(classes or len(names)),
+        resolution=model_config.resolution,
+        mlflow_run_id=logger.experiment.run_id,
+    )
+
+
+def _logger(job: FitJob, folder: Path) -> JournalLogger:
+    parent = os.environ.get("RFDETR_PARENT_JOURNAL")
+    spec = RunSpec(
+        experiment=f"rfdetr/{job.dataset['name']}",
+        name=job.run_name,
+        tags={"pipeline.stage": "fit", "fit.fingerprint": folder.name},
+        parent=Path(parent) if parent else None,
+    )
+    uri = Environment.read().tracking_uri
+    return JournalLogger(folder, spec, uri=uri, system_metrics_every=SYSTEM_METRICS_SECONDS)
+
+
+def _trainer(job: FitJob, train_config: TrainConfig, model_config: Any, logger: Any) -> pl.Trainer:
+    given: dict[str, Any] = {
+        "accelerator": job.accelerator,
+        "devices": job.devices,
+        "num_nodes": job.nodes,
+        "strategy": "ddp" if job.devices * job.nodes > 1 else "auto",
+        "enable_model_summary": False,
+    }
+    if job.precision != "auto":
+        given["precision"] = job.precision
+    trainer = build_trainer(train_config, model_config, **given)
+    trainer.loggers.append(logger)
+    if trainer.is_global_zero:
+        logger.log_hyperparams(job.params)
+        logger.experiment.log_dataset(**job.dataset)
+    metric = "segm_mAP_50_95" if model_config.segmentation_head else "mAP_50_95"
+    trainer.callbacks.append(ProgressLines(metric))  # type: ignore[attr-defined]
+    return trainer
+
+
+def _stop_on_sigint() -> None:
+    """Ctrl-C of the process group is a request to stop like SIGTERM: it saves the state first."""
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def main(arguments: list[str]) -> int:
+    """`torchrun ... -m flows.fit_job.worker FOLDER`: status 0 only when the training is finished."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        print("usage: torchrun ... -m flows.fit_job.worker FOLDER, of a job", file=sys.stderr)
+        return 2
+    die_with_parent()
+    _stop_on_sigint()
+    quiet_libraries()
+    folder = Path(arguments[0])
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        result = train(folder)
+    except SystemExit:
+        if rank == 0:
+            write_text_atomic(folder / STOPPED, "")
+        raise
+    except Exception as error:  # noqa: BLE001 - the parent reports it
+        text = explain(error)
+        print(f"rank {rank}: {text}", file=sys.stderr)
+        if not (folder / ERROR).exists():  # the first rank to fail tells the cause
+            write_json(folder / ERROR, {"rank": rank, "text": text})
+        return 1
+    if result is not None:
+        result.write(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

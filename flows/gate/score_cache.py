@@ -1,0 +1,85 @@
+"""Scores of two models on today's test set, kept by content: nothing is scored twice."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.config.params import Environment, Params
+from flows.core.digest import digest_of, path_digest
+from flows.gate.verdict import Scores
+from flows.registry.registry import Registry, Version
+from flows.stages.runner import read_json
+from rfdetr.errors import RFDETRError
+from rfdetr.files import sha256_file, write_text_atomic
+
+if TYPE_CHECKING:
+    from flows.gate.scoring import ScoredModel
+
+KEPT_VERSION = 2  # counts up when the record of kept scores gains something that the gate needs
+
+
+def data_digest(root: Path, params: Params, env: Environment) -> str:
+    """Content hash of the dataset's folder."""
+    return path_digest(root / params.dataset.dir, env.state_dir / "digests.db")
+
+
+def champion_scores(
+    root: Path, params: Params, registry: Registry, champion: Version, digest: str
+) -> Scores:
+    """Scores of the champion on today's test set; its weights come from the registry."""
+    label = f"version {champion.number}"
+    kept = _kept(params, str(champion.weights_sha256), digest)
+    if kept.exists():
+        return Scores.model_validate(read_json(kept)).model_copy(update={"model": label})
+    with tempfile.TemporaryDirectory(prefix="rfdetr-champion-") as folder:
+        model = registry.fetch(champion, Path(folder))
+        weights = next((model / "artifacts").glob("*.pth"), None)
+        if weights is None:
+            raise RFDETRError(
+                f"{registry.name} {label} is the champion, but its weights are gone from the "
+                "artifact store, so nothing can be compared with it. Restore its artifacts, or "
+                "roll back to a version that still has them."
+            )
+        return scores_of(root, params, weights, label, digest)
+
+
+def scores_of(root: Path, params: Params, weights: Path, label: str, digest: str) -> Scores:
+    """Scores of a weights file on today's test set, kept by content: nothing is scored twice."""
+    kept = _kept(params, sha256_file(weights), digest)
+    if kept.exists():
+        return Scores.model_validate(read_json(kept)).model_copy(update={"model": label})
+
+    from flows.gate.scoring import score_model
+    from flows.storage.packs import (
+        open_dataset,  # seconds of imports, only when there is something to score
+    )
+
+    scored = score_model(
+        weights,
+        open_dataset(root / params.dataset.dir, Environment.read().state_dir),
+        params.dataset,
+        params.evaluate,
+        accelerator=params.runtime.accelerator,
+        num_workers=params.runtime.num_workers,
+    )
+    return keep(params, scored, label, digest)
+
+
+def keep(params: Params, scored: ScoredModel, label: str, digest: str) -> Scores:
+    """Store the scores of a model on the test set with content `digest`."""
+    scores = scored.scores(label, digest)
+    text = scores.model_dump_json()
+    write_text_atomic(_kept(params, scored.weights_sha256, digest), text)
+    return scores
+
+
+def _kept(params: Params, weights_sha256: str, digest: str) -> Path:
+    """The file of the scores; times are of one machine, which matters where they have a budget."""
+    machine = platform.node() if params.gate.max_latency_ms is not None else None
+    how = [params.evaluate.key(), params.evaluate.batch_size, params.dataset.layout]
+    where = [params.runtime.accelerator, machine]
+    key = digest_of([KEPT_VERSION, weights_sha256, digest, *how, *where])[:32]
+    return Environment.read().state_dir / "scores" / f"{key}.json"

@@ -1,0 +1,271 @@
+"""Scores any checkpoint on one split of a dataset: the same way for every model and every time."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pytorch_lightning.callbacks import Callback
+
+from flows.config.sections import DatasetSettings, EvaluateSettings
+from flows.core.quiet import quiet_libraries
+from flows.gate.verdict import ClassScore, Scores
+from rfdetr.checkpoints.identify import config_of
+from rfdetr.checkpoints.record import Container, read_container
+from rfdetr.config import ModelConfig, TrainConfig
+from rfdetr.data.coco import CocoSplits
+from rfdetr.data.layouts import detect_layout
+from rfdetr.errors import DatasetError
+from rfdetr.evaluation import report
+from rfdetr.evaluation.bootstrap import collect_evidence
+from rfdetr.evaluation.coco import CocoEvaluator, EvaluationResult, evaluate
+from rfdetr.evaluation.columns import Columns, IouType
+from rfdetr.evaluation.plots import Sample
+from rfdetr.files import sha256_file
+from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
+from rfdetr.training.sample_images import take_samples
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredModel:
+    """One model on one split. Labels in `columns` and `result` are those of the dataset.
+
+    `latency_ms` is the median time of a batch per image. `settings` is a key of all that shapes
+    the numbers.
+    """
+
+    weights_sha256: str
+    size_mb: float
+    class_names: list[str]
+    model_class_names: list[str]
+    result: EvaluationResult
+    columns: Columns
+    samples: list[Sample]
+    latency_ms: float
+    settings: str
+    category_ids: dict[int, int]
+
+    def metrics(self) -> dict[str, float]:
+        """Named numbers at `max_dets` detections, boxes or, for segmentation models, masks."""
+        part = self.result.segm or self.result.bbox
+        assert part is not None
+        main = part.summary
+        best = self.result.sweep.best
+        numbers = {
+            "map_50_95": main.ap,
+            "map_50": main.ap50,
+            "map_75": main.ap75,
+            "mar": main.ar,
+            "f1": float(self.result.sweep.macro_f1[best]),
+            "precision": float(self.result.sweep.macro_precision[best]),
+            "recall": float(self.result.sweep.macro_recall[best]),
+            "best_threshold": self.result.sweep.best_threshold,
+        }
+        return {name: float(value) for name, value in numbers.items() if value > -1}
+
+    def per_class(self) -> Iterator[dict[str, Any]]:
+        """One row per class of the dataset; AP and AR are None without boxes."""
+        part = self.result.segm or self.result.bbox
+        assert part is not None
+        labels = self.result.class_ids.tolist()
+        for k, name in enumerate(report.class_labels(self.class_names, labels)):
+            boxes = int(self.result.sweep.positives[k])
+            values = {"ap_50_95": part.ap[k], "ap_50": part.ap50[k], "ar": part.ar[k]}
+            shown = {key: float(v) if boxes else None for key, v in values.items()}
+            yield {"class": name, "label": labels[k], "boxes": boxes, **shown}
+
+    def detections(self, threshold: float = 0.0) -> Iterator[dict[str, Any]]:
+        """Detections of at least `threshold`, in the results format of COCO."""
+        rows = self.columns.detections
+        for i in np.flatnonzero(rows.score >= threshold).tolist():
+            label = int(rows.label[i])
+            row: dict[str, Any] = {
+                "image_id": int(self.columns.image_ids[rows.image[i]]),
+                "category_id": self.category_ids.get(label, label),
+                "bbox": [round(value, 3) for value in rows.box[i].tolist()],
+                "score": round(float(rows.score[i]), 6),
+            }
+            if rows.rle is not None:
+                code = rows.rle[i]
+                row["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
+            yield row
+
+    def scores(self, model: str, dataset_sha256: str) -> Scores:
+        """The record that the gate compares."""
+        kind: IouType = "bbox" if self.result.segm is None else "segm"
+        classes = {
+            row["class"]: ClassScore(ap=row["ap_50_95"], boxes=row["boxes"])
+            for row in self.per_class()
+            if row["boxes"]
+        }
+        return Scores(
+            model=model,
+            weights_sha256=self.weights_sha256,
+            dataset_sha256=dataset_sha256,
+            settings=self.settings,
+            iou_type=kind,
+            class_names=tuple(self.model_class_names),
+            images=self.result.images,
+            metrics=self.metrics(),
+            per_class=classes,
+            latency_ms=self.latency_ms,
+            size_mb=self.size_mb,
+            evidence=collect_evidence(self.columns, self.result.class_ids.tolist(), iou_type=kind),
+        )
+
+
+def score_model(
+    weights: str | Path,
+    dataset_dir: str | Path,
+    dataset: DatasetSettings,
+    settings: EvaluateSettings,
+    *,
+    accelerator: str = "auto",
+    num_workers: int = 0,
+) -> ScoredModel:
+    """Run the checkpoint `weights` (any generation) over a split and evaluate it.
+
+    `dataset_dir` is the folder to read, unpacked. The model's classes are matched with the
+    dataset's by name; detections of a class that the dataset does not have do not count. Raises
+    CheckpointError or DatasetError.
+    """
+    quiet_libraries()
+    container = read_container(weights, mmap=True)
+    model_config = config_of(container, pretrain_weights=str(weights))
+    train_config = TrainConfig.model_validate(
+        {
+            "dataset_dir": str(dataset_dir),
+            "dataset_file": dataset.layout,
+            "output_dir": str(Path(weights).parent),
+            "batch_size": settings.batch_size,
+            "num_workers": num_workers,
+            "tensorboard": False,
+            "compute_test_loss": False,
+        }
+    )
+    datamodule = RFDETRDataModule(model_config, train_config)
+    collector = _run(datamodule, model_config, train_config, settings, accelerator)
+    names = datamodule.class_names or []
+    columns = collector.evaluator.state()
+    if not len(columns.truth):
+        raise DatasetError(f"The {settings.split} split of {dataset_dir} has no boxes to score by.")
+    table = label_table(container, names)
+    columns = relabel(columns, table)
+    types: tuple[IouType, ...] = ("bbox", "segm") if model_config.segmentation_head else ("bbox",)
+    labels = [*report.named_labels(names), *columns.truth.label.tolist()]
+    result = evaluate(columns, labels, iou_types=types, max_dets=settings.max_dets, mask_areas=True)
+    return ScoredModel(
+        weights_sha256=sha256_file(weights),
+        size_mb=round(Path(weights).stat().st_size / 1e6, 3),
+        class_names=names,
+        model_class_names=list(container.class_names or names),
+        result=result,
+        columns=columns,
+        samples=collector.samples,
+        latency_ms=collector.latency_ms,
+        settings=settings.key(),
+        category_ids=_category_ids(dataset_dir, dataset, settings.split),
+    )
+
+
+def label_table(container: Container, names: list[str]) -> dict[int, int]:
+    """Model label -> dataset label, by name; unnamed models use the dataset's labels.
+
+    Warns when they share no class: such a model scores 0, and it is for the gate to judge.
+    """
+    own = container.class_names
+    if not own:
+        return {label: label for label in range(len(names))}
+    known = {name: label for label, name in enumerate(names)}
+    offset = container.label_offset
+    table = {i + offset: known[name] for i, name in enumerate(own) if name in known}
+    if not table:
+        warnings.warn(
+            f"{container.path} knows the classes {', '.join(own[:8])}; the dataset has "
+            f"{', '.join(names[:8])}: none is common, every score is 0.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return table
+
+
+def relabel(columns: Columns, table: dict[int, int]) -> Columns:
+    """The detections with the dataset's labels; those without one are dropped."""
+    rows = columns.detections
+    mapped = np.array([table.get(label, -1) for label in rows.label.tolist()], dtype=np.int64)
+    rows = dataclasses.replace(rows, label=mapped).take(mapped >= 0)
+    return dataclasses.replace(columns, detections=rows)
+
+
+def _run(
+    datamodule: RFDETRDataModule,
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    settings: EvaluateSettings,
+    accelerator: str,
+) -> _Collector:
+    module = RFDETRModule(model_config, train_config)
+    collector = _Collector(settings, masks=model_config.segmentation_head)
+    trainer = build_trainer(
+        train_config,
+        model_config,
+        accelerator=accelerator,
+        devices=1,
+        callbacks=[collector],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    datamodule.setup("test" if settings.split == "test" else "validate")
+    loader = (
+        datamodule.test_dataloader() if settings.split == "test" else datamodule.val_dataloader()
+    )
+    trainer.test(module, dataloaders=loader, verbose=False)
+    return collector
+
+
+class _Collector(Callback):
+    """Keeps detections, truth, a few pictures and the time of each batch."""
+
+    def __init__(self, settings: EvaluateSettings, *, masks: bool) -> None:
+        self.evaluator = CocoEvaluator(("bbox", "segm") if masks else ("bbox",), settings.max_dets)
+        self.samples: list[Sample] = []
+        self._wanted = settings.pictures
+        self._times: list[float] = []
+        self._begun = 0.0
+
+    @property
+    def latency_ms(self) -> float:
+        """Median of the batches, per image; the first one warms up."""
+        times = self._times[1:] or self._times
+        return round(1000 * statistics.median(times), 3)
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_test_batch_end(
+        self, _trainer: Any, _module: Any, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._times.append((time.perf_counter() - self._begun) / max(1, len(outputs["targets"])))
+        self.evaluator.update(outputs["results"], outputs["targets"])
+        missing = self._wanted - len(self.samples)
+        if missing > 0:
+            self.samples += take_samples(batch[0], outputs["targets"], missing)
+
+
+def _category_ids(folder: str | Path, dataset: DatasetSettings, split: str) -> dict[int, int]:
+    """Dataset label -> category id of the annotation files; empty for YOLO (they are equal)."""
+    layout = detect_layout(folder, dataset.layout)
+    if layout.kind == "yolo":
+        return {}
+    splits = CocoSplits(layout, check_files=False)
+    wanted = "test" if split == "test" and "test" in layout.splits else "val"
+    splits.index(wanted)
+    return splits.category_ids

@@ -1,0 +1,178 @@
+"""What a run shows in Prefect: dataset report, progress, champion against challenger, pictures.
+
+Showing is best effort: a server that is away is a warning, never the end of a run.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, Self
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from flows.core.redact import redact
+from flows.fit_job.progress import EpochProgress, parse_progress
+from flows.gate.verdict import Verdict
+
+LOGGER = logging.getLogger(__name__)
+AWAY_SECONDS = 300.0
+LARGEST_PICTURE_BYTES = 400_000  # kept in Prefect's database as text
+P = ParamSpec("P")
+
+
+class _Server:
+    """When the server may be asked again: every attempt to reach one that is away takes minutes."""
+
+    away_until = 0.0
+
+
+def best_effort(show: Callable[P, None]) -> Callable[P, None]:
+    """Turn failures of `show` into warnings; a server that was away is left alone for a while."""
+
+    @wraps(show)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        if time.monotonic() < _Server.away_until:
+            return
+        try:
+            show(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - see the module's promise
+            if isinstance(error, httpx.TransportError):
+                _Server.away_until = time.monotonic() + AWAY_SECONDS
+            LOGGER.warning("%s was not shown: %s", show.__name__, redact(str(error)))
+
+    return guarded
+
+
+@best_effort
+def show_dataset_report(root: Path) -> None:
+    """The Markdown report of the validate stage."""
+    file = root / "reports" / "validation.md"
+    if file.exists():
+        create_markdown_artifact(file.read_text(encoding="utf-8"), key="dataset-report")
+
+
+@best_effort
+def show_pictures(root: Path) -> None:
+    """The small pictures of the evaluate stage: curves, confusion matrix, predictions."""
+    for folder in ("curves", "pictures"):
+        for file in sorted((root / "reports" / folder).glob("*.png")):
+            if file.stat().st_size > LARGEST_PICTURE_BYTES:
+                LOGGER.warning("%s is too large for an artifact; open the file", file)
+                continue
+            _show_picture(file)
+
+
+@best_effort
+def show_drift(report: Path, picture: Path) -> None:
+    """The report of a drift check and its histograms."""
+    create_markdown_artifact(report.read_text(encoding="utf-8"), key="drift-report")
+    _show_picture(picture)
+
+
+@best_effort
+def show_predictions(found: Mapping[str, Any]) -> None:
+    """How many images a batch prediction covered, and where its results are."""
+    rows = [{"": name, "value": redact(str(value))} for name, value in found.items()]
+    create_table_artifact(rows, key="predictions")
+
+
+@best_effort
+def show_verdict(verdict: Verdict) -> None:
+    """The decision with its rules, and both models' numbers side by side."""
+    create_markdown_artifact(redact(verdict.to_markdown()), key="gate-decision")
+    old, new = verdict.champion, verdict.challenger
+    rows = [
+        {
+            "metric": name,
+            "champion": "" if old is None else _number(old.metrics.get(name)),
+            "challenger": _number(value),
+        }
+        for name, value in new.metrics.items()
+    ]
+    rows += [
+        {
+            "metric": f"AP {name}",
+            "champion": ""
+            if old is None
+            else _number(getattr(old.per_class.get(name), "ap", None)),
+            "challenger": _number(score.ap),
+        }
+        for name, score in new.per_class.items()
+    ]
+    create_table_artifact(rows, key="champion-against-challenger")
+
+
+@best_effort
+def show_links(links: Sequence[tuple[str, str, str]]) -> None:
+    """Links to the tracking server as (key, address, text); only http addresses can be opened."""
+    for key, address, text in links:
+        if address.startswith(("http://", "https://")):
+            create_link_artifact(address, link_text=text, key=key)
+
+
+class TrainingProgress:
+    """Follows the lines of the fit stage and keeps one progress artifact up to date.
+
+    A thread talks to the server, so that nobody who reads the lines waits for it. Use as a context
+    manager.
+    """
+
+    def __init__(self) -> None:
+        self._artifact: UUID | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="progress")
+        self._run = copy_context()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def read(self, line: str) -> str:
+        """The line as a person wants to see it; a finished epoch moves the progress bar."""
+        progress = parse_progress(line)
+        if progress is None:
+            return line
+        self._thread.submit(self._run.run, self._show, progress)
+        loss = "-" if progress.loss is None else f"{progress.loss:.4f}"
+        quality = "-" if progress.mAP is None else f"{progress.mAP:.4f}"
+        return (
+            f"epoch {progress.epoch}/{progress.of}  loss {loss}  mAP {quality}  "
+            f"{progress.seconds:.0f} s gone, about {progress.eta_s:.0f} s left"
+        )
+
+    @best_effort
+    def _show(self, progress: EpochProgress) -> None:
+        percent = 100.0 * progress.epoch / max(1, progress.of)
+        text = f"epoch {progress.epoch} of {progress.of}, mAP {progress.mAP}"
+        if self._artifact is None:
+            made = create_progress_artifact(percent, key="training", description=text)
+            self._artifact = made if isinstance(made, UUID) else None
+        else:
+            update_progress_artifact(self._artifact, percent, description=text)
+
+
+def _show_picture(file: Path) -> None:
+    data = base64.b64encode(file.read_bytes()).decode("ascii")
+    key = file.stem.lower().replace("_", "-")
+    create_image_artifact(f"data:image/png;base64,{data}", key=key, description=file.name)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

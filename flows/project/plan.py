@@ -1,0 +1,93 @@
+"""What a run would do: which stages are out of date, and why. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from flows.project.workspace import current_version, forget_dead_locks, stage_names, used_source
+from rfdetr.errors import RFDETRError
+
+State = Literal["up to date", "runs", "may run"]
+
+
+class BusyError(RFDETRError):
+    """Another process holds what the plan must look at."""
+
+
+class StagePlan(BaseModel):
+    """One stage: whether it would run, and the changes that make it run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    state: State
+    reasons: tuple[str, ...] = ()
+
+
+def plan_stages(root: Path) -> list[StagePlan]:
+    """The stages of a run in order. `may run`: a stage before it runs, its result may differ.
+
+    Raises BusyError while another DVC process works in the folder.
+    """
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+
+    forget_dead_locks(root)
+    with Repo(str(root)) as repo:
+        try:
+            status = repo.status()
+        except LockError as error:
+            raise BusyError(f"{root} is in use by another process: {error}") from error
+        upstream = {
+            stage.addressing: {parent.addressing for parent in repo.index.graph.successors(stage)}
+            for stage in repo.index.graph
+            if stage.addressing
+        }
+    plans: dict[str, StagePlan] = {}
+    for name in stage_names(root):
+        reasons = _reasons(status.get(name, []))
+        if name.startswith("fetch@"):
+            reasons += _news(root)
+        waiting = [
+            p for p in upstream.get(name, ()) if p in plans and plans[p].state != "up to date"
+        ]
+        state: State = "runs" if reasons else "may run" if waiting else "up to date"
+        after = tuple(f"after {parent}" for parent in sorted(waiting))
+        plans[name] = StagePlan(stage=name, state=state, reasons=(*reasons, *after))
+    return list(plans.values())
+
+
+def _news(root: Path) -> list[str]:
+    """What a run would find changed on S3. Raises StorageError when it does not answer."""
+    found = used_source(root)
+    if found is None or current_version(found[1]) == found[1].version:
+        return []
+    news = "has changed" if found[1].version else "has no version on record"
+    return [f"{found[1].uri} {news}"]
+
+
+def _reasons(changes: list[Any]) -> list[str]:
+    """DVC's status of one stage as short sentences."""
+    found: list[str] = []
+    for change in changes:
+        if isinstance(change, str):
+            found.append(change)
+            continue
+        for kind, items in change.items():
+            if not isinstance(items, Mapping):
+                found.append(f"{kind}: {items}")
+                continue
+            for path, what in items.items():
+                found.extend(_changed(kind, path, what))
+    return found
+
+
+def _changed(kind: str, path: str, what: Any) -> list[str]:
+    if isinstance(what, Mapping):  # parameters: name -> what happened to it
+        return [f"{name} {how}" for name, how in what.items()]
+    subject = "result" if kind == "changed outs" else ""
+    return [f"{subject} {path} {what}".strip()]

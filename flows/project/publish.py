@@ -1,0 +1,80 @@
+"""Pushes what a run changed in git: dvc.lock and params.yaml, on a branch of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flows.core.process import CommandFailed
+from flows.project.workspace import Line, git
+
+FILES = ("dvc.lock", "params.yaml")
+TRIES = 3
+BRANCHES, SEEN = "retrain/", "refs/rfdetr/retrain/"  # on the remote, and here to compare
+
+
+def publish_lock(root: Path, run: str, on_line: Line) -> str | None:
+    """Commit dvc.lock and params.yaml and push them to a new branch; None if nothing is new.
+
+    Nothing is new either when the branch of an earlier run holds the same content. Data must be on
+    the DVC remote already: a published lock has to be resolvable. The folder's own branch stays
+    where it is, nothing is forced; a name that is taken gets a number. Raises CommandFailed.
+    """
+    present = [name for name in FILES if (root / name).exists()]
+    status = git(root, "status", "--porcelain", "--", *present, on_line=on_line)
+    if not [line for line in status if line.strip()]:
+        return None
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", run).strip("-.")
+    name = f"{BRANCHES}{datetime.now(UTC):%Y-%m-%d}-{safe}"
+    commit = _commit(root, present, f"Retrained: {run}", on_line)
+    known = _published(root, commit, present, on_line)
+    if known is not None:
+        on_line(f"branch {known} holds the same {' and '.join(present)}")
+        return None
+    for attempt in range(1, TRIES + 1):
+        branch = name if attempt == 1 else f"{name}-{attempt}"
+        try:
+            git(root, "push", "origin", f"{commit}:refs/heads/{branch}", on_line=on_line)
+        except CommandFailed:
+            if attempt == TRIES:
+                raise
+        else:
+            return branch
+    return None
+
+
+def _commit(root: Path, files: list[str], message: str, on_line: Line) -> str:
+    """A commit of `files` on top of HEAD that moves no branch and leaves the index alone."""
+    index = root / git(root, "rev-parse", "--git-path", "publish-index", on_line=on_line)[-1]
+    environment = {**os.environ, "GIT_INDEX_FILE": str(index)}
+    for key, value in (("NAME", "rfdetr-pipeline"), ("EMAIL", "pipeline@localhost")):
+        for role in ("AUTHOR", "COMMITTER"):
+            environment.setdefault(f"GIT_{role}_{key}", value)
+    try:
+        git(root, "read-tree", "HEAD", on_line=on_line, env=environment)
+        git(root, "update-index", "--add", "--", *files, on_line=on_line, env=environment)
+        tree = git(root, "write-tree", on_line=on_line, env=environment)[-1]
+        made = ["commit-tree", tree, "-p", "HEAD", "-m", message]
+        return git(root, *made, on_line=on_line, env=environment)[-1]
+    finally:
+        index.unlink(missing_ok=True)
+
+
+def _published(root: Path, commit: str, files: list[str], on_line: Line) -> str | None:
+    """The branch of an earlier run whose `files` are those of `commit`, or None."""
+    wanted = f"+refs/heads/{BRANCHES}*:{SEEN}*"
+    git(root, "fetch", "--quiet", "--no-tags", "--prune", "origin", wanted, on_line=on_line)
+    seen: list[str] = []
+    git(root, "for-each-ref", "--format=%(refname)", SEEN, on_line=seen.append)
+    blobs = _blobs(root, commit, files)
+    for name in seen:
+        if _blobs(root, name, files) == blobs:
+            return BRANCHES + name.removeprefix(SEEN)
+    return None
+
+
+def _blobs(root: Path, tree: str, files: list[str]) -> list[str]:
+    """Mode, content and name of each file in a commit."""
+    return git(root, "ls-tree", tree, "--", *files, on_line=lambda _: None)

@@ -1,0 +1,50 @@
+"""The profile of the dataset that a model was trained with, made once per weights and dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flows.config.params import Environment, Params
+from flows.config.sections import DatasetSettings
+from flows.core.digest import digest_of
+from flows.storage.packs import open_dataset
+from rfdetr.files import sha256_file
+
+PROFILE = "profile.npz"
+
+
+def profile_once(root: Path, params: Params, weights: Path, dataset_digest: str) -> Path:
+    """Profile a sample of every split into the state folder, or find the profile that is there."""
+    state = Environment.read().state_dir
+    key = digest_of([sha256_file(weights), dataset_digest])[:32]
+    file = state / "profiles" / key / PROFILE
+    if not file.exists():
+        from rfdetr import RFDETR
+        from rfdetr.monitoring.profile import IMAGES, profile_images
+
+        splits = split_images(open_dataset(root / params.dataset.dir, state), params.dataset)
+        share = IMAGES // len(splits)
+        sample = [path for paths in splits.values() for path in spread(paths, share)]
+        detector = RFDETR.from_checkpoint(str(weights))
+        profile_images(detector, sample, fitted=splits.get("train", ())).save(file)
+    return file
+
+
+def split_images(folder: Path, dataset: DatasetSettings) -> dict[str, list[Path]]:
+    """The image files of every split."""
+    from rfdetr.data.coco import CocoSplits
+    from rfdetr.data.layouts import detect_layout
+    from rfdetr.data.yolo import image_files
+
+    layout = detect_layout(folder, dataset.layout)
+    if layout.kind == "yolo":
+        return {name: list(image_files(split)) for name, split in layout.splits.items()}
+    coco = CocoSplits(layout, check_files=False)
+    indexes = {name: coco.index(name) for name in layout.splits}
+    return {name: [i.path(n) for n in range(len(i))] for name, i in indexes.items()}
+
+
+def spread(paths: list[Path], limit: int) -> list[Path]:
+    """At most `limit` of the paths, evenly spread."""
+    step = max(1.0, len(paths) / limit)
+    return [paths[int(n * step)] for n in range(min(limit, len(paths)))]

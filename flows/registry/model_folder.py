@@ -1,0 +1,142 @@
+"""Builds the MLflow model folder: code, weights, card, ONNX with its proof. No pickle inside."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from rfdetr.errors import CheckpointError
+from rfdetr.files import sha256_file
+
+CODE = Path(__file__).with_name("served_model.py")
+REQUIREMENTS = ("rfdetr-pipeline", "mlflow", "torch", "torchvision", "timm", "pillow", "pandas")
+DEFAULT_THRESHOLD, DEFAULT_MAX_DETECTIONS = 0.5, 300
+
+
+class ModelFiles(BaseModel):
+    """The files of one model: weights (.pth or .ckpt), model.json, optional export with proof.
+
+    `parity` is a JSON file on how far the export is from the weights; an export needs one.
+    `profile` describes the images that the model was validated on; the drift check needs it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    weights: Path
+    card: Path
+    onnx: Path | None = None
+    parity: Path | None = None
+    profile: Path | None = None
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Content hash of the weights. Raises CheckpointError when the file is missing."""
+        if not self.weights.is_file():
+            raise CheckpointError(f"{self.weights} is missing; run the fit stage.")
+        return sha256_file(self.weights)
+
+    @cached_property
+    def details(self) -> dict[str, Any]:
+        """The content of model.json."""
+        try:
+            return dict(json.loads(self.card.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.card} cannot be read: {error}") from None
+
+    def params(self) -> dict[str, str]:
+        """What the registry shows of the model."""
+        known = ("variant", "resolution", "class_names", "num_classes", "epochs", "best_epoch")
+        given = {key: str(self.details[key]) for key in known if key in self.details}
+        return {**given, "weights_sha256": self.weights_sha256, "weights_file": self.weights.name}
+
+    def artifacts(self) -> dict[str, str]:
+        """Name -> path of every file that goes into the model."""
+        if (self.onnx is None) != (self.parity is None):
+            raise CheckpointError("an ONNX file and its parity proof belong together; give both.")
+        files = {"weights": self.weights, "card": self.card, "onnx": self.onnx}
+        files |= {"parity": self.parity, "profile": self.profile}
+        return {name: str(path) for name, path in files.items() if path is not None}
+
+
+def signature() -> Any:
+    """Input column `image`; output boxes, scores, labels, names; two parameters."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType, Array
+
+    anything: Any = AnyType  # text, or an array
+    numbers = Array(DataType.double)
+    return ModelSignature(
+        inputs=Schema([ColSpec(anything(), "image")]),
+        outputs=Schema(
+            [
+                ColSpec(Array(numbers), "boxes"),
+                ColSpec(numbers, "scores"),
+                ColSpec(Array(DataType.long), "labels"),
+                ColSpec(Array(DataType.string), "names"),
+            ]
+        ),
+        params=ParamSchema(
+            [
+                ParamSpec("threshold", DataType.double, DEFAULT_THRESHOLD),
+                ParamSpec("max_detections", DataType.long, DEFAULT_MAX_DETECTIONS),
+            ]
+        ),
+    )
+
+
+def input_example() -> Any:
+    """A request that works: one small picture as base64 text."""
+    import pandas as pd
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(stream, "PNG")
+    return pd.DataFrame({"image": [base64.b64encode(stream.getvalue()).decode("ascii")]})
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Drop MLflow's advice to add type hints, with which it would drop the parameters.
+
+    A filter cannot: MLflow puts one of its own before all others.
+    """
+    said: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            yield
+    finally:
+        for one in said:
+            if "Add type hints" not in str(one.message):
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+def build_model(path: Path, files: ModelFiles, *, model_id: str, run_id: str | None) -> None:
+    """Write the model folder `path`. It loads wherever `rfdetr` is installed."""
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    requirements = [f"{name}=={metadata.version(name)}" for name in REQUIREMENTS]
+    if files.onnx is not None:
+        requirements.append(f"onnxruntime=={metadata.version('onnxruntime')}")
+    with _without_advice():
+        mlflow.pyfunc.save_model(
+            path=str(path),
+            python_model=str(CODE),
+            artifacts=files.artifacts(),
+            signature=signature(),
+            input_example=input_example(),
+            pip_requirements=requirements,
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
+            metadata=files.params(),
+        )

@@ -1,0 +1,53 @@
+"""The ONNX file of a trained model with its parity proof, made once per weights file."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.stages.runner import read_json, write_json
+from rfdetr.files import sha256_file
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export and the JSON file that says how far it is from the weights."""
+
+    onnx: Path
+    parity: Path
+    agrees: bool
+
+
+def export_once(weights: Path, state_dir: Path) -> Exported:
+    """Export `weights` into the state folder, or find the export that is there already."""
+    folder = state_dir / "exports" / sha256_file(weights)[:32]
+    if not (folder / "parity.json").exists():
+        _export(weights, folder)
+    os.utime(folder)  # `doctor` removes what has not been used for long
+    agrees = bool(read_json(folder / "parity.json")["agrees"])
+    return Exported(folder / "model.onnx", folder / "parity.json", agrees)
+
+
+def _export(weights: Path, folder: Path) -> None:
+    from rfdetr import RFDETR  # seconds of imports, only when there is something to export
+    from rfdetr.export.onnx import TOLERANCE
+
+    work = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    detector = RFDETR.from_checkpoint(weights, device="cpu")
+    result = detector.export(work, dynamic_batch=True)
+    result.path.replace(work / "model.onnx")
+    difference = math.inf if result.max_difference is None else result.max_difference
+    proof = {
+        "max_difference": difference,
+        "tolerance": TOLERANCE,
+        "agrees": difference <= TOLERANCE,
+        "opset": result.opset,
+    }
+    write_json(work / "parity.json", proof)
+    shutil.rmtree(folder, ignore_errors=True)
+    work.replace(folder)

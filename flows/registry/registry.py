@@ -1,0 +1,295 @@
+"""The model registry: log a model once, register it once, know who serves.
+
+Every step may be repeated after a failure at any moment; nothing is made twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from flows.core.redact import redact, redact_mapping
+from flows.gate.verdict import Verdict
+from flows.registry.model_folder import ModelFiles, build_model
+from flows.tracking.delivery import experiment_id, tracking_client
+from rfdetr.errors import RFDETRError
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import RegisteredModel
+
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous_champion"
+MODEL_NAME = "detector"
+
+
+class RegistryError(RFDETRError):
+    """The registry does not allow what was asked, or does not hold it."""
+
+
+class Version(BaseModel):
+    """One registered version."""
+
+    model_config = ConfigDict(frozen=True)
+
+    number: int
+    model_id: str
+    run_id: str | None
+    tags: dict[str, str]
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """Content hash of the weights."""
+        return self.tags.get("weights.sha256")
+
+
+class Registry:
+    """The registered model `name` on the tracking server (or SQLite file) `uri`."""
+
+    def __init__(self, name: str, uri: str) -> None:
+        self.name, self.uri = name, uri
+        self.client = tracking_client(uri)
+
+    # --- logging and registering
+
+    def log_model(
+        self,
+        files: ModelFiles,
+        *,
+        experiment: str,
+        run_id: str | None,
+        metrics: Mapping[str, float] | None = None,
+        dataset: tuple[str, str] | None = None,
+    ) -> str:
+        """The id of the logged model of these weights; logs it when it is not there yet.
+
+        `metrics` are the test numbers, `dataset` the (name, digest) of the set they come from. A
+        model whose upload was cut off is completed, not logged again.
+        """
+        weights = files.weights_sha256
+        where = [experiment_id(self.client, experiment, self.uri)]
+        query = f"params.weights_sha256 = '{weights}' AND name = '{MODEL_NAME}'"
+        found = self.client.search_logged_models(where, filter_string=query)
+        ready = [m for m in found if str(m.status) == "READY"]
+        same_run = [m for m in ready if m.source_run_id == run_id]
+        if ready:
+            return str((same_run or ready)[0].model_id)
+        pending = [m for m in found if m.source_run_id == run_id]
+        model = (
+            pending[0]
+            if pending
+            else self.client.create_logged_model(
+                where[0], MODEL_NAME, run_id, params=files.params(), model_type="detector"
+            )
+        )
+        with tempfile.TemporaryDirectory(prefix="rfdetr-model-") as folder:
+            path = Path(folder) / "model"
+            build_model(path, files, model_id=model.model_id, run_id=run_id)
+            self.client.log_model_artifacts(model.model_id, str(path))
+        self._log_metrics(model.model_id, run_id, metrics or {}, dataset)
+        self.client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
+
+    def _log_metrics(
+        self,
+        model_id: str,
+        run_id: str | None,
+        metrics: Mapping[str, float],
+        dataset: tuple[str, str] | None,
+    ) -> None:
+        if run_id is None:
+            return
+        name, digest = dataset or (None, None)
+        for key, value in metrics.items():
+            self.client.log_metric(
+                run_id,
+                key,
+                value,
+                step=0,
+                model_id=model_id,
+                dataset_name=name,
+                dataset_digest=digest and digest[:36],
+            )
+
+    def register(
+        self, model_id: str, *, run_id: str | None, tags: Mapping[str, Any] | None = None
+    ) -> Version:
+        """The version of a logged model, made when there is none; it becomes `challenger`.
+
+        `tags`: lineage.git_commit, lineage.dvc_lock, lineage.data_md5, lineage.flow_run ...
+        The champion keeps its place: it is never challenger as well.
+        """
+        self._ensure_model()
+        source = f"models:/{model_id}"
+        query = f"name='{self.name}' and source_path='{source}'"
+        known = self.client.search_model_versions(query)
+        if known:
+            number = min(int(version.version) for version in known)
+        else:
+            model = self.client.get_logged_model(model_id)
+            given = {k: str(v) for k, v in redact_mapping(tags or {}).items() if v is not None}
+            given["weights.sha256"] = str(model.params.get("weights_sha256"))
+            with _global_uri(self.uri):
+                made = self.client.create_model_version(
+                    self.name, source, run_id=run_id, tags=given, model_id=model_id
+                )
+            number = int(made.version)
+        aliases = self.aliases()
+        if aliases.get(CHAMPION) != number and aliases.get(CHALLENGER) != number:
+            self.client.set_registered_model_alias(self.name, CHALLENGER, str(number))
+        return self.version(number)
+
+    def _ensure_model(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.get_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            try:
+                self.client.create_registered_model(self.name)
+            except MlflowException as again:
+                if again.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+
+    # --- looking
+
+    def aliases(self) -> dict[str, int]:
+        """Alias -> version number; empty when the model does not exist."""
+        model = self._model()
+        return {alias: int(number) for alias, number in model.aliases.items()} if model else {}
+
+    def model_tags(self) -> dict[str, str]:
+        """Tags of the model itself, which outlive its versions; empty when it does not exist."""
+        model = self._model()
+        return dict(model.tags) if model else {}
+
+    def _model(self) -> RegisteredModel | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+
+    def version(self, number: int) -> Version:
+        """A version by number. Raises RegistryError when there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self.client.get_model_version(self.name, str(number))
+        except MlflowException as error:
+            if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+                raise
+            numbers = sorted(v.number for v in self.versions()) or "none"
+            raise RegistryError(
+                f"{self.name} has no version {number}; known versions: {numbers}."
+            ) from None
+        return _version(found)
+
+    def versions(self) -> list[Version]:
+        """All versions, oldest first."""
+        found: list[Version] = []
+        token = None
+        while True:
+            page = self.client.search_model_versions(f"name='{self.name}'", page_token=token)
+            found.extend(map(_version, page))
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda version: version.number)
+
+    def by_alias(self, alias: str) -> Version | None:
+        """The version behind an alias, or None."""
+        number = self.aliases().get(alias)
+        return None if number is None else self.version(number)
+
+    def champion(self) -> Version | None:
+        """The version that serves, or None."""
+        return self.by_alias(CHAMPION)
+
+    def fetch(self, version: Version, folder: Path) -> Path:
+        """Download a version's model folder into `folder` (artifacts/ holds weights and card)."""
+        import mlflow.artifacts
+
+        with _global_uri(self.uri):
+            path = mlflow.artifacts.download_artifacts(
+                artifact_uri=f"models:/{version.model_id}", dst_path=str(folder)
+            )
+        return Path(path)
+
+    # --- writing down
+
+    def set_tags(self, number: int, tags: Mapping[str, Any]) -> None:
+        """Tags of a version; secrets are masked."""
+        for key, value in redact_mapping(tags).items():
+            self.client.set_model_version_tag(self.name, str(number), key, str(value))
+
+    def set_model_tag(self, key: str, value: str) -> None:
+        """A tag of the model itself; secrets are masked."""
+        for name, text in redact_mapping({key: value}).items():
+            self.client.set_registered_model_tag(self.name, name, str(text))
+
+    def record_verdict(self, number: int, verdict: Verdict) -> None:
+        """Write a verdict, refusals too: tags of the version, JSON and Markdown on its run."""
+        version = self.version(number)
+        tags = {
+            "gate.outcome": verdict.outcome,
+            "gate.reason": verdict.reason,
+            "gate.metric": verdict.policy.metric,
+            "gate.challenger": verdict.challenger.metrics.get(verdict.policy.metric),
+            "gate.champion": verdict.champion.metrics.get(verdict.policy.metric)
+            if verdict.champion
+            else "none",
+            "gate.champion_version": verdict.champion_version or "none",
+            "gate.failed": ", ".join(r.name for r in verdict.rules if r.passed is False) or "none",
+            "gate.at": now(),
+        }
+        self.set_tags(number, tags)
+        if version.run_id:
+            base = f"gate/version-{number}"
+            record = redact(verdict.model_dump_json(indent=2))
+            self.client.log_text(version.run_id, record, f"{base}.json")
+            self.client.log_text(version.run_id, redact(verdict.to_markdown()), f"{base}.md")
+
+
+@contextlib.contextmanager
+def _global_uri(uri: str) -> Iterator[None]:
+    """MLflow's SQL store resolves `models:/` through the global URI, whatever the client's is.
+
+    MLflow writes it into the environment as well, where it must not stay.
+    """
+    import mlflow
+
+    before, variable = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+        if variable is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = variable
+
+
+def now() -> str:
+    """The time in UTC, sortable as text."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _version(found: Any) -> Version:
+    source = str(found.source or "")
+    return Version(
+        number=int(found.version),
+        model_id=str(found.model_id or source.rpartition("/")[2]),
+        run_id=found.run_id or None,
+        tags=dict(found.tags),
+    )

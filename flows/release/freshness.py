@@ -1,0 +1,95 @@
+"""Whether a run has anything to do: the dataset's version, and what the registry knows already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flows.config.params import Environment, Params, load_params
+from flows.core.digest import digest_of
+from flows.gate.score_cache import data_digest
+from flows.project.workspace import current_version, used_source
+from flows.registry.registry import CHAMPION, Registry, Version
+from flows.stages.runner import read_json
+from flows.tracking.run import default_tracking_uri
+
+GATE_KEY = "gate.key"
+TRAINED = Path("models/trained")
+
+
+def registry_of(root: Path, name: str | None = None) -> Registry:
+    """The registered model `name` (default: params.yaml's) of the project `root`."""
+    known = name or load_params(root / "params.yaml").registry.name
+    return Registry(known, default_tracking_uri(root))
+
+
+def judged_version(root: Path) -> Version | None:
+    """The newest version that was trained on what the dataset holds now, and judged; or None.
+
+    A refused or rolled back version counts: the same data would bring the same verdict again. A
+    winner whose promotion is not on record does not, unless it is the champion.
+    """
+    if not _has_registry(root):
+        return None
+    registry, data = registry_of(root), dataset_version(root, look=True)
+    champion = registry.aliases().get(CHAMPION)
+    known = [
+        v
+        for v in registry.versions()
+        if v.tags.get("lineage.dataset_version") == data
+        and (v.number == champion or ("gate.outcome" in v.tags and _settled(v)))
+    ]
+    return known[-1] if known else None
+
+
+def dataset_version(root: Path, *, look: bool = False) -> str:
+    """A cheap name of the dataset's content: pointer, version on S3, or the demo's settings.
+
+    Nothing is downloaded and no image is read, unless the folder is under no version control. Of a
+    source on S3 it is the version that the run has pinned; with `look`, what S3 holds now.
+    """
+    import yaml
+
+    params = load_params(root / "params.yaml")
+    pointer = root / f"{params.dataset.dir}.dvc"
+    if pointer.exists():
+        outs = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"]
+        return f"dvc:{outs[0].get('md5') or outs[0].get('etag')}"
+    found = used_source(root)
+    if found is not None:
+        source = found[1]
+        pinned = None if look else source.version
+        return f"s3:{digest_of([source.uri, pinned or current_version(source)])[:32]}"
+    if Path(params.dataset.dir) == Path("data/demo"):
+        return f"demo:{digest_of(params.demo.model_dump())[:32]}"
+    return f"content:{data_digest(root, params, Environment.read())}"
+
+
+def is_released(root: Path) -> bool:
+    """Whether the registry holds the trained model and the gate has judged it by today's rules."""
+    card_file = root / TRAINED / "model.json"
+    if not card_file.exists() or not _has_registry(root):
+        return False
+    params = load_params(root / "params.yaml")
+    weights = read_json(card_file)["weights_sha256"]
+    key = gate_key(params, data_digest(root, params, Environment.read()))
+    return any(
+        v.weights_sha256 == weights and v.tags.get(GATE_KEY) == key and _settled(v)
+        for v in registry_of(root).versions()
+    )
+
+
+def gate_key(params: Params, digest: str) -> str:
+    """What a verdict depends on besides the two models: rules, way of scoring, test set."""
+    return digest_of([params.gate.model_dump(), params.evaluate.key(), digest])[:16]
+
+
+def _settled(version: Version) -> bool:
+    """A promotion that was cut off, or that waits for nobody, is not settled."""
+    won = version.tags.get("gate.outcome") == "promote"
+    return not won or "promotion.action" in version.tags
+
+
+def _has_registry(root: Path) -> bool:
+    """False for a SQLite file that is not there yet; asking MLflow would make it."""
+    kind, _, path = default_tracking_uri(root).partition(":///")
+    return kind != "sqlite" or Path(path).exists()

@@ -1,0 +1,148 @@
+"""The one MLflow run of a retraining: found again, completed with what the stages wrote."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.config.params import Environment, Params
+from flows.core.digest import digest_of
+from flows.core.redact import redact, redact_mapping
+from flows.registry.registry import RegistryError
+from flows.stages.runner import read_json
+from flows.tracking.delivery import experiment_id, tracking_client, valid_key
+from flows.tracking.journal import STATE, Journal
+from flows.tracking.provenance import collect_provenance
+from flows.tracking.run import sync
+from rfdetr.files import sha256_file
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+LOGGER = logging.getLogger(__name__)
+TEXTS = {".csv", ".html", ".json", ".lock", ".md", ".yaml"}
+RECORDED = "pipeline.recorded"
+NEEDED = ("dvc.lock", "models/trained/model.json", "metrics/fit.json", "metrics/test.json")
+REPORTS = (
+    ("params.yaml", ""),
+    ("dvc.lock", ""),
+    ("reports/validation.json", "reports"),
+    ("reports/validation.md", "reports"),
+    ("reports/validation.html", "reports"),
+    ("reports/per_class.csv", "reports"),
+    ("reports/curves", "reports/curves"),
+    ("reports/pictures", "reports/pictures"),
+    ("models/initial/model.json", "models/initial"),
+    ("models/trained/model.json", "models/trained"),
+)
+
+
+def complete_run(root: Path, params: Params, uri: str, tags: Mapping[str, Any]) -> str:
+    """Send what is unsent, add metrics, reports and lineage to the fit's run; its id.
+
+    A training that never reached a server gets its run now. Repeating changes nothing; a changed
+    result (an evaluation with other settings) is added to the same run.
+    """
+    env = Environment.read()
+    for journal, problem in sync(env.state_dir, uri).items():
+        if problem:
+            LOGGER.warning("journal %s is still unsent: %s", journal, problem)
+    missing = [name for name in NEEDED if not (root / name).is_file()]
+    if missing:
+        raise RegistryError(
+            f"there is no finished pipeline to record: {', '.join(missing)} missing in {root}. "
+            "Run `rfdetr-pipeline retrain` or `dvc repro` first (a stage that was run by hand "
+            "leaves no dvc.lock; `dvc commit -f` accepts its results)."
+        )
+    card = read_json(root / "models/trained/model.json")
+    client = tracking_client(uri)
+    run_id = _known_run(client, card, env.state_dir) or _new_run(client, params, card, uri)
+    metrics = read_json(root / "metrics/test.json")
+    state = digest_of([sha256_file(root / "dvc.lock"), metrics])[:16]
+    if client.get_run(run_id).data.tags.get(RECORDED) == state:
+        return run_id
+    _add_numbers(client, run_id, root, params)
+    for name, folder in REPORTS:
+        _add_files(client, run_id, root / name, folder)
+    found = collect_provenance(root)
+    if found.git_diff:
+        client.log_text(run_id, found.git_diff, "git.diff")
+    client.log_text(
+        run_id, found.model_dump_json(indent=2, exclude={"git_diff"}), "environment.json"
+    )
+    for key, value in redact_mapping({**found.tags(), **tags, RECORDED: state}).items():
+        client.set_tag(run_id, key, value)
+    client.set_terminated(run_id, "FINISHED")
+    return run_id
+
+
+def _add_files(client: MlflowClient, run_id: str, path: Path, folder: str) -> None:
+    """A file or a folder as artifacts; text without its secrets."""
+    if path.is_dir():
+        for child in sorted(path.iterdir()):
+            _add_files(client, run_id, child, folder)
+    elif path.suffix in TEXTS:
+        text = redact(path.read_text(encoding="utf-8"))
+        client.log_text(run_id, text, f"{folder}/{path.name}" if folder else path.name)
+    elif path.exists():
+        client.log_artifact(run_id, str(path), folder or None)
+
+
+def _known_run(client: MlflowClient, card: Mapping[str, Any], state_dir: Path) -> str | None:
+    """The run that the model card names, else the one of the training's journal, if it exists."""
+    from mlflow.exceptions import MlflowException
+
+    candidates = [card.get("mlflow_run_id")]
+    folder = state_dir / "fit" / str(card.get("fingerprint"))
+    if (folder / STATE).exists():
+        candidates.append(Journal(folder).run_id)
+    for run_id in filter(None, candidates):
+        try:
+            client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        else:
+            return str(run_id)
+    return None
+
+
+def _new_run(client: MlflowClient, params: Params, card: Mapping[str, Any], uri: str) -> str:
+    """A run for a model that was trained elsewhere or without tracking; found again by its sha."""
+    experiment = experiment_id(client, f"rfdetr/{params.dataset.name}", uri)
+    weights = card["weights_sha256"]
+    known = client.search_runs([experiment], f"tags.`weights.sha256` = '{weights}'", max_results=1)
+    if known:
+        return str(known[0].info.run_id)
+    tags = {"weights.sha256": weights, "pipeline.stage": "fit", "fit.reused": "true"}
+    name = f"fit {params.dataset.name}"
+    run = client.create_run(experiment, tags=tags, run_name=name)
+    for key, value in _flat(card["params"]):
+        client.log_param(run.info.run_id, key, value)
+    return str(run.info.run_id)
+
+
+def _add_numbers(client: MlflowClient, run_id: str, root: Path, params: Params) -> None:
+    numbers = {
+        **{f"test/{k}": v for k, v in _flat(read_json(root / "metrics/test.json"))},
+        **{f"fit/{k}": v for k, v in _flat(read_json(root / "metrics/fit.json"))},
+    }
+    price, seconds = params.runtime.price_per_hour, numbers.get("fit/seconds")
+    if price is not None and isinstance(seconds, int | float):
+        card = read_json(root / "models/trained/model.json")
+        devices = card["params"]["batch"]["world"]
+        numbers["cost"] = seconds / 3600 * price * devices
+    for key, value in numbers.items():
+        if isinstance(value, int | float):
+            client.log_metric(run_id, valid_key(key), float(value))
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value

@@ -1,0 +1,132 @@
+"""The convert stage: starting weights of any origin as one checkpoint of ours, with proof."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from flows.config.params import ConvertSettings, Environment, ModelSettings, Params
+from flows.core.digest import digest_of
+from flows.stages.runner import copy_atomic, run_stage, write_json
+from flows.storage.objects import download
+from flows.storage.s3 import is_s3
+from rfdetr.checkpoints.adapt import structure_problems
+from rfdetr.checkpoints.record import Container, read_container
+from rfdetr.errors import CheckpointError
+from rfdetr.files import sha256_file
+
+SECTIONS = ["model", "convert"]
+INITIAL = Path("models/initial")
+WEIGHTS, CARD = "model.ckpt", "model.json"
+TRACKED = Path("weights")
+
+
+def convert(params: Params) -> None:
+    """Write models/initial/model.ckpt and model.json with the proof of the conversion.
+
+    Raises CheckpointError for a file that is damaged, refused for safety, or of another network,
+    DownloadError or StorageError for one that cannot be fetched.
+    """
+    work = INITIAL.with_name(f".{INITIAL.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    target = work / WEIGHTS
+    source = params.convert.source
+    if source is None:
+        card = _from_scratch(params.model, params.convert, target)
+    else:
+        card = _from_file(_locate(source), source, params, target)
+    card = {"weights": WEIGHTS, "weights_sha256": sha256_file(target), "source": source} | card
+    write_json(work / CARD, card | {"variant": params.model.variant})
+    shutil.rmtree(INITIAL, ignore_errors=True)
+    work.replace(INITIAL)
+    print(f"{INITIAL / WEIGHTS}: {card['proof']['summary']}", flush=True)
+
+
+def _locate(source: str) -> Path:
+    """The local file of a path, an s3:// address or a published name."""
+    from rfdetr.checkpoints.hub import resolve_weights
+
+    if is_s3(source):
+        name = source.rsplit("/", 1)[-1]
+        target = Environment.read().state_dir / "downloads" / digest_of(source)[:16] / name
+        return download(source, target, progress=sys.stderr.isatty())
+    path = Path(source)
+    if path.exists() and TRACKED.resolve() not in path.resolve().parents:
+        print(
+            f"warning: convert.source {source} is outside {TRACKED}/, so DVC does not notice when "
+            f"it changes. Put it there, or run `dvc repro --force convert` after a change.",
+            file=sys.stderr,
+        )
+    try:
+        return resolve_weights(source)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"convert.source: {error}") from error
+
+
+def _from_file(path: Path, source: str, params: Params, target: Path) -> dict[str, Any]:
+    from rfdetr.checkpoints.convert import convert_legacy_checkpoint
+
+    old = read_container(path, mmap=True)
+    problem = structure_problems(old, params.model.config())
+    if problem:
+        raise CheckpointError(f"convert.source {source} does not fit the model section: {problem}")
+    card = _about(old) | {"source_sha256": sha256_file(path)}
+    if old.kind == "lightning":
+        copy_atomic(path, target)
+        proof: dict[str, Any] = {
+            "max_abs_difference": 0.0,
+            "summary": f"{source} is a checkpoint of ours already and was copied as it is.",
+        }
+        return card | {"proof": proof}
+    report = convert_legacy_checkpoint(path, target)
+    if not report.max_abs_difference <= params.convert.tolerance:
+        raise CheckpointError(
+            f"The converted weights compute something else: {report.summary} Accepted is "
+            f"{params.convert.tolerance:g} (convert.tolerance)."
+        )
+    facts = dataclasses.asdict(report) | {"old_path": source, "new_path": str(INITIAL / WEIGHTS)}
+    summary = report.summary.partition(": ")[2]
+    return card | {"proof": facts | {"summary": summary}}
+
+
+def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path) -> dict[str, Any]:
+    """Random weights from the seed (with the public encoder where it fits and is reachable)."""
+    import torch
+
+    from rfdetr.checkpoints.convert import best_payload, convert_legacy_checkpoint
+    from rfdetr.checkpoints.load import initialise_weights
+    from rfdetr.checkpoints.safe_io import save_file
+    from rfdetr.model.network import build_network
+
+    config = model.config()
+    torch.manual_seed(settings.seed)
+    network = build_network(config)
+    report = initialise_weights(network, config)
+    legacy = target.with_suffix(".pth")
+    save_file(best_payload(network.state_dict(), config), legacy)
+    convert_legacy_checkpoint(legacy, target)
+    legacy.unlink()
+    encoder = "no file" if report is None else report.path
+    summary = f"initial weights from seed {settings.seed}, encoder from {encoder}."
+    return _about(read_container(target, mmap=True)) | {
+        "kind": "scratch",
+        "source_sha256": None,
+        "proof": {"max_abs_difference": 0.0, "summary": summary},
+    }
+
+
+def _about(container: Container) -> dict[str, Any]:
+    return {
+        "kind": container.kind,
+        "num_classes": container.num_classes,
+        "class_names": container.class_names,
+        "epoch": container.epoch,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_stage("convert", SECTIONS, convert, sys.argv[1:]))

@@ -1,0 +1,156 @@
+"""The evaluate stage: the trained model on the test split, in numbers, tables and pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.config.params import Environment, Params
+from flows.gate import score_cache
+from flows.gate.scoring import ScoredModel, score_model
+from flows.stages.runner import read_json, run_stage, write_json
+from flows.storage.packs import open_dataset
+from rfdetr.errors import ConfigError
+from rfdetr.evaluation.accumulate import RECALL_POINTS
+from rfdetr.evaluation.f1 import THRESHOLDS
+from rfdetr.evaluation.plots import draw_evaluation
+from rfdetr.evaluation.report import class_labels, standard_metrics
+from rfdetr.files import atomic_path, sha256_file
+
+SECTIONS = ["dataset", "evaluate"]
+TRAINED, METRICS = Path("models/trained"), Path("metrics/test.json")
+PER_CLASS, CURVES = Path("reports/per_class.csv"), Path("reports/curves")
+DETECTIONS, PICTURES = Path("reports/detections.json"), Path("reports/pictures")
+
+
+def evaluate(params: Params) -> None:
+    """Score models/trained and write metrics, tables, curves, detections and pictures.
+
+    Raises ConfigError when the weights are not those that model.json describes.
+    """
+    env = Environment.read()
+    digest = score_cache.data_digest(Path(), params, env)
+    scored = score_model(
+        trained_weights(TRAINED),
+        open_dataset(params.dataset.dir, env.state_dir),
+        params.dataset,
+        params.evaluate,
+        accelerator=params.runtime.accelerator,
+        num_workers=params.runtime.num_workers,
+    )
+    threshold = params.evaluate.score_threshold
+    write_detections(scored, DETECTIONS, threshold)
+    _write_csv(PER_CLASS, list(scored.per_class()))
+    names = class_labels(scored.class_names, scored.result.class_ids.tolist())
+    _replace(CURVES, lambda folder: write_curves(scored, names, folder))
+    _replace(
+        PICTURES,
+        lambda folder: draw_evaluation(
+            scored.result, scored.columns, names, scored.samples, folder
+        ),
+    )
+    write_json(METRICS, numbers(scored))
+    score_cache.keep(params, scored, str(TRAINED), digest)  # the gate need not score it again
+    main = scored.metrics()
+    print(
+        f"{params.evaluate.split} split, {scored.result.images} images: mAP "
+        f"{main['map_50_95']:.4f}, mAP50 {main['map_50']:.4f}, F1 {main['f1']:.4f} at score "
+        f"{main['best_threshold']:.2f}; pictures in {PICTURES}",
+        flush=True,
+    )
+
+
+def trained_weights(folder: Path) -> Path:
+    """The weights of a model folder, checked against its model.json."""
+    card = read_json(folder / "model.json")
+    weights = folder / str(card["weights"])
+    if not weights.is_file() or sha256_file(weights) != card["weights_sha256"]:
+        raise ConfigError(
+            f"{weights} is missing or not the file that {folder / 'model.json'} describes; run "
+            "`dvc checkout` or the fit stage again."
+        )
+    return weights
+
+
+def numbers(scored: ScoredModel) -> dict[str, Any]:
+    """metrics/test.json: our numbers at `max_dets`, the COCO standard at 100, AP of each class."""
+    part = scored.result.segm or scored.result.bbox
+    assert part is not None
+    return {
+        "images": scored.result.images,
+        **scored.metrics(),
+        "max_dets": part.summary.max_dets,
+        "coco_100": {
+            name.removeprefix("coco_"): value
+            for name, value in standard_metrics(scored.result).items()
+        },
+        "per_class": {row["class"]: row["ap_50_95"] for row in scored.per_class() if row["boxes"]},
+        "latency_ms": scored.latency_ms,
+        "size_mb": scored.size_mb,
+    }
+
+
+def write_detections(scored: ScoredModel, target: Path, threshold: float) -> None:
+    """A list in the results format of COCO, one detection per line."""
+    lines = (json.dumps(row, separators=(",", ":")) for row in scored.detections(threshold))
+    with atomic_path(target) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        stream.write("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def write_curves(scored: ScoredModel, names: Sequence[str], folder: Path) -> None:
+    """precision_recall.csv, f1_threshold.csv and confusion_matrix.csv, for `dvc plots`."""
+    part = scored.result.segm or scored.result.bbox
+    assert part is not None
+    sweep = scored.result.sweep
+    curves = [
+        {"class": name, "recall": round(float(r), 2), "precision": round(float(p), 5)}
+        for name, curve, boxes in zip(names, part.precision_curve, sweep.positives, strict=True)
+        if boxes
+        for r, p in zip(RECALL_POINTS, curve, strict=True)
+    ]
+    _write_csv(folder / "precision_recall.csv", curves)
+    triples = zip(
+        THRESHOLDS, sweep.macro_f1, sweep.macro_precision, sweep.macro_recall, strict=True
+    )
+    keys = ("threshold", "f1", "precision", "recall")
+    rows = [
+        dict(zip(keys, (round(float(v), 5) for v in values), strict=True)) for values in triples
+    ]
+    _write_csv(folder / "f1_threshold.csv", rows)
+    axis = [*names, "background"]
+    cells = [
+        {"actual": axis[i], "predicted": axis[j], "boxes": int(scored.result.confusion[i, j])}
+        for i in range(len(axis))
+        for j in range(len(axis))
+    ]
+    _write_csv(folder / "confusion_matrix.csv", cells)
+
+
+def _write_csv(target: Path, rows: Sequence[dict[str, Any]]) -> None:
+    columns: Iterable[str] = rows[0] if rows else []
+    with (
+        atomic_path(target) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as stream,
+    ):
+        writer = csv.DictWriter(stream, fieldnames=list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _replace(target: Path, write: Any) -> None:
+    """Write a folder beside `target` and let it take the name when it is complete."""
+    work = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write(work)
+    shutil.rmtree(target, ignore_errors=True)
+    work.replace(target)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_stage("evaluate", SECTIONS, evaluate, sys.argv[1:]))

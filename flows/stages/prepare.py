@@ -1,0 +1,83 @@
+"""The stages that make datasets: `demo` builds one, `fetch NAME` gets one from S3."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+from pathlib import Path
+
+from flows.config.params import Params, SourceSettings
+from flows.project.workspace import current_version
+from flows.stages.runner import run_stage
+from flows.storage.objects import fetch
+from flows.storage.s3 import StorageError
+from rfdetr.errors import ConfigError
+
+DATA = Path("data")
+
+
+def demo(params: Params) -> None:
+    """Write data/demo; it appears only when it is complete."""
+    from rfdetr.data.demo import build_demo
+
+    target, settings = DATA / "demo", params.demo
+    work = _empty(target)
+    build_demo(
+        work,
+        seed=settings.seed,
+        classes=settings.classes,
+        train=settings.train,
+        valid=settings.valid,
+        test=settings.test,
+        progress=sys.stderr.isatty(),
+    )
+    work.replace(target)
+
+
+def fetch_source(name: str, params: Params) -> None:
+    """Fetch `sources.<name>` to data/<name>; an interrupted transfer goes on where it stopped.
+
+    Raises StorageError, also when S3 holds another version than params.yaml names.
+    """
+    if name not in params.sources:
+        known = ", ".join(params.sources) or "none"
+        raise ConfigError(f"sources has no entry '{name}'. Known: {known}.")
+    source = params.sources[name]
+    _check_version(source)
+    shutil.rmtree(DATA / name, ignore_errors=True)
+    fetch(source.uri, DATA / name)
+    _check_version(source)  # it may have changed during the transfer
+
+
+def _check_version(source: SourceSettings) -> None:
+    if source.version is not None and current_version(source) != source.version:
+        raise StorageError(
+            f"{source.uri} has changed: it is not the {source.version} of params.yaml any more. "
+            "Start `rfdetr-pipeline retrain`, which takes what is there now, or get the old data "
+            "with `dvc pull`."
+        )
+
+
+def _empty(target: Path) -> Path:
+    """A new folder beside `target`, which is removed."""
+    work = target.with_name(f".{target.name}.partial")
+    for folder in (work, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m flows.stages.prepare demo` or `python -m flows.stages.prepare fetch NAME`."""
+    match arguments:
+        case ["demo"]:
+            return run_stage("demo", ["demo"], demo)
+        case ["fetch", name]:
+            return run_stage(f"fetch {name}", ["sources"], functools.partial(fetch_source, name))
+    print(main.__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

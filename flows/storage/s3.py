@@ -1,0 +1,166 @@
+"""S3: addresses, a client, and errors that say what to do. Credentials are never logged.
+
+Endpoint and keys come from the AWS_* environment variables or the files that boto3 reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from flows.core.redact import redact
+from rfdetr.errors import RFDETRError
+
+THREADS = 8
+TRIES = 5
+SHA_KEY = "sha256"
+
+
+class StorageError(RFDETRError, OSError):
+    """An object that cannot be read, written or trusted."""
+
+
+class DamagedError(StorageError):
+    """An object whose content is not the one that was sent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """`s3://bucket/key`."""
+
+    bucket: str
+    key: str
+
+    @classmethod
+    def parse(cls, uri: str) -> Address:
+        """Raises StorageError when `uri` is no s3:// address with a bucket and a key."""
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        if not uri.startswith("s3://") or not bucket or not key.strip("/"):
+            raise StorageError(f"{redact(uri)} is no address of the form s3://bucket/key.")
+        return cls(bucket, key)
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
+
+    def ids(self) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self.key}
+
+
+def is_s3(text: str) -> bool:
+    """Whether `text` is meant as an s3:// address."""
+    return text.startswith("s3://")
+
+
+def make_client() -> Any:
+    """A boto3 client with bounded waits, retries and signatures that any S3 server takes."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        retries={"mode": "standard", "max_attempts": TRIES},
+        connect_timeout=10,
+        read_timeout=60,
+        signature_version="s3v4",
+        max_pool_connections=2 * THREADS,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return guard(lambda: boto3.session.Session().client("s3", config=config), "S3")
+
+
+def guard(call: Callable[[], Any], what: str) -> Any:
+    """Run `call`; every error of boto3 becomes a StorageError that names `what`."""
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    try:
+        return call()
+    except NoCredentialsError:
+        raise StorageError(
+            f"{what}: no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and "
+            "AWS_ENDPOINT_URL for a server that is not Amazon's)."
+        ) from None
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code", "unknown"))
+        hint = {
+            "403": "the keys have no right to it",
+            "AccessDenied": "the keys have no right to it",
+            "SignatureDoesNotMatch": "the secret key is wrong",
+            "404": "it does not exist",
+            "NoSuchKey": "it does not exist",
+            "NoSuchBucket": "the bucket does not exist",
+            "412": "it changed during the transfer",
+            "PreconditionFailed": "it changed during the transfer",
+        }.get(code, redact(str(error)))
+        raise StorageError(f"{what}: {hint} ({code}).") from None
+    except BotoCoreError as error:
+        raise StorageError(f"{what}: {redact(str(error))}") from None
+
+
+def ensure_bucket(name: str, client: Any = None) -> None:
+    """Create the bucket if it is missing."""
+    client = client or make_client()
+    present = guard(client.list_buckets, "S3")["Buckets"]
+    if name not in {bucket["Name"] for bucket in present}:
+        guard(lambda: client.create_bucket(Bucket=name), f"s3://{name}")
+
+
+def head(uri: str, client: Any = None) -> dict[str, Any]:
+    """Size, etag and sha256 (None when unknown) of one object."""
+    address = Address.parse(uri)
+    client = client or make_client()
+    answer = guard(lambda: client.head_object(**address.ids()), str(address))
+    return {
+        "size": int(answer["ContentLength"]),
+        "etag": answer["ETag"],
+        "sha256": _sha_of(answer),
+    }
+
+
+def _sha_of(answer: dict[str, Any]) -> str | None:
+    metadata = {key.lower(): value for key, value in answer.get("Metadata", {}).items()}
+    return metadata.get(SHA_KEY)
+
+
+class Listed(NamedTuple):
+    """One object of a listing; the ETag is another one as soon as the content is."""
+
+    address: str
+    size: int
+    etag: str
+
+
+def list_objects(uri: str, client: Any = None) -> Iterator[Listed]:
+    """Every object under a prefix, folder markers left out."""
+    address = Address.parse(uri)
+    client = client or make_client()
+    prefix = address.key.rstrip("/") + "/"
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=address.bucket, Prefix=prefix)
+    found = guard(lambda: [o for page in pages for o in page.get("Contents", [])], str(address))
+    for item in found:
+        if not item["Key"].endswith("/"):
+            where = f"s3://{address.bucket}/{item['Key']}"
+            yield Listed(where, int(item["Size"]), item["ETag"].strip('"'))
+
+
+def on_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> None:
+    """Run `work` for every item on a few threads; the first error stops what has not begun."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for _ in pool.map(work, items):
+                pass
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def list_versions(uri: str, client: Any = None) -> list[tuple[str, str]]:
+    """(address, ETag) of every object below `uri`, sorted: a cheap name of a prefix's content.
+
+    Like `flows.storage.objects.fetch`, an address of one object means that object. Raises StorageError
+    when nothing is there.
+    """
+    client = client or make_client()
+    found = sorted((item.address, item.etag) for item in list_objects(uri, client))
+    return found or [(uri, head(uri, client)["etag"].strip('"'))]

@@ -1,0 +1,156 @@
+"""The whole check of a dataset: read, inspect, check, count, compare."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rfdetr.checks.cache import FactsCache
+from rfdetr.checks.check_boxes import check_boxes
+from rfdetr.checks.check_categories import check_categories, training_table
+from rfdetr.checks.check_files import SplitFiles, adopt_sizes, check_files, find_files
+from rfdetr.checks.check_segmentations import check_polygons
+from rfdetr.checks.check_splits import check_leaks
+from rfdetr.checks.compare import compare_versions
+from rfdetr.checks.dataset_report import Collector, DatasetReport
+from rfdetr.checks.inspection import inspect_images
+from rfdetr.checks.options import CheckConfig
+from rfdetr.checks.sources import Sources, read_sources
+from rfdetr.checks.statistics import check_shares, fingerprints, split_statistics
+from rfdetr.config import ModelConfig, RFDETRNanoConfig
+from rfdetr.data.layouts import Kind
+
+Previous = DatasetReport | str | os.PathLike[str] | None
+
+
+class Options(NamedTuple):
+    """How the work is done; no option changes the result."""
+
+    workers: int | None
+    dask_address: str | None
+    cache_dir: str | os.PathLike[str] | None
+    progress: bool
+
+
+def check_dataset(
+    dataset_dir: str | os.PathLike[str],
+    dataset_file: Kind = "roboflow",
+    *,
+    config: CheckConfig | None = None,
+    model_config: ModelConfig | None = None,
+    previous: Previous = None,
+    workers: int | None = None,
+    dask_address: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> DatasetReport:
+    """Check a dataset completely and return every finding at once.
+
+    `model_config` gives the resolution and patch for box sizes (default: nano). `previous` is a
+    report, a report.json or the folder of an older version. `workers` limits the processes (all
+    cores when None); `dask_address` uses a Dask cluster that sees the same files. Results of
+    unchanged images come from `cache_dir` (by default in the user's cache folder). Nothing is
+    written to the dataset. Raises DatasetError when there is no dataset to check.
+    """
+    config = config or CheckConfig()
+    model = model_config or RFDETRNanoConfig.model_validate({"pretrain_weights": None})
+    options = Options(workers, dask_address, cache_dir, progress)
+    older = _previous_report(previous, dataset_file, config, model, options)
+    collector = Collector(config)
+    sources = read_sources(dataset_dir, dataset_file, collector, config, workers)
+    if config.check_images:
+        splits = [find_files(table, collector) for table in sources.tables]
+        _inspect(splits, config, options)
+        for split in splits:
+            check_files(split, collector)
+        check_leaks(splits, collector, config)
+    else:
+        splits = [SplitFiles.unread(table) for table in sources.tables]
+    for split in splits:
+        adopt_sizes(split)
+        split.table.scale_boxes(model.resolution)
+        check_boxes(split.table, collector, config, model)
+        check_polygons(split.table, collector, config)
+    check_categories(sources.tables, collector, config)
+    return _report(sources, splits, collector, model, older)
+
+
+def _inspect(splits: Sequence[SplitFiles], config: CheckConfig, options: Options) -> None:
+    cache = FactsCache(options.cache_dir, config.max_pixels)
+    paths = [path for split in splits for path in split.paths if path is not None]
+    found = iter(
+        inspect_images(
+            paths,
+            cache,
+            max_pixels=config.max_pixels,
+            workers=options.workers,
+            dask_address=options.dask_address,
+            progress=options.progress,
+        )
+    )
+    for split in splits:
+        split.facts = [next(found) if path is not None else None for path in split.paths]
+
+
+def _previous_report(
+    previous: Previous,
+    dataset_file: Kind,
+    config: CheckConfig,
+    model: ModelConfig,
+    options: Options,
+) -> DatasetReport | None:
+    if previous is None or isinstance(previous, DatasetReport):
+        return previous
+    if Path(previous).is_dir():
+        return check_dataset(
+            previous,
+            dataset_file,
+            config=config,
+            model_config=model,
+            **options._asdict(),
+        )
+    return DatasetReport.read(previous)
+
+
+def _report(
+    sources: Sources,
+    splits: Sequence[SplitFiles],
+    collector: Collector,
+    model: ModelConfig,
+    older: DatasetReport | None,
+) -> DatasetReport:
+    config = collector.config
+    classes = training_table(sources.tables)
+    named = [classes.class_names[label] for label in sorted(classes.labels.values())]
+    statistics = {}
+    for split in splits:
+        numbers = split_statistics(split, named, model)
+        check_shares(split.table, numbers, collector, config)
+        statistics[split.table.name] = numbers
+    prints = {split.table.name: fingerprints(split) for split in splits}
+    comparison = None
+    if older is not None:
+        comparison = compare_versions(older, prints, statistics, collector, config)
+    return DatasetReport(
+        dataset=sources.layout.root.name,
+        layout=sources.layout.kind,
+        variant=type(model).variant,
+        resolution=model.resolution,
+        patch_size=model.patch_size,
+        images_checked=config.check_images,
+        class_names=list(classes.class_names),
+        annotation_files={
+            table.name: table.show(table.annotation_file)
+            for table in sources.tables
+            if table.annotation_file is not None
+        },
+        image_folders={table.name: table.show(table.images_dir) for table in sources.tables},
+        counts=dict(sorted(collector.counts.items())),
+        severities=collector.severities(),
+        findings=collector.findings(),
+        statistics=statistics,
+        comparison=comparison,
+        fingerprints=prints,
+    )

@@ -1,0 +1,187 @@
+"""Checks of category tables: within a split, between splits and against the annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rfdetr.checks.dataset_report import Collector
+from rfdetr.checks.options import CheckConfig
+from rfdetr.checks.table import Integers, SplitTable
+from rfdetr.data.categories import (
+    HIGHEST_RAW_ID,
+    CategoryTable,
+    category_table,
+    id_problems,
+    is_raw_label,
+)
+
+
+def check_categories(
+    tables: Sequence[SplitTable], collector: Collector, config: CheckConfig
+) -> None:
+    """Ghosts, unused, duplicated and differing categories, missing and rare classes."""
+    tables = [table for table in tables if table.readable]
+    if not tables:
+        return
+    for table in tables:
+        if table.label_files is None or table is tables[0]:
+            _check_table(table, collector)
+    _check_equal(tables, collector)
+    counts = {table.name: category_counts(table) for table in tables}
+    ghosts = ghost_categories(tables)
+    first = tables[0]
+    if not first.categories and first.label_files is None:
+        source = first.show(first.annotation_file) if first.annotation_file else None
+        text = f"{first.name} lists no category"
+        collector.add("categories-missing", text, split=first.name, file=source)
+    for row, category in enumerate(first.categories):
+        if row in ghosts:
+            text = (
+                f"category {category.id} '{category.name}' is only the parent of other categories"
+            )
+            collector.add("category-ghost", text, **_place(first, row))
+            continue
+        found = {table.name: int(counts[table.name].get(category.id, 0)) for table in tables}
+        _check_presence(first, row, found, collector)
+    _check_balance(first, ghosts, counts[first.name], collector, config)
+
+
+def category_counts(table: SplitTable) -> dict[int, int]:
+    """Number of annotations per category id, crowd regions left out."""
+    rows = table.category_rows[~table.crowd & (table.category_rows >= 0)]
+    per_row = np.bincount(rows, minlength=len(table.categories))
+    counts: dict[int, int] = {}
+    for category, count in zip(table.categories, per_row.tolist(), strict=True):
+        counts[category.id] = counts.get(category.id, 0) + count
+    return counts
+
+
+def training_table(tables: Sequence[SplitTable]) -> CategoryTable:
+    """The classes as training has them; every category where training refuses the list."""
+    if not tables:
+        return CategoryTable({}, ())
+    first = tables[0]
+    raw = first.raw_ids or first.label_files is not None
+    if id_problems(first.categories, first.raw_ids):
+        listed = sorted(first.categories, key=lambda category: category.id)
+        return CategoryTable({c.id: i for i, c in enumerate(listed)}, tuple(c.name for c in listed))
+    used = np.unique(first.category_rows[first.category_rows >= 0]).tolist()
+    return category_table(first.categories, {first.categories[row].id for row in used}, raw=raw)
+
+
+def ghost_categories(tables: Sequence[SplitTable]) -> set[int]:
+    """Rows of the first table that training drops (training specification 4.3)."""
+    labels = training_table(tables).labels
+    return {row for row, c in enumerate(tables[0].categories) if c.id not in labels}
+
+
+def _place(table: SplitTable, row: int) -> dict[str, object]:
+    source = table.show(table.annotation_file) if table.annotation_file else None
+    category = table.categories[row]
+    return {
+        "split": table.name,
+        "file": source,
+        "details": {"category_id": category.id, "category": category.name},
+    }
+
+
+def _check_table(table: SplitTable, collector: Collector) -> None:
+    ids: dict[int, str] = {}
+    names: dict[str, int] = {}
+    for row, category in enumerate(table.categories):
+        place = _place(table, row)
+        if table.raw_ids and not is_raw_label(category.id):
+            text = (
+                f"category '{category.name}' has the id {category.id}; ids of plain COCO become "
+                f"labels and must lie in 0..{HIGHEST_RAW_ID}"
+            )
+            collector.add("category-id-range", text, **place)
+        if category.id in ids:
+            text = (
+                f"category id {category.id} is used by '{ids[category.id]}' and '{category.name}'"
+            )
+            collector.add("category-id-duplicate", text, **place)
+        name = category.name.strip()
+        if not name:
+            text = f"category {category.id} has no name"
+            collector.add("category-name-invalid", text, **place)
+        elif name in names:
+            text = f"'{name}' is the name of the categories {names[name]} and {category.id}"
+            collector.add("category-name-duplicate", text, **place)
+        ids.setdefault(category.id, category.name)
+        names.setdefault(name, category.id)
+
+
+def _check_equal(tables: Sequence[SplitTable], collector: Collector) -> None:
+    first = tables[0]
+    expected = {category.id: category.name for category in first.categories}
+    for table in tables[1:]:
+        if table.label_files is not None or not table.file_names:  # one data.yaml, or unused
+            continue
+        own = {category.id: category.name for category in table.categories}
+        for key in sorted(expected.keys() | own.keys()):
+            if expected.get(key) == own.get(key):
+                continue
+            here = _name_text(own.get(key), table.name)
+            there = _name_text(expected.get(key), first.name)
+            collector.add(
+                "category-split-differs",
+                f"category {key} is {here} and {there}",
+                split=table.name,
+                file=table.show(table.annotation_file) if table.annotation_file else None,
+                details={"category_id": key},
+            )
+
+
+def _name_text(name: str | None, split: str) -> str:
+    return f"absent in {split}" if name is None else f"'{name}' in {split}"
+
+
+def _check_presence(
+    table: SplitTable, row: int, found: dict[str, int], collector: Collector
+) -> None:
+    category = table.categories[row]
+    if not any(found.values()):
+        text = f"class {category.id} '{category.name}' has no annotation"
+        collector.add("category-unused", text, **_place(table, row))
+        return
+    for split, count in found.items():
+        if not count:
+            place = {**_place(table, row), "split": split}
+            text = f"class {category.id} '{category.name}' has no annotation in {split}"
+            collector.add("class-missing", text, **place)
+
+
+def _check_balance(
+    table: SplitTable,
+    ghosts: set[int],
+    counts: dict[int, int],
+    collector: Collector,
+    config: CheckConfig,
+) -> None:
+    filled = [
+        (counts[category.id], category.name)
+        for row, category in enumerate(table.categories)
+        if row not in ghosts and counts.get(category.id)
+    ]
+    if len(filled) < 2:
+        return
+    most, least = max(filled), min(filled)
+    if most[0] > config.max_imbalance * least[0]:
+        text = f"'{most[1]}' has {most[0]} annotations, '{least[1]}' has {least[0]} in {table.name}"
+        collector.add("class-imbalance", text, split=table.name)
+
+
+def counts_by_name(table: SplitTable) -> dict[str, int]:
+    """Number of annotations per class name."""
+    named: dict[str, int] = {}
+    for category, count in zip(table.categories, _per_row(table).tolist(), strict=True):
+        named[category.name] = named.get(category.name, 0) + count
+    return named
+
+
+def _per_row(table: SplitTable) -> Integers:
+    rows = table.category_rows[~table.crowd & (table.category_rows >= 0)]
+    return np.asarray(np.bincount(rows, minlength=len(table.categories)), np.int64)

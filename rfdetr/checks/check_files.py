@@ -1,0 +1,250 @@
+"""Checks of image files against the annotation file and the folder."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from rfdetr.checks.cache import Inspected
+from rfdetr.checks.dataset_report import Collector
+from rfdetr.checks.image_probe import IMAGE_SUFFIXES, PLAIN_MODES, SUFFIXES, ImageFacts
+from rfdetr.checks.table import SplitTable
+from rfdetr.data.layouts import ANNOTATIONS, YAML_NAMES
+
+STATUS_CODES = {
+    "missing": "file-missing",
+    "unreadable": "file-unreadable",
+    "truncated": "file-truncated",
+    "empty": "file-empty",
+    "bomb": "file-bomb",
+}
+SAME_SHAPE = 0.02  # a resized image keeps its aspect ratio this closely
+PLAIN_CHARACTERS = frozenset(
+    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./()+=,@#~"
+)
+SERVICE_FILES = frozenset({ANNOTATIONS, *YAML_NAMES, "Thumbs.db", "desktop.ini", "classes.txt"})
+SERVICE_SUFFIXES = frozenset({".json", ".cache", ".yaml", ".yml"})
+
+
+@dataclass
+class SplitFiles:
+    """Where each image record of a split is on disk; None for a name that cannot be used."""
+
+    table: SplitTable
+    paths: list[str | None]
+    facts: list[Inspected | None]
+
+    @classmethod
+    def unread(cls, table: SplitTable) -> SplitFiles:
+        """A split whose images are not looked at."""
+        count = len(table.file_names)
+        return cls(table, [None] * count, [None] * count)
+
+    def usable(self) -> list[tuple[int, Inspected]]:
+        """Rows whose image could be decoded."""
+        return [
+            (row, found)
+            for row, found in enumerate(self.facts)
+            if found is not None and found.facts.status == "ok"
+        ]
+
+
+def list_folder(folder: Path) -> list[str]:
+    """Relative names of all files below a folder, sorted, with forward slashes."""
+    names = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        base = os.path.relpath(place, folder)
+        prefix = "" if base == "." else base.replace(os.sep, "/") + "/"
+        names += [prefix + name for name in files]
+    return sorted(names)
+
+
+def find_files(table: SplitTable, collector: Collector) -> SplitFiles:
+    """Locate the files of a split; report bad names, other spellings and unreferenced files."""
+    if table.label_files is not None:
+        paths: list[str | None] = [str(table.images_dir / name) for name in table.file_names]
+        _report_names(table, collector)
+        _report_yolo_strays(table, collector)
+        return SplitFiles(table, paths, [None] * len(paths))
+    present = list_folder(table.images_dir)
+    listed = frozenset(present)
+    folded = {_fold(name): name for name in reversed(present)}
+    paths, used = [], set()
+    for row, name in enumerate(table.file_names):
+        problem = _name_problem(name)
+        if problem:
+            collector.add("file-name-invalid", f"{name!r} {problem}", **_record_place(table, row))
+            paths.append(None)
+            continue
+        clean = str(PurePosixPath(name))
+        if clean not in listed and _fold(clean) in folded:
+            clean = _report_spelling(table, row, folded[_fold(clean)], collector)
+        used.add(clean)
+        paths.append(str(table.images_dir / clean))
+    _report_names(table, collector)
+    used |= table.broken_names
+    if table.readable:
+        _report_unreferenced(table, [name for name in present if name not in used], collector)
+    return SplitFiles(table, paths, [None] * len(paths))
+
+
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _name_problem(name: str) -> str | None:
+    if not name.strip():
+        return "is empty"
+    if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
+        return "holds characters that no file name can have"
+    path = PurePosixPath(name)
+    if path.is_absolute() or (len(name) > 1 and name[1] == ":"):
+        return "is an absolute path"
+    if ".." in path.parts:
+        return "leads outside the images folder"
+    if str(path) == ".":
+        return "is a folder"
+    return None
+
+
+def _record_place(table: SplitTable, row: int) -> dict[str, Any]:
+    return {**table.image_place(row), "details": {**table.image_details(row), "image": None}}
+
+
+def _report_spelling(table: SplitTable, row: int, actual: str, collector: Collector) -> str:
+    name = table.file_names[row]
+    details = {**table.image_details(row), "actual": actual}
+    place = {**table.image_place(row), "details": details}
+    collector.add("file-case", f"'{name}' is '{actual}' on disk", **place)
+    return actual
+
+
+def _report_names(table: SplitTable, collector: Collector) -> None:
+    odd = [
+        row
+        for row, name in enumerate(table.file_names)
+        if not PLAIN_CHARACTERS.issuperset(name) and not _name_problem(name)
+    ]
+    for row in collector.take("file-name-portability", odd):
+        name = table.file_names[row]
+        found = sorted(set(name) - PLAIN_CHARACTERS)
+        text = f"'{name}' has {', '.join(map(repr, found[:5]))}"
+        details = table.image_details(row)
+        place = {**table.image_place(row), "file": details["image"], "line": None}
+        collector.note("file-name-portability", text, details=details, **place)
+
+
+def _report_unreferenced(table: SplitTable, names: Sequence[str], collector: Collector) -> None:
+    for name in names:
+        path = PurePosixPath(name)
+        where = {"split": table.name, "file": table.show(table.images_dir / name)}
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            text = "no annotation file names this image"
+            collector.add("file-unreferenced", text, **where)
+        elif not _is_service(path):
+            collector.add("file-stray", "neither an image nor an annotation file", **where)
+
+
+def _is_service(path: PurePosixPath) -> bool:
+    hidden = path.name.startswith(".") or path.name.lower().startswith("readme")
+    return hidden or path.name in SERVICE_FILES or path.suffix.lower() in SERVICE_SUFFIXES
+
+
+def _report_yolo_strays(table: SplitTable, collector: Collector) -> None:
+    """Label files without an image and other files beside the images."""
+    known = {table.folder / label for label in table.label_files or ()}
+    images = {table.images_dir / name for name in table.file_names}
+    for folder in sorted({path.parent for path in images}):
+        for name in list_folder(folder):
+            path = folder / name
+            where = {"split": table.name, "file": table.show(path)}
+            if path in images or path in known or path.parent != folder:
+                continue
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                collector.add("file-unreferenced", "no split lists this image", **where)
+            elif path.suffix.lower() != ".txt" and not _is_service(PurePosixPath(name)):
+                collector.add("file-stray", "neither an image nor a label file", **where)
+    for folder in sorted({path.parent for path in known}):
+        for name in list_folder(folder):
+            path = folder / name
+            if path.suffix == ".txt" and path not in known and path.parent == folder:
+                if _is_service(PurePosixPath(name)):
+                    continue
+                where = {"split": table.name, "file": table.show(path)}
+                collector.add("label-unreferenced", "no image belongs to this label file", **where)
+
+
+def check_files(files: SplitFiles, collector: Collector) -> None:
+    """Report what the inspection of each image found."""
+    for row, found in enumerate(files.facts):
+        path = files.paths[row]
+        if found is None or path is None:
+            continue
+        place = {
+            **files.table.image_place(row),
+            "file": files.table.show(Path(path)),
+            "line": None,
+            "details": {
+                **files.table.image_details(row),
+                "image": files.table.show(Path(path)),
+            },
+        }
+        facts = found.facts
+        if facts.status != "ok":
+            text = facts.detail or f"{files.table.file_names[row]}"
+            collector.add(STATUS_CODES[facts.status], text, **place)
+        if facts.format and facts.status not in ("missing", "empty"):
+            _check_header(files.table, row, facts, collector, place)
+
+
+def _check_header(
+    table: SplitTable,
+    row: int,
+    facts: ImageFacts,
+    collector: Collector,
+    place: dict[str, Any],
+) -> None:
+    path = PurePosixPath(place["file"])
+    if path.suffix.lower() not in SUFFIXES.get(facts.format, frozenset()):
+        text = f"the content is {facts.format}, the extension {path.suffix or 'is missing'}"
+        collector.add("file-extension", text, **_with(place, format=facts.format))
+    if facts.mode and facts.mode not in PLAIN_MODES:
+        collector.add("image-mode", f"colour mode {facts.mode}", **place)
+    if facts.orientation != 1:
+        text = f"EXIF orientation {facts.orientation}, stored {facts.width} x {facts.height}"
+        collector.add("image-exif-rotated", text, **place)
+    if facts.frames > 1:
+        collector.add("image-animated", f"{facts.frames} frames", **place)
+    width, height = table.sizes[row]
+    if table.relative or not facts.width or not np.isfinite([width, height]).all():
+        return
+    if (width, height) != (facts.width, facts.height):
+        text = (
+            f"annotated as {width:.0f} x {height:.0f}, the file has "
+            f"{facts.width} x {facts.height} pixels"
+        )
+        if (height, width) == (facts.width, facts.height):
+            text += " (width and height are exchanged: a rotated export?)"
+        size = _with(place, width=facts.width, height=facts.height)
+        ratio = width * facts.height / (height * facts.width)
+        mend = "rescale" if abs(ratio - 1) < SAME_SHAPE else ""
+        collector.add("image-size-mismatch", text, mend=mend, **size)
+
+
+def _with(place: dict[str, Any], **details: Any) -> dict[str, Any]:
+    return {**place, "details": {**place["details"], **details}}
+
+
+def adopt_sizes(files: SplitFiles) -> None:
+    """Fill unknown image sizes from the files."""
+    sizes = files.table.sizes
+    for row, found in enumerate(files.facts):
+        if found is not None and found.facts.width and not np.isfinite(sizes[row]).all():
+            sizes[row] = found.facts.width, found.facts.height

@@ -1,0 +1,176 @@
+"""`python -m rfdetr.checks DATASET`: check a dataset from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from rich.console import Console
+
+from rfdetr.checks.check import check_dataset
+from rfdetr.checks.codes import CODES
+from rfdetr.checks.dataset_report import DatasetReport
+from rfdetr.checks.html import write_html
+from rfdetr.checks.markdown import code_rows, to_markdown, verdict
+from rfdetr.checks.options import CheckConfig
+from rfdetr.checks.repair.copy import mend_dataset, plan_text
+from rfdetr.config import MODEL_CONFIGS, ModelConfig
+from rfdetr.errors import RFDETRError
+from rfdetr.files import write_text_atomic
+
+EXIT_OK, EXIT_ERRORS, EXIT_UNUSABLE = 0, 1, 2
+EVERY_FINDING = 10**9
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    found = argparse.ArgumentParser(
+        prog="python -m rfdetr.checks",
+        description="Find every defect of a dataset. Exit status 0: none is an error; "
+        "1: errors were found; 2: there is nothing to check. Nothing is written to the dataset.",
+    )
+    found.add_argument("dataset", nargs="?", help="dataset folder")
+    found.add_argument("--format", choices=("roboflow", "coco", "yolo"), default="roboflow")
+    found.add_argument("--model", choices=sorted(MODEL_CONFIGS), default="nano")
+    found.add_argument("--resolution", type=int, help="model input in pixels")
+    found.add_argument("--previous", metavar="REPORT|DATASET", help="older version to compare with")
+    found.add_argument("--out", metavar="DIR", help="folder for report.json, .md and .html")
+    found.add_argument("--fix-plan", action="store_true", help="list what --fix would mend")
+    found.add_argument("--fix", metavar="OUT_DIR", help="write a mended copy to this new folder")
+    found.add_argument("--silence", metavar="CODE", action="append", default=[])
+    found.add_argument("--severity", metavar="CODE=LEVEL", action="append", default=[])
+    found.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a threshold of CheckConfig",
+    )
+    found.add_argument("--annotations-only", action="store_true", help="do not open images")
+    found.add_argument("--workers", type=int, help="processes (default: all cores)")
+    found.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster")
+    found.add_argument("--cache", metavar="DIR", help="cache folder (default: the user's)")
+    found.add_argument("--no-progress", action="store_true")
+    found.add_argument("--list-codes", action="store_true", help="print every code and stop")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status; every failure is one readable message."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    options = parser().parse_args(arguments)
+    if options.list_codes:
+        for code, info in CODES.items():
+            mend = f" [--fix: {info.mend}]" if info.mend else ""
+            console.print(f"{code:24} {info.severity:8} {info.title}{mend}", markup=False)
+        return EXIT_OK
+    if options.dataset is None:
+        parser().error("the dataset folder is missing")
+    try:
+        return _run(options)
+    except ValidationError as error:
+        return _fail("; ".join(map(_problem, error.errors())))
+    except (RFDETRError, ValueError, OSError) as error:
+        return _fail(str(error))
+
+
+def _problem(error: ErrorDetails) -> str:
+    """What is wrong, after the field and the value that it was given."""
+    field = ".".join(map(str, error["loc"]))
+    return f"{field}={error['input']}: {error['msg']}" if field else error["msg"]
+
+
+def _fail(text: str) -> int:
+    sys.stderr.write(f"error: {text}\n")
+    return EXIT_UNUSABLE
+
+
+def _run(options: argparse.Namespace) -> int:
+    _require_outside(options)
+    report = check_dataset(
+        options.dataset,
+        options.format,
+        config=_config(options),
+        model_config=_model(options),
+        previous=options.previous,
+        workers=options.workers,
+        dask_address=options.dask,
+        cache_dir=options.cache,
+        progress=not options.no_progress,
+    )
+    _print_summary(report)
+    if options.out:
+        out = Path(options.out)
+        report.write(out / "report.json")
+        write_text_atomic(out / "report.md", to_markdown(report))
+        write_html(report, out / "report.html", options.dataset)
+        console.print(f"report: {out / 'report.html'}", markup=False)
+    if options.fix_plan:
+        text = plan_text(report)
+        console.print(text, markup=False)
+        if options.out:
+            write_text_atomic(Path(options.out) / "fix-plan.txt", text + "\n")
+    if options.fix:
+        result = mend_dataset(options.dataset, report, options.fix)
+        console.print(result.text(), markup=False)
+    return EXIT_OK if report.ok else EXIT_ERRORS
+
+
+def _require_outside(options: argparse.Namespace) -> None:
+    """Refuse to write into the dataset."""
+    dataset = Path(options.dataset).expanduser().resolve()
+    for name in ("out", "fix", "cache"):
+        given = getattr(options, name)
+        if given and dataset in (place := Path(given).expanduser().resolve(), *place.parents):
+            raise ValueError(
+                f"--{name} {given} lies in the dataset; nothing is written there. "
+                "Choose a folder outside."
+            )
+
+
+def _config(options: argparse.Namespace) -> CheckConfig:
+    values: dict[str, object] = dict(_pair(text, "--set") for text in options.set)
+    values["silence"] = options.silence
+    values["severity"] = dict(_pair(text, "--severity") for text in options.severity)
+    if options.annotations_only:
+        values["check_images"] = False
+    if options.fix or options.fix_plan:
+        values["max_findings_per_code"] = EVERY_FINDING
+    return CheckConfig.model_validate(values)
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"{option} {text}: write NAME=VALUE")
+    return name, value
+
+
+def _model(options: argparse.Namespace) -> ModelConfig:
+    values: dict[str, object] = {"pretrain_weights": None}
+    if options.resolution is not None:
+        values["resolution"] = options.resolution
+    return MODEL_CONFIGS[options.model].model_validate(values)
+
+
+def _print_summary(report: DatasetReport) -> None:
+    for code, severity, count in code_rows(report):
+        first = next(finding for finding in report.findings if finding.code == code)
+        console.print(
+            f"{severity:8} {code:24} {count:7,}  {first.place()}: {first.message}", markup=False
+        )
+    images = sum(numbers.images for numbers in report.statistics.values())
+    boxes = sum(numbers.boxes for numbers in report.statistics.values())
+    console.print(
+        f"{report.dataset}: {images:,} images, {boxes:,} boxes, {len(report.class_names)} classes; "
+        f"{report.errors} errors, {report.warnings} warnings, {report.infos} notes. "
+        f"{verdict(report)}",
+        markup=False,
+    )

@@ -1,0 +1,218 @@
+"""Image inspection in parallel processes or on a Dask cluster, with the cache in front."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from tqdm import TMonitor, tqdm
+
+from rfdetr.checks.cache import FactsCache, FileStamp, Inspected
+from rfdetr.checks.image_probe import ImageFacts, probe_bytes, read_content
+from rfdetr.errors import DatasetError, MissingDependencyError
+
+BATCH = 32
+CONNECT_SECONDS = 15
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+Batch = tuple[str, ...]
+Task = Callable[[Batch, int], list[Inspected]]
+
+
+def hash_batch(paths: Batch, _max_pixels: int) -> list[Inspected]:
+    """Content hashes only; facts are a placeholder where the file could be read."""
+    results = []
+    for path in paths:
+        _, content, problem = read_content(path)
+        results.append(Inspected(content, problem or ImageFacts("ok")))
+    return results
+
+
+def inspect_batch(paths: Batch, max_pixels: int) -> list[Inspected]:
+    """Hash and decode each file."""
+    results = []
+    for path in paths:
+        data, content, problem = read_content(path)
+        results.append(Inspected(content, problem or probe_bytes(data, max_pixels)))
+    return results
+
+
+def inspect_images(
+    paths: Sequence[str],
+    cache: FactsCache,
+    *,
+    max_pixels: int,
+    workers: int | None = None,
+    dask_address: str | None = None,
+    progress: bool = True,
+) -> list[Inspected]:
+    """Inspect image files, in order; unchanged ones come from the cache without being decoded.
+
+    Raises DatasetError when no Dask scheduler answers at `dask_address`.
+    """
+
+    def run(task: Task, chosen: Sequence[str], label: str) -> list[Inspected]:
+        batches = [tuple(chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
+        bar = tqdm(total=len(chosen), desc=label, unit="image", disable=not progress)
+        with bar:
+            if dask_address:
+                results = _on_dask(task, batches, max_pixels, dask_address, bar)
+            else:
+                results = _in_processes(task, batches, max_pixels, workers, bar)
+        return [found for batch in results for found in batch]
+
+    stamps = {stamp.path: stamp for stamp in map(_stamp, dict.fromkeys(paths)) if stamp}
+    known = cache.known_files(stamps.values())
+    sizes = cache.known_sizes()
+    left = [path for path in stamps if path not in known]
+
+    moved = [path for path in left if stamps[path].size in sizes]
+    if moved:
+        hashes = dict(zip(moved, run(hash_batch, moved, "reading"), strict=True))
+        contents = cache.known_contents({found.hash for found in hashes.values()})
+        fresh = {
+            path: Inspected(found.hash, contents[found.hash])
+            for path, found in hashes.items()
+            if found.hash in contents
+        }
+    else:
+        fresh = {}
+    unknown = [path for path in left if path not in fresh]
+    if unknown:
+        fresh.update(zip(unknown, run(inspect_batch, unknown, "decoding"), strict=True))
+    if fresh:
+        cache.store((stamps[path], found) for path, found in fresh.items())
+    known.update(fresh)
+    absent = Inspected("", ImageFacts("missing"))
+    return [known.get(path, absent) for path in paths]
+
+
+def _stamp(path: str) -> FileStamp | None:
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a Path object per image costs more than the call
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return FileStamp(path, -1, -1)  # reading it says what is wrong
+    return FileStamp(path, status.st_size, status.st_mtime_ns)
+
+
+def _in_processes(
+    task: Task,
+    batches: Sequence[Batch],
+    max_pixels: int,
+    workers: int | None,
+    bar: tqdm[Any],
+) -> list[list[Inspected]]:
+    workers = min(workers or usable_cores(), len(batches))
+    if workers <= 1:
+        results = []
+        for batch in batches:
+            results.append(task(batch, max_pixels))
+            bar.update(len(batch))
+        return results
+    done: dict[int, list[Inspected]] = {}
+    with ProcessPoolExecutor(workers, mp_context=process_context()) as pool:
+        with child_setup():
+            futures = {pool.submit(task, batch, max_pixels): i for i, batch in enumerate(batches)}
+        for future in as_completed(futures):
+            try:
+                done[futures[future]] = future.result()
+            except BrokenProcessPool:  # a decoder killed its process: look at each file alone
+                continue
+            bar.update(len(batches[futures[future]]))
+    for i, batch in enumerate(batches):
+        if i not in done:
+            done[i] = [_in_own_process(task, path, max_pixels) for path in batch]
+            bar.update(len(batch))
+    return [done[i] for i in range(len(batches))]
+
+
+def _in_own_process(task: Task, path: str, max_pixels: int) -> Inspected:
+    with ProcessPoolExecutor(1, mp_context=process_context()) as pool:
+        with child_setup():
+            future: Future[list[Inspected]] = pool.submit(task, (path,), max_pixels)
+        try:
+            return future.result()[0]
+        except BrokenProcessPool:
+            return Inspected("", ImageFacts("unreadable", "the decoder crashed on this file"))
+
+
+def _on_dask(
+    task: Task, batches: Sequence[Batch], max_pixels: int, address: str, bar: tqdm[Any]
+) -> list[list[Inspected]]:
+    try:
+        from distributed import Client
+        from distributed import as_completed as completed
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Checks on a Dask cluster need the package 'distributed': "
+            "pip install 'rfdetr-pipeline[dask]'."
+        ) from error
+    try:
+        client = Client(  # type: ignore[no-untyped-call]
+            address, timeout=CONNECT_SECONDS, set_as_default=False
+        )
+    except (OSError, ValueError, TimeoutError) as error:
+        raise DatasetError(
+            f"No Dask scheduler answers at {address} ({error}). Start one, correct the address, "
+            "or leave it out to use this machine's processes."
+        ) from error
+    with client:
+        futures = client.map(task, batches, max_pixels=max_pixels, pure=False)
+        places = {future.key: i for i, future in enumerate(futures)}
+        done: dict[int, list[Inspected]] = {}
+        for future, result in completed(  # type: ignore[no-untyped-call]
+            futures, with_results=True, loop=client.loop
+        ):
+            done[places[future.key]] = result
+            bar.update(len(result))
+    return [done[i] for i in range(len(batches))]
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
+def process_context() -> multiprocessing.context.BaseContext:
+    """Fork while no other thread could hold a lock, otherwise spawn."""
+    forkable = "fork" in multiprocessing.get_all_start_methods()
+    alone = all(
+        thread is threading.main_thread() or isinstance(thread, TMonitor)
+        for thread in threading.enumerate()
+    )
+    return multiprocessing.get_context("fork" if forkable and alone else "spawn")
+
+
+@contextmanager
+def child_setup() -> Iterator[None]:
+    """Children started inside compute with one thread each and do not run the caller's script.
+
+    A spawned child would import the main module again; a script without the usual `__name__` guard
+    would then start the whole check once more in every child.
+    """
+    kept = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    main = sys.modules["__main__"]
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

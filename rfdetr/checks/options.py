@@ -1,0 +1,59 @@
+"""Thresholds, severities and silenced codes of the dataset checks."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from rfdetr.checks.codes import CODES, Severity
+from rfdetr.checks.image_probe import MAX_PIXELS
+from rfdetr.config import StrictConfig
+
+
+class CheckConfig(StrictConfig):
+    """What counts as a finding. Unknown fields and unknown codes are refused by name.
+
+    `check_images=False` reads annotation files only. At most `max_findings_per_code` findings of a
+    code are listed; all are counted. Pixel tolerances are in pixels of the original image.
+    """
+
+    silence: list[str] = Field(default_factory=list)
+    severity: dict[str, Severity] = Field(default_factory=dict)
+    max_findings_per_code: int = Field(default=1000, ge=1)
+
+    check_images: bool = True
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    near_duplicate_bits: int = Field(default=7, ge=0, le=7)
+    near_duplicate_correlation: float = Field(default=0.97, ge=-1, le=1)
+
+    outside_tolerance: float = Field(default=1.0, ge=0)
+    min_box_side: float = Field(default=1e-6, ge=0)
+    max_aspect: float = Field(default=20.0, gt=1)
+    near_duplicate_iou: float = Field(default=0.95, gt=0, le=1)
+    area_tolerance: float = Field(default=0.05, ge=0)
+    min_mask_fill: float = Field(default=0.001, ge=0, le=1)
+
+    max_imbalance: float = Field(default=100.0, gt=1)
+    max_empty_share: float = Field(default=0.5, ge=0, le=1)
+    min_valid_share: float = Field(default=0.01, ge=0, le=1)
+    max_valid_share: float = Field(default=0.6, ge=0, le=1)
+    max_class_shift: float = Field(default=0.05, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _codes_exist(self) -> Self:
+        unknown = [code for code in (*self.silence, *self.severity) if code not in CODES]
+        if unknown:
+            hints = []
+            for code in unknown:
+                near = difflib.get_close_matches(code, CODES, n=1)
+                hints.append(f"'{code}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+            raise ValueError(
+                f"no finding code {', '.join(hints)}. `--list-codes` prints every code."
+            )
+        return self
+
+    def severity_of(self, code: str) -> Severity:
+        """The severity in force for a code."""
+        return self.severity.get(code, CODES[code].severity)

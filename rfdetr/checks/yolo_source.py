@@ -1,0 +1,208 @@
+"""YOLO label files and data.yaml as split tables, with a finding for each line that is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from rfdetr.checks.dataset_report import Collector
+from rfdetr.checks.polygons import ring_extents
+from rfdetr.checks.table import CategoryRow, Polygons, SplitTable
+from rfdetr.data.layouts import SPLITS, Layout, SplitPaths, class_names, parse_yaml, yolo_images
+from rfdetr.data.yolo import LabelRow, image_files, label_path, read_labels
+from rfdetr.errors import DatasetError
+
+ANY_CLASS = 1 << 31  # the range when data.yaml gives no usable names
+MAX_DEPTH = 100
+LINE_CODES = (
+    ("is not in 0..", "label-class-range"),
+    ("values are numbers", "box-non-numeric"),
+    ("values are finite", "box-nan"),
+)
+
+
+def read_yolo_layout(root: Path, yaml_file: Path, collector: Collector) -> Layout:
+    """The splits that data.yaml names, as far as it can be understood."""
+    content, text = _load_yaml(root, yaml_file, collector)
+    problems: list[str] = []
+    notes: list[str] = []
+    names = class_names(content, problems)
+    splits = {}
+    for name in SPLITS:
+        images = yolo_images(yaml_file, content, name, problems, notes)
+        if images:
+            splits[name] = SplitPaths(name, images)
+    for code, found in (("yaml-structure", problems), ("yaml-path", notes)):
+        for problem in found if text is not None else ():
+            line = _line_of_key(text or "", problem)
+            collector.add(code, problem, file=_show(root, yaml_file), line=line)
+    return Layout("yolo", root, splits, yaml_file, names)
+
+
+def _load_yaml(root: Path, path: Path, collector: Collector) -> tuple[dict[str, Any], str | None]:
+    """Content and text; the text is None when findings have said that there is no content."""
+    where = _show(root, path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        line = path.read_bytes().count(b"\n", 0, error.start) + 1
+        collector.add("yaml-malformed", f"not UTF-8: {error.reason}", file=where, line=line)
+        return {}, None
+    deep = _too_deep(text)
+    if deep is not None:
+        collector.add("yaml-malformed", "brackets are nested too deeply", file=where, line=deep)
+        return {}, None
+    try:
+        content = parse_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        found = mark.line + 1 if mark else None
+        collector.add("yaml-malformed", error.problem or "not YAML", file=where, line=found)
+        return {}, None
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        place = _line_of_character(text, error)
+        collector.add("yaml-malformed", reason[:200], file=where, line=place)
+        return {}, None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        text = f"expected keys such as names: and train:, found {kind}"
+        collector.add("yaml-structure", text, file=where, line=1)
+        return {}, None
+    return content, text
+
+
+def _too_deep(text: str) -> int | None:
+    """Line where brackets open deeper than any data.yaml needs; PyYAML takes minutes over those."""
+    depth = 0
+    for found in re.finditer(r"[\[\]{}]", text):
+        depth += 1 if found.group() in "[{" else -1
+        if depth > MAX_DEPTH:
+            return text.count("\n", 0, found.start()) + 1
+    return None
+
+
+def _line_of_character(text: str, error: Exception) -> int | None:
+    position = getattr(error, "position", None)
+    return text.count("\n", 0, position) + 1 if isinstance(position, int) else None
+
+
+def _line_of_key(text: str, problem: str) -> int | None:
+    """Line of the key that a problem begins with or names."""
+    for key in re.findall(r"([A-Za-z_]+):", problem):
+        found = re.search(rf"^[ \t\"']*{key}[\"']?\s*:", text, re.MULTILINE)
+        if found:
+            return text.count("\n", 0, found.start()) + 1
+    return 1
+
+
+def _show(root: Path, path: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def read_yolo_split(layout: Layout, split: SplitPaths, collector: Collector) -> SplitTable:
+    """Read the label files of one split; boxes are fractions until images are measured."""
+    files = _image_list(layout, split, collector)
+    rows: list[LabelRow] = []
+    owners: list[int] = []
+    for number, file in enumerate(files):
+        path = label_path(file)
+        found, problems = read_labels(path, len(layout.names) or ANY_CLASS)
+        rows += found
+        owners += [number] * len(found)
+        for problem in problems:
+            code = next((c for text, c in LINE_CODES if text in problem.reason), None)
+            collector.add(
+                code or "label-line-malformed",
+                f"{problem.reason}: {problem.text!r}",
+                split=split.name,
+                file=_show(layout.root, path),
+                line=problem.line,
+                image_id=number,
+                mend="drop-annotation",
+                details={"image": _show(layout.root, file)},
+            )
+    table = _table(layout, split, files, rows, owners)
+    _report_shared_labels(table, collector)
+    return table
+
+
+def _image_list(layout: Layout, split: SplitPaths, collector: Collector) -> list[Path]:
+    """Images of the split, each once."""
+    try:
+        files = list(image_files(split))
+    except (OSError, UnicodeDecodeError) as error:
+        text = f"the list of images cannot be read: {error}"
+        place = _show(layout.root, split.images[0])
+        collector.add("yaml-structure", text, split=split.name, file=place)
+        return []
+    seen = dict.fromkeys(files)
+    for file in collector.take("file-repeated", _repeated(files)):
+        place = _show(layout.root, file)
+        text = "the image is listed twice"
+        collector.note("file-repeated", text, split=split.name, file=place, mend="")
+    return list(seen)
+
+
+def _repeated(files: Sequence[Path]) -> list[Path]:
+    seen: set[Path] = set()
+    again = []
+    for file in files:
+        if file in seen:
+            again.append(file)
+        seen.add(file)
+    return again
+
+
+def _table(
+    layout: Layout,
+    split: SplitPaths,
+    files: Sequence[Path],
+    rows: Sequence[LabelRow],
+    owners: Sequence[int],
+) -> SplitTable:
+    corners = np.array([row.box for row in rows], np.float64).reshape(-1, 4)
+    classes = np.array([row.label for row in rows], np.int64)
+    rings = np.array([i for i, row in enumerate(rows) if row.polygon], np.int64)
+    numbers = np.array([len(rows[i].polygon) for i in rings], np.int64)
+    values = np.array([value for i in rings for value in rows[i].polygon], np.float64)
+    low, high = ring_extents(numbers, values)
+    lines = [row.line for row in rows]
+    masked = np.zeros(len(rows), bool)
+    masked[rings] = True
+    return SplitTable(
+        name=split.name,
+        folder=layout.root,
+        images_dir=layout.root,
+        annotation_file=layout.yaml_file,
+        image_ids=np.arange(len(files), dtype=np.int64),
+        file_names=[_show(layout.root, file) for file in files],
+        sizes=np.full((len(files), 2), np.nan),
+        annotation_ids=np.arange(len(rows), dtype=np.int64),
+        image_rows=np.array(owners, np.int64),
+        category_rows=np.where(classes < len(layout.names), classes, -1),
+        boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+        masked=masked,
+        polygons=Polygons(rings, numbers, low, high),
+        categories=[CategoryRow(i, name) for i, name in enumerate(layout.names)],
+        label_files=[_show(layout.root, label_path(file)) for file in files],
+        annotation_lines=lambda chosen: [lines[row] for row in chosen],
+        relative=True,
+    )
+
+
+def _report_shared_labels(table: SplitTable, collector: Collector) -> None:
+    first: dict[str, int] = {}
+    for row, label in enumerate(table.label_files or ()):
+        other = first.setdefault(label, row)
+        if other != row:
+            names = f"{table.file_names[other]} and {table.file_names[row]}"
+            collector.add("label-shared", f"{names} share {label}", **table.image_place(row))

@@ -1,0 +1,111 @@
+"""What doctor finds in the state folder, what it removes, and what it keeps."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.cli.doctor import OLD_DAYS, Finding, _cut_off, _old_copies, _old_state
+from flows.config.params import Environment
+from flows.fit_job.state import locked
+from flows.storage.packs import open_dataset, pack
+from flows.tracking.journal import Journal, RunSpec
+from flows.tracking.run import TrackedRun, close_run, default_tracking_uri, sync
+from tests.flows.mlflow_fixtures import runs
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> Environment:
+    return Environment.read({"RFDETR_STATE_DIR": str(tmp_path / "state")})
+
+
+def aged(path: Path) -> Path:
+    """`path` as if nobody had used it for longer than the limit."""
+    past = time.time() - (OLD_DAYS + 1) * 86400
+    os.utime(path, (past, past))
+    return path
+
+
+def training(env: Environment, name: str, *, unsent: bool = False, done: bool = True) -> Path:
+    folder = env.state_dir / "fit" / name
+    folder.mkdir(parents=True)
+    if done:
+        (folder / "done").write_text("{}")
+    if unsent:
+        Journal(folder, RunSpec(experiment="e", name="n")).log_metrics({"loss": 1.0}, 1)
+    return aged(folder)
+
+
+def test_a_finished_training_with_unsent_records_stays(env: Environment) -> None:
+    sent, unsent = training(env, "sent"), training(env, "unsent", unsent=True)
+    begun = training(env, "begun", done=False)
+    (found,) = _old_state(env, repair=False)
+    assert found.level == "note"
+    assert found.repair == "rfdetr-pipeline doctor --repair"
+    assert sent.exists()
+    (found,) = _old_state(env, repair=True)
+    assert "3 trainings" in found.text
+    assert "1 finished ones removed" in found.text
+    assert (sent.exists(), unsent.exists(), begun.exists()) == (False, True, True)
+
+
+def test_a_training_that_was_cut_off_is_closed_unless_it_is_at_work(
+    env: Environment, tmp_path: Path
+) -> None:
+    uri = default_tracking_uri(tmp_path)
+    folders = {name: env.state_dir / "fit" / name for name in ("cut off", "at work", "ended")}
+    for name, folder in folders.items():
+        spec = RunSpec(experiment="e", name=name)
+        TrackedRun(folder, spec, uri=uri).begin()
+        assert sync(env.state_dir, uri)[folder] is None
+    close_run(folders["ended"], "FINISHED", uri)
+
+    def states() -> dict[str, str]:
+        return {run.info.run_name: run.info.status for run in runs(uri)}
+
+    with locked(folders["at work"]):
+        (found,) = _cut_off(env, tmp_path, repair=False)
+        assert (found.level, found.text) == ("note", "1 cut off and not gone on with")
+        assert states()["cut off"] == "RUNNING"
+        (found,) = _cut_off(env, tmp_path, repair=True)
+    assert found.text.endswith("1 closed as KILLED in MLflow")
+    assert states() == {"cut off": "KILLED", "at work": "RUNNING", "ended": "FINISHED"}
+    with TrackedRun(folders["cut off"], uri=uri):  # the next attempt
+        pass
+    assert states()["cut off"] == "FINISHED"
+    (found,) = _cut_off(env, tmp_path, repair=False)
+    assert "1 cut off" in found.text, "the lock of the one at work is free now"
+
+
+def looked(env: Environment, *, repair: bool) -> dict[str, Finding]:
+    return {found.subject: found for found in _old_copies(env, repair=repair)}
+
+
+def test_copies_that_nobody_uses_are_named_and_removed(env: Environment) -> None:
+    assert {found.level for found in looked(env, repair=False).values()} == {"ok"}
+    for name in ("unpacked", "exports", "downloads"):
+        for age in ("old", "new"):
+            (env.state_dir / name / age).mkdir(parents=True)
+            (env.state_dir / name / age / "file").write_bytes(bytes(2 << 20))
+        aged(env.state_dir / name / "old")
+    held = env.state_dir / "unpacked" / ".old.lock"
+    held.mkdir()
+    aged(held)
+    found = looked(env, repair=False)
+    assert found["exports"].text == f"1 not used for {OLD_DAYS} days, 2 MiB"
+    looked(env, repair=True)
+    left = {path.name for name in found for path in (env.state_dir / name).iterdir()}
+    assert left == {"new", ".old.lock"}
+
+
+def test_a_dataset_in_use_is_not_old(env: Environment, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.txt").write_text("a")
+    packed = pack(tmp_path / "set", tmp_path / "packed", progress=False)
+    copy = aged(open_dataset(packed, env.state_dir))
+    assert open_dataset(packed, env.state_dir) == copy
+    looked(env, repair=True)
+    assert copy.exists()

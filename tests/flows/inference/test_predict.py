@@ -1,0 +1,290 @@
+"""Batch prediction: COCO files, resumed after kill -9, folders and S3, what is no image."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from flows.batch_predict import batch_predict
+from flows.inference.coco_results import PROGRESS
+from flows.inference.images import list_pictures, newest
+from flows.inference.predict import BATCH, Predictions, predict_images
+from flows.storage.prefixes import upload_tree
+from rfdetr import RFDETR
+from rfdetr.checkpoints.legacy_names import to_legacy
+from rfdetr.checkpoints.safe_io import save_file
+from rfdetr.errors import ConfigError, DatasetError
+from tests.datasets import scenes
+from tests.flows.models import NAMES, register_champion, write_model
+from tests.flows.prefect_fixtures import PrefectServer
+from tests.flows.projects import ROOT, environment, write_params
+from tests.flows.servers import S3Server
+from tests.unit.detector.small import small_segmentation
+
+IMAGES = 12 * BATCH + 3
+
+
+@pytest.fixture(scope="module")
+def project(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder whose registry has a champion."""
+    root = tmp_path_factory.mktemp("predict")
+    write_params(root, registry={"name": "rfdetr-demo"})
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    (root / "mlflow.db").write_bytes(migrated_database.read_bytes())
+    (root / "model").mkdir()
+    register_champion(f"sqlite:///{root / 'mlflow.db'}", write_model(root / "model"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number, scene in enumerate(scenes(IMAGES, 3)):
+        file = folder / f"day-{number % 2}" / f"{number:03d}.png"
+        file.parent.mkdir(exist_ok=True)
+        scene.image.save(file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(project: Path, photos: Path) -> Path:
+    """The result of an uninterrupted call."""
+    out = project / "whole"
+    found = predict(project, photos, out)
+    assert (found.images, found.detected, found.unreadable) == (IMAGES, IMAGES, 0)
+    return out
+
+
+def predict(root: Path, source: Any, out: Any, **options: Any) -> Predictions:
+    settings = {"threshold": 0.0, "draw": False, **options}
+    return predict_images(root, [str(source)], str(out), **settings)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    lines = (out / PROGRESS).read_text().splitlines()[1:]
+    return [row for line in lines for row in json.loads(line)]
+
+
+def test_results_are_the_detectors_own(whole: Path, photos: Path, project: Path) -> None:
+    coco = COCO(str(whole / "detections.json"))
+    assert sorted(coco.imgs) == list(range(1, IMAGES + 1))
+    image = coco.imgs[3]
+    assert (image["file_name"], image["width"], image["height"]) == ("day-0/004.png", 96, 64)
+    detector = RFDETR.from_checkpoint(str(project / "model/best.pth"), device="cpu")
+    expected = detector.predict(str(photos / "day-0/004.png"), threshold=0.0)
+    found = coco.imgToAnns[3]
+    assert len(found) == len(expected) == 30
+    for annotation, box, score, label in zip(
+        found, expected.xyxy, expected.confidence, expected.class_id, strict=True
+    ):
+        x, y, w, h = annotation["bbox"]
+        assert [x, y, x + w, y + h] == pytest.approx(box.tolist(), abs=0.02)
+        assert annotation["score"] == pytest.approx(float(score), abs=1e-4)
+        assert annotation["category_id"] == label
+    known = dict(enumerate([*NAMES, "3"]))
+    assert all(known[c["id"]] == c["name"] for c in coco.cats.values())
+    info = json.loads((whole / "detections.json").read_text())["info"]
+    assert (info["model"], info["version"]) == ("rfdetr-demo", 1)
+
+
+def test_results_file_is_what_coco_reads(whole: Path) -> None:
+    coco = COCO(str(whole / "detections.json"))
+    again = coco.loadRes(str(whole / "results.json"))
+    assert len(again.anns) == len(coco.anns) > 0
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_result(
+    project: Path, photos: Path, whole: Path
+) -> None:
+    """kill -9 after some batches; the second call does the rest, nothing twice."""
+    out = project / "killed"
+    command = [sys.executable, "-m", "flows.cli.main", "predict", str(photos), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--threshold", "0.0", "--no-draw"],
+        cwd=project,
+        env=environment(project, PYTHONPATH=str(ROOT)),
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while _lines(out) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = len(rows(out))
+    assert 2 * BATCH <= finished < IMAGES, "the kill came too late to prove anything"
+    assert not (out / "detections.json").exists()
+    with open(out / PROGRESS, "a") as stream:
+        stream.write('[{"file_name": "day-1/0')  # a batch that was being written
+    found = predict(project, photos, out)
+    assert found.detected == IMAGES - finished
+    assert set(Counter(row["file_name"] for row in rows(out)).values()) == {1}
+    for name in ("detections.json", "results.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert predict(project, photos, out).detected == 0
+
+
+def _lines(out: Path) -> int:
+    file = out / PROGRESS
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def test_only_new_and_changed_images_are_looked_at(
+    project: Path, photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "growing"
+    folder.mkdir()
+    for number in (0, 2):
+        (folder / f"{number}.png").write_bytes((photos / f"day-0/00{number}.png").read_bytes())
+    out = tmp_path / "out"
+    assert predict(project, folder, out).detected == 2
+    (folder / "1.png").write_bytes((photos / "day-0/004.png").read_bytes())
+    Image.new("RGB", (50, 40)).save(folder / "2.png")
+    found = predict(project, folder, out)
+    assert (found.images, found.detected) == (3, 2)
+    images = json.loads((out / "detections.json").read_text())["images"]
+    assert [i["file_name"] for i in images] == ["0.png", "1.png", "2.png"]
+    assert images[2]["width"] == 50
+    assert predict(project, folder, out, threshold=0.01).detected == 3
+
+
+def test_what_is_no_image_is_named_and_stops_nothing(
+    project: Path, photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"not a picture")
+    (folder / "b.png").write_bytes((photos / "day-0/000.png").read_bytes())
+    (folder / "notes.txt").write_text("no image at all")
+    found = predict(project, folder, tmp_path / "out")
+    assert (found.images, found.unreadable) == (2, 1)
+    document = json.loads((tmp_path / "out/detections.json").read_text())
+    assert list(document["info"]["unreadable"]) == ["a.jpg"]
+    assert [i["file_name"] for i in document["images"]] == ["b.png"]
+    assert predict(project, folder, tmp_path / "out").detected == 0
+
+
+def test_drawn_pictures_inside_the_source_are_no_images_of_the_next_call(
+    project: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/one.png").write_bytes((photos / "day-0/000.png").read_bytes())
+    out = tmp_path / "found"
+    assert predict(project, tmp_path, out).detected == 1
+    assert predict(project, tmp_path, out, draw=True).detected == 1, "the pictures are missing"
+    assert predict(project, tmp_path, out, draw=True).images == 1
+    with Image.open(out / "pictures/a/one.png.jpg") as drawn:
+        assert drawn.size == (96, 64)
+
+
+def test_sources_that_cannot_be_used_are_named(project: Path, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="does not exist"):
+        predict(project, tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="No images in"):
+        predict(project, tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(ConfigError, match="no version with the alias 'best'"):
+        predict(project, photos, tmp_path / "out", model="best")
+    one, two = photos / "day-0", tmp_path / "copy"
+    two.mkdir()
+    (two / "000.png").write_bytes((one / "000.png").read_bytes())
+    with pytest.raises(DatasetError, match=r"both be called 000\.png"):
+        list_pictures([str(one), str(two)])
+    assert len(list_pictures([str(one), str(one)])) == len(list(one.iterdir()))
+
+
+def test_newest_images_by_time_and_number(tmp_path: Path) -> None:
+    for number in range(5):
+        file = tmp_path / f"{number}.png"
+        Image.new("RGB", (4, 4)).save(file)
+        os.utime(file, (time.time() - 3600 * number,) * 2)
+    pictures = list_pictures([str(tmp_path)])
+    assert [p.name for p in newest(pictures, hours=2.5)] == ["0.png", "1.png", "2.png"]
+    assert [p.name for p in newest(pictures, limit=2)] == ["0.png", "1.png"]
+
+
+def test_from_and_to_s3_and_on_another_machine(
+    project: Path, photos: Path, whole: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefix gives the folder's result; without local state the results on S3 are enough."""
+    upload_tree(photos, "s3://data/photos", progress=False)
+    (s3.folder / "data/photos-of-others").mkdir(exist_ok=True)
+    (s3.folder / "data/photos-of-others/x.png").write_bytes(b"never read")
+    found = predict(project, "s3://data/photos", "s3://data/found")
+    assert (found.images, found.detected, found.unreadable) == (IMAGES, IMAGES, 0)
+    for name in ("detections.json", "results.json"):
+        assert (s3.folder / "data/found" / name).read_bytes() == (whole / name).read_bytes()
+    monkeypatch.setenv("RFDETR_STATE_DIR", str(project / "other-machine"))
+    assert predict(project, "s3://data/photos", "s3://data/found").detected == 0
+
+
+def test_masks_are_written_as_run_lengths(
+    migrated_database: Path, photos: Path, tmp_path: Path
+) -> None:
+    files = write_model(tmp_path)
+    detector = small_segmentation(num_classes=3)
+    save_file(
+        {
+            "model": to_legacy(detector.model.model.state_dict()),
+            "args": {"class_names": NAMES, "num_classes": 3},
+            "model_name": "RFDETRSegNano",
+            "model_config": detector.model_config.model_dump(mode="json"),
+        },
+        tmp_path / "best.pth",
+    )
+    (tmp_path / "mlflow.db").write_bytes(migrated_database.read_bytes())
+    write_params(tmp_path, registry={"name": "rfdetr-demo"})
+    register_champion(f"sqlite:///{tmp_path / 'mlflow.db'}", files)
+    predict(tmp_path, photos / "day-0/000.png", tmp_path / "out")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    expected = detector.predict(str(photos / "day-0/000.png"), threshold=0.0)
+    decoded = [coco_mask.decode(result["segmentation"]) for result in results]
+    assert len(decoded) == len(expected) == 10
+    assert all((a == b).all() for a, b in zip(decoded, expected.mask, strict=True))
+
+
+def test_the_flow_predicts_in_a_child_and_shows_the_result(
+    project: Path, photos: Path, whole: Path, prefect_server: PrefectServer
+) -> None:
+    """Results of the command are there already: the flow finds nothing left to do."""
+    code = "import sys; from flows.batch_predict import batch_predict as b; b(*sys.argv[1:], threshold=0.0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(photos), str(whole)],
+        cwd=project,
+        env=environment(
+            project,
+            PYTHONPATH=str(ROOT),
+            PREFECT_API_URL=prefect_server.url,
+            PREFECT_HOME=str(prefect_server.folder),
+        ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = prefect_server.last_run()
+    assert run["state"]["name"] == "Completed"
+    table = json.loads(prefect_server.artifacts(run["id"])["predictions"])
+    facts = {row[""]: row["value"] for row in table}
+    assert (facts["images"], facts["detected"]) == (str(IMAGES), "0")
+
+
+def test_a_worker_refuses_to_write_into_its_temporary_folder(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
+    with pytest.raises(ConfigError, match="absolute folder"):
+        batch_predict.fn(str(photos), "found")

@@ -1,0 +1,86 @@
+"""Runs on one machine take different GPUs. The machine here has none: their number is given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from flows.orchestration import gpus
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from flows.orchestration import gpus
+gpus._present = lambda: 3
+with gpus.claimed(2, Path(sys.argv[1])):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def three(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "_present", lambda: 3)
+    monkeypatch.setattr(gpus, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.delenv(gpus.VISIBLE, raising=False)
+
+
+def visible_to_children() -> str:
+    code = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))"
+    return subprocess.check_output([sys.executable, "-c", code], text=True).strip()
+
+
+def test_runs_see_different_gpus_and_everything_is_as_before_at_the_end(tmp_path: Path) -> None:
+    with gpus.claimed(2, tmp_path):
+        assert visible_to_children() == "0,1"
+    assert gpus.VISIBLE not in os.environ
+    with gpus.claimed(9, tmp_path):
+        assert visible_to_children() == "0,1,2"
+    assert visible_to_children() == "all"
+
+
+def test_only_what_the_environment_leaves_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(gpus.VISIBLE, "2,GPU-a")
+    with gpus.claimed(1, tmp_path):
+        assert visible_to_children() == "2"
+    assert os.environ[gpus.VISIBLE] == "2,GPU-a"
+
+
+def test_a_machine_without_gpus_has_nothing_to_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "_present", lambda: 0)
+    with gpus.claimed(1, tmp_path):
+        assert visible_to_children() == "all"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_waits_for_the_gpus_of_another_until_that_is_killed(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "ready\n"
+    got: list[str] = []
+
+    def second() -> None:
+        with gpus.claimed(2, tmp_path):
+            got.append(os.environ[gpus.VISIBLE])
+
+    waiting = threading.Thread(target=second)
+    waiting.start()
+    waiting.join(0.3)
+    assert got == [], "one GPU is free, two are wanted"
+    with gpus.claimed(1, tmp_path):  # the one that waits holds nothing meanwhile
+        assert os.environ[gpus.VISIBLE] == "2"
+    holder.kill()
+    holder.wait()
+    waiting.join(30)
+    assert got == ["0,1"]

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import base64
+import functools
+import http.server
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from fastapi.testclient import TestClient
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import scoring_server
+from PIL import Image
+
+from flows.registry.registry import Registry
+from flows.registry.served_model import read_images
+from rfdetr import RFDETR
+from tests.flows.mlflow_fixtures import free_port, stop, wait_for
+from tests.flows.models import NAMES, register_champion, write_model
+
+EVERYTHING = {"threshold": 0.0}
+
+
+@pytest.fixture(scope="module")
+def registered(
+    migrated_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Registry]:
+    folder = tmp_path_factory.mktemp("pyfunc")
+    (folder / "mlflow.db").write_bytes(migrated_database.read_bytes())
+    registry = register_champion(f"sqlite:///{folder / 'mlflow.db'}", write_model(folder))
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(registry.uri)
+    yield registry
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def champion(registered: Registry) -> Any:
+    return mlflow.pyfunc.load_model(f"models:/{registered.name}@champion")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def picture(pixels: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "photo of digits.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def same(one: pd.Series, two: pd.Series) -> bool:
+    return json.dumps(one.to_dict()) == json.dumps(two.to_dict())
+
+
+def test_champion_answers_as_the_detector_itself(
+    champion: Any, registered: Registry, picture: Path, tmp_path: Path
+) -> None:
+    version = registered.champion()
+    assert version is not None
+    weights = registered.fetch(version, tmp_path) / "artifacts" / "best.pth"
+    expected = RFDETR.from_checkpoint(str(weights)).predict(Image.open(picture), threshold=0.0)
+    (row,) = champion.predict(pd.DataFrame({"image": [str(picture)]}), params=EVERYTHING).iloc
+    order = np.argsort(-expected.confidence, kind="stable")
+    assert 0 < len(row.scores) == len(expected)
+    assert row.scores == sorted(row.scores, reverse=True)
+    np.testing.assert_allclose(row.boxes, expected.xyxy[order], rtol=1e-6)
+    np.testing.assert_allclose(row.scores, expected.confidence[order], rtol=1e-6)
+    assert row.labels == expected.class_id[order].tolist()
+    assert set(row.names) <= {*NAMES, str(len(NAMES))}
+    assert row.names == [NAMES[i] if i < len(NAMES) else str(i) for i in row.labels]
+
+
+def test_every_form_of_an_image_gives_the_same_answer(
+    champion: Any, pixels: np.ndarray, picture: Path
+) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=picture.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{picture.name.replace(' ', '%20')}"
+        forms = [
+            str(picture), url, encoded(picture), f"data:image/png;base64,{encoded(picture)}",
+            picture.read_bytes(), pixels, pixels.tolist(),
+        ]  # fmt: skip
+        found = champion.predict(pd.DataFrame({"image": forms}), params=EVERYTHING)
+        server.shutdown()
+    assert len(found) == len(forms)
+    assert all(same(found.iloc[0], found.iloc[i]) for i in range(1, len(forms)))
+
+
+def test_threshold_and_largest_number_of_detections(champion: Any, picture: Path) -> None:
+    frame = pd.DataFrame({"image": [str(picture)]})
+    every = champion.predict(frame, params=EVERYTHING).iloc[0]
+    middle = float(np.median(every.scores))
+    some = champion.predict(frame, params={"threshold": middle}).iloc[0]
+    assert some.scores == [score for score in every.scores if score > middle]
+    few = champion.predict(frame, params={"threshold": 0.0, "max_detections": 3}).iloc[0]
+    assert few.boxes == every.boxes[:3]
+    assert champion.predict(frame, params={"threshold": 0.999}).iloc[0].boxes == []
+    for params in ({"threshold": 1.5}, {"max_detections": 0}):
+        with pytest.raises(MlflowException, match="threshold must be in"):
+            champion.predict(frame, params=params)
+
+
+def test_every_bad_row_is_named(tmp_path: Path, picture: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:300])
+    rows = [
+        str(picture), str(tmp_path / "missing.jpg"), str(tmp_path / "text.png"),
+        str(tmp_path / "cut.png"), "not an image!", encoded(picture)[:40], None, 7,
+        np.zeros((4, 4, 2)), np.full((4, 4, 3), 0.5), np.full((4, 4, 3), 300), [[1, 2], [3]],
+        "http://127.0.0.1:9/x.png?X-Amz-Signature=abcdef123456",
+    ]  # fmt: skip
+    with pytest.raises(MlflowException) as caught:
+        read_images(pd.DataFrame({"image": rows}))
+    text = str(caught.value)
+    assert caught.value.get_http_status_code() == 400
+    assert "row 0:" not in text
+    assert all(f"row {index}:" in text for index in range(1, len(rows)))
+    assert "missing.jpg is no file" in text and "cannot be fetched" in text
+    assert "abcdef123456" not in text
+    with pytest.raises(MlflowException, match=r"column 'image' is missing; found \['picture'\]"):
+        read_images(pd.DataFrame({"picture": ["a"]}))
+
+
+def test_gray_palette_alpha_and_deep_images_are_read(tmp_path: Path) -> None:
+    for mode in ("L", "P", "RGBA", "LA", "CMYK", "I;16", "1"):
+        path = tmp_path / f"{mode.replace(';', '')}.tiff"
+        Image.new(mode, (5, 4)).save(path)
+        (image,) = read_images([str(path)])
+        assert (image.mode, image.size) == ("RGB", (5, 4))
+    assert read_images([np.zeros((4, 5), dtype=np.uint8)])[0].size == (5, 4)
+
+
+def test_base64_text_of_any_length_is_no_path() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        shape = (*random.integers(1, 30, 2), 3)
+        array = random.integers(0, 256, shape, dtype=np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(array).save(stream, "PNG")
+        (image,) = read_images([base64.b64encode(stream.getvalue()).decode("ascii")])
+        assert np.array_equal(np.asarray(image), array)
+
+
+def test_scoring_server_takes_json_and_answers_400_to_bad_rows(
+    champion: Any, pixels: np.ndarray, picture: Path
+) -> None:
+    client = TestClient(scoring_server.init(champion))
+    frame = {"columns": ["image"], "data": [[encoded(picture)], [pixels.tolist()]]}
+    for body in (
+        {"dataframe_split": frame, "params": EVERYTHING},
+        {"inputs": {"image": [encoded(picture), encoded(picture)]}, "params": EVERYTHING},
+        {"dataframe_records": [{"image": encoded(picture)}] * 2, "params": EVERYTHING},
+    ):
+        answer = client.post("/invocations", json=body)
+        assert answer.status_code == 200, answer.text
+        one, two = answer.json()["predictions"]
+        assert one == two
+        assert set(one) == {"boxes", "scores", "labels", "names"}
+        assert len(one["boxes"]) == len(one["scores"]) == 30
+    bad = {"dataframe_split": {"columns": ["image"], "data": [["nothing"]]}}
+    answer = client.post("/invocations", json=bad)
+    assert answer.status_code == 400
+    assert "row 0: 'nothing' is neither a file, a URL nor base64 text" in answer.text
+
+
+def test_signature_example_and_files_of_the_model(champion: Any, registered: Registry) -> None:
+    signature = champion.metadata.signature
+    assert signature.inputs.input_names() == ["image"]
+    assert signature.outputs.input_names() == ["boxes", "scores", "labels", "names"]
+    assert [param.name for param in signature.params] == ["threshold", "max_detections"]
+    example = champion.metadata.load_input_example(
+        str(registered.client.get_logged_model(champion.metadata.model_id).artifact_location)
+    )
+    assert len(champion.predict(example)) == 1
+
+
+OUTSIDE = """
+import sys
+sys.modules["flows"] = None  # only rfdetr is installed where a model serves
+import mlflow, pandas
+model = mlflow.pyfunc.load_model(sys.argv[1])
+print(len(model.predict(pandas.DataFrame({"image": [sys.argv[2]]}), params={"threshold": 0.0})))
+"""
+
+
+def test_the_model_loads_in_another_folder_without_the_pipeline_and_without_pickle(
+    registered: Registry, picture: Path, tmp_path: Path
+) -> None:
+    version = registered.champion()
+    assert version is not None
+    folder = registered.fetch(version, tmp_path / "fetched")
+    assert not [p for p in folder.rglob("*") if p.suffix in {".pkl", ".pickle"}]
+    held = {p.name for p in (folder / "artifacts").iterdir()}
+    assert held == {"best.pth", "model.json", "model.onnx", "parity.json"}
+    command = [sys.executable, "-c", OUTSIDE, str(folder), str(picture)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "1", done.stderr[-3000:]
+
+
+def test_mlflow_models_serve_answers_a_request_with_an_image(
+    registered: Registry, picture: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+    command += ["-m", f"models:/{registered.name}@champion", "-p", str(port), "-h", "127.0.0.1"]
+    log = tmp_path / "serve.log"
+    with open(log, "wb") as output:
+        server = subprocess.Popen(
+            command, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True,
+            env={**os.environ, "MLFLOW_TRACKING_URI": registered.uri},
+        )  # fmt: skip
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ping", 120, log)
+        body = json.dumps({"inputs": {"image": [encoded(picture)]}, "params": EVERYTHING})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations",
+            data=body.encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(io.BytesIO(response.read()))
+    finally:
+        stop(server)
+    (row,) = answer["predictions"]
+    assert len(row["boxes"]) == 30
+    assert all(len(box) == 4 for box in row["boxes"])

@@ -1,0 +1,93 @@
+"""Starting weights: every generation with proof, refused files, S3, from scratch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows.config.params import Params, parse_params
+from flows.stages.convert import convert
+from flows.storage.objects import upload
+from rfdetr.checkpoints.convert import best_payload
+from rfdetr.checkpoints.record import read_container
+from rfdetr.checkpoints.safe_io import save_file
+from rfdetr.errors import CheckpointError, RFDETRError
+from rfdetr.model.network import build_network
+from tests.flows.projects import TINY
+from tests.flows.servers import S3Server
+
+CHECKPOINTS = Path(__file__).parents[2] / "parity" / "training" / "checkpoints"
+
+
+def params(source: str | None, **model: object) -> Params:
+    return parse_params({"model": {**TINY["model"], **model}, "convert": {"source": source}})
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A legacy file of the tiny model, in a project folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    config = params(None).model.config(num_classes=3)
+    payload = best_payload(build_network(config).state_dict(), config, class_names=["a", "b", "c"])
+    Path("weights").mkdir()
+    save_file(payload, "weights/start.pth")
+    return Path("weights/start.pth")
+
+
+def card() -> dict:
+    return json.loads(Path("models/initial/model.json").read_text())
+
+
+def test_a_legacy_file_is_converted_with_proof(start: Path) -> None:
+    convert(params(str(start)))
+    found = card()
+    assert found["proof"]["compared"] == "outputs"
+    assert found["proof"]["max_abs_difference"] == 0
+    assert found["class_names"] == ["a", "b", "c"]
+    new, old = read_container("models/initial/model.ckpt"), read_container(start)
+    assert new.kind == "lightning"
+    assert all((new.weights[name] == old.weights[name]).all() for name in old.weights)
+    convert(params("models/initial/model.ckpt"))
+    assert "copied as it is" in card()["proof"]["summary"]
+
+
+def test_from_scratch_the_seed_decides(start: Path) -> None:
+    convert(params(None))
+    first = card()["weights_sha256"]
+    convert(params(None))
+    assert card()["weights_sha256"] == first
+    assert card()["kind"] == "scratch"
+
+
+def test_weights_come_from_s3(start: Path, s3: S3Server) -> None:
+    upload(start, "s3://data/weights/start.pth", progress=False)
+    convert(params("s3://data/weights/start.pth"))
+    assert card()["source"] == "s3://data/weights/start.pth"
+
+
+@pytest.mark.parametrize("name", ["evil_reduce_in_args", "evil_reduce_inside_namespace"])
+def test_a_malicious_file_is_refused_and_the_old_result_stays(start: Path, name: str) -> None:
+    convert(params(str(start)))
+    before = card()
+    shutil.copy(CHECKPOINTS / f"{name}.pth", "weights/evil.pth")
+    with pytest.raises(CheckpointError, match=r"weights/evil\.pth"):
+        convert(params("weights/evil.pth"))
+    assert card() == before
+
+
+@pytest.mark.parametrize("name", ["truncated", "empty", "bad_not_a_dict", "bad_no_model_key"])
+def test_a_damaged_file_is_one_clear_error(start: Path, name: str) -> None:
+    shutil.copy(CHECKPOINTS / f"{name}.pth", f"weights/{name}.pth")
+    with pytest.raises(CheckpointError, match=name):
+        convert(params(f"weights/{name}.pth"))
+    assert not Path("models/initial").exists()
+
+
+def test_weights_of_another_network_and_missing_files_are_named(start: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not fit the model section"):
+        convert(params(str(start), patch_size=8, resolution=64))
+    with pytest.raises((RFDETRError, FileNotFoundError), match="nothing"):
+        convert(params("weights/nothing.pth"))

@@ -1,0 +1,330 @@
+"""Downloads against a local HTTP server: resume, checksums, refusals, several processes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.server
+import multiprocessing
+import re
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rfdetr.checkpoints import dinov2, hub
+from rfdetr.checkpoints.dinov2 import encoder_weights, load_dinov2, wants_dinov2
+from rfdetr.checkpoints.hub import resolve_weights
+from rfdetr.checkpoints.load import initialise_weights
+from rfdetr.config import RFDETRBaseConfig, RFDETRNanoConfig
+from rfdetr.errors import DownloadError
+from rfdetr.model.network import build_network
+
+NAME = "rf-detr-nano.pth"
+BODY = bytes(range(256)) * 20_000  # 5 MB
+
+
+@dataclass
+class Behaviour:
+    """What the server does; every answer takes one entry of `cuts` (bytes until it hangs up)."""
+
+    body: bytes = BODY
+    headers: dict[str, str] = field(default_factory=dict)
+    cuts: list[int] = field(default_factory=list)
+    ranges: bool = True
+    status: int = 200
+    pinned: str | None = None
+    requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def __init__(self, behaviour: Behaviour, *args: Any) -> None:
+        self.behaviour = behaviour
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        plan = self.behaviour
+        if self.path.endswith(".sha256"):
+            self._answer(200 if plan.pinned else 404, (plan.pinned or "").encode(), {}, None)
+            return
+        wanted, condition = self.headers.get("Range"), self.headers.get("If-Range")
+        plan.requests.append((self.path, wanted, condition))
+        cut = plan.cuts.pop(0) if plan.cuts else None
+        match = re.match(r"bytes=(\d+)-", wanted or "")
+        start = int(match.group(1)) if match and plan.ranges else 0
+        if condition and condition != plan.headers.get("ETag"):
+            start = 0
+        if plan.status != 200:
+            self._answer(plan.status, b"no", {}, None)
+        elif start >= len(plan.body):
+            self._answer(416, b"", {}, None)
+        elif start:
+            span = {"Content-Range": f"bytes {start}-{len(plan.body) - 1}/{len(plan.body)}"}
+            self._answer(206, plan.body[start:], plan.headers | span, cut)
+        else:
+            self._answer(200, plan.body, plan.headers, cut)
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str], cut: int | None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body if cut is None else body[:cut])
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Behaviour]:
+    behaviour = Behaviour(headers={"ETag": f'"{hashlib.md5(BODY).hexdigest()}"'})
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, behaviour))
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setenv("RF_WEIGHTS_URL", f"http://127.0.0.1:{httpd.server_port}/weights/")
+    monkeypatch.setenv("RF_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    yield behaviour
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def _cache(tmp_path: Path) -> list[str]:
+    return sorted(p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock"))
+
+
+def test_a_name_is_fetched_once_and_then_cached(
+    server: Behaviour, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = resolve_weights(NAME)
+    assert path == tmp_path / "cache" / NAME
+    assert path.read_bytes() == BODY
+    assert resolve_weights(NAME) == path
+    assert [r[0] for r in server.requests] == [f"/weights/{NAME}"]
+    assert _cache(tmp_path) == [NAME]
+    assert NAME in capfd.readouterr().err  # the progress bar
+
+
+def test_an_interrupted_transfer_goes_on_where_it_stopped(
+    server: Behaviour, tmp_path: Path
+) -> None:
+    server.cuts = [1_000_000, 2_000_000]
+    assert resolve_weights(NAME).read_bytes() == BODY
+    assert [r[1] for r in server.requests] == [None, "bytes=1000000-", "bytes=3000000-"]
+    assert {r[2] for r in server.requests[1:]} == {server.headers["ETag"]}
+
+
+def test_the_next_call_resumes_what_an_earlier_one_left(server: Behaviour, tmp_path: Path) -> None:
+    server.cuts = [1_000_000, 0]
+    with pytest.raises(DownloadError, match=r"\.part is kept; the next call goes on"):
+        resolve_weights(NAME)
+    assert _cache(tmp_path) == [NAME + ".part", NAME + ".part.json"]
+    assert resolve_weights(NAME).read_bytes() == BODY
+    assert server.requests[-1][1] == "bytes=1000000-"
+    assert _cache(tmp_path) == [NAME]
+
+
+def test_a_server_without_ranges_starts_again(server: Behaviour) -> None:
+    server.cuts, server.ranges = [1_000_000], False
+    assert resolve_weights(NAME).read_bytes() == BODY
+    assert len(server.requests) == 2
+
+
+def test_a_file_that_changed_meanwhile_is_fetched_from_the_start(server: Behaviour) -> None:
+    server.cuts = [1_000_000, 0]
+    with pytest.raises(DownloadError):
+        resolve_weights(NAME)
+    server.body = BODY[::-1]
+    server.headers = {"ETag": f'"{hashlib.md5(server.body).hexdigest()}"'}
+    assert resolve_weights(NAME).read_bytes() == server.body
+
+
+def test_without_a_validator_the_checksum_decides_and_a_stale_part_is_thrown_away(
+    server: Behaviour,
+) -> None:
+    server.headers, server.cuts = {}, [1_000_000, 0]
+    with pytest.raises(DownloadError):
+        resolve_weights(NAME)
+    server.body = BODY[::-1]
+    server.pinned = hashlib.sha256(server.body).hexdigest() + "  " + NAME
+    assert resolve_weights(NAME).read_bytes() == server.body
+    assert [r[1] for r in server.requests[-2:]] == ["bytes=1000000-", None]
+
+
+def test_a_complete_part_file_needs_no_bytes(server: Behaviour, tmp_path: Path) -> None:
+    server.cuts = [1_000_000, 0]
+    with pytest.raises(DownloadError):
+        resolve_weights(NAME)
+    (tmp_path / "cache" / (NAME + ".part")).write_bytes(BODY)
+    assert resolve_weights(NAME).read_bytes() == BODY
+
+
+MD5 = base64.b64encode(hashlib.md5(b"other").digest()).decode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "pinned", "source"),
+    [
+        ({"ETag": f'"{hashlib.md5(b"other").hexdigest()}"'}, None, "ETag"),
+        ({"Content-MD5": MD5}, None, "Content-MD5"),
+        ({"x-goog-hash": f"crc32c=AAAAAA==,md5={MD5}"}, None, "x-goog-hash"),
+        ({}, hashlib.sha256(b"other").hexdigest(), "sha256"),
+    ],
+)
+def test_a_wrong_checksum_is_an_error_that_leaves_nothing(
+    server: Behaviour, tmp_path: Path, headers: dict[str, str], pinned: str | None, source: str
+) -> None:
+    server.headers, server.pinned = headers, pinned
+    with pytest.raises(DownloadError, match=f"differs from .* given by .*{source}"):
+        resolve_weights(NAME)
+    assert _cache(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"ETag": 'W/"abc"'},
+        {"ETag": '"5f-123"'},
+        {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"},
+    ],
+)
+def test_servers_without_a_checksum_are_accepted_by_size(
+    server: Behaviour, headers: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    server.headers = headers
+    assert resolve_weights(NAME).read_bytes() == BODY
+    assert "no checksum" in caplog.text
+
+
+@pytest.mark.parametrize("status", [404, 403, 500])
+def test_an_error_of_the_server_is_told_at_once(
+    server: Behaviour, tmp_path: Path, status: int
+) -> None:
+    server.status = status
+    with pytest.raises(DownloadError, match=rf"{status}.*put the file at .*{NAME}.*RF_WEIGHTS_URL"):
+        resolve_weights(NAME)
+    assert len(server.requests) == 1
+    assert _cache(tmp_path) == []
+
+
+def test_offline_fails_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RF_WEIGHTS_URL", "http://127.0.0.1:9/")
+    begin = time.monotonic()
+    with pytest.raises(DownloadError, match="refused"):
+        resolve_weights(NAME)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_silent_server_does_not_hang(server: Behaviour, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("RF_WEIGHTS_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(DownloadError, match="timed out"):
+            resolve_weights(NAME)
+
+
+def test_a_local_file_is_used_as_it_is(server: Behaviour, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(b"mine")
+    assert resolve_weights(NAME).read_bytes() == b"mine"
+    assert server.requests == []
+
+
+def test_unknown_names_list_the_published_ones() -> None:
+    with pytest.raises(FileNotFoundError, match=r"Did you mean rf-detr-small\.pth.*rf-detr-base"):
+        resolve_weights("rf-detr-smal.pth")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(
+    server: Behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("RF_HOME", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DownloadError, match="Set RF_HOME"):
+        resolve_weights(NAME)
+
+
+def test_only_http_mirrors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RF_WEIGHTS_URL", "file:///etc")
+    with pytest.raises(DownloadError, match="http"):
+        resolve_weights(NAME)
+
+
+def test_every_default_of_a_config_is_a_published_name() -> None:
+    from rfdetr.config import MODEL_CONFIGS
+
+    assert {c.model_fields["pretrain_weights"].default for c in MODEL_CONFIGS.values()} <= set(
+        hub.PUBLISHED
+    )
+
+
+def test_processes_share_one_download(server: Behaviour) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=resolve_weights, args=(NAME,)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert len(server.requests) == 1
+
+
+def test_a_default_name_without_network_warns_and_an_explicit_one_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RF_WEIGHTS_URL", "http://127.0.0.1:9/")
+    default = RFDETRNanoConfig()
+    network = build_network(default)
+    with pytest.warns(UserWarning, match=r"rf-detr-nano\.pth are not available: .*refused"):
+        assert initialise_weights(network, default) is None
+    explicit = RFDETRNanoConfig(pretrain_weights=NAME)
+    with pytest.raises(DownloadError):
+        initialise_weights(network, explicit)
+
+
+def test_dinov2_is_skipped_offline_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    config = RFDETRBaseConfig(pretrain_weights=None, group_detr=1)
+    network = build_network(config)
+    begin = time.monotonic()
+    with pytest.warns(UserWarning, match="DINOv2 encoder weights .* not available"):
+        assert initialise_weights(network, config) is None
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("encoder", ["dinov2_windowed_small", "dinov2_registers_windowed_small"])
+def test_timm_weights_fill_every_encoder_tensor(
+    encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+
+    state = timm.create_model(dinov2.TIMM_NAMES[encoder], num_classes=0).state_dict()
+    monkeypatch.setattr(dinov2, "_fetch", lambda name: state)
+    config = RFDETRBaseConfig(pretrain_weights=None, group_detr=1, encoder=encoder)
+    with torch.device("meta"):
+        network = build_network(config)
+    network = network.to_empty(device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = load_dinov2(network, config)
+    assert report is not None
+    assert (report.missing, report.unexpected) == ((), ())
+    loaded = network.state_dict()
+    assert all(torch.equal(loaded[n], value) for n, value in encoder_weights(state).items())
+
+
+def test_only_the_native_grid_takes_dinov2() -> None:
+    assert wants_dinov2(RFDETRBaseConfig(pretrain_weights=None))
+    assert not wants_dinov2(RFDETRBaseConfig(pretrain_weights=None, encoder_dim=192))
+    assert not wants_dinov2(RFDETRNanoConfig(pretrain_weights=None))
