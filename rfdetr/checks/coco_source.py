@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,17 +13,7 @@ from rfdetr.checks.table import NO_ID, CategoryRow, Floats, Integers, SplitTable
 from rfdetr.data.coco_json import UNKNOWN, CocoFile, Problem, parse_segmentation, read_coco
 from rfdetr.data.coco_rows import Lines, byte_offset, outline, section_rows
 
-KEY_CODES = {
-    "file_name": "file-name-invalid",
-    "width": "image-size-invalid",
-    "height": "image-size-invalid",
-    "iscrowd": "iscrowd-invalid",
-    "name": "category-name-invalid",
-}
-MISSING = ("the key is missing", "is null")
-NOT_FINITE = re.compile(r"\b(nan|inf)\b")
 TAIL = 64  # a newline this near to the end may close a file of one line
-QUOTED = re.compile(r"'[^']*'")
 
 
 def read_coco_split(
@@ -128,7 +117,6 @@ def _broken_names(coco: CocoFile) -> frozenset[str]:
 
 def _report_problems(problems: Sequence[Problem], table: SplitTable, collector: Collector) -> None:
     for problem in problems:
-        code = _problem_code(problem)
         image = annotation = None
         if problem.section == "images":
             image = problem.id
@@ -139,7 +127,7 @@ def _report_problems(problems: Sequence[Problem], table: SplitTable, collector: 
             line = _line_of_record(table, problem)
         mend = {} if problem.row is not None else {"mend": ""}
         collector.add(
-            code,
+            problem.code,
             str(problem),
             split=table.name,
             file=table.show(table.annotation_file) if table.annotation_file else None,
@@ -160,40 +148,6 @@ def _line_of_record(table: SplitTable, problem: Problem) -> int | None:
         return None
     found = np.flatnonzero(records == problem.row)
     return finder([int(found[0])])[0] if len(found) else None
-
-
-def _file_code(problem: Problem) -> str:
-    if problem.key is None:
-        return "json-structure" if "top level" in problem.reason else "json-malformed"
-    return "key-missing" if problem.reason.startswith(MISSING) else "json-structure"
-
-
-def _problem_code(problem: Problem) -> str:
-    if problem.section == "file":
-        return _file_code(problem)
-    if problem.key is None:
-        return "json-structure"
-    if problem.key in KEY_CODES and not (
-        problem.key in ("file_name", "name") and problem.reason in MISSING
-    ):
-        return KEY_CODES[problem.key]
-    if problem.reason in MISSING:
-        return "key-missing"
-    if problem.key == "bbox":
-        return _box_code(problem.value)
-    return "value-type"
-
-
-def _box_code(value: str) -> str:
-    """What is wrong with a bbox, from its Python text."""
-    bare = QUOTED.sub("''", value)
-    if not bare.startswith("["):
-        return "box-malformed"
-    if NOT_FINITE.search(bare):
-        return "box-nan"
-    if bare.endswith("]") and "[" not in bare[1:] and bare.count(",") != 3:
-        return "box-malformed"
-    return "box-non-numeric"
 
 
 def _report_image_records(table: SplitTable, coco: CocoFile, collector: Collector) -> None:

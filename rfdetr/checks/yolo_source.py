@@ -20,11 +20,6 @@ from rfdetr.errors import DatasetError
 
 ANY_CLASS = 1 << 31  # the range when data.yaml gives no usable names
 MAX_DEPTH = 100
-LINE_CODES = (
-    ("is not in 0..", "label-class-range"),
-    ("values are numbers", "box-non-numeric"),
-    ("values are finite", "box-nan"),
-)
 
 
 def read_yolo_layout(root: Path, yaml_file: Path, collector: Collector) -> Layout:
@@ -119,9 +114,8 @@ def read_yolo_split(layout: Layout, split: SplitPaths, collector: Collector) -> 
         rows += found
         owners += [number] * len(found)
         for problem in problems:
-            code = next((c for text, c in LINE_CODES if text in problem.reason), None)
             collector.add(
-                code or "label-line-malformed",
+                problem.code,
                 f"{problem.reason}: {problem.text!r}",
                 split=split.name,
                 file=_show(layout.root, path),

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
+
+# What is wrong with an entry or a file; the dataset checks report findings under the same codes.
+ProblemCode = Literal[
+    "json-malformed",
+    "json-structure",
+    "key-missing",
+    "value-type",
+    "file-name-invalid",
+    "image-size-invalid",
+    "iscrowd-invalid",
+    "category-name-invalid",
+    "box-malformed",
+    "box-nan",
+    "box-non-numeric",
+]
 
 Raw = msgspec.Raw
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -97,25 +112,51 @@ KINDS: dict[str, type[msgspec.Struct]] = {
     "annotations": AnnotationRow,
     "categories": CategoryRow,
 }
-# key -> (conversion, what it must be, whether it must be there)
-FIELDS: dict[type[msgspec.Struct], dict[str, tuple[Callable[[Any], Any], str, bool]]] = {
+
+
+class FieldRule(NamedTuple):
+    """What the slow reading requires of one key."""
+
+    convert: Callable[[Any], Any]
+    expected: str
+    required: bool = False
+    code: ProblemCode = "value-type"
+
+
+FIELDS: dict[type[msgspec.Struct], dict[str, FieldRule]] = {
     ImageRow: {
-        "id": (_integer, "an integer", True),
-        "file_name": (_text, "a text", True),
-        "width": (_integer, "an integer", False),
-        "height": (_integer, "an integer", False),
+        "id": FieldRule(_integer, "an integer", required=True),
+        "file_name": FieldRule(_text, "a text", required=True, code="file-name-invalid"),
+        "width": FieldRule(_integer, "an integer", code="image-size-invalid"),
+        "height": FieldRule(_integer, "an integer", code="image-size-invalid"),
     },
     AnnotationRow: {
-        "image_id": (_integer, "an integer", True),
-        "category_id": (_integer, "an integer", True),
-        "bbox": (_box, "a list of four finite numbers [x, y, width, height]", True),
-        "id": (_integer, "an integer", False),
-        "area": (_number, "a finite number", False),
-        "iscrowd": (_flag, "0 or 1", False),
+        "image_id": FieldRule(_integer, "an integer", required=True),
+        "category_id": FieldRule(_integer, "an integer", required=True),
+        "bbox": FieldRule(
+            _box, "a list of four finite numbers [x, y, width, height]", required=True
+        ),
+        "id": FieldRule(_integer, "an integer"),
+        "area": FieldRule(_number, "a finite number"),
+        "iscrowd": FieldRule(_flag, "0 or 1", code="iscrowd-invalid"),
     },
     CategoryRow: {
-        "id": (_integer, "an integer", True),
-        "name": (_text, "a text", True),
-        "supercategory": (_any_text, "a text", False),
+        "id": FieldRule(_integer, "an integer", required=True),
+        "name": FieldRule(_text, "a text", required=True, code="category-name-invalid"),
+        "supercategory": FieldRule(_any_text, "a text"),
     },
 }
+
+
+def value_code(key: str, value: Any, rule: FieldRule) -> ProblemCode:
+    """The code of a value that the rule of its key refuses."""
+    return _box_code(value) if key == "bbox" else rule.code
+
+
+def _box_code(value: Any) -> ProblemCode:
+    if not isinstance(value, list):
+        return "box-malformed"
+    if any(isinstance(number, float) and not math.isfinite(number) for number in value):
+        return "box-nan"
+    nested = any(isinstance(number, list) for number in value)
+    return "box-malformed" if len(value) != 4 and not nested else "box-non-numeric"

@@ -8,7 +8,7 @@
                       areas float64 (NaN where the file has none), crowd bool, starts and stops
                       (byte range of the segmentation, equal where there is none), rows
     coco.categories   list of Category(id, name, supercategory, row)
-    coco.problems     list of Problem(section, row, key, value, reason, fatal, id, line)
+    coco.problems     list of Problem(code, section, row, key, value, reason, fatal, id, line)
     coco.segmentation(i)         the parsed segmentation of the i-th annotation kept, or None
     coco.lines("images", rows)   line numbers in the file of rows, on demand
 
@@ -34,7 +34,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from rfdetr.data.coco_entries import Document
+from rfdetr.data.coco_entries import Document, ProblemCode
 from rfdetr.data.coco_rows import (
     FAILURES,
     MAX_PROBLEMS,
@@ -184,7 +184,8 @@ def _no_garbage_collection() -> Iterator[None]:
 def _parse(data: bytes) -> tuple[dict[str, Rows], bytes, list[Problem]]:
     if not data or data.isspace():
         empty = {name: Rows([], []) for name in SECTIONS}
-        return empty, data, [Problem("file", None, None, "", "the file is empty")]
+        problem = Problem("json-malformed", "file", None, None, "", "the file is empty")
+        return empty, data, [problem]
     try:
         document = msgspec.json.decode(data, type=Document)
     except FAILURES:
@@ -267,16 +268,17 @@ def _byte_ranges(entries: list[Any], text: bytes) -> tuple[Integers, Integers]:
 
 def _unknown_values(images: ImageTable, annotations: AnnotationTable) -> list[Problem]:
     problems = []
-    for section, table, keys in (
-        ("images", images, ("widths", "heights")),
-        ("annotations", annotations, ("ids",)),
-    ):
+    missing: list[tuple[ProblemCode, str, Any, tuple[str, ...]]] = [
+        ("image-size-invalid", "images", images, ("widths", "heights")),
+        ("key-missing", "annotations", annotations, ("ids",)),
+    ]
+    for code, section, table, keys in missing:
         for key in keys:
             for i in np.flatnonzero(getattr(table, key) == UNKNOWN)[:MAX_PROBLEMS]:
                 row, own = int(table.rows[i]), int(table.ids[i])
                 known = None if own == UNKNOWN else own
                 reason = "the key is missing"
-                problems.append(Problem(section, row, key[:-1], "", reason, False, known))
+                problems.append(Problem(code, section, row, key[:-1], "", reason, False, known))
     return problems
 
 

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from rfdetr.data.coco_entries import FIELDS, KINDS, AnnotationRow, Raw, SegmentationText
+from rfdetr.data.coco_entries import (
+    FIELDS,
+    KINDS,
+    AnnotationRow,
+    ProblemCode,
+    Raw,
+    SegmentationText,
+    value_code,
+)
 
 UNKNOWN = -(2**63)  # an id, width or height that the file does not give
 MAX_PROBLEMS = 10_000  # of one section; the rest is counted
@@ -24,6 +32,7 @@ FAILURES = (ValueError, RecursionError)  # msgspec's errors and UnicodeDecodeErr
 class Problem:
     """Something wrong in an annotation file. A `fatal` one keeps its entry out of the tables."""
 
+    code: ProblemCode
     section: str  # "file", "images", "annotations" or "categories"
     row: int | None
     key: str | None
@@ -76,13 +85,14 @@ def outline(data: bytes) -> tuple[dict[str, msgspec.Raw], bytes, list[Problem]]:
         return _top_level(data), data, []
     except msgspec.ValidationError:
         reason = "the top level is not an object {}"
+        return {}, data, [Problem("json-structure", "file", None, None, "", reason)]
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 text: {error.reason}"
     except RecursionError:
         reason = "lists are nested too deeply"
     except msgspec.DecodeError as error:
         return _outline_of_python_json(data, str(error))
-    return {}, data, [Problem("file", None, None, "", reason)]
+    return {}, data, [Problem("json-malformed", "file", None, None, "", reason)]
 
 
 def _outline_of_python_json(
@@ -105,7 +115,9 @@ def _syntax_problem(data: bytes, message: str) -> Problem:
     near = data[max(0, offset - 20) : offset + 20].decode("utf-8", "replace").strip()
     column = offset - (data.rfind(b"\n", 0, offset) + 1) + 1
     reason = f"{re.sub(r' *.byte .*', '', message)} at column {column}"
-    return Problem("file", None, None, repr(near), reason, line=Lines(data).at(offset))
+    return Problem(
+        "json-malformed", "file", None, None, repr(near), reason, line=Lines(data).at(offset)
+    )
 
 
 class Lines:
@@ -146,11 +158,13 @@ def section_rows(
     """The entries of one section as text."""
     if name not in values:
         keys = ", ".join(sorted(values)[:10]) or "nothing"
-        return [], [Problem("file", None, name, "", f"the key is missing; the file has {keys}")]
+        reason = f"the key is missing; the file has {keys}"
+        return [], [Problem("key-missing", "file", None, name, "", reason)]
     try:
         return msgspec.json.decode(values[name], type=list[Raw]), []
     except FAILURES:
-        return [], [Problem("file", None, name, _short(bytes(values[name])), "is not a list")]
+        found = _short(bytes(values[name]))
+        return [], [Problem("json-structure", "file", None, name, found, "is not a list")]
 
 
 def _check_section(
@@ -178,7 +192,8 @@ def _check_section(
             entries.append(entry)
             numbers.append(number)
     if left_out:
-        problems.append(Problem(name, None, None, "", f"{left_out} further problems"))
+        reason = f"{left_out} further problems"
+        problems.append(Problem("json-structure", name, None, None, "", reason))
     return Rows(entries, numbers), problems
 
 
@@ -187,9 +202,11 @@ class _Place(NamedTuple):
     row: int
     line: int
 
-    def problem(self, key: str | None, value: str, reason: str, own_id: Any = None) -> Problem:
+    def problem(
+        self, code: ProblemCode, key: str | None, value: str, reason: str, own_id: Any = None
+    ) -> Problem:
         known = own_id if type(own_id) is int else None
-        return Problem(self.section, self.row, key, value, reason, id=known, line=self.line)
+        return Problem(code, self.section, self.row, key, value, reason, id=known, line=self.line)
 
 
 def _examine(
@@ -199,22 +216,23 @@ def _examine(
     try:
         entry = json.loads(text)
     except FAILURES as error:
-        return None, [place.problem(None, _short(text), f"cannot be read: {error}")]
+        reason = f"cannot be read: {error}"
+        return None, [place.problem("json-structure", None, _short(text), reason)]
     if not isinstance(entry, dict):
-        return None, [place.problem(None, _short(entry), "is not an object {}")]
+        reason = "is not an object {}"
+        return None, [place.problem("json-structure", None, _short(entry), reason)]
     problems, values = [], {}
-    for key, (convert, need, required) in FIELDS[kind].items():
-        value = entry.get(key)
+    for key, rule in FIELDS[kind].items():
+        value, own_id = entry.get(key), entry.get("id")
         if value is not None:
             try:
-                values[key] = convert(value)
+                values[key] = rule.convert(value)
             except (ValueError, TypeError, OverflowError):
-                problems.append(
-                    place.problem(key, _short(value), f"is not {need}", entry.get("id"))
-                )
-        elif required:
+                code, reason = value_code(key, value, rule), f"is not {rule.expected}"
+                problems.append(place.problem(code, key, _short(value), reason, own_id))
+        elif rule.required:
             reason = "is null" if key in entry else "the key is missing"
-            problems.append(place.problem(key, "", reason, entry.get("id")))
+            problems.append(place.problem("key-missing", key, "", reason, own_id))
     if problems:
         return None, problems
     if kind is AnnotationRow:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -27,12 +27,17 @@ class LabelRow(NamedTuple):
     line: int
 
 
+# What is wrong with a line; the dataset checks report findings under the same codes.
+LineCode = Literal["label-line-malformed", "label-class-range", "box-non-numeric", "box-nan"]
+
+
 class LabelProblem(NamedTuple):
     """A line that cannot be used."""
 
     line: int
     text: str
     reason: str
+    code: LineCode = "label-line-malformed"
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.reason} (found {self.text!r})"
@@ -133,25 +138,34 @@ def read_labels(path: Path, classes: int) -> tuple[list[LabelRow], list[LabelPro
         if line.strip():
             try:
                 rows.append(parse_line(line, classes, number))
-            except ValueError as error:
-                problems.append(LabelProblem(number, line.strip()[:80], str(error)))
+            except LineError as error:
+                problem = LabelProblem(number, line.strip()[:80], str(error), error.code)
+                problems.append(problem)
     return rows, problems
 
 
+class LineError(DatasetError):
+    """A label line that cannot be used, and why."""
+
+    def __init__(self, reason: str, code: LineCode = "label-line-malformed") -> None:
+        super().__init__(reason)
+        self.code = code
+
+
 def parse_line(line: str, classes: int, number: int = 1) -> LabelRow:
-    """One label line. Raises ValueError that says what is wrong with it."""
+    """One label line. Raises LineError that says what is wrong with it."""
     words = line.split()
     if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
-        raise DatasetError(f"{len(words)} numbers; expected 5, or an odd count of at least 7")
+        raise LineError(f"{len(words)} numbers; expected 5, or an odd count of at least 7")
     label = _class_number(words[0])
     if not 0 <= label < classes:
-        raise DatasetError(f"the class {label} is not in 0..{classes - 1}")
+        raise LineError(f"the class {label} is not in 0..{classes - 1}", "label-class-range")
     try:
         values = [_number(word) for word in words[1:]]
     except ValueError:
-        raise DatasetError("not all values are numbers") from None
+        raise LineError("not all values are numbers", "box-non-numeric") from None
     if not all(map(math.isfinite, values)):
-        raise DatasetError("not all values are finite")
+        raise LineError("not all values are finite", "box-nan")
     if len(values) == 4:
         cx, cy, w, h = values
         return LabelRow(label, (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), [], number)
@@ -162,7 +176,7 @@ def parse_line(line: str, classes: int, number: int = 1) -> LabelRow:
 def _class_number(word: str) -> int:
     """Plain digits: int() would also take 1_0, +1 and digits of other scripts."""
     if not re.fullmatch("-?[0-9]{1,18}", word):
-        raise DatasetError(f"the class {word!r} is not an integer")
+        raise LineError(f"the class {word!r} is not an integer")
     return int(word)
 
 
