@@ -1,4 +1,4 @@
-"""Atomic file writing and content hashes, shared by every writer of the package."""
+"""Atomic file writing, content hashes and the user's cache folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+import platformdirs
 
 CHUNK_BYTES = 1 << 20
 TAG = 12  # characters that make a temporary name unique
@@ -53,6 +55,11 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 `text` to `path` in one step."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def user_cache_folder(name: str) -> Path:
+    """The folder `name` in this package's part of the user's cache, on every system."""
+    return platformdirs.user_cache_path("rfdetr") / name
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

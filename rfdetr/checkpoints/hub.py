@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import platformdirs
 from tqdm.auto import tqdm
 
 from rfdetr.checkpoints.safe_io import StrPath
 from rfdetr.errors import DownloadError
-from rfdetr.files import CHUNK_BYTES
+from rfdetr.files import CHUNK_BYTES, user_cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ LOCK_TIMEOUT_S = 3600.0
 def cache_folder() -> Path:
     """Where downloaded weights live: `RF_HOME`, else the user's cache folder."""
     home = os.environ.get("RF_HOME")
-    return Path(home) if home else platformdirs.user_cache_path("rfdetr") / "weights"
+    return Path(home) if home else user_cache_folder("weights")
 
 
 def resolve_weights(name_or_path: StrPath) -> Path:

@@ -18,6 +18,7 @@ import orjson
 from PIL import __version__ as pillow_version
 
 from rfdetr.checks.image_probe import PROBE_VERSION, ImageFacts
+from rfdetr.files import user_cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +44,11 @@ class Inspected(NamedTuple):
     facts: ImageFacts
 
 
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/rfdetr/checks`, by default under `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "rfdetr" / "checks"
-
-
 class FactsCache:
     """A small database of facts. Every method degrades to 'nothing known' with one warning."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, max_pixels: int) -> None:
-        self._file = (Path(folder) if folder else default_cache_dir()) / "images.sqlite"
+        self._file = (Path(folder) if folder else user_cache_folder("checks")) / "images.sqlite"
         self._probe = f"{PROBE_VERSION}-{pillow_version}-{max_pixels}"
         self._warned = False
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from rfdetr.checks.cache import Inspected
 from rfdetr.checks.dataset_report import Collector
-from rfdetr.checks.image_probe import IMAGE_SUFFIXES, PLAIN_MODES, SUFFIXES, ImageFacts
+from rfdetr.checks.image_probe import PLAIN_MODES, ImageFacts
 from rfdetr.checks.table import SplitTable
+from rfdetr.data.decode import FORMAT_SUFFIXES, IMAGE_SUFFIXES
 from rfdetr.data.layouts import ANNOTATIONS, YAML_NAMES
 
 STATUS_CODES = {
@@ -212,7 +213,7 @@ def _check_header(
     place: dict[str, Any],
 ) -> None:
     path = PurePosixPath(place["file"])
-    if path.suffix.lower() not in SUFFIXES.get(facts.format, frozenset()):
+    if path.suffix.lower() not in FORMAT_SUFFIXES.get(facts.format, frozenset()):
         text = f"the content is {facts.format}, the extension {path.suffix or 'is missing'}"
         collector.add("file-extension", text, **_with(place, format=facts.format))
     if facts.mode and facts.mode not in PLAIN_MODES:

@@ -30,19 +30,6 @@ MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"BM", "BMP"),
     (b"GIF8", "GIF"),
 )
-SUFFIXES: dict[str, frozenset[str]] = {
-    "JPEG": frozenset({".jpg", ".jpeg", ".jpe", ".jfif"}),
-    "MPO": frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}),
-    "PNG": frozenset({".png"}),
-    "BMP": frozenset({".bmp", ".dib"}),
-    "GIF": frozenset({".gif"}),
-    "TIFF": frozenset({".tif", ".tiff"}),
-    "WEBP": frozenset({".webp"}),
-    "PPM": frozenset({".ppm", ".pgm", ".pbm", ".pnm"}),
-    "JPEG2000": frozenset({".jp2", ".j2k", ".jpf", ".jpx", ".jpc"}),
-    "AVIF": frozenset({".avif"}),
-}
-IMAGE_SUFFIXES = frozenset().union(*SUFFIXES.values())
 
 # Modes that become RGB without losing what the detector sees.
 PLAIN_MODES = frozenset({"RGB", "L", "P", "RGBA", "1", "LA", "PA", "RGBX"})

@@ -19,6 +19,20 @@ from rfdetr.errors import DatasetError
 
 Pixels = npt.NDArray[np.uint8]
 
+# Suffixes of the formats that are read, by Pillow's name of the format.
+FORMAT_SUFFIXES: dict[str, frozenset[str]] = {
+    "JPEG": frozenset({".jpg", ".jpeg", ".jpe", ".jfif"}),
+    "MPO": frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}),
+    "PNG": frozenset({".png"}),
+    "BMP": frozenset({".bmp", ".dib"}),
+    "GIF": frozenset({".gif"}),
+    "TIFF": frozenset({".tif", ".tiff"}),
+    "WEBP": frozenset({".webp"}),
+    "PPM": frozenset({".ppm", ".pgm", ".pbm", ".pnm"}),
+    "JPEG2000": frozenset({".jp2", ".j2k", ".jpf", ".jpx", ".jpc"}),
+    "AVIF": frozenset({".avif"}),
+}
+IMAGE_SUFFIXES = frozenset().union(*FORMAT_SUFFIXES.values())
 JPEG_START = b"\xff\xd8\xff"
 FAILURES = (
     OSError,

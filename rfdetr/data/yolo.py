@@ -11,11 +11,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from rfdetr.data.decode import IMAGE_SUFFIXES
 from rfdetr.data.index import AnnotationIndex, PackedTexts, PolygonOutlines, raise_problems
 from rfdetr.data.layouts import Layout, SplitPaths
 from rfdetr.errors import DatasetError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class LabelRow(NamedTuple):
@@ -59,7 +58,9 @@ class YoloSplits:
         files = list(image_files(split))
         if not files and name != "test":
             places = ", ".join(map(str, split.images))
-            raise DatasetError(f"{places}: no pictures ({', '.join(SUFFIXES)}) for {name!r}.")
+            raise DatasetError(
+                f"{places}: no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) for {name!r}."
+            )
         listed = [file for file in files if not file.is_file()]
         raise_problems(
             root, [f"picture {f} does not exist" for f in listed], "Mend the list files."
@@ -105,7 +106,7 @@ def image_files(split: SplitPaths) -> Iterator[Path]:
     """Picture files of a split, sorted: of folders with subfolders, or of files that list them."""
     for source in split.images:
         if source.is_dir():
-            yield from sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
+            yield from sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         elif source.suffix.lower() == ".txt":
             for line in source.read_text(encoding="utf-8-sig").splitlines():
                 if line.strip():

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from rfdetr.checks.image_probe import SUFFIXES, probe_bytes
-from rfdetr.data.decode import to_rgb
+from rfdetr.checks.image_probe import probe_bytes
+from rfdetr.data.decode import FORMAT_SUFFIXES, to_rgb
 
 USUAL_SUFFIX = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "PPM": ".ppm", "JPEG2000": ".jp2"}
 APP1, START_OF_SCAN = 0xE1, 0xDA
@@ -18,7 +18,7 @@ APP1, START_OF_SCAN = 0xE1, 0xDA
 def renamed(folder: Path, name: str, format_name: str) -> str:
     """A free name with the extension of the format, beside `name`."""
     path = PurePosixPath(name)
-    suffix = USUAL_SUFFIX.get(format_name) or min(SUFFIXES[format_name])
+    suffix = USUAL_SUFFIX.get(format_name) or min(FORMAT_SUFFIXES[format_name])
     wanted, number = path.with_suffix(suffix), 1
     while (folder / wanted).exists():
         wanted = path.with_name(f"{path.stem}-{number}{suffix}")
