@@ -12,7 +12,8 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.core.process import CommandFailed, run_streaming
 from flows.orchestration import artifacts
-from flows.retrain import StageFailedError, cause, gpu_slot, log_line
+from flows.orchestration.children import StageFailedError, cause, log_line
+from flows.orchestration.gpus import gpu_slot
 from flows.storage.s3 import is_s3
 from rfdetr.errors import ConfigError
 

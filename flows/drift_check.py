@@ -13,14 +13,15 @@ from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.states import Completed
 
-from flows.config.params import Environment
+from flows.config.environment import Environment
+from flows.core.files import read_json
 from flows.core.process import CommandFailed, run_streaming
 from flows.inference import drift
 from flows.inference.drift import DriftCheck, DriftParams
 from flows.orchestration import artifacts
+from flows.orchestration.children import StageFailedError, cause, log_line
+from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.notify import notify
-from flows.retrain import StageFailedError, cause, gpu_slot, log_line
-from flows.stages.runner import read_json
 
 EVENT = "rfdetr.drift.detected"
 

@@ -6,42 +6,41 @@ holds stage logic: each runs `dvc repro --single-item <stage>` as a child proces
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, runtime, task
+from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from flows.config.params import Environment, RetrainParams, load_params
+from flows.config.environment import Environment, default_tracking_uri
+from flows.config.overrides import RetrainParams, write_overrides
+from flows.core.files import read_json
 from flows.core.process import CommandFailed, run_streaming
-from flows.core.redact import redact
 from flows.gate.verdict import Verdict
 from flows.orchestration import artifacts, resume
-from flows.orchestration.gpus import claimed, wanted_slots
-from flows.orchestration.limits import registry_slot, slot
-from flows.orchestration.notify import notify
-from flows.project.publish import publish_lock
-from flows.project.workspace import (
-    checkout,
-    dvc,
-    has_remote,
-    prepare_workspace,
-    stage_names,
-    write_overrides,
+from flows.orchestration.children import (
+    StageFailedError,
+    cause,
+    flow_run_name,
+    log_line,
+    stage_timeout,
 )
+from flows.orchestration.gpus import gpu_slot
+from flows.orchestration.limits import registry_slot
+from flows.orchestration.notify import notify
+from flows.project.dvc import dvc, has_remote
+from flows.project.git import checkout
+from flows.project.publish import publish_lock
+from flows.project.workspace import prepare_workspace, stage_names
 from flows.release import freshness, steps
 from flows.release.champion import ChampionChangedError
 from flows.release.steps import Registered
-from flows.stages.runner import read_json
-from flows.tracking.run import default_tracking_uri
-from rfdetr.errors import ConfigError, RFDETRError
+from rfdetr.errors import ConfigError
 
 # DVC's advice for a person at a terminal.
 ADVICE = re.compile(
@@ -49,10 +48,6 @@ ADVICE = re.compile(
 )
 SKIPPED = ("didn't change, skipping", "is cached - skipping run")
 SUMMARY = Path("reports/steps.json")
-
-
-class StageFailedError(RFDETRError):
-    """A stage of the pipeline ended with an error; the text names the stage and the cause."""
 
 
 def _tell(what: str) -> Any:
@@ -111,13 +106,6 @@ def retrain(
     return steps.summarise(root, number, steps.last_verdict(root))
 
 
-@flow(name="rollback")
-def rollback(reason: str, name: str | None = None, to: int | None = None) -> dict[str, Any]:
-    """Give `champion` back to its predecessor, or to version `to`; the reason goes on record."""
-    record = steps.roll_back(Path.cwd(), reason=reason, name=name, to=to)
-    return record.model_dump(mode="json")
-
-
 def use_ref(root: Path, ref: str) -> None:
     """Stages, data pointers and parameters of `ref`; ConfigError outside of a worker's clone."""
     if runtime.deployment.id is None:
@@ -135,7 +123,7 @@ def prepare(root: Path, params: RetrainParams) -> None:
 def reproduce(root: Path, stage: str) -> State:
     """One DVC stage; the state is `Cached` when nothing had to be done."""
     log, lines = log_line(), list[str]()
-    limit = None if stage == "fit" else _limit(root)
+    limit = None if stage == "fit" else stage_timeout(root)
     repro = ("--wait-for-lock", "repro", "--single-item", stage)
     with artifacts.TrainingProgress() as progress:
 
@@ -164,7 +152,7 @@ def push_data(root: Path) -> State:
     if not has_remote(root):
         return Completed(name="Skipped", message="no DVC remote is configured")
     for command in (["push"], ["push", "--run-cache"]):
-        dvc(root, *command, on_line=log_line(), timeout=_limit(root))
+        dvc(root, *command, on_line=log_line(), timeout=stage_timeout(root))
     return Completed(message="pushed")
 
 
@@ -212,21 +200,8 @@ def publish(root: Path) -> State:
     if not has_remote(root):
         text = "no DVC remote is configured: nobody could get the data of a published dvc.lock"
         return Completed(name="Skipped", message=text)
-    branch = publish_lock(root, _flow_run() or "local", log_line())
+    branch = publish_lock(root, flow_run_name() or "local", log_line())
     return Completed(message=f"pushed branch {branch}" if branch else "nothing is new")
-
-
-@contextlib.contextmanager
-def gpu_slot(root: Path, devices: int | None = None) -> Iterator[None]:
-    """Hold slots of the GPU limit and as many GPUs of this machine; other runs wait for them.
-
-    `devices` is what params.yaml says unless given.
-    """
-    settings = load_params(root / "params.yaml").runtime
-    wanted = wanted_slots(settings) if devices is None else devices
-    on_gpus = settings.accelerator not in {"cpu", "mps"}
-    with slot(settings.gpu_slot, wanted), claimed(wanted * on_gpus, Environment.read().state_dir):
-        yield
 
 
 def _judge(root: Path, number: int) -> Verdict:
@@ -243,35 +218,10 @@ def _release_child(root: Path, *arguments: str) -> None:
         "-m",
         "flows.release.steps",
         "--flow-run",
-        _flow_run() or "",
+        flow_run_name() or "",
         *arguments,
     ]
     try:
-        run_streaming(command, log_line(), cwd=root, timeout=_limit(root))
+        run_streaming(command, log_line(), cwd=root, timeout=stage_timeout(root))
     except CommandFailed as error:
         raise StageFailedError(f"{arguments[0]} failed: {cause('release', error)}") from error
-
-
-def _flow_run() -> str | None:
-    return runtime.flow_run.name if runtime.flow_run.id else None
-
-
-def log_line() -> Any:
-    """Lines of a child process as log records of the run, without secrets."""
-    logger = get_run_logger()
-    return lambda line: logger.info("%s", redact(line))
-
-
-def cause(stage: str, error: CommandFailed) -> str:
-    """The stage's own last words: from the line that says it failed to DVC's."""
-    name, tail = stage.partition("@")[0], error.tail
-    starts = [i for i, line in enumerate(tail) if line.startswith(f"{name} failed:")]
-    words = tail[starts[-1] :] if starts else tail[-5:]
-    ends = [i for i, line in enumerate(words) if line.startswith("ERROR: failed to reproduce")]
-    said = "\n".join(words[: ends[0]] if ends and ends[0] else words)
-    return said if error.reason.startswith("failed") else f"it {error.reason}\n{said}"
-
-
-def _limit(root: Path) -> float:
-    """Seconds that a child other than the training may take (fit watches its own)."""
-    return load_params(root / "params.yaml").runtime.stage_timeout_s

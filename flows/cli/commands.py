@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flows.config.params import SECTIONS, Environment, takes_null, unknown_name
+from flows.config.environment import Environment
+from flows.config.overrides import takes_null
+from flows.config.params import SECTIONS, unknown_name
 from rfdetr.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
@@ -42,9 +44,12 @@ def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
 
 def retrain_command(options: argparse.Namespace) -> int:
     """Start the flow in this process, unless there is nothing to do."""
-    from flows.config.params import Environment, RetrainParams, load_params
+    from flows.config.environment import Environment
+    from flows.config.overrides import RetrainParams, write_overrides
+    from flows.config.params import load_params
+    from flows.project.dvc import configure_dvc
     from flows.project.plan import plan_stages
-    from flows.project.workspace import configure_dvc, pin_source, write_overrides
+    from flows.project.workspace import pin_source
     from flows.release import freshness, steps
 
     root = _root()
@@ -85,9 +90,10 @@ def retrain_command(options: argparse.Namespace) -> int:
 
 def plan_command(options: argparse.Namespace) -> int:
     """Print the stages and the release, changing nothing."""
-    from flows.config.params import Environment, load_params
+    from flows.config.environment import Environment
+    from flows.config.params import load_params
+    from flows.project.dvc import configure_dvc
     from flows.project.plan import plan_stages
-    from flows.project.workspace import configure_dvc
     from flows.release import freshness
 
     root = _root()
@@ -112,7 +118,8 @@ def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
         from flows.config.params import load_params
         from flows.fit_job.state import RETRY
-        from flows.project.workspace import configure_dvc, dvc, require_dataset
+        from flows.project.dvc import configure_dvc, dvc
+        from flows.project.workspace import require_dataset
 
         root = _root()
         load_params(root / "params.yaml")
@@ -238,7 +245,8 @@ def demo_command(options: argparse.Namespace) -> int:
 
 def sync_command(_options: argparse.Namespace) -> int:
     """Send every unsent journal."""
-    from flows.tracking.run import default_tracking_uri, sync
+    from flows.config.environment import default_tracking_uri
+    from flows.tracking.run import sync
 
     results = sync(Environment.read().state_dir, default_tracking_uri(_root()))
     for folder, problem in results.items():

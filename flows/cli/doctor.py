@@ -20,14 +20,14 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
-from flows.config.params import Environment
+from flows.config.environment import Environment, default_tracking_uri
+from flows.core.locks import StateError, locked
 from flows.core.redact import redact
-from flows.fit_job.state import StateError, locked
 from flows.orchestration.limits import LEASE_SECONDS
-from flows.project.workspace import has_remote
+from flows.project.dvc import has_remote
 from flows.tracking.delivery import deliver
 from flows.tracking.journal import JOURNAL, Journal
-from flows.tracking.run import default_tracking_uri, sync, unsent_journals
+from flows.tracking.run import sync, unsent_journals
 from rfdetr.errors import ConfigError
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows.cli import commands as run
-from flows.stages.runner import explain
+from flows.core.errors import explain
 
 STAGES = ("validate", "convert", "fit", "evaluate")
 INTERRUPTED = 130

@@ -7,16 +7,16 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import ValidationError
 
+from flows.config.batch_plan import plan_batch
 from flows.config.sections import (
     SOURCE_NAME,
-    BatchPlan,
     ConvertSettings,
     DatasetSettings,
     DemoSettings,
@@ -24,38 +24,13 @@ from flows.config.sections import (
     FitSettings,
     GateSettings,
     ModelSettings,
-    NumberChecks,
     RegistrySettings,
     RuntimeSettings,
     SourceSettings,
     ValidateSettings,
-    plan_batch,
 )
 from rfdetr.config import StrictConfig
 from rfdetr.errors import ConfigError
-
-__all__ = [
-    "SECTIONS",
-    "BatchPlan",
-    "ConvertSettings",
-    "DatasetSettings",
-    "DemoSettings",
-    "Environment",
-    "EvaluateSettings",
-    "FitSettings",
-    "GateSettings",
-    "ModelSettings",
-    "Params",
-    "RegistrySettings",
-    "RetrainParams",
-    "RuntimeSettings",
-    "SourceSettings",
-    "ValidateSettings",
-    "load_params",
-    "parse_params",
-    "plan_batch",
-    "takes_null",
-]
 
 PARAMS_FILE = "params.yaml"
 
@@ -253,114 +228,3 @@ def _combinations(values: dict[str, Any]) -> list[str]:
     if runtime is not None and runtime.nodes > 1 and not runtime.rendezvous:
         problems.append("runtime.rendezvous: host:port of the first node is needed with nodes > 1.")
     return problems
-
-
-class _Partial(NumberChecks):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-def _optional_fields(kind: type[StrictConfig]) -> type[BaseModel]:
-    fields: dict[str, Any] = {}
-    for name, field in kind.model_fields.items():
-        annotation: Any = field.annotation
-        for extra in field.metadata:
-            annotation = Annotated[annotation, extra]
-        fields[name] = (Optional[annotation], None)  # noqa: UP045
-    doc = f"Fields of {kind.__name__} that a run changes; an empty one keeps params.yaml's value."
-    return create_model(
-        kind.__name__.replace("Settings", "Overrides"),
-        __base__=_Partial,
-        __doc__=doc,
-        **fields,
-    )
-
-
-if TYPE_CHECKING:
-
-    class Overrides(BaseModel):
-        """Sections with the fields that a run changes."""
-else:
-    Overrides = create_model(
-        "Overrides",
-        __config__=ConfigDict(extra="forbid", protected_namespaces=(), populate_by_name=True),
-        **{
-            f"{name}_" if name == "validate" else name: (
-                _optional_fields(kind),
-                Field(default_factory=_optional_fields(kind), alias=name),
-            )
-            for name, kind in SECTIONS.items()
-        },
-    )
-
-
-class RetrainParams(BaseModel):
-    """What a person may choose when starting the pipeline."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    overrides: Overrides = Field(default_factory=Overrides, title="Changes to params.yaml")
-    ref: str | None = Field(
-        default=None,
-        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._/-]*$",
-        description="Git commit, tag or branch whose stages, data and parameters a worker uses",
-    )
-    promote: bool = Field(default=True, description="Let the gate's winner become champion")
-    publish: bool = Field(default=False, description="Push dvc.lock and params.yaml to a branch")
-    only_if_data_changed: bool = Field(
-        default=False, description="Do nothing when a model of this dataset was judged already"
-    )
-
-    def changes(self) -> dict[str, dict[str, Any]]:
-        """The given fields per section: an empty field that cannot be null is left out."""
-        given: dict[str, dict[str, Any]] = {}
-        for name, section in self.overrides.model_dump(exclude_unset=True, by_alias=True).items():
-            fields = {k: v for k, v in section.items() if v is not None or takes_null(name, k)}
-            if fields:
-                given[name] = fields
-        return given
-
-
-def takes_null(section: str, field: str) -> bool:
-    """Whether null is a value of the field, and not only a form's way to leave it out."""
-    annotation: Any = SECTIONS[section].model_fields[field].annotation
-    try:
-        TypeAdapter(annotation).validate_python(None)
-    except ValidationError:
-        return False
-    return True
-
-
-class Environment(BaseModel, frozen=True):
-    """What belongs to the machine and not to the project. Keys and passwords are not read here."""
-
-    state_dir: Path
-    state_url: str | None = None
-    dvc_cache: Path | None = None
-    dvc_remote: str | None = None
-    s3_endpoint: str | None = None
-    tracking_uri: str | None = None
-    git_url: str | None = None
-    git_branch: str | None = None
-    work_pool: str | None = None
-    recent_images: str | None = None
-
-    @classmethod
-    def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
-        """The settings of `env`; an empty value counts as not set."""
-        names = {
-            "state_url": "RFDETR_STATE_URL",
-            "dvc_cache": "RFDETR_DVC_CACHE",
-            "dvc_remote": "RFDETR_DVC_REMOTE",
-            "s3_endpoint": "AWS_ENDPOINT_URL",
-            "tracking_uri": "MLFLOW_TRACKING_URI",
-            "git_url": "RFDETR_GIT_URL",
-            "git_branch": "RFDETR_GIT_BRANCH",
-            "work_pool": "RFDETR_WORK_POOL",
-            "recent_images": "RFDETR_RECENT_IMAGES",
-        }
-        given = {field: env[name] for field, name in names.items() if env.get(name)}
-        state = env.get("RFDETR_STATE_DIR")
-        if not state:
-            cache = env.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-            state = str(Path(cache) / "rfdetr-pipeline")
-        return cls.model_validate({"state_dir": Path(state).expanduser().absolute(), **given})

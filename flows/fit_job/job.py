@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from flows.config.sections import ModelSettings, RuntimeSettings
-from flows.stages.runner import read_json, write_json
+from flows.core.files import read_json, write_json
 from rfdetr.errors import ConfigError
 
 JOB, RESULT, ERROR = "job.json", "result.json", "error.json"

@@ -7,28 +7,21 @@ training. A changed value starts a new folder; foreign state is never resumed si
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shutil
-import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from flows.core.digest import digest_of
-from flows.stages.runner import read_json, write_json
+from flows.core.files import read_json, write_json
+from flows.core.locks import StateError
 from rfdetr.errors import RFDETRError
 
 MAX_ATTEMPTS = 3
 RETRY = "RFDETR_FIT_RETRY"  # set by `fit --retry`: DVC runs the stage's command as it is written
 TAIL_LINES = 30
-
-
-class StateError(RFDETRError):
-    """State that another process holds, or a training that keeps failing."""
 
 
 class RunRecord(BaseModel):
@@ -118,36 +111,3 @@ class FitState:
         for path in self.folder.iterdir():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold `<folder>/.lock` for the life of the block; `kill -9` frees it too.
-
-    With `wait` stands in line, otherwise raises StateError that names the holder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as stream:
-        if wait:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        else:
-            _lock(stream, folder)
-        try:
-            stream.truncate(0)
-            stream.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
-            stream.flush()
-            yield
-        finally:
-            fcntl.flock(stream, fcntl.LOCK_UN)
-
-
-def _lock(stream: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.seek(0)
-        holder = stream.read().strip() or "another process"
-        raise StateError(
-            f"The same training already runs: {holder} holds {folder / '.lock'}. Wait for it or "
-            "stop it."
-        ) from None

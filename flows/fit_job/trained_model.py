@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flows.core.files import copy_atomic, read_json, write_json
 from flows.fit_job.job import FitJob, FitResult
-from flows.stages.runner import copy_atomic, read_json, write_json
 from flows.tracking.provenance import collect_provenance
 from rfdetr.errors import ConfigError
 from rfdetr.files import atomic_path, sha256_file

@@ -16,12 +16,13 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
-from flows.config.params import Environment
+from flows.config.environment import Environment
+from flows.core.errors import explain
+from flows.core.files import read_json, write_json
 from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
 from flows.fit_job.job import ERROR, STOPPED, FitJob, FitResult, newest_checkpoint
 from flows.fit_job.progress import EpochProgress
-from flows.stages.runner import explain, read_json, write_json
 from flows.tracking.journal import RunSpec
 from flows.tracking.lightning_logger import JournalLogger
 from rfdetr.config import SegmentationTrainConfig, TrainConfig

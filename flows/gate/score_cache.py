@@ -7,11 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.config.params import Environment, Params
+from flows.config.environment import Environment
+from flows.config.params import Params
 from flows.core.digest import digest_of, path_digest
+from flows.core.files import read_json
 from flows.gate.verdict import Scores
 from flows.registry.registry import Registry, Version
-from flows.stages.runner import read_json
 from rfdetr.errors import RFDETRError
 from rfdetr.files import sha256_file, write_text_atomic
 

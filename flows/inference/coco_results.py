@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.core.files import write_json
 from flows.inference.images import Picture
-from flows.stages.runner import write_json
 from rfdetr.files import write_text_atomic
 
 PROGRESS, DATASET, RESULTS = "progress.jsonl", "detections.json", "results.json"

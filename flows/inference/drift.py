@@ -14,16 +14,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from flows.config.environment import default_tracking_uri
 from flows.config.params import load_params
+from flows.core.errors import explain
 from flows.core.process import die_with_parent, exit_on_sigterm
 from flows.core.redact import redact
 from flows.inference.images import Picture, fetch_picture, list_pictures, newest
 from flows.inference.predict import find_version, load_detector
 from flows.registry.image_profile import PROFILE
 from flows.registry.registry import Registry, Version, now
-from flows.stages.runner import explain
 from flows.storage.s3 import is_s3, make_client, on_threads
-from flows.tracking.run import default_tracking_uri
 from rfdetr.errors import CheckpointError
 from rfdetr.files import write_text_atomic
 from rfdetr.monitoring.drift_report import DriftReport

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.config.params import Environment, load_params
+from flows.config.environment import Environment, default_tracking_uri
+from flows.config.params import load_params
 from flows.core.digest import digest_of
-from flows.fit_job.state import locked
+from flows.core.locks import locked
 from flows.inference.coco_results import DATASET, PROGRESS, RESULTS, Progress, Row, write_coco
 from flows.inference.images import Picture, fetch_picture, list_pictures
 from flows.registry.registry import CHAMPION, Registry, Version
 from flows.storage.objects import download, upload
 from flows.storage.prefixes import upload_tree
 from flows.storage.s3 import StorageError, is_s3, make_client, on_threads
-from flows.tracking.run import default_tracking_uri
 from rfdetr.errors import ConfigError, InputError
 from rfdetr.files import atomic_path
 

@@ -11,7 +11,10 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from flows.config.params import RuntimeSettings
+from flows.config.environment import Environment
+from flows.config.params import load_params
+from flows.config.sections import RuntimeSettings
+from flows.orchestration.limits import slot
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOOK_AGAIN_S = 1.0
@@ -109,3 +112,16 @@ def _present() -> int:
         return int(pynvml.nvmlDeviceGetCount())
     finally:
         pynvml.nvmlShutdown()
+
+
+@contextlib.contextmanager
+def gpu_slot(root: Path, devices: int | None = None) -> Iterator[None]:
+    """Hold slots of the GPU limit and as many GPUs of this machine; other runs wait for them.
+
+    `devices` is what params.yaml says unless given.
+    """
+    settings = load_params(root / "params.yaml").runtime
+    wanted = wanted_slots(settings) if devices is None else devices
+    on_gpus = settings.accelerator not in {"cpu", "mps"}
+    with slot(settings.gpu_slot, wanted), claimed(wanted * on_gpus, Environment.read().state_dir):
+        yield

@@ -8,8 +8,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.config.params import Environment, load_params
-from flows.fit_job.state import locked
+from flows.config.environment import Environment
+from flows.config.params import load_params
+from flows.core.locks import locked
 from rfdetr.errors import RFDETRError
 
 LOGGER = logging.getLogger(__name__)

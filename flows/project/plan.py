@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.project.workspace import current_version, forget_dead_locks, stage_names, used_source
+from flows.project.dvc import forget_dead_locks
+from flows.project.workspace import current_version, stage_names, used_source
 from rfdetr.errors import RFDETRError
 
 State = Literal["up to date", "runs", "may run"]

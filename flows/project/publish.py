@@ -7,8 +7,8 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flows.core.process import CommandFailed
-from flows.project.workspace import Line, git
+from flows.core.process import CommandFailed, Line
+from flows.project.git import git
 
 FILES = ("dvc.lock", "params.yaml")
 TRIES = 3

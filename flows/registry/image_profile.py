@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flows.config.params import Environment, Params
+from flows.config.environment import Environment
+from flows.config.params import Params
 from flows.config.sections import DatasetSettings
 from flows.core.digest import digest_of
 from flows.storage.packs import open_dataset

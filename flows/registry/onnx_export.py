@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.stages.runner import read_json, write_json
+from flows.core.files import read_json, write_json
 from rfdetr.files import sha256_file
 
 

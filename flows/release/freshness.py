@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flows.config.params import Environment, Params, load_params
+from flows.config.environment import Environment, default_tracking_uri
+from flows.config.params import Params, load_params
 from flows.core.digest import digest_of
+from flows.core.files import read_json
 from flows.gate.score_cache import data_digest
 from flows.project.workspace import current_version, used_source
 from flows.registry.registry import CHAMPION, Registry, Version
-from flows.stages.runner import read_json
-from flows.tracking.run import default_tracking_uri
 
 GATE_KEY = "gate.key"
 TRAINED = Path("models/trained")

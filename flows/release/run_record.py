@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.config.params import Environment, Params
+from flows.config.environment import Environment
+from flows.config.params import Params
 from flows.core.digest import digest_of
+from flows.core.files import read_json
 from flows.core.redact import redact, redact_mapping
 from flows.registry.registry import RegistryError
-from flows.stages.runner import read_json
 from flows.tracking.delivery import experiment_id, tracking_client, valid_key
 from flows.tracking.journal import STATE, Journal
 from flows.tracking.provenance import collect_provenance

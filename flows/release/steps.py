@@ -13,7 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from flows.config.params import Environment, load_params
+from flows.config.environment import Environment
+from flows.config.params import load_params
+from flows.core.errors import explain
+from flows.core.files import read_json, write_json
 from flows.core.process import die_with_parent, exit_on_sigterm
 from flows.core.quiet import quiet_libraries
 from flows.core.redact import redact
@@ -25,7 +28,6 @@ from flows.orchestration.notify import notify
 from flows.release import champion
 from flows.release.champion import AuditRecord
 from flows.release.freshness import GATE_KEY, TRAINED, dataset_version, gate_key, registry_of
-from flows.stages.runner import explain, read_json, write_json
 from rfdetr.files import write_text_atomic
 
 REGISTERED, VERDICT = Path("reports/registered.json"), Path("reports/verdict.json")

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows.config.params import ConvertSettings, Environment, ModelSettings, Params
+from flows.config.environment import Environment
+from flows.config.params import Params
+from flows.config.sections import ConvertSettings, ModelSettings
 from flows.core.digest import digest_of
-from flows.stages.runner import copy_atomic, run_stage, write_json
+from flows.core.files import copy_atomic, write_json
+from flows.stages.runner import run_stage
 from flows.storage.objects import download
 from flows.storage.s3 import is_s3
 from rfdetr.checkpoints.adapt import structure_problems

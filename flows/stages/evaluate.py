@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.config.params import Environment, Params
+from flows.config.environment import Environment
+from flows.config.params import Params
+from flows.core.files import read_json, write_json
 from flows.gate import score_cache
 from flows.gate.scoring import ScoredModel, score_model
-from flows.stages.runner import read_json, run_stage, write_json
+from flows.stages.runner import run_stage
 from flows.storage.packs import open_dataset
 from rfdetr.errors import ConfigError
 from rfdetr.evaluation.accumulate import RECALL_POINTS

@@ -15,17 +15,21 @@ from typing import Any
 
 import yaml
 
-from flows.config.params import Environment, Params, plan_batch
+from flows.config.batch_plan import plan_batch
+from flows.config.environment import Environment
+from flows.config.params import Params
 from flows.core.digest import path_digest, paths_digest
+from flows.core.files import read_json
+from flows.core.locks import locked
 from flows.core.process import CommandFailed, Terminated, run_streaming
 from flows.core.redact import redact
 from flows.fit_job import job as jobs
 from flows.fit_job.job import ERROR, STOPPED, FitJob, FitResult
 from flows.fit_job.mirror import Mirror
 from flows.fit_job.progress import parse_progress
-from flows.fit_job.state import RETRY, FitState, locked
+from flows.fit_job.state import RETRY, FitState
 from flows.fit_job.trained_model import collect
-from flows.stages.runner import read_json, run_stage
+from flows.stages.runner import run_stage
 from flows.stages.validate import require_valid
 from flows.storage.packs import open_dataset
 from flows.tracking.journal import JOURNAL

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from flows.config.params import Environment, Params
+from flows.config.environment import Environment
+from flows.config.params import Params
 from flows.stages.runner import run_stage
 from flows.storage.packs import open_dataset
 from rfdetr.checks import CheckConfig, DatasetReport, check_dataset

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flows.config.params import Environment
+from flows.config.environment import Environment
 from flows.core.digest import digest_of
-from flows.core.redact import redact
-from flows.stages.runner import write_json
+from flows.core.files import write_json
 from flows.storage.s3 import (
     SHA_KEY,
     TRIES,
@@ -30,7 +28,6 @@ from flows.storage.s3 import (
     make_client,
     on_threads,
 )
-from rfdetr.errors import RFDETRError
 from rfdetr.files import sha256_file
 
 PART_BYTES = 16 << 20
@@ -222,45 +219,3 @@ def _resume_upload(
     except StorageError:
         return None, {}
     return number, {int(part["PartNumber"]): part["ETag"] for part in found}
-
-
-def fetch(uri: str, target: str | os.PathLike[str], *, progress: bool = True) -> Path:
-    """Fetch an object, or a prefix when `uri` ends in "/" or there is no object of that name."""
-    from flows.storage.prefixes import download_tree
-
-    if uri.endswith("/"):  # an object of that name is a folder marker
-        return download_tree(uri, target, progress=progress)
-    try:
-        head(uri)
-    except StorageError as error:
-        if "does not exist" not in str(error):
-            raise
-        return download_tree(uri, target, progress=progress)
-    return download(uri, target, progress=progress)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m flows.storage.objects get|put SOURCE TARGET`."""
-    import argparse
-
-    from flows.storage.prefixes import upload_tree
-
-    parser = argparse.ArgumentParser(prog="python -m flows.storage.objects", description=__doc__)
-    parser.add_argument("action", choices=["get", "put"])
-    parser.add_argument("source", help="s3:// address or prefix, file, or folder")
-    parser.add_argument("target", help="where it goes")
-    given = parser.parse_args(arguments)
-    try:
-        if given.action == "get":
-            fetch(given.source, given.target)
-        else:
-            single = Path(given.source).is_file()
-            (upload if single else upload_tree)(given.source, given.target)
-    except (RFDETRError, OSError) as error:
-        print(redact(str(error)), file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -22,8 +22,9 @@ from typing import Any
 from tqdm import tqdm
 
 from flows.core.digest import digest_of, list_files
-from flows.fit_job.state import locked
-from flows.stages.runner import explain, read_json, write_json
+from flows.core.errors import explain
+from flows.core.files import read_json, write_json
+from flows.core.locks import locked
 from rfdetr.errors import DatasetError
 from rfdetr.files import atomic_path, sha256_file
 

@@ -10,7 +10,15 @@ from tqdm import tqdm
 
 from flows.core.digest import list_files
 from flows.storage.objects import download, upload
-from flows.storage.s3 import Address, Listed, StorageError, list_objects, make_client, on_threads
+from flows.storage.s3 import (
+    Address,
+    Listed,
+    StorageError,
+    head,
+    list_objects,
+    make_client,
+    on_threads,
+)
 
 
 def download_tree(uri: str, folder: str | os.PathLike[str], *, progress: bool = True) -> Path:
@@ -127,3 +135,18 @@ def upload_tree(folder: str | os.PathLike[str], uri: str, *, progress: bool = Tr
 
         on_threads(send, files)
     return len(files)
+
+
+def fetch(uri: str, target: str | os.PathLike[str], *, progress: bool = True) -> Path:
+    """Fetch an object, or a prefix when `uri` ends in "/" or there is no object of that name."""
+    from flows.storage.prefixes import download_tree
+
+    if uri.endswith("/"):  # an object of that name is a folder marker
+        return download_tree(uri, target, progress=progress)
+    try:
+        head(uri)
+    except StorageError as error:
+        if "does not exist" not in str(error):
+            raise
+        return download_tree(uri, target, progress=progress)
+    return download(uri, target, progress=progress)

@@ -6,31 +6,25 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from flows.config.params import Environment
+from flows.config.environment import Environment, default_tracking_uri
 from flows.core.redact import redact
 from flows.tracking.delivery import Sender, deliver
 from flows.tracking.journal import JOURNAL, Journal, RunSpec, Status
 from flows.tracking.provenance import Provenance, collect_provenance, command_line
+from flows.tracking.system_metrics import SystemSampler
 from rfdetr.errors import ConfigError
 
 log = logging.getLogger(__name__)
 CLOSE_SECONDS = 10.0
-
-
-def default_tracking_uri(root: str | os.PathLike[str] = ".") -> str:
-    """MLFLOW_TRACKING_URI, else a SQLite file in the project folder `root`."""
-    return Environment.read().tracking_uri or f"sqlite:///{Path(root).absolute() / 'mlflow.db'}"
 
 
 class TrackedRun:
@@ -52,7 +46,7 @@ class TrackedRun:
         self.uri = uri
         self._sender = Sender(self.journal, uri) if uri else None
         self._sampler = (
-            _SystemSampler(self.journal, system_metrics_every) if system_metrics_every else None
+            SystemSampler(self.journal, system_metrics_every) if system_metrics_every else None
         )
         self._started = time.monotonic()
 
@@ -117,46 +111,6 @@ def close_run(folder: str | os.PathLike[str], status: Status, uri: str | None) -
     if run._sender:
         run._sender.start()
     return run.close(status)
-
-
-class _SystemSampler:
-    """Samples CPU, memory, disk, network and GPU figures into the journal."""
-
-    def __init__(self, journal: Journal, every: float) -> None:
-        self._journal, self._every = journal, every
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
-
-    def start(self) -> None:
-        if self._thread.ident is None:
-            self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-
-    def _work(self) -> None:
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-        kinds: list[Any] = [CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor]
-        monitors = []
-        for kind in kinds:
-            with contextlib.suppress(ImportError, RuntimeError):  # no GPU
-                monitors.append(kind())
-        step = int(time.time() / self._every)  # grows over resumed parts of a run
-        while not self._stop.wait(self._every):
-            step += 1
-            try:
-                for monitor in monitors:
-                    monitor.collect_metrics()
-                    values = monitor.aggregate_metrics()
-                    monitor.clear_metrics()
-                    self._journal.log_metrics({f"system/{k}": v for k, v in values.items()}, step)
-            except Exception as error:  # noqa: BLE001 - figures of the machine are not worth a run
-                log.warning("system metrics stop: %s", error)
-                return
 
 
 def unsent_journals(state_dir: str | os.PathLike[str]) -> list[Journal]:

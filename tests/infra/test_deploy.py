@@ -25,7 +25,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_slots_of_the_gpu_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.config.params import RuntimeSettings
+    from flows.config.sections import RuntimeSettings
     from flows.orchestration import gpus
     from infra.deploy import gpu_slots
 

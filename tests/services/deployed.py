@@ -39,7 +39,7 @@ def git(root: Path, *words: str) -> str:
 
 def add_dataset(stack: LiveStack) -> None:
     """Version a dataset with DVC, push it to S3, and leave nothing but its pointer."""
-    stack.module("flows.stages.prepare", "demo")
+    stack.module("flows.stages.demo")
     (stack.project / "data/demo").rename(stack.project / "data/tiny")
     remote = stack.environment["RFDETR_DVC_REMOTE"]
     stack.module("dvc", "remote", "add", "--local", "--default", "store", remote)

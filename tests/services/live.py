@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 
-from flows.stages.runner import read_json
+from flows.core.files import read_json
 from infra.services import PORTS, StackSettings
 
 T = TypeVar("T")

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from flows.fit_job.state import MAX_ATTEMPTS, locked
-from flows.stages.runner import read_json, write_json
+from flows.core.files import read_json, write_json
+from flows.core.locks import locked
+from flows.fit_job.state import MAX_ATTEMPTS
 from tests.services.deployed import git
 from tests.services.fitting import Fitting, kill_all, next_run
 from tests.services.live import LiveStack, wait_for

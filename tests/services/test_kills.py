@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flows.stages.runner import read_json
+from flows.core.files import read_json
 from tests.services.fitting import Fitting, kill_all, next_run
 from tests.services.live import LiveStack, alive, wait_for
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from flows.cli.doctor import OLD_DAYS, Finding, _cut_off, _old_copies, _old_state
-from flows.config.params import Environment
-from flows.fit_job.state import locked
+from flows.config.environment import Environment, default_tracking_uri
+from flows.core.locks import locked
 from flows.storage.packs import open_dataset, pack
 from flows.tracking.journal import Journal, RunSpec
-from flows.tracking.run import TrackedRun, close_run, default_tracking_uri, sync
+from flows.tracking.run import TrackedRun, close_run, sync
 from tests.flows.mlflow_fixtures import runs
 
 

@@ -12,16 +12,11 @@ import yaml
 from pydantic import ValidationError
 
 from flows.cli.commands import checked, parse_changes
-from flows.config.params import (
-    SECTIONS,
-    Environment,
-    FitSettings,
-    ModelSettings,
-    RetrainParams,
-    load_params,
-    parse_params,
-    plan_batch,
-)
+from flows.config.batch_plan import plan_batch
+from flows.config.environment import Environment
+from flows.config.overrides import RetrainParams
+from flows.config.params import SECTIONS, load_params, parse_params
+from flows.config.sections import FitSettings, ModelSettings
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.errors import ConfigError
 

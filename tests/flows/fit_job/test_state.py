@@ -11,7 +11,8 @@ import pytest
 
 from flows.core import digest
 from flows.core.digest import path_digest
-from flows.fit_job.state import FitState, StateError, locked
+from flows.core.locks import StateError, locked
+from flows.fit_job.state import FitState
 
 
 def test_every_input_has_its_own_folder(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 
-from flows.config.params import RetrainParams
+from flows.config.overrides import RetrainParams
 from flows.drift_check import EVENT, drift_check
 from flows.inference.drift import PICTURE, REPORT, TEXT, DriftCheck, DriftParams, check_drift
 from flows.registry.registry import Registry

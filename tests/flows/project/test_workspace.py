@@ -13,19 +13,12 @@ import psutil
 import pytest
 import yaml
 
-from flows.config.params import Environment, load_params
-from flows.project.workspace import (
-    checkout,
-    configure_dvc,
-    data_stage,
-    dvc,
-    forget_dead_locks,
-    has_remote,
-    prepare_workspace,
-    require_dataset,
-    stage_names,
-    write_overrides,
-)
+from flows.config.environment import Environment
+from flows.config.overrides import write_overrides
+from flows.config.params import load_params
+from flows.project.dvc import configure_dvc, dvc, forget_dead_locks, has_remote
+from flows.project.git import checkout
+from flows.project.workspace import data_stage, prepare_workspace, require_dataset, stage_names
 from flows.stages.runner import check_unchanged
 from rfdetr.errors import ConfigError, DatasetError
 from tests.flows.servers import S3Server

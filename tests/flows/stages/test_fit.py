@@ -29,7 +29,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose stages before fit have run."""
     root = make_project(tmp_path_factory.mktemp("fit") / "project")
     for command in (
-        ("flows.stages.prepare", "demo"),
+        ("flows.stages.demo",),
         ("flows.stages.validate",),
         ("flows.stages.convert",),
     ):

@@ -27,7 +27,7 @@ from tests.flows.projects import run, set_params
 EPOCHS = 3
 # Marks in the run's output after which a seeded delay begins, and who is killed then.
 MOMENTS = [
-    ("> python -m flows.stages.prepare", "everything"),
+    ("> python -m flows.stages.demo", "everything"),
     ("> python -m flows.stages.convert", "flow"),
     ("training in", "trainers"),
     ("training in", "flow"),

@@ -127,5 +127,5 @@ def test_dvc_fetches_what_has_changed_and_plan_says_so(
     run(root, "dvc", "repro", "fetch@mine")
     assert (root / "data/mine/a.txt").read_bytes() == b"new"
     put(f"{key}/a.txt", b"later")
-    refused = run(root, "python", "-m", "flows.stages.prepare", "fetch", "mine", check=False)
+    refused = run(root, "python", "-m", "flows.stages.fetch", "mine", check=False)
     assert "has changed: it is not the listing-" in refused.stderr

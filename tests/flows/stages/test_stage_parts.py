@@ -12,9 +12,11 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from flows.config.params import Params, RuntimeSettings, parse_params
-from flows.config.sections import DatasetSettings, EvaluateSettings
+from flows.config.params import Params, parse_params
+from flows.config.sections import DatasetSettings, EvaluateSettings, RuntimeSettings
 from flows.core.digest import path_digest
+from flows.core.errors import explain
+from flows.core.files import write_json
 from flows.fit_job.job import command, newest_checkpoint, resolve_devices
 from flows.fit_job.progress import EpochProgress, parse_progress
 from flows.fit_job.trained_model import epoch_rows
@@ -27,7 +29,7 @@ from flows.release import run_record
 from flows.stages import convert as convert_stage
 from flows.stages import evaluate, fit, validate
 from flows.stages.fit import code_of_stage
-from flows.stages.runner import explain, run_stage, write_json
+from flows.stages.runner import run_stage
 from flows.stages.validate import UNREADABLE, reasons_to_stop
 from rfdetr.checkpoints.record import Container
 from rfdetr.checkpoints.safe_io import save_file

@@ -10,8 +10,8 @@ import pytest
 
 from flows.storage import objects
 from flows.storage import s3 as s3_module
-from flows.storage.objects import download, fetch, upload
-from flows.storage.prefixes import download_tree, upload_tree
+from flows.storage.objects import download, upload
+from flows.storage.prefixes import download_tree, fetch, upload_tree
 from flows.storage.s3 import (
     StorageError,
     ensure_bucket,

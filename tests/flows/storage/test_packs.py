@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows.core.digest import path_digest
-from flows.stages.runner import read_json, write_json
+from flows.core.files import read_json, write_json
 from flows.storage import packs as pack_module
 from flows.storage.packs import open_dataset, pack, unpack
 from rfdetr.errors import DatasetError

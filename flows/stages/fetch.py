@@ -1,4 +1,4 @@
-"""The stages that make datasets: `demo` builds one, `fetch NAME` gets one from S3."""
+"""The stage `fetch NAME`: a dataset from S3."""
 
 from __future__ import annotations
 
@@ -7,32 +7,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from flows.config.params import Params, SourceSettings
+from flows.config.params import Params
+from flows.config.sections import SourceSettings
 from flows.project.workspace import current_version
 from flows.stages.runner import run_stage
-from flows.storage.objects import fetch
+from flows.storage.prefixes import fetch
 from flows.storage.s3 import StorageError
 from rfdetr.errors import ConfigError
 
 DATA = Path("data")
-
-
-def demo(params: Params) -> None:
-    """Write data/demo; it appears only when it is complete."""
-    from rfdetr.data.demo import build_demo
-
-    target, settings = DATA / "demo", params.demo
-    work = _empty(target)
-    build_demo(
-        work,
-        seed=settings.seed,
-        classes=settings.classes,
-        train=settings.train,
-        valid=settings.valid,
-        test=settings.test,
-        progress=sys.stderr.isatty(),
-    )
-    work.replace(target)
 
 
 def fetch_source(name: str, params: Params) -> None:
@@ -59,21 +42,10 @@ def _check_version(source: SourceSettings) -> None:
         )
 
 
-def _empty(target: Path) -> Path:
-    """A new folder beside `target`, which is removed."""
-    work = target.with_name(f".{target.name}.partial")
-    for folder in (work, target):
-        shutil.rmtree(folder, ignore_errors=True)
-    work.parent.mkdir(parents=True, exist_ok=True)
-    return work
-
-
 def main(arguments: list[str]) -> int:
-    """`python -m flows.stages.prepare demo` or `python -m flows.stages.prepare fetch NAME`."""
+    """`python -m flows.stages.fetch NAME`."""
     match arguments:
-        case ["demo"]:
-            return run_stage("demo", ["demo"], demo)
-        case ["fetch", name]:
+        case [name] if not name.startswith("-"):
             return run_stage(f"fetch {name}", ["sources"], functools.partial(fetch_source, name))
     print(main.__doc__, file=sys.stderr)
     return 2

@@ -1,0 +1,50 @@
+"""Settings of the machine, from environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel
+
+
+class Environment(BaseModel, frozen=True):
+    """What belongs to the machine and not to the project. Keys and passwords are not read here."""
+
+    state_dir: Path
+    state_url: str | None = None
+    dvc_cache: Path | None = None
+    dvc_remote: str | None = None
+    s3_endpoint: str | None = None
+    tracking_uri: str | None = None
+    git_url: str | None = None
+    git_branch: str | None = None
+    work_pool: str | None = None
+    recent_images: str | None = None
+
+    @classmethod
+    def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
+        """The settings of `env`; an empty value counts as not set."""
+        names = {
+            "state_url": "RFDETR_STATE_URL",
+            "dvc_cache": "RFDETR_DVC_CACHE",
+            "dvc_remote": "RFDETR_DVC_REMOTE",
+            "s3_endpoint": "AWS_ENDPOINT_URL",
+            "tracking_uri": "MLFLOW_TRACKING_URI",
+            "git_url": "RFDETR_GIT_URL",
+            "git_branch": "RFDETR_GIT_BRANCH",
+            "work_pool": "RFDETR_WORK_POOL",
+            "recent_images": "RFDETR_RECENT_IMAGES",
+        }
+        given = {field: env[name] for field, name in names.items() if env.get(name)}
+        state = env.get("RFDETR_STATE_DIR")
+        if not state:
+            cache = env.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+            state = str(Path(cache) / "rfdetr-pipeline")
+        return cls.model_validate({"state_dir": Path(state).expanduser().absolute(), **given})
+
+
+def default_tracking_uri(root: str | os.PathLike[str] = ".") -> str:
+    """MLFLOW_TRACKING_URI, else a SQLite file in the project folder `root`."""
+    return Environment.read().tracking_uri or f"sqlite:///{Path(root).absolute() / 'mlflow.db'}"

@@ -1,0 +1,39 @@
+"""Errors as one readable text."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+
+from flows.core.redact import redact
+from rfdetr.errors import RFDETRError
+
+INTERRUPTED = 130
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def explain(error: Exception) -> str:
+    """One readable text; the traceback comes first when the error is none of ours."""
+    full = _full_disk(error)
+    if full is not None:
+        where = f" while writing {full.filename}" if full.filename else ""
+        return f"no space left on the device{where}. Free some, then start again."
+    if isinstance(error, RFDETRError):
+        return redact(str(error))
+    if type(error).__module__.partition(".")[0] == "mlflow":  # a server that is away, or refuses
+        return redact(f"MLflow: {error}")
+    trace = "".join(traceback.format_exception(error))
+    return redact(f"unexpected {type(error).__name__}\n{trace}\n{type(error).__name__}: {error}")
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The write error behind `error`; torch's writer hides it behind one of its own."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
