@@ -22,7 +22,7 @@ def test_every_input_has_its_own_folder(tmp_path: Path) -> None:
 
 
 def test_a_second_trainer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from flows.fit_job.state import locked\n"
+    code = "import sys; from pathlib import Path; from flows.core.locks import locked\n"
     code += f"with locked(Path({str(tmp_path)!r})): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -166,8 +166,8 @@ def test_commands_wait_for_the_registry(
     command: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = threading.Event()
-    for name in ("register", "promote.promote", "promote.rollback"):
-        monkeypatch.setattr(f"flows.release.steps.{name}", lambda *_, **__: done.set())
+    for name in ("steps.register", "champion.promote", "champion.rollback"):
+        monkeypatch.setattr(f"flows.release.{name}", lambda *_, **__: done.set())
     arguments = [*command.split(), *([] if command == "register" else ["--reason", "r"])]
     with registry_slot(root):
         thread = threading.Thread(target=main, args=(arguments,))

@@ -48,7 +48,7 @@ def test_stages_compare_the_sections_that_dvc_tracks() -> None:
         ("validate", validate), ("convert", convert_stage), ("fit", fit), ("evaluate", evaluate),
     ):  # fmt: skip
         assert stages[name]["params"] == module.SECTIONS
-        assert f"flows/{name}.py" in stages[name]["deps"]
+        assert f"flows/stages/{name}.py" in stages[name]["deps"]
     assert all((ROOT / path).exists() for path in code_of_stage("fit", ROOT))
 
 

@@ -234,13 +234,3 @@ def test_a_bucket_is_made_once(s3: S3Server) -> None:
     ensure_bucket("fresh-one")
     ensure_bucket("fresh-one")
     assert (s3.folder / "fresh-one").is_dir()
-
-
-def test_command_line(s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "w.pth"
-    file.write_bytes(b"weights")
-    assert objects.main(["put", str(file), "s3://data/w.pth"]) == 0
-    assert objects.main(["get", "s3://data/w.pth", str(tmp_path / "v.pth")]) == 0
-    assert (tmp_path / "v.pth").read_bytes() == b"weights"
-    assert objects.main(["get", "s3://data/none", str(tmp_path / "z")]) == 1
-    assert "nothing is there" in capsys.readouterr().err
