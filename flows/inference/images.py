@@ -10,9 +10,8 @@ from typing import Any
 
 from flows.storage.objects import download
 from flows.storage.s3 import Address, guard, is_s3, make_client
+from rfdetr.data.decode import IMAGE_SUFFIXES
 from rfdetr.errors import DatasetError
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def list_pictures(sources: Sequence[str], *, leave_out: Path | None = None) -> l
                 )
     if not found:
         raise DatasetError(
-            f"No images in {', '.join(sources)}. Known: {', '.join(sorted(SUFFIXES))}."
+            f"No images in {', '.join(sources)}. Known: {', '.join(sorted(IMAGE_SUFFIXES))}."
         )
     return list(found.values())
 
@@ -71,7 +70,7 @@ def _in_folder(source: str, leave_out: Path | None) -> Iterator[Picture]:
     elif base.is_dir():
         for file in sorted(base.rglob("*")):
             inside = leave_out is not None and file.resolve().is_relative_to(leave_out.resolve())
-            if file.suffix.lower() in SUFFIXES and not inside:
+            if file.suffix.lower() in IMAGE_SUFFIXES and not inside:
                 yield _of_file(file, file.relative_to(base).as_posix())
     else:
         raise DatasetError(f"{source} does not exist.")
@@ -92,7 +91,7 @@ def _in_bucket(source: str) -> Iterator[Picture]:
     folder = address.key.rstrip("/") + "/"
     for item in sorted(found, key=lambda item: str(item["Key"])):
         key = str(item["Key"])
-        if Path(key).suffix.lower() not in SUFFIXES:
+        if Path(key).suffix.lower() not in IMAGE_SUFFIXES:
             continue
         if key != address.key and not key.startswith(folder):
             continue  # a neighbour whose name begins like the prefix

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from rfdetr.arrays import Integers, find_rows
 from rfdetr.data.coco_json import Category
 from rfdetr.errors import DatasetError
 
@@ -44,14 +44,12 @@ class CategoryTable:
         highest = max(self.labels.values(), default=0)
         return max(1, highest + 1 if 0 in self.labels.values() else highest)
 
-    def lookup(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def lookup(self, ids: Integers) -> Integers:
         """Labels of an array of category ids; -1 where the table has none."""
-        known = np.array(sorted(self.labels), np.int64)
-        if not len(known):
-            return np.full(len(ids), -1, np.int64)
-        values = np.array([self.labels[i] for i in known.tolist()], np.int64)
-        place = np.searchsorted(known, ids).clip(max=len(known) - 1)
-        return np.where(known[place] == ids, values[place], -1)
+        known = np.fromiter(self.labels.keys(), np.int64, len(self.labels))
+        labels = np.fromiter(self.labels.values(), np.int64, len(self.labels))
+        rows = find_rows(known, ids)
+        return np.append(labels, -1)[rows]  # row -1 is the appended -1
 
 
 def category_table(

@@ -6,8 +6,8 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from rfdetr.arrays import Integers, find_rows
 from rfdetr.data.categories import CategoryTable, category_table, check_ids, check_same
 from rfdetr.data.coco_json import Category, CocoFile, read_coco
 from rfdetr.data.index import (
@@ -73,10 +73,9 @@ def build_index(
 ) -> AnnotationIndex:
     """The arrays of one file. `folder` holds its pictures; `check_files` looks for each of them."""
     images, rows = coco.images, coco.annotations
-    order = np.argsort(images.ids, kind="stable")
-    owner = _owners(images.ids, order, rows.image_ids)
+    owner = find_rows(images.ids, rows.image_ids)
     labels = table.lookup(rows.category_ids)
-    problems = _duplicates(images.ids[order])
+    problems = _duplicates(images.ids)
     for i in np.flatnonzero((labels < 0) & (owner >= 0)):
         problems.append(
             f"annotation {rows.ids[i]}: its category {rows.category_ids[i]} is not one of "
@@ -110,19 +109,9 @@ def build_index(
     )
 
 
-def _owners(
-    ids: npt.NDArray[np.int64], order: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Position in `ids` of every wanted id, -1 where there is none; `order` sorts `ids`."""
-    if not len(ids):
-        return np.full(len(wanted), -1, np.int64)
-    place = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
-    return np.where(ids[place] == wanted, place, -1)
-
-
-def _duplicates(ascending: npt.NDArray[np.int64]) -> list[str]:
-    repeated = np.unique(ascending[1:][ascending[1:] == ascending[:-1]])
-    return [f"image id {i} occurs more than once" for i in repeated.tolist()]
+def _duplicates(ids: Integers) -> list[str]:
+    values, counts = np.unique(ids, return_counts=True)
+    return [f"image id {i} occurs more than once" for i in values[counts > 1].tolist()]
 
 
 def _warn_dangling(coco: CocoFile, count: int) -> None:

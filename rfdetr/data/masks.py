@@ -13,7 +13,8 @@ from rfdetr.errors import DatasetError
 
 Mask = npt.NDArray[np.bool_]
 RLE = dict[str, Any]
-FAR = 16  # picture sides: pycocotools walks along outlines, so a point at 1e9 would take minutes
+FAR = 16  # image sides: pycocotools walks along outlines, so a point at 1e9 would take minutes
+MAX_SHIFT = 60  # bits of one run length in compressed RLE
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> RLE:
@@ -57,7 +58,7 @@ def _run_lengths(segmentation: RLE, height: int, width: int) -> RLE:
     if size != [height, width]:
         raise DatasetError(f"RLE size {size} is not the picture's [{height}, {width}].")
     if isinstance(counts, str):
-        counts = _uncompressed(counts)
+        counts = decode_counts(counts)
     if not isinstance(counts, list) or not all(type(c) is int and c >= 0 for c in counts):
         raise DatasetError(f"RLE counts must be a text or whole numbers, found {counts!r:.60}.")
     if sum(counts) != height * width:
@@ -67,17 +68,21 @@ def _run_lengths(segmentation: RLE, height: int, width: int) -> RLE:
     return dict(coco_mask.frPyObjects({"size": size, "counts": counts}, height, width))
 
 
-def _uncompressed(text: str) -> list[int]:
-    """Run lengths from COCO's text form (six bits a character, later ones as differences).
+def decode_counts(text: str) -> list[int]:
+    """Run lengths from the compressed text form of COCO RLE (`rleFrString` in pycocotools).
 
-    Decoded here because pycocotools trusts the text and may write outside its memory.
+    Each character holds five bits and a continuation flag; from the third run on, a run is stored
+    as the difference to the run two before. Decoded here because pycocotools trusts the text and
+    can write outside its memory. Raises DatasetError; run lengths may still be negative.
     """
     counts: list[int] = []
     value = shift = 0
     for code in text.encode("ascii", "replace"):
         bits = code - 48
         if not 0 <= bits < 64:
-            raise DatasetError(f"RLE counts hold the character {chr(code)!r}.")
+            raise DatasetError(f"RLE counts contain the character {chr(code)!r}.")
+        if shift > MAX_SHIFT:
+            raise DatasetError("RLE counts contain a number of more than 64 bits.")
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
@@ -85,6 +90,8 @@ def _uncompressed(text: str) -> list[int]:
                 value |= -1 << shift
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
+    if shift:
+        raise DatasetError("RLE counts end in the middle of a number.")
     return counts
 
 

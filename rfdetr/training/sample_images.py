@@ -13,11 +13,10 @@ from PIL import Image
 from pytorch_lightning.loggers import Logger, MLFlowLogger
 from torch import Tensor
 
+from rfdetr.data.transforms import MEAN, STD
 from rfdetr.evaluation.plots import Sample
 
 SAMPLES = 6
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
 def take_samples(samples: Any, targets: Sequence[Mapping[str, Any]], wanted: int) -> list[Sample]:

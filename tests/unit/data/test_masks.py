@@ -62,6 +62,8 @@ def test_union_of_polygons_and_what_is_skipped() -> None:
         {"size": [10, 12], "counts": "oooooooooooooo"},
         {"size": [10, 12], "counts": "\x01"},
         {"size": [10, 12], "counts": "ü"},
+        {"size": [10, 12], "counts": "P" * 14 + "0"},  # more than 64 bits
+        {"size": [10, 12], "counts": "P"},  # ends within a number
         {},
     ],
 )
