@@ -59,12 +59,10 @@ class YoloSplits:
         if not files and name != "test":
             places = ", ".join(map(str, split.images))
             raise DatasetError(
-                f"{places}: no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}) for {name!r}."
+                f"{places}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) for {name!r}."
             )
         listed = [file for file in files if not file.is_file()]
-        raise_problems(
-            root, [f"picture {f} does not exist" for f in listed], "Mend the list files."
-        )
+        raise_problems(root, [f"image {f} does not exist" for f in listed], "Fix the list files.")
         rows: list[LabelRow] = []
         first = [0]
         problems: list[str] = []

@@ -107,7 +107,7 @@ def test_an_empty_test_split_has_an_empty_index(tmp_path: Path) -> None:
     assert (len(splits.index("test")), len(splits.index("val"))) == (0, 2)
     for file in (root / "valid/images").iterdir():
         file.unlink()
-    with pytest.raises(DatasetError, match="no pictures"):
+    with pytest.raises(DatasetError, match="no images"):
         YoloSplits(detect_layout(root)).index("val")
 
 
