@@ -74,6 +74,23 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, handler)
 
 
+def terminate_with(parent: int) -> None:
+    """Have the kernel send this process SIGTERM when `parent` dies (Linux).
+
+    For use between fork and exec: it makes two system calls and allocates nothing.
+    """
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def signal_group(group: int, number: int) -> None:
+    """Send a signal to a process group, if it still exists."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
 def die_with_parent(*, grace: float = 60.0) -> None:
     """Get SIGTERM when the parent dies, SIGKILL `grace` seconds later if still alive.
 
@@ -152,10 +169,7 @@ def _start(
     def tie() -> None:
         # A background job (`&`, nohup) ignores SIGINT, and would hand that down.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if LIBC is not None:
-            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-            if os.getppid() != parent:
-                os._exit(1)
+        terminate_with(parent)
 
     try:
         return subprocess.Popen(
@@ -282,5 +296,4 @@ def _ended(child: subprocess.Popen[bytes]) -> bool:
 
 def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
     if child.returncode is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, number)
+        signal_group(child.pid, number)
