@@ -1,7 +1,6 @@
 """Configuration of models and of training runs. Importing this module does not import torch.
 
-Field names and defaults follow the specification (model section 1, training section 3). Unknown
-fields are refused with the nearest known name, so that a typing error never trains silently.
+Unknown fields are refused with the nearest known name, so that a typo never trains silently.
 """
 
 from __future__ import annotations
@@ -28,24 +27,7 @@ ENCODER_SIZES: dict[str, tuple[int, int, int, int]] = {
     "dinov2_registers_windowed_small": (384, 12, 6, 4),
 }
 
-
-def _as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, os.PathLike) else value
-
-
-def _absolute(value: Any) -> Any:
-    if not isinstance(value, str | os.PathLike):
-        return value
-    return str(Path(value).expanduser().absolute())
-
-
-def _progress_bar(value: Any) -> Any:
-    if isinstance(value, bool):
-        return "tqdm" if value else None
-    return value
-
-
-# A model that differs in one of these cannot take the published weights of its variant.
+# A model that differs in one of these cannot load the published weights of its variant.
 STRUCTURE_FIELDS = (
     "encoder",
     "encoder_dim",
@@ -63,6 +45,31 @@ STRUCTURE_FIELDS = (
     "segmentation_head",
 )
 
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def _absolute(value: Any) -> Any:
+    if not isinstance(value, str | os.PathLike):
+        return value
+    return str(Path(value).expanduser().absolute())
+
+
+def _progress_bar(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "tqdm" if value else None
+    return value
+
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Factor = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+EncoderWidth = Annotated[int, Field(ge=8)]
+DecoderWidth = Annotated[int, Field(ge=4)]
+BlockIndexes = Annotated[list[int], Field(min_length=1)]
+Levels = Annotated[list[Level], Field(min_length=1)]
 PathText = Annotated[str, BeforeValidator(_as_text)]
 FolderText = Annotated[str, BeforeValidator(_absolute)]
 
@@ -90,7 +97,7 @@ class StrictConfig(BaseModel):
         kept, kept_set = dict(self.__dict__), set(self.model_fields_set)
         try:
             super().__setattr__(name, value)
-        except ValueError:  # a check of several fields runs after pydantic has stored the value
+        except ValueError:  # checks across fields run after pydantic has stored the value
             self.__dict__.update(kept)
             self.model_fields_set.intersection_update(kept_set)
             raise
@@ -109,46 +116,64 @@ class StrictConfig(BaseModel):
         return f"{cls.__name__} has no field {', '.join(parts)}.{extra} Known fields: {known}."
 
 
+def optional_fields(config_class: type[BaseModel], *names: str) -> dict[str, tuple[Any, None]]:
+    """Definitions of the named fields for `pydantic.create_model`, with None for "not set".
+
+    Types and constraints are those of `config_class`.
+    """
+    fields = {name: config_class.model_fields[name] for name in names}
+    return {
+        name: (Annotated[field.annotation, Field(), *field.metadata] | None, None)
+        for name, field in fields.items()
+    }
+
+
+def _grid_side(values: dict[str, Any]) -> int:
+    """Side of a position table with one entry per patch."""
+    return int(values["resolution"] // values["patch_size"])
+
+
 class ModelConfig(StrictConfig):
     """The network of one detector. Use a sized subclass, for example `RFDETRNanoConfig`.
 
-    `num_classes` counts the classes without the surplus output: heads have `num_classes + 1` rows.
-    `encoder_dim`, `encoder_depth` and `encoder_heads` replace the named encoder's size when set.
-    `pretrain_weights` is a file, a published name, or None for none. When it is not given, a
-    variant asks for its published weights; without network it goes on without them, warned.
+    `num_classes` counts the classes without the extra output: heads have `num_classes + 1` rows.
+    `encoder_dim`, `encoder_depth` and `encoder_heads` override the size of the named encoder.
+    `positional_encoding_size` follows the resolution unless it is given; base models keep the
+    37 x 37 table of DINOv2. `pretrain_weights` is a file, a published name, or None. If the
+    download of a variant's default weights fails, training continues with random weights and warns.
     """
 
     variant: ClassVar[str] = ""
 
     encoder: Encoder
-    encoder_dim: int | None = Field(None, ge=8)
-    encoder_depth: int | None = Field(None, ge=1)
-    encoder_heads: int | None = Field(None, ge=1)
-    out_feature_indexes: list[int] = Field(min_length=1)
-    patch_size: int = Field(ge=1)
-    num_windows: int = Field(ge=1)
-    resolution: int = Field(ge=1)
-    positional_encoding_size: int = Field(ge=1)
-    projector_scale: list[Level] = Field(min_length=1)
-    hidden_dim: int = Field(ge=4)
-    dec_layers: int = Field(ge=1)
-    sa_nheads: int = Field(ge=1)
-    ca_nheads: int = Field(ge=1)
-    dec_n_points: int = Field(ge=1)
-    num_queries: int = Field(300, ge=1)
-    num_select: int = Field(300, ge=1)
-    group_detr: int = Field(13, ge=1)
-    num_classes: int = Field(90, ge=1)
+    encoder_dim: EncoderWidth | None = None
+    encoder_depth: Positive | None = None
+    encoder_heads: Positive | None = None
+    out_feature_indexes: BlockIndexes
+    patch_size: Positive
+    num_windows: Positive
+    resolution: Positive
+    positional_encoding_size: Positive = Field(default_factory=_grid_side)
+    projector_scale: Levels
+    hidden_dim: DecoderWidth
+    dec_layers: Positive
+    sa_nheads: Positive
+    ca_nheads: Positive
+    dec_n_points: Positive
+    num_queries: Positive = 300
+    num_select: Positive = 300
+    group_detr: Positive = 13
+    num_classes: Positive = 90
     num_channels: Literal[3] = 3
-    dim_feedforward: int = Field(2048, ge=1)
+    dim_feedforward: Positive = 2048
     two_stage: Literal[True] = True
     bbox_reparam: Literal[True] = True
     lite_refpoint_refine: Literal[True] = True
     layer_norm: Literal[True] = True
     ia_bce_loss: Literal[True] = True
     segmentation_head: bool = False
-    mask_downsample_ratio: int = Field(4, ge=1)
-    drop_path: float = Field(0.0, ge=0.0, lt=1.0)
+    mask_downsample_ratio: Positive = 4
+    drop_path: Probability = 0.0
     pretrain_weights: PathText | None = None
     device: str = "auto"
     amp: bool = True
@@ -158,22 +183,6 @@ class ModelConfig(StrictConfig):
     backbone_lora: bool = False
     gradient_checkpointing: bool = False
     license: str = "Apache-2.0"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _follow_resolution(cls, data: Any) -> Any:
-        """Derive the position table's side from a given resolution (specification, section 1)."""
-        if not isinstance(data, dict) or "positional_encoding_size" in data:
-            return data
-        default = {name: field.default for name, field in cls.model_fields.items()}
-        native = default["positional_encoding_size"]
-        if not isinstance(native, int) or native != default["resolution"] // default["patch_size"]:
-            return data
-        resolution = data.get("resolution", default["resolution"])
-        patch = data.get("patch_size", default["patch_size"])
-        if isinstance(resolution, int) and isinstance(patch, int) and patch > 0:
-            return {**data, "positional_encoding_size": resolution // patch}
-        return data
 
     @model_validator(mode="before")
     @classmethod
@@ -226,7 +235,7 @@ class ModelConfig(StrictConfig):
         if sorted(set(indexes)) != indexes or indexes[0] < 1 or indexes[-1] > depth:
             problems.append(
                 f"out_feature_indexes {indexes} must ascend within 1..{depth} "
-                "(they count finished encoder blocks)."
+                "(they count encoder blocks)."
             )
         return problems
 
@@ -246,169 +255,156 @@ class ModelConfig(StrictConfig):
             registers,
         )
 
+    @property
+    def num_classes_is_explicit(self) -> bool:
+        """Whether the user chose `num_classes`; otherwise weights and datasets may change it."""
+        return "num_classes" in self.model_fields_set
+
+    def infer_num_classes(self, number: int) -> None:
+        """Set the class count found in weights or a dataset; it does not count as chosen."""
+        self.num_classes = number
+        self.model_fields_set.discard("num_classes")
+
 
 class RFDETRNanoConfig(ModelConfig):
     """Nano: 384 pixels, patch 16, 2 decoder layers."""
 
     variant: ClassVar[str] = "nano"
-
     pretrain_weights: PathText | None = "rf-detr-nano.pth"
     encoder: Encoder = "dinov2_windowed_small"
-    out_feature_indexes: list[int] = Field([3, 6, 9, 12], min_length=1)
-    patch_size: int = Field(16, ge=1)
-    num_windows: int = Field(2, ge=1)
-    resolution: int = Field(384, ge=1)
-    positional_encoding_size: int = Field(24, ge=1)
-    projector_scale: list[Level] = Field(["P4"], min_length=1)
-    hidden_dim: int = Field(256, ge=4)
-    dec_layers: int = Field(2, ge=1)
-    sa_nheads: int = Field(8, ge=1)
-    ca_nheads: int = Field(16, ge=1)
-    dec_n_points: int = Field(2, ge=1)
+    out_feature_indexes: BlockIndexes = [3, 6, 9, 12]
+    patch_size: Positive = 16
+    num_windows: Positive = 2
+    resolution: Positive = 384
+    projector_scale: Levels = ["P4"]
+    hidden_dim: DecoderWidth = 256
+    dec_layers: Positive = 2
+    sa_nheads: Positive = 8
+    ca_nheads: Positive = 16
+    dec_n_points: Positive = 2
 
 
 class RFDETRSmallConfig(RFDETRNanoConfig):
     """Small: 512 pixels, 3 decoder layers."""
 
     variant: ClassVar[str] = "small"
-
     pretrain_weights: PathText | None = "rf-detr-small.pth"
-    resolution: int = Field(512, ge=1)
-    positional_encoding_size: int = Field(32, ge=1)
-    dec_layers: int = Field(3, ge=1)
+    resolution: Positive = 512
+    dec_layers: Positive = 3
 
 
 class RFDETRMediumConfig(RFDETRNanoConfig):
     """Medium: 576 pixels, 4 decoder layers."""
 
     variant: ClassVar[str] = "medium"
-
     pretrain_weights: PathText | None = "rf-detr-medium.pth"
-    resolution: int = Field(576, ge=1)
-    positional_encoding_size: int = Field(36, ge=1)
-    dec_layers: int = Field(4, ge=1)
+    resolution: Positive = 576
+    dec_layers: Positive = 4
 
 
 class RFDETRBaseConfig(RFDETRNanoConfig):
     """Base: 560 pixels, patch 14, the position table of the original DINOv2 (37 x 37)."""
 
     variant: ClassVar[str] = "base"
-
     pretrain_weights: PathText | None = "rf-detr-base.pth"
-    out_feature_indexes: list[int] = Field([2, 5, 8, 11], min_length=1)
-    patch_size: int = Field(14, ge=1)
-    num_windows: int = Field(4, ge=1)
-    resolution: int = Field(560, ge=1)
-    positional_encoding_size: int = Field(37, ge=1)
-    dec_layers: int = Field(3, ge=1)
+    out_feature_indexes: BlockIndexes = [2, 5, 8, 11]
+    patch_size: Positive = 14
+    num_windows: Positive = 4
+    resolution: Positive = 560
+    positional_encoding_size: Positive = 37
+    dec_layers: Positive = 3
 
 
 class RFDETRLargeConfig(RFDETRNanoConfig):
     """Large (2026): 704 pixels, 4 decoder layers."""
 
     variant: ClassVar[str] = "large"
-
     pretrain_weights: PathText | None = "rf-detr-large-2026.pth"
-    resolution: int = Field(704, ge=1)
-    positional_encoding_size: int = Field(44, ge=1)
-    dec_layers: int = Field(4, ge=1)
+    resolution: Positive = 704
+    dec_layers: Positive = 4
 
 
 class RFDETRLargeDeprecatedConfig(RFDETRBaseConfig):
     """The first large model: base encoder, two feature levels."""
 
     variant: ClassVar[str] = "large-deprecated"
-
     pretrain_weights: PathText | None = "rf-detr-large.pth"
     encoder: Encoder = "dinov2_windowed_base"
-    projector_scale: list[Level] = Field(["P3", "P5"], min_length=1)
-    hidden_dim: int = Field(384, ge=4)
-    sa_nheads: int = Field(12, ge=1)
-    ca_nheads: int = Field(24, ge=1)
-    dec_n_points: int = Field(4, ge=1)
+    projector_scale: Levels = ["P3", "P5"]
+    hidden_dim: DecoderWidth = 384
+    sa_nheads: Positive = 12
+    ca_nheads: Positive = 24
+    dec_n_points: Positive = 4
 
 
 class RFDETRSegPreviewConfig(RFDETRNanoConfig):
     """Segmentation preview: 432 pixels, patch 12, 4 decoder layers, 200 queries."""
 
     variant: ClassVar[str] = "seg-preview"
-
     pretrain_weights: PathText | None = "rf-detr-seg-preview.pt"
     segmentation_head: bool = True
-    patch_size: int = Field(12, ge=1)
-    resolution: int = Field(432, ge=1)
-    positional_encoding_size: int = Field(36, ge=1)
-    dec_layers: int = Field(4, ge=1)
-    num_queries: int = Field(200, ge=1)
-    num_select: int = Field(200, ge=1)
+    patch_size: Positive = 12
+    resolution: Positive = 432
+    dec_layers: Positive = 4
+    num_queries: Positive = 200
+    num_select: Positive = 200
 
 
 class RFDETRSegNanoConfig(RFDETRSegPreviewConfig):
     """Segmentation nano: 312 pixels, no windows, 100 queries."""
 
     variant: ClassVar[str] = "seg-nano"
-
     pretrain_weights: PathText | None = "rf-detr-seg-nano.pt"
-    num_windows: int = Field(1, ge=1)
-    resolution: int = Field(312, ge=1)
-    positional_encoding_size: int = Field(26, ge=1)
-    num_queries: int = Field(100, ge=1)
-    num_select: int = Field(100, ge=1)
+    num_windows: Positive = 1
+    resolution: Positive = 312
+    num_queries: Positive = 100
+    num_select: Positive = 100
 
 
 class RFDETRSegSmallConfig(RFDETRSegPreviewConfig):
     """Segmentation small: 384 pixels, 100 queries."""
 
     variant: ClassVar[str] = "seg-small"
-
     pretrain_weights: PathText | None = "rf-detr-seg-small.pt"
-    resolution: int = Field(384, ge=1)
-    positional_encoding_size: int = Field(32, ge=1)
-    num_queries: int = Field(100, ge=1)
-    num_select: int = Field(100, ge=1)
+    resolution: Positive = 384
+    num_queries: Positive = 100
+    num_select: Positive = 100
 
 
 class RFDETRSegMediumConfig(RFDETRSegPreviewConfig):
     """Segmentation medium: 432 pixels, 5 decoder layers, 200 queries."""
 
     variant: ClassVar[str] = "seg-medium"
-
     pretrain_weights: PathText | None = "rf-detr-seg-medium.pt"
-    dec_layers: int = Field(5, ge=1)
+    dec_layers: Positive = 5
 
 
 class RFDETRSegLargeConfig(RFDETRSegPreviewConfig):
     """Segmentation large: 504 pixels, 5 decoder layers, 200 queries."""
 
     variant: ClassVar[str] = "seg-large"
-
     pretrain_weights: PathText | None = "rf-detr-seg-large.pt"
-    resolution: int = Field(504, ge=1)
-    positional_encoding_size: int = Field(42, ge=1)
-    dec_layers: int = Field(5, ge=1)
+    resolution: Positive = 504
+    dec_layers: Positive = 5
 
 
 class RFDETRSegXLargeConfig(RFDETRSegPreviewConfig):
     """Segmentation extra large: 624 pixels, 6 decoder layers, 300 queries."""
 
     variant: ClassVar[str] = "seg-xlarge"
-
     pretrain_weights: PathText | None = "rf-detr-seg-xlarge.pt"
-    resolution: int = Field(624, ge=1)
-    positional_encoding_size: int = Field(52, ge=1)
-    dec_layers: int = Field(6, ge=1)
-    num_queries: int = Field(300, ge=1)
-    num_select: int = Field(300, ge=1)
+    resolution: Positive = 624
+    dec_layers: Positive = 6
+    num_queries: Positive = 300
+    num_select: Positive = 300
 
 
 class RFDETRSeg2XLargeConfig(RFDETRSegXLargeConfig):
     """Segmentation double extra large: 768 pixels."""
 
     variant: ClassVar[str] = "seg-2xlarge"
-
     pretrain_weights: PathText | None = "rf-detr-seg-xxlarge.pt"
-    resolution: int = Field(768, ge=1)
-    positional_encoding_size: int = Field(64, ge=1)
+    resolution: Positive = 768
 
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {
@@ -431,63 +427,73 @@ MODEL_CONFIGS: dict[str, type[ModelConfig]] = {
 }
 
 
-class TrainConfig(StrictConfig):
-    """One training run (training specification, section 3.2).
+class Hyperparameters(StrictConfig):
+    """The settings of a training run that change its result.
+
+    `TrainConfig` adds the data, the output and the machine. The `fit` section of the pipeline's
+    params.yaml has the same fields.
+    """
+
+    epochs: Positive = 100
+    batch_size: Positive = 4
+    lr: NonNegative = 1e-4
+    lr_encoder: NonNegative = 1.5e-4
+    lr_vit_layer_decay: Factor = 0.8
+    lr_component_decay: Factor = 0.7
+    weight_decay: NonNegative = 1e-4
+    lr_scheduler: Literal["step", "cosine"] = "step"
+    lr_drop: Positive = 100
+    lr_min_factor: float = Field(0.0, ge=0, le=1)
+    warmup_epochs: NonNegative = 0.0
+    clip_max_norm: NonNegative = 0.1
+    use_ema: bool = True
+    ema_decay: Probability = 0.993
+    ema_tau: int = Field(100, ge=0)
+    ema_update_interval: Positive = 1
+    drop_path: Probability = 0.0
+    multi_scale: bool = True
+    expanded_scales: bool = True
+    square_resize_div_64: bool = True
+    aug_config: dict[str, Any] | None = None
+    early_stopping: bool = False
+    early_stopping_patience: Positive = 10
+    early_stopping_min_delta: NonNegative = 0.001
+    early_stopping_use_ema: bool = False
+    eval_interval: Positive = 1
+    eval_max_dets: Positive = 500
+    compute_val_loss: bool = True
+    fp16_eval: bool = False
+    checkpoint_interval: Positive = 10
+    sync_bn: bool = False
+    cls_loss_coef: NonNegative = 1.0
+
+
+class TrainConfig(Hyperparameters):
+    """One training run.
 
     `group_detr`, `ia_bce_loss`, `num_select` and `segmentation_head` repeat model settings for
-    compatibility: the model's configuration acts, and a different value given here is warned about.
+    compatibility: the model's configuration decides, and a different value here is warned about.
     """
 
     dataset_dir: FolderText
     dataset_file: Literal["roboflow", "coco", "yolo"] = "roboflow"
     output_dir: FolderText = "output"
-    epochs: int = Field(100, ge=1)
-    batch_size: int = Field(4, ge=1)
-    grad_accum_steps: int = Field(4, ge=1)
-    lr: float = Field(1e-4, ge=0)
-    lr_encoder: float = Field(1.5e-4, ge=0)
-    lr_vit_layer_decay: float = Field(0.8, gt=0)
-    lr_component_decay: float = Field(0.7, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    lr_scheduler: Literal["step", "cosine"] = "step"
-    lr_drop: int = Field(100, ge=1)
-    lr_min_factor: float = Field(0.0, ge=0, le=1)
-    warmup_epochs: float = Field(0.0, ge=0)
-    clip_max_norm: float = Field(0.1, ge=0)
+    grad_accum_steps: Positive = 4
     resume: PathText | None = None
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
-    use_ema: bool = True
-    ema_decay: float = Field(0.993, ge=0, lt=1)
-    ema_tau: int = Field(100, ge=0)
-    ema_update_interval: int = Field(1, ge=1)
-    drop_path: float = Field(0.0, ge=0, lt=1)
     drop_mode: Literal["standard", "early", "late"] = "standard"
     drop_schedule: Literal["constant", "linear"] = "constant"
     cutoff_epoch: int = Field(0, ge=0)
-    multi_scale: bool = True
-    expanded_scales: bool = True
     do_random_resize_via_padding: bool = False
-    square_resize_div_64: bool = True
-    aug_config: dict[str, Any] | None = None
-    early_stopping: bool = False
-    early_stopping_patience: int = Field(10, ge=1)
-    early_stopping_min_delta: float = Field(0.001, ge=0)
-    early_stopping_use_ema: bool = False
-    eval_interval: int = Field(1, ge=1)
-    eval_max_dets: int = Field(500, ge=1)
-    compute_val_loss: bool = True
     compute_test_loss: bool = True
     log_per_class_metrics: bool = True
     train_log_on_step: bool = False
     train_log_sync_dist: bool = False
-    fp16_eval: bool = False
-    checkpoint_interval: int = Field(10, ge=1)
     dont_save_weights: bool = False
     run_test: bool = False
     accelerator: str = "auto"
     devices: int | str = 1
-    num_nodes: int = Field(1, ge=1)
-    sync_bn: bool = False
+    num_nodes: Positive = 1
     progress_bar: Annotated[ProgressBar | None, BeforeValidator(_progress_bar)] = None
     tensorboard: bool = True
     wandb: bool = False
@@ -498,18 +504,17 @@ class TrainConfig(StrictConfig):
     num_workers: int = Field(2, ge=0)
     pin_memory: bool | None = None
     persistent_workers: bool | None = None
-    prefetch_factor: int | None = Field(None, ge=1)
-    cls_loss_coef: float = Field(1.0, ge=0)
-    group_detr: int = Field(13, ge=1)
+    prefetch_factor: Positive | None = None
+    group_detr: Positive = 13
     ia_bce_loss: bool = True
-    num_select: int = Field(300, ge=1)
+    num_select: Positive = 300
     segmentation_head: bool = False
 
 
 class SegmentationTrainConfig(TrainConfig):
     """A training run of a segmentation model: TrainConfig plus the mask losses."""
 
-    mask_point_sample_ratio: int = Field(16, ge=1)
-    mask_ce_loss_coef: float = Field(5.0, ge=0)
-    mask_dice_loss_coef: float = Field(5.0, ge=0)
+    mask_point_sample_ratio: Positive = 16
+    mask_ce_loss_coef: NonNegative = 5.0
+    mask_dice_loss_coef: NonNegative = 5.0
     segmentation_head: bool = True

@@ -102,7 +102,7 @@ class RFDETR:
         settings = {"pretrain_weights": os.fspath(file), **overrides}
         config = config_of(container, sized.config_class, **settings)
         if "num_classes" not in overrides:
-            config.model_fields_set.discard("num_classes")  # the file's number, not the user's
+            config.infer_num_classes(config.num_classes)
         detector = sized.__new__(sized)
         network = build_network(config)
         detector._begin(network, config, load_container(network, config, container))
@@ -155,7 +155,7 @@ class RFDETR:
         config = self.model_config
         if found is None or found == config.num_classes:
             return
-        if "num_classes" in config.model_fields_set:
+        if config.num_classes_is_explicit:
             if found > config.num_classes:
                 raise ConfigError(
                     f"The dataset has {found} classes, num_classes is {config.num_classes}: leave "
@@ -170,8 +170,7 @@ class RFDETR:
             return
         logger.info("Class count %d taken from the dataset.", found)
         self.model.model.resize_head(found + 1)
-        config.num_classes = found
-        config.model_fields_set.discard("num_classes")
+        config.infer_num_classes(found)
 
     def predict(
         self, images: Any, threshold: float = 0.5, *, batch_size: int = IMAGES_AT_ONCE

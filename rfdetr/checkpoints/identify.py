@@ -84,11 +84,12 @@ def _by_published_name(name: Any) -> type[ModelConfig] | None:
 
 def _native_resolution(cls: type[ModelConfig], values: dict[str, Any]) -> int:
     """The resolution that belongs to the position table, for a file that does not say."""
-    default = {name: field.default for name, field in cls.model_fields.items()}
-    side, patch = default["positional_encoding_size"], default["patch_size"]
-    if side != default["resolution"] // patch:  # a table of the encoder's own, whatever the input
-        return int(default["resolution"])
-    return int(values.get("positional_encoding_size", side) * values.get("patch_size", patch))
+    fields = cls.model_fields
+    native, patch = fields["resolution"].default, fields["patch_size"].default
+    if fields["positional_encoding_size"].default_factory is None:  # a table of fixed size
+        return int(native)
+    side = values.get("positional_encoding_size", native // patch)
+    return int(side * values.get("patch_size", patch))
 
 
 def _by_tensors(container: Container) -> dict[str, Any]:

@@ -99,16 +99,14 @@ def load_container(
 
 
 def _adopt_classes(network: RFDETRNetwork, model_config: ModelConfig, container: Container) -> None:
-    chosen = "num_classes" in model_config.model_fields_set
-    if container.num_classes is None or chosen:
+    if container.num_classes is None or model_config.num_classes_is_explicit:
         return
     found = max(1, container.num_classes)
     if found == model_config.num_classes:
         return
     logger.info("Class count %d taken from %s.", found, container.path)
     network.resize_head(found + 1)
-    model_config.num_classes = found
-    model_config.model_fields_set.discard("num_classes")  # still not the user's choice
+    model_config.infer_num_classes(found)
 
 
 def _load(network: RFDETRNetwork, fitted: Fitted, container: Container) -> LoadReport:

@@ -15,10 +15,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
-from rfdetr.data.batch import NestedTensor
 from rfdetr.data.decode import ImageFile, Pixels, to_rgb
 from rfdetr.data.geometry import View
 from rfdetr.errors import InputError
@@ -93,33 +91,6 @@ def normalise(pixels: Tensor) -> Tensor:
     scale = torch.tensor(STD).mul(255).reciprocal().view(3, 1, 1)
     out = torch.empty(pixels.shape, dtype=torch.float32)
     return out.copy_(pixels).sub_(mean).mul_(scale)
-
-
-def multi_scale_sizes(resolution: int, block_size: int, expanded: bool = True) -> list[int]:
-    """Picture sides for training, ascending: whole blocks around `resolution`, at least two."""
-    offsets = range(-5, 6) if expanded else range(-3, 5)
-    blocks = (resolution // block_size + offset for offset in offsets)
-    return [n * block_size for n in blocks if n >= 2]
-
-
-def compute_multi_scale_scales(
-    resolution: int, expanded_scales: bool, patch_size: int, num_windows: int
-) -> list[int]:
-    """`multi_scale_sizes` with the arguments of the specification (section 5.3)."""
-    return multi_scale_sizes(resolution, patch_size * num_windows, expanded_scales)
-
-
-def resize_batch(nested: NestedTensor | Tensor, size: int) -> None:
-    """Resize a batch in place to (size, size): bilinear without antialias; the mask nearest."""
-    if isinstance(nested, Tensor):
-        nested.data = F.interpolate(nested, (size, size), mode="bilinear", align_corners=False)
-        return
-    nested.tensors = F.interpolate(
-        nested.tensors, (size, size), mode="bilinear", align_corners=False
-    )
-    if nested.mask is not None:
-        mask = F.interpolate(nested.mask[None].float(), (size, size), mode="nearest")
-        nested.mask = mask[0].bool()
 
 
 def keep_aspect(height: int, width: int, short: int) -> tuple[int, int]:

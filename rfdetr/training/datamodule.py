@@ -24,9 +24,10 @@ from rfdetr.data.dataset import DetectionDataset
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.sampler import EpochSampler, ResumableLoader
 from rfdetr.data.spawn import safe_workers
-from rfdetr.data.transforms import EvalTransform, TrainTransform, multi_scale_sizes
+from rfdetr.data.transforms import EvalTransform, TrainTransform
 from rfdetr.data.yolo import YoloSplits
 from rfdetr.errors import ConfigError, DatasetError
+from rfdetr.training.multi_scale import multi_scale_sizes
 
 log = logging.getLogger(__name__)
 

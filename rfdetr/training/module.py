@@ -16,13 +16,12 @@ from rfdetr.checkpoints.load import initialise_weights
 from rfdetr.checkpoints.record import class_names_of
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.data.batch import NestedTensor
-from rfdetr.data.transforms import multi_scale_sizes, resize_batch
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
 from rfdetr.training import resume
 from rfdetr.training.callbacks.ema import RFDETREMACallback
-from rfdetr.training.multi_scale import draw_size
+from rfdetr.training.multi_scale import draw_size, multi_scale_sizes, resize_batch
 from rfdetr.training.non_finite import check_finite
 from rfdetr.training.optimizer import build_optimizer, lr_factor
 from rfdetr.training.settings import (

@@ -6,9 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import create_model
 
 from rfdetr import config as configs
-from rfdetr.config import MODEL_CONFIGS, RFDETRNanoConfig, SegmentationTrainConfig, TrainConfig
+from rfdetr.config import (
+    MODEL_CONFIGS,
+    RFDETRNanoConfig,
+    SegmentationTrainConfig,
+    TrainConfig,
+    optional_fields,
+)
 
 # variant -> (resolution, patch, windows, position side, decoder layers, width, queries, file)
 TABLE = {
@@ -148,3 +155,25 @@ def test_defaults_of_the_reference_table(parity: Path) -> None:
     assert (seg.cls_loss_coef, seg.mask_ce_loss_coef, seg.mask_dice_loss_coef) == (1.0, 5.0, 5.0)
     assert seg.mask_point_sample_ratio == 16
     assert seg.segmentation_head
+
+
+def test_a_class_count_from_a_file_is_not_a_choice_of_the_user() -> None:
+    config = RFDETRNanoConfig()
+    assert not config.num_classes_is_explicit
+    config.infer_num_classes(5)
+    assert (config.num_classes, config.num_classes_is_explicit) == (5, False)
+    config.num_classes = 4
+    assert config.num_classes_is_explicit
+    assert config.model_copy().num_classes_is_explicit
+
+
+def test_optional_fields_keep_types_and_constraints() -> None:
+    fields = optional_fields(RFDETRNanoConfig, "resolution", "projector_scale", "amp")
+    settings = create_model("Settings", **fields)
+    assert settings().model_dump() == {"resolution": None, "projector_scale": None, "amp": None}
+    assert settings(projector_scale=["P3"]).model_dump(exclude_none=True) == {
+        "projector_scale": ["P3"]
+    }
+    for bad in ({"resolution": 0}, {"projector_scale": []}, {"projector_scale": ["P9"]}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            settings(**bad)

@@ -9,16 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from rfdetr.data.batch import NestedTensor
 from rfdetr.data.decode import ImageFile
 from rfdetr.data.transforms import (
     EvalTransform,
     TrainTransform,
-    compute_multi_scale_scales,
     keep_aspect,
     normalise,
     preprocess,
-    resize_batch,
 )
 from rfdetr.errors import InputError
 
@@ -104,32 +101,6 @@ def test_sizes_that_keep_the_aspect_ratio(parity: Path) -> None:
     for case in numbers(parity)["non_square_resize_output"]:
         size = keep_aspect(case["height"], case["width"], case["resolution"])
         assert list(size) == case["out_hw"], case
-
-
-def test_multi_scale_sizes(parity: Path) -> None:
-    stored = json.loads((parity / "training/multi_scale.json").read_text())
-    for case in stored["variants"]:
-        shape = (case["patch_size"], case["num_windows"])
-        expanded = compute_multi_scale_scales(case["resolution"], True, *shape)
-        assert expanded == case["expanded"]
-        assert compute_multi_scale_scales(case["resolution"], False, *shape) == case["default"]
-        assert expanded[-1] == case["dataset_scale_when_multi_scale"]
-    for case in stored["custom"]:
-        shape = (case["expanded_scales"], case["patch_size"], case["num_windows"])
-        assert compute_multi_scale_scales(case["resolution"], *shape) == case["scales"]
-
-
-def test_resize_of_a_batch(parity: Path) -> None:
-    stored = np.load(parity / "training/batch_multiscale_small.npz")
-    mask = torch.from_numpy(stored["mask"])
-    nested = NestedTensor(torch.from_numpy(stored["tensors"]), mask)
-    resize_batch(nested, int(stored["scale"]))
-    np.testing.assert_allclose(nested.tensors, stored["tensors_out"], atol=1e-5)
-    np.testing.assert_array_equal(nested.mask, stored["mask_out"])
-    unmasked = NestedTensor(torch.zeros(1, 3, 4, 4), None)
-    resize_batch(unmasked, 8)
-    assert unmasked.mask is None
-    assert unmasked.tensors.shape == (1, 3, 8, 8)
 
 
 def test_train_views_follow_the_distribution() -> None:
