@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from rfdetr.checkpoints.hub import resolve_weights
-from rfdetr.checkpoints.identify import config_class_of, config_of
-from rfdetr.checkpoints.load import LoadReport, initialise_weights, load_container
-from rfdetr.checkpoints.record import Container, read_container
+from rfdetr.checkpoints.download import resolve_weights
+from rfdetr.checkpoints.pretrained import LoadReport, initialise_weights, load_record
+from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
 from rfdetr.checkpoints.safe_io import StrPath
+from rfdetr.checkpoints.structure import infer_config, infer_config_class
 from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, TrainConfig
 from rfdetr.data.batch import pad_images
 from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
@@ -96,16 +96,16 @@ class RFDETR:
         from rfdetr.variants import BY_CONFIG
 
         file = resolve_weights(path)
-        container = read_container(file, mmap=True)
-        sized = cls if cls is not RFDETR else BY_CONFIG[config_class_of(container)]
+        container = read_checkpoint(file, mmap=True)
+        sized = cls if cls is not RFDETR else BY_CONFIG[infer_config_class(container)]
         _check_size(container, sized)
         settings = {"pretrain_weights": os.fspath(file), **overrides}
-        config = config_of(container, sized.config_class, **settings)
+        config = infer_config(container, sized.config_class, **settings)
         if "num_classes" not in overrides:
             config.infer_num_classes(config.num_classes)
         detector = sized.__new__(sized)
         network = build_network(config)
-        detector._begin(network, config, load_container(network, config, container))
+        detector._begin(network, config, load_record(network, config, container))
         return detector
 
     @property
@@ -280,7 +280,7 @@ class RFDETR:
         return export_onnx(self.model.model, output_dir, **options)
 
 
-def _check_size(container: Container, sized: type[RFDETR]) -> None:
+def _check_size(container: CheckpointRecord, sized: type[RFDETR]) -> None:
     """CheckpointError for a file whose own record names another size."""
     own = f"{container.model_name}".removesuffix("Config")
     known = {cls.__name__.removesuffix("Config") for cls in MODEL_CONFIGS.values()}

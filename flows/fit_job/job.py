@@ -123,7 +123,7 @@ def resolve_devices(runtime: RuntimeSettings) -> tuple[str, int]:
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest readable checkpoint, and a warning for each unreadable one before it."""
-    from rfdetr.checkpoints.record import read_container
+    from rfdetr.checkpoints.record import read_checkpoint
 
     numbered = sorted(
         folder.glob("checkpoint_[0-9]*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True
@@ -132,7 +132,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     for path in (folder / "last.ckpt", *numbered):
         if path.exists():
             try:
-                read_container(path, mmap=True)
+                read_checkpoint(path, mmap=True)
             except (ValueError, OSError) as error:
                 warnings.append(f"{path} is unreadable and passed over: {error}")
                 continue

@@ -16,8 +16,8 @@ from pytorch_lightning.callbacks import Callback
 from flows.config.sections import DatasetSettings, EvaluateSettings
 from flows.core.quiet import quiet_libraries
 from flows.gate.verdict import ClassScore, Scores
-from rfdetr.checkpoints.identify import config_of
-from rfdetr.checkpoints.record import Container, read_container
+from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
+from rfdetr.checkpoints.structure import infer_config
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.layouts import detect_layout
@@ -136,8 +136,8 @@ def score_model(
     CheckpointError or DatasetError.
     """
     quiet_libraries()
-    container = read_container(weights, mmap=True)
-    model_config = config_of(container, pretrain_weights=str(weights))
+    container = read_checkpoint(weights, mmap=True)
+    model_config = infer_config(container, pretrain_weights=str(weights))
     train_config = TrainConfig.model_validate(
         {
             "dataset_dir": str(dataset_dir),
@@ -174,7 +174,7 @@ def score_model(
     )
 
 
-def label_table(container: Container, names: list[str]) -> dict[int, int]:
+def label_table(container: CheckpointRecord, names: list[str]) -> dict[int, int]:
     """Model label -> dataset label, by name; unnamed models use the dataset's labels.
 
     Warns when they share no class: such a model scores 0, and it is for the gate to judge.

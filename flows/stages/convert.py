@@ -16,8 +16,8 @@ from flows.core.files import copy_atomic, write_json
 from flows.stages.runner import run_stage
 from flows.storage.objects import download
 from flows.storage.s3 import is_s3
-from rfdetr.checkpoints.adapt import structure_problems
-from rfdetr.checkpoints.record import Container, read_container
+from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
+from rfdetr.checkpoints.structure import structure_mismatch
 from rfdetr.errors import CheckpointError
 from rfdetr.files import sha256_file
 
@@ -51,7 +51,7 @@ def convert(params: Params) -> None:
 
 def _locate(source: str) -> Path:
     """The local file of a path, an s3:// address or a published name."""
-    from rfdetr.checkpoints.hub import resolve_weights
+    from rfdetr.checkpoints.download import resolve_weights
 
     if is_s3(source):
         name = source.rsplit("/", 1)[-1]
@@ -73,8 +73,8 @@ def _locate(source: str) -> Path:
 def _from_file(path: Path, source: str, params: Params, target: Path) -> dict[str, Any]:
     from rfdetr.checkpoints.convert import convert_legacy_checkpoint
 
-    old = read_container(path, mmap=True)
-    problem = structure_problems(old, params.model.config())
+    old = read_checkpoint(path, mmap=True)
+    problem = structure_mismatch(old, params.model.config())
     if problem:
         raise CheckpointError(f"convert.source {source} does not fit the model section: {problem}")
     card = _about(old) | {"source_sha256": sha256_file(path)}
@@ -100,8 +100,9 @@ def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path)
     """Random weights from the seed (with the public encoder where it fits and is reachable)."""
     import torch
 
-    from rfdetr.checkpoints.convert import best_payload, convert_legacy_checkpoint
-    from rfdetr.checkpoints.load import initialise_weights
+    from rfdetr.checkpoints.best_file import best_payload
+    from rfdetr.checkpoints.convert import convert_legacy_checkpoint
+    from rfdetr.checkpoints.pretrained import initialise_weights
     from rfdetr.checkpoints.safe_io import save_file
     from rfdetr.model.network import build_network
 
@@ -115,14 +116,14 @@ def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path)
     legacy.unlink()
     encoder = "no file" if report is None else report.path
     summary = f"initial weights from seed {settings.seed}, encoder from {encoder}."
-    return _about(read_container(target, mmap=True)) | {
+    return _about(read_checkpoint(target, mmap=True)) | {
         "kind": "scratch",
         "source_sha256": None,
         "proof": {"max_abs_difference": 0.0, "summary": summary},
     }
 
 
-def _about(container: Container) -> dict[str, Any]:
+def _about(container: CheckpointRecord) -> dict[str, Any]:
     return {
         "kind": container.kind,
         "num_classes": container.num_classes,

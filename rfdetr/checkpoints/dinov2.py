@@ -1,27 +1,19 @@
-"""DINOv2 weights for a fresh encoder, fetched through timm when the network can be reached."""
+"""Published DINOv2 weights for a new encoder, downloaded through timm."""
 
 from __future__ import annotations
 
-import logging
 import urllib.error
 import urllib.request
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rfdetr.checkpoints.legacy_names import ENCODER_PREFIX
 from rfdetr.config import ModelConfig
 from rfdetr.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from rfdetr.checkpoints.load import LoadReport
-    from rfdetr.model.network import RFDETRNetwork
-
-logger = logging.getLogger(__name__)
-
-PREFIX = "backbone.0.encoder."
-NATIVE_PATCH, NATIVE_SIDE = 14, 37
+NATIVE_PATCH, NATIVE_SIDE = 14, 37  # pixels; patches along one side of DINOv2's position grid
 TIMEOUT_S = 5.0
 TIMM_NAMES = {
     "dinov2_windowed_small": "vit_small_patch14_dinov2",
@@ -30,51 +22,44 @@ TIMM_NAMES = {
 }
 
 
-def wants_dinov2(config: ModelConfig) -> bool:
-    """Whether the published encoder fits as it is (model specification, section 2)."""
+def fits(config: ModelConfig) -> bool:
+    """Whether the published encoder can be used unchanged."""
     native = (config.patch_size, config.positional_encoding_size) == (NATIVE_PATCH, NATIVE_SIDE)
     custom = config.encoder_dim or config.encoder_depth or config.encoder_heads
     return native and not custom
 
 
-def load_dinov2(network: RFDETRNetwork, config: ModelConfig) -> LoadReport | None:
-    """Load DINOv2 into the encoder; without network a UserWarning and None."""
-    from rfdetr.checkpoints.load import LoadReport
-
+def fetch(config: ModelConfig) -> dict[str, Tensor] | None:
+    """The encoder's weights under our names; a UserWarning and None if they are unavailable."""
     name = TIMM_NAMES[config.encoder]
     try:
-        weights = encoder_weights(_fetch(name))
+        return encoder_weights(_download(name))
     except Exception as error:  # noqa: BLE001  # timm and its hub client raise many kinds
         warnings.warn(
             f"DINOv2 encoder weights ({name}) are not available: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''} The encoder starts from random "
             "weights.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
-    expected = [n for n in network.state_dict() if n.startswith(PREFIX)]
-    missing = tuple(n for n in expected if n not in weights and not n.endswith(".mask_token"))
-    result = network.load_state_dict(weights, strict=False)
-    logger.info("Encoder starts from DINOv2 (%s).", name)
-    return LoadReport(name, len(weights), missing, tuple(result.unexpected_keys))
 
 
 def encoder_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The DINOv2 state of timm under our names, with the class entry in the position table.
+    """Timm's DINOv2 state dict under our names, with the class entry in the position table.
 
-    timm's register models fold that entry into the class token; it becomes zero here, which
-    computes the same (model specification, section 2).
+    timm's register models fold that entry into the class token; here it becomes zero, which is
+    equivalent. The position table is (1, 1 + 37 * 37, width).
     """
     table = state["pos_embed"]
     if table.shape[1] == NATIVE_SIDE**2:
         table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
     if table.shape[1] != NATIVE_SIDE**2 + 1:
         raise CheckpointError(f"The DINOv2 position table has {table.shape[1]} entries, not 1370.")
-    return {PREFIX + name: value for name, value in {**state, "pos_embed": table}.items()}
+    return {ENCODER_PREFIX + name: value for name, value in {**state, "pos_embed": table}.items()}
 
 
-def _fetch(name: str) -> dict[str, Tensor]:
+def _download(name: str) -> dict[str, Tensor]:
     import timm
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -88,10 +73,10 @@ def _fetch(name: str) -> dict[str, Tensor]:
 
 
 def _require_reachable(url: str) -> None:
-    """Fail within seconds where the hub's own retries would take minutes."""
+    """Fail within seconds where the hub client's own retries would take minutes."""
     request = urllib.request.Request(url, method="HEAD")  # noqa: S310
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S):  # noqa: S310
             pass
     except urllib.error.HTTPError:
-        return  # any answer will do
+        return  # any response means that the server is reachable

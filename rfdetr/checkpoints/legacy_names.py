@@ -1,8 +1,8 @@
-"""Names of tensors in our network and in legacy `.pth` files, both ways, tensor by tensor.
+"""Maps tensor names of our network to those in legacy `.pth` files, and back.
 
-Only the encoder differs (model specification, section 2): timm's names here, the names of another
-library there, with query, key and value in one tensor here and in three there. Everything works on
-partial dictionaries too, and on anything with the shape of the weights, for example gradients.
+Only the encoder differs: timm's names here, Hugging Face's in legacy files, with query, key and
+value in one tensor here and in three there. Everything also works on partial dictionaries and on
+anything with the shapes of the weights, for example gradients.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-OURS = "backbone.0.encoder."
-LEGACY = "backbone.0.encoder.encoder."
+ENCODER_PREFIX = "backbone.0.encoder."
+LEGACY_ENCODER_PREFIX = "backbone.0.encoder.encoder."
 QKV = ("query", "key", "value")
-# how names of every layout of this detector begin, without prefixes of wrappers
-PARTS = (
+# How tensor names of RF-DETR begin in every generation, without prefixes of wrappers.
+TENSOR_NAME_PREFIXES = (
     "backbone.0.encoder.",
     "backbone.0.projector.",
     "transformer.decoder.",
@@ -29,7 +29,7 @@ PARTS = (
     "segmentation_head.",
 )
 
-# legacy name -> our name, after the prefixes; {} stands for the block number or for weight|bias
+# legacy name -> our name, after the prefixes
 _TENSORS = {
     "embeddings.cls_token": "cls_token",
     "embeddings.mask_token": "mask_token",
@@ -66,13 +66,13 @@ _BLOCK_TO_LEGACY = {ours: legacy for legacy, ours in _BLOCK_TO_OURS.items()}
 
 def legacy_names(name: str) -> tuple[str, ...]:
     """Legacy names that hold our tensor `name`: three for a fused qkv tensor, otherwise one."""
-    if not name.startswith(OURS):
+    if not name.startswith(ENCODER_PREFIX):
         return (name,)
-    tail = name[len(OURS) :]
+    tail = name[len(ENCODER_PREFIX) :]
     block = _OUR_BLOCK.match(tail)
     if block is None:
-        return (LEGACY + _TO_LEGACY[tail],) if tail in _TO_LEGACY else (name,)
-    prefix, tail = f"{LEGACY}encoder.layer.{block.group(1)}.", block.group(2)
+        return (LEGACY_ENCODER_PREFIX + _TO_LEGACY[tail],) if tail in _TO_LEGACY else (name,)
+    prefix, tail = f"{LEGACY_ENCODER_PREFIX}encoder.layer.{block.group(1)}.", block.group(2)
     fused = _OUR_QKV.match(tail)
     if fused is not None:
         return tuple(f"{prefix}attention.attention.{part}.{fused.group(1)}" for part in QKV)
@@ -85,14 +85,14 @@ def legacy_name(name: str) -> str:
 
 
 def our_name(name: str) -> str:
-    """Our name of the tensor that holds legacy entry `name`; other names stay as they are."""
-    if not name.startswith(LEGACY):
+    """Our name of the tensor that holds the legacy entry `name`; other names are unchanged."""
+    if not name.startswith(LEGACY_ENCODER_PREFIX):
         return name
-    tail = name[len(LEGACY) :]
+    tail = name[len(LEGACY_ENCODER_PREFIX) :]
     block = _LEGACY_BLOCK.match(tail)
     if block is None:
-        return OURS + _TO_OURS[tail] if tail in _TO_OURS else name
-    prefix, tail = f"{OURS}blocks.{block.group(1)}.", block.group(2)
+        return ENCODER_PREFIX + _TO_OURS[tail] if tail in _TO_OURS else name
+    prefix, tail = f"{ENCODER_PREFIX}blocks.{block.group(1)}.", block.group(2)
     part = _LEGACY_QKV.match(tail)
     if part is not None:
         return f"{prefix}attn.qkv.{part.group(2)}"
@@ -105,11 +105,11 @@ def to_legacy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _legacy_entries(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    mask, first = OURS + "mask_token", OURS + "cls_token"
+    mask, first = ENCODER_PREFIX + "mask_token", ENCODER_PREFIX + "cls_token"
     for name, value in state.items():
         names = legacy_names(name)
         if name == mask and first in state:
-            continue  # a buffer comes after the parameters here, second in a legacy file
+            continue  # last in our state dict (a buffer), but second in a legacy file
         if len(names) == 1:
             yield names[0], value
         elif name.endswith("weight"):
@@ -121,7 +121,7 @@ def _legacy_entries(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]
 
 
 def _split_qkv(state: Mapping[str, Tensor], weight: str) -> Iterator[tuple[str, Tensor]]:
-    """Weight and bias of the query, then of the key, then of the value, as legacy files have it."""
+    """Weight and bias of the query, then of the key, then of the value: the legacy order."""
     pair = [n for n in (weight, weight.removesuffix("weight") + "bias") if n in state]
     parts = {name: state[name].chunk(len(QKV)) for name in pair}
     for i in range(len(QKV)):
@@ -130,10 +130,10 @@ def _split_qkv(state: Mapping[str, Tensor], weight: str) -> Iterator[tuple[str, 
 
 
 def from_legacy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A legacy state dict under our names; names that are ours already stay.
+    """A legacy state dict under our names; entries already under our names are kept.
 
     Query, key and value are joined where all three are present. An incomplete triple keeps its
-    legacy names, so that a loader reports it instead of guessing.
+    legacy names, so that the loader reports it.
     """
     result: dict[str, Tensor] = {}
     for name, value in state.items():

@@ -1,4 +1,9 @@
-"""Every kind of checkpoint file, read into one record (training specification, section 14)."""
+"""Reads a checkpoint file of any generation, `.pth` or `.ckpt`, into one `CheckpointRecord`.
+
+The generations: engine files of releases 1.0 to 1.4 (`model`, `args` as a namespace, `epoch`,
+`ema_model`), published and stripped weights (`model`, perhaps `args`), and Lightning checkpoints
+(`state_dict`).
+"""
 
 from __future__ import annotations
 
@@ -20,19 +25,20 @@ Weights = dict[str, Tensor]
 Kind = Literal["engine", "weights", "lightning"]
 
 _WRAPPERS = ("module.", "_orig_mod.")
-_IGNORED = ("_kp_active_mask",)  # an empty entry of newer writers
-_HEADS = ("class_embed.bias", "transformer.enc_out_class_embed.0.bias")
-_AVERAGED = ("average_model_state_dict", "averaged_state_dict", "ema_state_dict")
+_IGNORED = ("_kp_active_mask",)  # an empty entry of newer releases
+_CLASS_HEADS = ("class_embed.bias", "transformer.enc_out_class_embed.0.bias")
+_EMA_KEYS = ("average_model_state_dict", "averaged_state_dict", "ema_state_dict")
 
 
 @dataclass(frozen=True)
-class Container:
+class CheckpointRecord:
     """One checkpoint: weights under our names, and what the file says about the run.
 
-    `kind` is "engine" (a training loop's file with an epoch), "weights" (published or stripped) or
-    "lightning". `epoch` counts from 0 and is the last finished one. `num_classes` comes from the
-    rows of the class head, the only reliable source. `label_offset` is 1 where label i+1 stands for
-    `class_names[i]` (fine-tuned before 1.5 on COCO-format data), otherwise 0.
+    `kind` is "engine" (written by a legacy training loop, with an epoch), "weights" (published or
+    stripped) or "lightning". `epoch` is the last finished one, counted from 0. `num_classes` comes
+    from the rows of the class head, the only reliable source. `label_offset` is 1 if label i + 1
+    means `class_names[i]` (fine-tuned before 1.5 on COCO-format data), otherwise 0.
+    `has_legacy_names` says whether the file uses other tensor names than ours.
     """
 
     path: str
@@ -47,10 +53,10 @@ class Container:
     class_names: list[str] | None = None
     num_classes: int | None = None
     label_offset: int = 0
-    old_names: bool = True
+    has_legacy_names: bool = True
 
     def setting(self, name: str) -> Any:
-        """A setting of the model that the file names, or None."""
+        """A setting of the model that the file records, or None."""
         value = self.model_config.get(name)
         return self.args.get(name) if value is None else value
 
@@ -58,27 +64,26 @@ class Container:
     def square(self) -> bool:
         """Whether the run resized images to squares.
 
-        True without a model section: such a file may list a False that was only the default of its
-        writer (training specification, section 14.1).
+        True for a file without a model section: its False may only be the default of its writer.
         """
         return not self.model_config or self.args.get("square_resize_div_64") is not False
 
 
-def read_container(path: StrPath, *, mmap: bool = False) -> Container:
+def read_checkpoint(path: StrPath, *, mmap: bool = False) -> CheckpointRecord:
     """Read a checkpoint of any generation.
 
-    Raises FileNotFoundError, or CheckpointError that names the file: damaged, refused, not a
-    dictionary, or without weights (it lists the keys that were found).
+    `mmap=True` maps the tensors instead of copying them. Raises FileNotFoundError, or
+    CheckpointError for a file that is damaged, refused, not a dictionary, or without weights.
     """
-    return parse_container(load_file(path, mmap=mmap), os.fspath(path))
+    return parse_checkpoint(load_file(path, mmap=mmap), os.fspath(path))
 
 
-def parse_container(content: Any, path: str) -> Container:
-    """The record of a loaded dictionary; `path` only names it in messages."""
+def parse_checkpoint(content: Any, path: str) -> CheckpointRecord:
+    """The record of a loaded dictionary; `path` is only used in messages."""
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not a checkpoint dictionary with the key "
-            "'model'."
+            f"{path} contains a {type(content).__name__}, not a checkpoint dictionary with the "
+            "key 'model'."
         )
     if "model" in content or "state_dict" not in content:
         raw, kind = _legacy_weights(content, path)
@@ -90,31 +95,31 @@ def parse_container(content: Any, path: str) -> Container:
     weights = clean_weights(raw)
     names = class_names_of(args.get("class_names") or content.get("class_names"))
     num_classes = head_classes(weights)
-    return Container(
+    return CheckpointRecord(
         path=path,
         kind=kind,
         weights=weights,
-        ema=_averaged(content, path),
+        ema=_ema_weights(content, path),
         args=args,
         model_config=model_config,
-        model_name=_text(content.get("model_name") or hyper.get("model_name")),
-        epoch=_whole(content.get("epoch")),
-        global_step=_whole(content.get("global_step")),
+        model_name=_str_or_none(content.get("model_name") or hyper.get("model_name")),
+        epoch=_int_or_none(content.get("epoch")),
+        global_step=_int_or_none(content.get("global_step")),
         class_names=names,
         num_classes=num_classes,
         label_offset=_label_offset(content.get("args"), names, num_classes),
-        old_names=any(strip_prefixes(n) not in weights for n in raw if not _is_ignored(n)),
+        has_legacy_names=any(strip_prefixes(n) not in weights for n in raw if not _is_ignored(n)),
     )
 
 
 def clean_weights(raw: Mapping[str, Tensor]) -> Weights:
-    """Weights under our names: without wrappers' prefixes and without entries nobody needs."""
+    """Weights under our names, without prefixes of wrappers and without unused entries."""
     bare = {strip_prefixes(name): value for name, value in raw.items()}
     return from_legacy({name: value for name, value in bare.items() if not _is_ignored(name)})
 
 
 def strip_prefixes(name: str) -> str:
-    """`name` without `model.`, `module.` and `_orig_mod.`, which wrappers put before it."""
+    """`name` without `model.`, `module.` and `_orig_mod.`, which wrappers add."""
     while True:
         for prefix in ("model.", *_WRAPPERS):
             if name.startswith(prefix):
@@ -125,15 +130,15 @@ def strip_prefixes(name: str) -> str:
 
 
 def head_classes(weights: Mapping[str, Tensor]) -> int | None:
-    """Classes by the rows of the head, without the surplus row; None for a file without a head."""
-    for name in _HEADS:
+    """Rows of the class head minus the surplus row; None for a file without a head."""
+    for name in _CLASS_HEADS:
         if name in weights:
             return len(weights[name]) - 1
     return None
 
 
 def class_names_of(value: Any) -> list[str] | None:
-    """Names from a list or from a dictionary of numbers; None when there are none."""
+    """Class names from a list or from a dictionary keyed by number; None if there are none."""
     if isinstance(value, Mapping):
         ordered = sorted(value.items(), key=lambda item: int(item[0]))
         return [str(name) for _, name in ordered] or None
@@ -143,7 +148,7 @@ def class_names_of(value: Any) -> list[str] | None:
 
 
 def plain(value: Any) -> Any:
-    """`value` with namespaces as dictionaries, paths as text, tuples and sets as lists."""
+    """`value` with namespaces as dictionaries, paths as strings, tuples and sets as lists."""
     if isinstance(value, argparse.Namespace | types.SimpleNamespace):
         value = vars(value)
     if isinstance(value, Mapping):
@@ -159,8 +164,8 @@ def _legacy_weights(content: Mapping[str, Any], path: str) -> tuple[Weights, Kin
     if "model" not in content:
         keys = ", ".join(map(repr, content)) or "none"
         raise CheckpointError(
-            f"{path} has no key 'model' (nor 'state_dict'); keys found: {keys}. It is not a "
-            "checkpoint of this detector."
+            f"{path} has no key 'model' (nor 'state_dict'); keys found: {keys}. It is not an "
+            "RF-DETR checkpoint."
         )
     weights = _tensors(content["model"], "model", path)
     return weights, "weights" if content.get("epoch") is None else "engine"
@@ -171,26 +176,26 @@ def _tensors(value: Any, key: str, path: str) -> Weights:
         raise CheckpointError(f"{path}: '{key}' is not a dictionary of tensors.")
     wrong = [str(name) for name, item in value.items() if not isinstance(item, Tensor)]
     if wrong:
-        raise CheckpointError(f"{path}: '{key}' holds entries that are no tensors: {wrong[:5]}.")
+        raise CheckpointError(f"{path}: '{key}' has entries that are not tensors: {wrong[:5]}.")
     return dict(value)
 
 
-def _averaged(content: Mapping[str, Any], path: str) -> Weights | None:
-    """The averaged weights, where each generation keeps them."""
+def _ema_weights(content: Mapping[str, Any], path: str) -> Weights | None:
+    """The EMA weights, wherever each generation stores them."""
     for key in ("ema_model", "legacy_ema_state_dict"):
         if content.get(key):
             return clean_weights(_tensors(content[key], key, path))
     callbacks = content.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
-        for key in _AVERAGED if isinstance(state, Mapping) else ():
+        for key in _EMA_KEYS if isinstance(state, Mapping) else ():
             if state.get(key):
-                averaged = _tensors(state[key], key, path)
-                return clean_weights({k: v for k, v in averaged.items() if k != "n_averaged"})
+                tensors = _tensors(state[key], key, path)
+                return clean_weights({k: v for k, v in tensors.items() if k != "n_averaged"})
     return None
 
 
 def _label_offset(args: Any, names: list[str] | None, num_classes: int | None) -> int:
-    """1 for old writers on COCO-format data, whose labels are category ids (specification 10)."""
+    """1 for old files trained on COCO-format data, whose labels are the category ids 1..N."""
     if not isinstance(args, argparse.Namespace) or names is None:
         return 0
     return int(num_classes == len(names) and vars(args).get("dataset_file") != "yolo")
@@ -205,9 +210,9 @@ def _section(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return dict(section) if isinstance(section, Mapping) else {}
 
 
-def _whole(value: Any) -> int | None:
+def _int_or_none(value: Any) -> int | None:
     return int(value) if isinstance(value, int | float) else None
 
 
-def _text(value: Any) -> str | None:
+def _str_or_none(value: Any) -> str | None:
     return value if isinstance(value, str) else None

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from rfdetr.checkpoints.load import initialise_weights
+from rfdetr.checkpoints.pretrained import initialise_weights
 from rfdetr.checkpoints.record import class_names_of
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.data.batch import NestedTensor

@@ -18,15 +18,11 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from rfdetr.checkpoints.adapt import (
-    add_silent_rows,
-    structure_problems,
-    warn_other_settings,
-    without_adapters,
-)
-from rfdetr.checkpoints.convert import MARKER
-from rfdetr.checkpoints.load import OPTIONAL
-from rfdetr.checkpoints.record import Container, parse_container
+from rfdetr.checkpoints.adapt import add_silent_classes, fold_adapters
+from rfdetr.checkpoints.convert import LEGACY_MARKER
+from rfdetr.checkpoints.pretrained import OPTIONAL_SUFFIXES
+from rfdetr.checkpoints.record import CheckpointRecord, parse_checkpoint
+from rfdetr.checkpoints.structure import structure_mismatch, warn_differing_settings
 from rfdetr.config import ModelConfig
 from rfdetr.errors import CheckpointError
 from rfdetr.training.rng import random_state, restore_random_state
@@ -87,12 +83,12 @@ def load(module: RFDETRModule, checkpoint: dict[str, Any]) -> None:
     """
     trainer = module._trainer
     path = str(getattr(trainer, "ckpt_path", None) or "The checkpoint")
-    found = parse_container(checkpoint, path)
-    whole = found.kind == "lightning" and not checkpoint.get(MARKER)
+    found = parse_checkpoint(checkpoint, path)
+    whole = found.kind == "lightning" and not checkpoint.get(LEGACY_MARKER)
     container = found if whole else _with_surplus_row(found, module.model_config)
-    container = without_adapters(container, module.model_config)
+    container = fold_adapters(container, module.model_config)
     _check_fit(module, container, whole=whole)
-    if "state_dict" not in checkpoint or container.old_names or container is not found:
+    if "state_dict" not in checkpoint or container.has_legacy_names or container is not found:
         checkpoint["state_dict"] = {PREFIX + k: v for k, v in container.weights.items()}
     if checkpoint.get("ema_model") or checkpoint.get("legacy_ema_state_dict"):
         module.legacy_ema_state = container.ema
@@ -114,7 +110,7 @@ def _forget_group_factors(checkpoint: dict[str, Any]) -> None:
             state["lr_lambdas"] = []
 
 
-def _with_surplus_row(container: Container, config: ModelConfig) -> Container:
+def _with_surplus_row(container: CheckpointRecord, config: ModelConfig) -> CheckpointRecord:
     """Give old YOLO-format files, whose head has N rows for N classes, the row N + 1 of ours."""
     names, classes = container.class_names, config.num_classes
     old = len(names) == classes if names else container.setting("dataset_file") == "yolo"
@@ -126,16 +122,16 @@ def _with_surplus_row(container: Container, config: ModelConfig) -> Container:
     )
     return dataclasses.replace(
         container,
-        weights=add_silent_rows(container.weights, classes + 1),
-        ema=container.ema and add_silent_rows(container.ema, classes + 1),
+        weights=add_silent_classes(container.weights, classes + 1),
+        ema=container.ema and add_silent_classes(container.ema, classes + 1),
         num_classes=classes,
     )
 
 
-def _check_fit(module: RFDETRModule, container: Container, *, whole: bool) -> None:
+def _check_fit(module: RFDETRModule, container: CheckpointRecord, *, whole: bool) -> None:
     """`whole`: the file is a full checkpoint, in which nothing may be missing."""
     config = module.model_config
-    problem = structure_problems(container, config)
+    problem = structure_mismatch(container, config)
     classes = container.num_classes
     if problem is None and classes is not None and classes != config.num_classes:
         problem = (
@@ -154,8 +150,8 @@ def _check_fit(module: RFDETRModule, container: Container, *, whole: bool) -> No
         )
     if problem is not None:
         raise CheckpointError(problem)
-    warn_other_settings(container, config)
-    missing = [n for n in own if n not in container.weights and not n.endswith(OPTIONAL)]
+    warn_differing_settings(container, config)
+    missing = [n for n in own if n not in container.weights and not n.endswith(OPTIONAL_SUFFIXES)]
     unexpected = [name for name in container.weights if name not in own]
     difference = (
         f"{len(missing)} tensors of the model are missing in it: {', '.join(missing) or 'none'}; "

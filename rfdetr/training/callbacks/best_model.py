@@ -14,7 +14,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 
-from rfdetr.checkpoints.convert import best_payload, stripped_payload
+from rfdetr.checkpoints.best_file import best_payload, stripped_payload
 from rfdetr.checkpoints.safe_io import load_file, save_file
 from rfdetr.files import write_text_atomic
 from rfdetr.training.callbacks.ema import RFDETREMACallback
@@ -192,12 +192,12 @@ class BestModelCallback(Checkpoint):
 
     def _test(self, trainer: Any, pl_module: Any) -> None:
         """Test the best weights inside the ending fit, then give weights and state back."""
-        from rfdetr.checkpoints.record import read_container
+        from rfdetr.checkpoints.record import read_checkpoint
 
         trainer.strategy.barrier("best weights are written")
         network: nn.Module = pl_module.model
         kept = {name: value.clone() for name, value in network.state_dict().items()}
-        best = read_container(self.output_dir / TOTAL).weights
+        best = read_checkpoint(self.output_dir / TOTAL).weights
         network.load_state_dict(best, strict=False)
         state = trainer.state.fn, trainer.state.status, trainer.state.stage
         strategy = trainer.strategy

@@ -11,8 +11,8 @@ import pytest
 from flows.config.params import Params, parse_params
 from flows.stages.convert import convert
 from flows.storage.objects import upload
-from rfdetr.checkpoints.convert import best_payload
-from rfdetr.checkpoints.record import read_container
+from rfdetr.checkpoints.best_file import best_payload
+from rfdetr.checkpoints.record import read_checkpoint
 from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.errors import CheckpointError, RFDETRError
 from rfdetr.model.network import build_network
@@ -47,7 +47,7 @@ def test_a_legacy_file_is_converted_with_proof(start: Path) -> None:
     assert found["proof"]["compared"] == "outputs"
     assert found["proof"]["max_abs_difference"] == 0
     assert found["class_names"] == ["a", "b", "c"]
-    new, old = read_container("models/initial/model.ckpt"), read_container(start)
+    new, old = read_checkpoint("models/initial/model.ckpt"), read_checkpoint(start)
     assert new.kind == "lightning"
     assert all((new.weights[name] == old.weights[name]).all() for name in old.weights)
     convert(params("models/initial/model.ckpt"))

@@ -31,7 +31,7 @@ from flows.stages import evaluate, fit, validate
 from flows.stages.fit import code_of_stage
 from flows.stages.runner import run_stage
 from flows.stages.validate import UNREADABLE, reasons_to_stop
-from rfdetr.checkpoints.record import Container
+from rfdetr.checkpoints.record import CheckpointRecord
 from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.checks.dataset_report import DatasetReport, Finding, SplitStatistics
 from rfdetr.data.demo import build_demo
@@ -94,11 +94,11 @@ def test_an_unreadable_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) 
 
 
 def test_classes_are_matched_by_name() -> None:
-    old = Container("x.pth", "weights", {}, class_names=["dog", "cat", "cow"])
+    old = CheckpointRecord("x.pth", "weights", {}, class_names=["dog", "cat", "cow"])
     assert label_table(old, ["cat", "dog"]) == {0: 1, 1: 0}
-    shifted = Container("x.pth", "weights", {}, class_names=["dog", "cat"], label_offset=1)
+    shifted = CheckpointRecord("x.pth", "weights", {}, class_names=["dog", "cat"], label_offset=1)
     assert label_table(shifted, ["cat", "dog"]) == {1: 1, 2: 0}
-    assert label_table(Container("x.pth", "weights", {}), ["a", "b"]) == {0: 0, 1: 1}
+    assert label_table(CheckpointRecord("x.pth", "weights", {}), ["a", "b"]) == {0: 0, 1: 1}
     with pytest.warns(UserWarning, match="none is common"):
         assert label_table(old, ["zebra"]) == {}
     rows = make_rows([0, 0, 1], [0, 1, 2], np.ones((3, 4)), score=[0.9, 0.8, 0.7])

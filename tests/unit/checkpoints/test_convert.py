@@ -14,15 +14,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from rfdetr.checkpoints.convert import (
-    best_payload,
-    convert_legacy_checkpoint,
-    normalise_legacy,
-    stripped_payload,
-)
+from rfdetr.checkpoints.best_file import best_payload, stripped_payload
+from rfdetr.checkpoints.convert import as_lightning_checkpoint, convert_legacy_checkpoint
 from rfdetr.checkpoints.legacy_names import from_legacy, to_legacy
 from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO
-from rfdetr.checkpoints.record import read_container
+from rfdetr.checkpoints.record import read_checkpoint
 from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.config import RFDETRNanoConfig, TrainConfig
 from rfdetr.errors import CheckpointError
@@ -123,7 +119,7 @@ def test_the_proof_compares_outputs_where_a_network_can_be_built(
     assert "largest difference of outputs 0" in caplog.text
     assert json.loads(report.to_json())["epoch"] == 1
     assert torch.get_num_threads() == threads
-    written = read_container(tmp_path / "new.ckpt")
+    written = read_checkpoint(tmp_path / "new.ckpt")
     assert all(torch.equal(written.weights[n], v) for n, v in from_legacy(state).items())
 
 
@@ -177,15 +173,15 @@ def _trainer(folder: Path, epochs: int) -> pl.Trainer:
 
 
 RESUME = [
-    ("a_engine_checkpoint_namespace.pth", 12, "optimizer starts afresh"),
-    ("a_engine_checkpoint_pathlib_args.pth", 12, "optimizer starts afresh"),
-    ("a_old_torch_container.pth", 12, "optimizer starts afresh"),
-    ("b_published_full_training_state.pth", 12, "optimizer starts afresh"),
+    ("a_engine_checkpoint_namespace.pth", 12, "optimizer starts fresh"),
+    ("a_engine_checkpoint_pathlib_args.pth", 12, "optimizer starts fresh"),
+    ("a_old_torch_container.pth", 12, "optimizer starts fresh"),
+    ("b_published_full_training_state.pth", 12, "optimizer starts fresh"),
     ("b_published_model_only.pth", 0, "starting from these weights"),
     ("c_stripped_best_total_legacy.pth", 0, "starting from these weights"),
     ("c_stripped_best_total_1_11.pth", 0, "starting from these weights"),
-    ("ptl_last_ckpt_layout.ckpt", 12, "optimizer starts afresh"),
-    ("ptl_compiled_prefix.ckpt", 2, "optimizer starts afresh"),
+    ("ptl_last_ckpt_layout.ckpt", 12, "optimizer starts fresh"),
+    ("ptl_compiled_prefix.ckpt", 2, "optimizer starts fresh"),
 ]
 
 
@@ -232,14 +228,14 @@ def test_our_own_checkpoints_pass_through_untouched(tmp_path: Path) -> None:
 
 def test_normalising_twice_changes_nothing() -> None:
     raw = torch.load(FOLDER / "c_stripped_best_total_1_11.pth", weights_only=True)
-    once = normalise_legacy(raw)
+    once = as_lightning_checkpoint(raw)
     assert once["legacy_checkpoint_format"] is True
-    assert normalise_legacy(once).keys() == once.keys()
+    assert as_lightning_checkpoint(once).keys() == once.keys()
 
 
 def test_averaged_weights_come_along() -> None:
     once = LegacyCheckpointIO()
-    with pytest.warns(UserWarning, match="averaged weights"):
+    with pytest.warns(UserWarning, match="EMA weights"):
         checkpoint = once.load_checkpoint(FOLDER / "a_ema_with_module_prefix.pth")
     averaged = from_legacy(checkpoint["legacy_ema_state_dict"])
     assert {"model." + name for name in averaged} == set(checkpoint["state_dict"])
@@ -275,8 +271,8 @@ def test_a_best_file_loads_plainly_under_legacy_names(tmp_path: Path, lora: bool
     wanted = {"num_classes": 3, "resolution": 64, "patch_size": 16, "num_windows": 2}
     assert {k: loaded["args"][k] for k in wanted} == wanted
     assert (loaded["epoch"], loaded["model_name"], loaded["at"]) == (4, "RFDETRNano", str(tmp_path))
-    container = read_container(tmp_path / "best.pth")
-    reference.load_state_dict(container.weights)
+    record = read_checkpoint(tmp_path / "best.pth")
+    reference.load_state_dict(record.weights)
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(

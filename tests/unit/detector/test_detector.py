@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 import rfdetr
-from rfdetr.checkpoints.convert import best_payload
+from rfdetr.checkpoints.best_file import best_payload
 from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.config import MODEL_CONFIGS
@@ -140,18 +140,18 @@ def test_bad_files_are_refused_and_run_nothing(
 
 
 def test_a_full_size_file_without_settings_is_recognised_by_its_tensors() -> None:
-    from rfdetr.checkpoints.identify import config_class_of, config_of
-    from rfdetr.checkpoints.record import parse_container
+    from rfdetr.checkpoints.record import parse_checkpoint
+    from rfdetr.checkpoints.structure import infer_config, infer_config_class
     from rfdetr.model.network import build_network
 
     config_class = MODEL_CONFIGS["small"]
     with torch.device("meta"):
         state = build_network(config_class(pretrain_weights=None)).state_dict()
-    container = parse_container({"model": to_legacy(state)}, "mine.pth")
-    assert config_class_of(container) is config_class
-    assert config_of(container).resolution == 512
-    named = parse_container({"model": to_legacy(state)}, "models/rf-detr-small.pth")
-    assert config_class_of(named) is config_class
+    container = parse_checkpoint({"model": to_legacy(state)}, "mine.pth")
+    assert infer_config_class(container) is config_class
+    assert infer_config(container).resolution == 512
+    named = parse_checkpoint({"model": to_legacy(state)}, "models/rf-detr-small.pth")
+    assert infer_config_class(named) is config_class
 
 
 class Seen(pl.Callback):

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from rfdetr import RFDETR
-from rfdetr.checkpoints.convert import best_payload
+from rfdetr.checkpoints.best_file import best_payload
 from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.config import TrainConfig
 from rfdetr.data.batch import pad_images

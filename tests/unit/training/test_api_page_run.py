@@ -191,7 +191,7 @@ def test_resume_from_a_legacy_checkpoint(finished, shapes, tmp_path):
             seen.setdefault("first", (trainer.current_epoch, trainer.global_step, lr, difference))
 
     run.trainer.callbacks.append(Look())
-    with pytest.warns(UserWarning, match="optimizer starts afresh"):
+    with pytest.warns(UserWarning, match="optimizer starts fresh"):
         run.fit(path)
     epoch, step, lr, difference = seen["first"]
     assert (epoch, step) == (1, 5)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from rfdetr.checkpoints.adapt import SILENT
-from rfdetr.checkpoints.convert import normalise_legacy
+from rfdetr.checkpoints.adapt import SILENT_BIAS
+from rfdetr.checkpoints.convert import as_lightning_checkpoint
 from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.errors import CheckpointError
 from rfdetr.model.network import build_network
@@ -53,7 +53,10 @@ def test_a_legacy_file_may_lack_tensors_and_all_are_named(
 
 def test_empty_loops_are_no_position() -> None:
     content = {"state_dict": {"model.class_embed.bias": torch.zeros(4)}, "loops": {}}
-    assert normalise_legacy(content)["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"] == 0
+    assert (
+        as_lightning_checkpoint(content)["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
+        == 0
+    )
 
 
 def test_a_foreign_file_is_not_converted(tmp_path: Path) -> None:
@@ -87,7 +90,7 @@ def test_old_yolo_trainings_go_on(shapes: Path, tmp_path: Path, args: dict[str, 
     assert run.trainer.current_epoch == 2
     bias = run.module.model.class_embed.bias.detach()
     assert torch.allclose(bias[:3], state["class_embed.bias"])
-    assert bias[3].item() == pytest.approx(SILENT)
+    assert bias[3].item() == pytest.approx(SILENT_BIAS)
 
 
 def test_another_class_count_is_not_padded(shapes: Path, tmp_path: Path) -> None:

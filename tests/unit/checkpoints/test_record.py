@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rfdetr.checkpoints.legacy_names import to_legacy
-from rfdetr.checkpoints.record import class_names_of, parse_container, plain, read_container
+from rfdetr.checkpoints.record import class_names_of, parse_checkpoint, plain, read_checkpoint
 from rfdetr.errors import CheckpointError
 
 FOLDER = Path(__file__).parents[2] / "parity" / "training" / "checkpoints"
@@ -34,7 +34,7 @@ def _assert_sums(state: dict[str, torch.Tensor] | None, expected: dict[str, list
 @pytest.mark.parametrize("entry", READABLE, ids=lambda e: e["file"])
 def test_every_generation(entry: dict[str, Any]) -> None:
     expect = entry["expect"]
-    read = read_container(FOLDER / entry["file"])
+    read = read_checkpoint(FOLDER / entry["file"])
     _assert_sums(read.weights, entry["model_sums"])
     if "ema_sums" in expect:
         _assert_sums(read.ema, expect["ema_sums"])
@@ -49,16 +49,16 @@ def test_every_generation(entry: dict[str, Any]) -> None:
 
 
 def test_class_names_and_model_name() -> None:
-    assert read_container(FOLDER / "c_stripped_best_total_1_11.pth").model_name == "RFDETRNano"
-    named = read_container(FOLDER / "a_best_regular_no_ema_key.pth")
+    assert read_checkpoint(FOLDER / "c_stripped_best_total_1_11.pth").model_name == "RFDETRNano"
+    named = read_checkpoint(FOLDER / "a_best_regular_no_ema_key.pth")
     assert (named.class_names, named.label_offset) == (["bolt", "nut", "washer"], 1)
-    assert read_container(FOLDER / "b_published_model_args.pth").class_names is None
-    newer = read_container(FOLDER / "c_stripped_best_total_1_11.pth")
+    assert read_checkpoint(FOLDER / "b_published_model_args.pth").class_names is None
+    newer = read_checkpoint(FOLDER / "c_stripped_best_total_1_11.pth")
     assert (newer.class_names, newer.label_offset) == (["bolt", "nut", "washer"], 0)
 
 
 def test_settings_come_from_the_model_config_first() -> None:
-    read = read_container(FOLDER / "c_stripped_best_total_1_11.pth")
+    read = read_checkpoint(FOLDER / "c_stripped_best_total_1_11.pth")
     assert (read.setting("num_queries"), read.setting("group_detr")) == (4, 2)
     assert read.setting("absent") is None
 
@@ -72,24 +72,24 @@ def test_settings_come_from_the_model_config_first() -> None:
 )
 def test_files_without_weights_name_what_they_hold(name: str, text: str) -> None:
     with pytest.raises(CheckpointError, match=f"{name}.*{text}"):
-        read_container(FOLDER / name)
+        read_checkpoint(FOLDER / name)
 
 
 @pytest.mark.parametrize("model", [{}, [1], {"a": 1}, None])
 def test_a_model_entry_without_tensors_is_refused(model: object) -> None:
     with pytest.raises(CheckpointError, match=r"x\.pth: 'model'"):
-        parse_container({"model": model}, "x.pth")
+        parse_checkpoint({"model": model}, "x.pth")
 
 
 def test_empty_entries_of_newer_writers_are_dropped() -> None:
     state = {"class_embed.bias": torch.ones(4), "_kp_active_mask": torch.zeros(0, 0).bool()}
-    assert list(parse_container({"model": state}, "x").weights) == ["class_embed.bias"]
+    assert list(parse_checkpoint({"model": state}, "x").weights) == ["class_embed.bias"]
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
 def test_prefixes_of_wrappers_are_stripped(prefix: str) -> None:
     state = {prefix + "backbone.0._orig_mod.projector.x": torch.ones(4)}
-    assert list(parse_container({"model": state}, "x").weights) == ["backbone.0.projector.x"]
+    assert list(parse_checkpoint({"model": state}, "x").weights) == ["backbone.0.projector.x"]
 
 
 def test_class_names_of_lists_and_numbered_dictionaries() -> None:

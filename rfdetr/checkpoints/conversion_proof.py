@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rfdetr.checkpoints.adapt import fit, structure_problems
-from rfdetr.checkpoints.identify import config_of
+from rfdetr.checkpoints.adapt import adapt_weights
 from rfdetr.checkpoints.legacy_names import legacy_names, to_legacy
-from rfdetr.checkpoints.record import Container, parse_container
+from rfdetr.checkpoints.record import CheckpointRecord, parse_checkpoint
 from rfdetr.checkpoints.safe_io import load_file, verify_file
+from rfdetr.checkpoints.structure import infer_config, structure_mismatch
 from rfdetr.errors import RFDETRError
 from rfdetr.files import to_disk
 from rfdetr.model.network import RFDETRNetwork, build_network
 
-PROBE_SIDE = 32  # pixels at least
+PROBE_SIDE = 32  # pixels; rounded up to the next side that the network accepts
 PROBE_QUERIES = 16
+
+Compared = Literal["outputs", "tensors"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ConversionReport:
     """What a conversion did, and the largest difference between old and new.
 
     `compared` is "outputs" (both files' networks on the same input) or "tensors" (each tensor of
-    the new file against the old one), where `reason` says why no network could be built.
+    the new file with the old one), where `reason` says why no network could be built. `joined`
+    counts tensors made from a query, a key and a value; `averaged` says whether EMA weights exist.
     """
 
     old_path: str
@@ -43,7 +46,7 @@ class ConversionReport:
     joined: int
     averaged: bool
     epoch: int | None
-    compared: Literal["outputs", "tensors"]
+    compared: Compared
     max_abs_difference: float
     reason: str = ""
 
@@ -61,34 +64,48 @@ class ConversionReport:
         )
 
 
-class Probe:
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What a file computes, or else its tensors under legacy names."""
+
+    compared: Compared
+    values: Mapping[str, Tensor]
+
+
+class ConversionProbe:
     """A small network without memory of its own that runs one file's weights after another's.
 
     It has the file's structure with one query group and few queries, so that every layer runs in a
     fraction of a real forward's time.
     """
 
-    def __init__(self, container: Container) -> None:
-        self.reason = ""
+    def __init__(self, record: CheckpointRecord) -> None:
+        self.reason = ""  # why there is no network
         self._network: RFDETRNetwork | None = None
         try:
-            config = config_of(container)
+            config = infer_config(record)
             few = {"num_queries": min(PROBE_QUERIES, config.num_queries), "group_detr": 1}
             self._config = config.model_copy(update=few)
-            self.reason = structure_problems(container, config) or ""
+            self.reason = structure_mismatch(record, config) or ""
             if not self.reason:
                 with torch.device("meta"), _NoInitialValues():
                     self._network = build_network(self._config, initialise=False).eval()
         except RFDETRError as error:
             self.reason = str(error)
 
-    def outputs(self, container: Container) -> dict[str, Tensor] | None:
-        """Predictions on the fixed input, or None where the weights fill no whole network."""
+    def evidence(self, record: CheckpointRecord) -> Evidence:
+        """Predictions on the fixed input, or the tensors if they do not fill a network."""
+        outputs = self._outputs(record)
+        if outputs is None:
+            return Evidence("tensors", to_legacy(record.weights))
+        return Evidence("outputs", outputs)
+
+    def _outputs(self, record: CheckpointRecord) -> dict[str, Tensor] | None:
         if self._network is None:
             return None
         block = self._config.block_size
         try:
-            weights = fit(container, self._config).weights
+            weights = adapt_weights(record, self._config).weights
             self._network.load_state_dict(weights, strict=True, assign=True)
             with torch.inference_mode():
                 result = self._network(_fixed_input(-(-PROBE_SIDE // block) * block))
@@ -99,7 +116,7 @@ class Probe:
 
 
 class _NoInitialValues(TorchFunctionMode):
-    """Leaves out torch.nn.init: every tensor is replaced by one of a file."""
+    """Skips torch.nn.init: every tensor is replaced by one from a file."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -111,36 +128,31 @@ class _NoInitialValues(TorchFunctionMode):
 
 
 def prove_conversion(
-    old: Container, write: Callable[[], None], written: Path, new_path: str
+    old: CheckpointRecord, write: Callable[[], None], written: Path, new_path: str
 ) -> ConversionReport:
     """Run `write`, which makes the file `written` from `old`, and compare the two.
 
-    The old outputs are computed meanwhile, the old file's checksums compared, and the new file is
-    sent to the disk while it is read back. Consumes `old`:
-    its weights go before the new file is mapped, so that the memory of one file is enough.
+    Also compares the checksums of the old file and waits until the new one is on the disk. Empties
+    the weights of `old` before the new file is mapped, so that one file fits in memory at a time.
     """
+    shapes = _shapes(old)
     sources = {name: legacy_names(name) for name in old.weights}
-    shapes = {name: value.shape for name, value in old.weights.items()}
     averaged = old.ema is not None
-    probe = Probe(old)
-    with _single_threaded() as worker:
-        running = worker.submit(probe.outputs, old)
+    probe = ConversionProbe(old)
+    with _single_threaded_workers() as workers:
+        # 1. write the new file while the old weights run
+        running = workers.submit(probe.evidence, old)
         write()
-        flushed = worker.submit(to_disk, written)
+        flushed = workers.submit(to_disk, written)
         verify_file(old.path, copy=written)
         before = running.result()
-        old_tensors = {} if before is not None else to_legacy(old.weights)
         old.weights.clear()
         (old.ema or {}).clear()
-        new = parse_container(load_file(written, mmap=True, verify=False), new_path)
-        after = None if before is None else worker.submit(probe.outputs, new).result()
+        # 2. run the new weights as they were written
+        new = parse_checkpoint(load_file(written, mmap=True, verify=False), new_path)
+        after = workers.submit(probe.evidence, new).result()
         flushed.result()
-    if {name: value.shape for name, value in new.weights.items()} != shapes:
-        difference = float("inf")
-    elif before is not None and after is not None:
-        difference = max_difference(before, after)
-    else:
-        difference = max_difference(old_tensors, to_legacy(new.weights))
+    # 3. compare
     return ConversionReport(
         old_path=old.path,
         new_path=new_path,
@@ -150,15 +162,21 @@ def prove_conversion(
         joined=sum(len(names) > 1 for names in sources.values()),
         averaged=averaged,
         epoch=old.epoch,
-        compared="tensors" if after is None else "outputs",
-        max_abs_difference=difference,
+        compared=after.compared,
+        max_abs_difference=(
+            max_difference(before.values, after.values) if _shapes(new) == shapes else float("inf")
+        ),
         reason=probe.reason,
     )
 
 
+def _shapes(record: CheckpointRecord) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in record.weights.items()}
+
+
 @contextlib.contextmanager
-def _single_threaded() -> Iterator[ThreadPoolExecutor]:
-    """Workers whose products use one thread, beside the writing; the caller's setting returns."""
+def _single_threaded_workers() -> Iterator[ThreadPoolExecutor]:
+    """Two workers in which torch uses one thread; afterwards the caller's setting is restored."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         yield executor
@@ -166,7 +184,7 @@ def _single_threaded() -> Iterator[ThreadPoolExecutor]:
 
 
 def max_difference(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> float:
-    """The largest absolute difference over equal names; infinite where names or shapes differ."""
+    """The largest absolute difference over equal names; infinite if names or shapes differ."""
     if set(old) != set(new) or any(old[n].shape != new[n].shape for n in old):
         return float("inf")
     return max((_difference(old[name], new[name]) for name in old), default=0.0)
@@ -179,6 +197,7 @@ def _difference(old: Tensor, new: Tensor) -> float:
     return float((old.double() - new.double()).abs().masked_fill(both_nan, 0).max())
 
 
-def _fixed_input(side: int) -> Any:
+def _fixed_input(side: int) -> Tensor:
+    """One image of smooth values, (1, 3, side, side)."""
     ramp = torch.arange(3 * side * side, dtype=torch.float32)
     return torch.sin(ramp * 0.37).reshape(1, 3, side, side)

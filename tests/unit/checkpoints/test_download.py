@@ -19,10 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from rfdetr.checkpoints import dinov2, hub
-from rfdetr.checkpoints.dinov2 import encoder_weights, load_dinov2, wants_dinov2
-from rfdetr.checkpoints.hub import resolve_weights
-from rfdetr.checkpoints.load import initialise_weights
+from rfdetr.checkpoints import dinov2, download
+from rfdetr.checkpoints.download import resolve_weights
+from rfdetr.checkpoints.pretrained import initialise_weights
 from rfdetr.config import RFDETRBaseConfig, RFDETRNanoConfig
 from rfdetr.errors import DownloadError
 from rfdetr.model.network import build_network
@@ -226,7 +225,7 @@ def test_offline_fails_fast(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_silent_server_does_not_hang(server: Behaviour, monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 
-    monkeypatch.setattr(hub, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("RF_WEIGHTS_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(DownloadError, match="timed out"):
@@ -263,7 +262,7 @@ def test_every_default_of_a_config_is_a_published_name() -> None:
     from rfdetr.config import MODEL_CONFIGS
 
     assert {c.model_fields["pretrain_weights"].default for c in MODEL_CONFIGS.values()} <= set(
-        hub.PUBLISHED
+        download.PUBLISHED
     )
 
 
@@ -310,21 +309,21 @@ def test_timm_weights_fill_every_encoder_tensor(
     import timm
 
     state = timm.create_model(dinov2.TIMM_NAMES[encoder], num_classes=0).state_dict()
-    monkeypatch.setattr(dinov2, "_fetch", lambda name: state)
+    monkeypatch.setattr(dinov2, "_download", lambda name: state)
     config = RFDETRBaseConfig(pretrain_weights=None, group_detr=1, encoder=encoder)
     with torch.device("meta"):
         network = build_network(config)
     network = network.to_empty(device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = load_dinov2(network, config)
+        report = initialise_weights(network, config)
     assert report is not None
     assert (report.missing, report.unexpected) == ((), ())
     loaded = network.state_dict()
-    assert all(torch.equal(loaded[n], value) for n, value in encoder_weights(state).items())
+    assert all(torch.equal(loaded[n], value) for n, value in dinov2.encoder_weights(state).items())
 
 
 def test_only_the_native_grid_takes_dinov2() -> None:
-    assert wants_dinov2(RFDETRBaseConfig(pretrain_weights=None))
-    assert not wants_dinov2(RFDETRBaseConfig(pretrain_weights=None, encoder_dim=192))
-    assert not wants_dinov2(RFDETRNanoConfig(pretrain_weights=None))
+    assert dinov2.fits(RFDETRBaseConfig(pretrain_weights=None))
+    assert not dinov2.fits(RFDETRBaseConfig(pretrain_weights=None, encoder_dim=192))
+    assert not dinov2.fits(RFDETRNanoConfig(pretrain_weights=None))

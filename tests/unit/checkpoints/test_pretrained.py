@@ -17,8 +17,8 @@ import torch
 from rfdetr import config as configs
 from rfdetr.checkpoints.adapt import resize_rows, slice_query_groups
 from rfdetr.checkpoints.legacy_names import from_legacy, to_legacy
-from rfdetr.checkpoints.load import initialise_weights, load_container, load_pretrained
-from rfdetr.checkpoints.record import parse_container
+from rfdetr.checkpoints.pretrained import initialise_weights, load_pretrained, load_record
+from rfdetr.checkpoints.record import parse_checkpoint
 from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.config import ModelConfig, RFDETRNanoConfig, RFDETRSegNanoConfig
 from rfdetr.errors import CheckpointError
@@ -65,7 +65,7 @@ def test_parity_of_fitted_weights(case: dict[str, Any]) -> None:
         content["args"] = case["args"]
     config = getattr(configs, case["config_class"])(pretrain_weights=None, **case["config"])
     network = build_network(config)
-    report = load_container(network, config, parse_container(content, "fixture.pth"))
+    report = load_record(network, config, parse_checkpoint(content, "fixture.pth"))
     assert (report.missing, report.unexpected) == ((), ())
     assert list(report.class_names or ()) == case["class_names"]
     assert config.num_classes == case["num_classes_after"]
@@ -125,7 +125,7 @@ def test_missing_and_unexpected_tensors_are_named(file: Path) -> None:
     del state["bbox_embed.layers.1.bias"]
     state["something.else"] = torch.ones(1)
     with pytest.warns(UserWarning, match=r"bbox_embed\.layers\.1\.bias.*something\.else"):
-        report = load_container(network, config, parse_container({"model": state}, "x.pth"))
+        report = load_record(network, config, parse_checkpoint({"model": state}, "x.pth"))
     assert report.missing == ("bbox_embed.layers.1.bias",)
     assert report.unexpected == ("something.else",)
     assert report.loaded == len(from_legacy(state)) - 1
@@ -151,7 +151,7 @@ def test_query_slices_follow_the_settings_of_the_file(file: Path) -> None:
     for key, rows in expected.items():
         args = {} if key is None else {key: {"num_queries": 4, "group_detr": 2}[key]}
         other = build_network(config)
-        load_container(other, config, parse_container({"model": state, "args": args}, "x.pth"))
+        load_record(other, config, parse_checkpoint({"model": state, "args": args}, "x.pth"))
         assert torch.equal(other.refpoint_embed.weight, table[rows])
 
 
@@ -163,8 +163,8 @@ def test_more_queries_than_the_file_has_is_an_error(
     config = small(num_classes=5, **change)
     state = to_legacy(build_network(small(num_classes=5)).state_dict())
     with pytest.raises(CheckpointError, match="Lower num_queries or group_detr"):
-        load_container(
-            build_network(config), config, parse_container({"model": state, "args": args}, "x")
+        load_record(
+            build_network(config), config, parse_checkpoint({"model": state, "args": args}, "x")
         )
 
 
@@ -197,7 +197,7 @@ def test_the_fitting_configuration_is_named() -> None:
     content = {"model": to_legacy(weights)}
     config = small()
     with pytest.raises(CheckpointError, match=r"The file fits RFDETRSegNanoConfig\."):
-        load_container(build_network(config), config, parse_container(content, "seg.pt"))
+        load_record(build_network(config), config, parse_checkpoint(content, "seg.pt"))
 
 
 def test_settings_of_the_file_count_where_tensors_do_not_tell() -> None:
@@ -207,17 +207,17 @@ def test_settings_of_the_file_count_where_tensors_do_not_tell() -> None:
     for model in ({"class_embed.bias": torch.ones(3)}, whole):
         content = {"model": model, "args": {"patch_size": 14}}
         with pytest.raises(CheckpointError, match="patch_size is 14"):
-            load_container(network, config, parse_container(content, "x.pth"))
+            load_record(network, config, parse_checkpoint(content, "x.pth"))
     content = {"model": whole, "args": argparse.Namespace(segmentation_head=True)}
     with pytest.raises(CheckpointError, match="segmentation_head is True"):
-        load_container(network, config, parse_container(content, "x.pth"))
+        load_record(network, config, parse_checkpoint(content, "x.pth"))
 
 
 def test_nothing_in_common_is_an_error() -> None:
     config = small()
     content = {"model": {"conv1.weight": torch.ones(3)}}
     with pytest.raises(CheckpointError, match="None of the 1 tensors"):
-        load_container(build_network(config), config, parse_container(content, "resnet.pth"))
+        load_record(build_network(config), config, parse_checkpoint(content, "resnet.pth"))
 
 
 def test_a_file_without_adapters_fits_a_model_with_them(file: Path) -> None:
@@ -231,11 +231,11 @@ def test_settings_that_no_tensor_shows_are_told() -> None:
     network = build_network(small())
     content = {"model": to_legacy(network.state_dict()), "args": {"num_windows": 1}}
     with pytest.warns(UserWarning, match=r"num_windows=1 \(the configuration has 2\)"):
-        load_container(network, small(), parse_container(content, "one.pth"))
+        load_record(network, small(), parse_checkpoint(content, "one.pth"))
     content["args"] = {"num_windows": 2, "out_feature_indexes": [1, 2]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_container(network, small(), parse_container(content, "two.pth"))
+        load_record(network, small(), parse_checkpoint(content, "two.pth"))
 
 
 def test_weights_without_adapters_replace_trained_adapters(file: Path) -> None:
