@@ -1,9 +1,9 @@
-"""Applies prefect.yaml to a Prefect server, with the pool, the limits and the automations.
+"""Deploys to a Prefect server: work pool, concurrency limits, deployments and automations.
 
     python -m infra.deploy [--gpus N] [--pool-type process|kubernetes]
 
-Needs PREFECT_API_URL and every variable that prefect.yaml names. Running it again changes nothing
-that is already right, and without --gpus no limit that a team has set.
+Requires PREFECT_API_URL and every variable that prefect.yaml uses. Running it again is safe: it
+updates what exists, and keeps a GPU limit that was set by hand unless --gpus is given.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ JOB_TEMPLATE = Path(__file__).parent / "kubernetes" / "prefect-job-template.json
 
 
 class DeployError(RuntimeError):
-    """Something that the deployment needs is missing; the text names all of it."""
+    """The environment is incomplete; the message lists everything that is missing."""
 
 
 def required_variables(text: str) -> list[str]:
-    """Names of the environment variables that a prefect.yaml asks for."""
+    """Names of the environment variables used in a prefect.yaml."""
     return sorted(set(re.findall(r"\{\{\s*\$(\w+)\s*\}\}", text)))
 
 
 def check_environment(text: str) -> None:
-    """Raise DeployError when a variable is unset: Prefect would deploy the placeholder itself."""
+    """Raise DeployError if a variable is unset; Prefect would deploy the literal placeholder."""
     missing = [n for n in required_variables(text) if not os.environ.get(n)]
     if not os.environ.get("PREFECT_API_URL"):
         missing.append("PREFECT_API_URL")
     if missing:
-        raise DeployError(f"set {', '.join(missing)} in the environment and run this again")
+        raise DeployError(f"set {', '.join(missing)} in the environment and retry")
 
 
 def prepare_server(client: SyncPrefectClient, pool: str, pool_type: str, gpus: int | None) -> None:
-    """Create the work pool when missing and set the concurrency limits of params.yaml."""
+    """Create the work pool if missing, and set the concurrency limits of params.yaml."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
 
@@ -74,18 +74,18 @@ def prepare_server(client: SyncPrefectClient, pool: str, pool_type: str, gpus: i
 
 
 def base_job_template(pool_type: str) -> dict[str, Any]:
-    """What a job of the pool looks like; empty leaves it to Prefect."""
+    """The job template of a new pool; empty means Prefect's default."""
     return dict(json.loads(JOB_TEMPLATE.read_text())) if pool_type == "kubernetes" else {}
 
 
 def gpu_slots(given: int | None, known: int | None, devices: int | str) -> int:
-    """Slots of the GPU limit: as asked, else as they are, and enough for one run."""
+    """Slots of the GPU limit: as given, else as they are, and enough for one flow run."""
     slots = next((number for number in (given, known) if number is not None), 1)
     return max(slots, devices) if isinstance(devices, int) else slots
 
 
 def apply_deployments() -> list[str]:
-    """`prefect deploy --all`; returns the names flow/deployment of prefect.yaml."""
+    """Run `prefect deploy --all`; returns the deployments of prefect.yaml as flow/name."""
     subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"], cwd=ROOT, check=True
     )
@@ -97,7 +97,7 @@ def apply_deployments() -> list[str]:
 
 
 def install_automations(client: SyncPrefectClient, names: list[str]) -> list[str]:
-    """Replace the automations of automations.yaml, bound to the deployments' ids."""
+    """Install the automations of automations.yaml with the ids of the deployments filled in."""
     from prefect.automations import AutomationCore
 
     ids = {name: client.read_deployment_by_name(name).id for name in names}
@@ -117,7 +117,7 @@ def install_automations(client: SyncPrefectClient, names: list[str]) -> list[str
 
 
 def fill(value: Any, values: dict[str, Any]) -> Any:
-    """Replace whole-text placeholders anywhere in plain data."""
+    """Replace every string in nested plain data that equals a key of `values`."""
     if isinstance(value, dict):
         return {key: fill(item, values) for key, item in value.items()}
     if isinstance(value, list):
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m infra.deploy", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--gpus", type=int, help="slots of the GPU limit (default: as it is, or 1)")
+    parser.add_argument("--gpus", type=int, help="slots of the GPU limit (default: keep, or 1)")
     parser.add_argument("--pool-type", default="process", help="type of a new work pool")
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
--- One database per server. Prefect's migrations need pg_trgm, which only an administrator may add.
+-- One database per server. Prefect's migrations need pg_trgm, which requires a superuser.
 create database mlflow;
 create database mlflow_auth;
 create database prefect;

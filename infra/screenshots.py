@@ -1,8 +1,8 @@
-"""Pictures of the servers' pages after a run: `python -m infra.screenshots --out docs`.
+"""Takes screenshots of the servers for the documentation: `python -m infra.screenshots --out docs`.
 
-Opens the newest finished retrain run in Prefect, its training in MLflow and the registered model in
-headless Chromium (`chromium`, or RFDETR_CHROMIUM), at the servers of PREFECT_API_URL and
-MLFLOW_TRACKING_URI, as `python -m infra.stack env` prints them.
+Opens the latest completed retrain flow run in Prefect, and the champion's run and model version in
+MLflow, in headless Chromium (`chromium` on PATH, or RFDETR_CHROMIUM). The servers are those of
+PREFECT_API_URL and MLFLOW_TRACKING_URI, which `python -m infra.stack env` prints.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from PIL import Image
 from infra.services import StackError
 
 SIZE = (1280, 800)
-PAGE_MS = 25_000  # virtual time for a page to load its data
+PAGE_MS = 25_000  # virtual time in which a page loads its data
 PAGE_SECONDS = 180.0
-COLOURS = 128  # a palette keeps the files small
+COLORS = 128  # a palette keeps the files small
 
 
 def main() -> int:
-    """Exit status 1 with a message when a server, a run or the browser is missing."""
+    """Command line. Exit status 1 if a server, a flow run or the browser is missing."""
     parser = argparse.ArgumentParser(prog="python -m infra.screenshots", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
@@ -44,11 +44,11 @@ def main() -> int:
 
 
 def pages() -> dict[str, str]:
-    """Name of the picture -> address of the page."""
+    """File name -> URL of the page."""
     api, tracking = os.environ.get("PREFECT_API_URL"), os.environ.get("MLFLOW_TRACKING_URI")
     if not api or not tracking:
-        raise StackError('no servers are named; eval "$(python -m infra.stack env)" first')
-    run = _newest_run(api)
+        raise StackError('no servers are set; run eval "$(python -m infra.stack env)" first')
+    flow_run = _latest_flow_run(api)
     prefect = api.removesuffix("/api")
     client = MlflowClient(tracking_uri=tracking)
     models = client.search_registered_models(max_results=1)
@@ -56,10 +56,10 @@ def pages() -> dict[str, str]:
         raise StackError(f"{tracking} has no registered model; retrain first")
     name = models[0].name
     version = client.get_model_version_by_alias(name, "champion")
-    trained = client.get_run(str(version.run_id))
-    record = f"{tracking}/#/experiments/{trained.info.experiment_id}/runs/{trained.info.run_id}"
+    run = client.get_run(str(version.run_id))
+    record = f"{tracking}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     return {
-        "prefect-run": f"{prefect}/runs/flow-run/{run}",
+        "prefect-run": f"{prefect}/runs/flow-run/{flow_run}",
         "mlflow-run": f"{record}/artifacts",
         "mlflow-model": f"{tracking}/#/models/{name}/versions/{version.version}",
     }
@@ -79,13 +79,13 @@ def take(url: str, target: Path) -> None:
             command, check=False, capture_output=True, text=True, timeout=PAGE_SECONDS
         )
         if not shot.exists():
-            raise StackError(f"no picture of {url}: {done.stderr[-500:]}")
+            raise StackError(f"no screenshot of {url}: {done.stderr[-500:]}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with Image.open(shot) as picture:
-            picture.convert("RGB").quantize(COLOURS).save(target, optimize=True)
+        with Image.open(shot) as image:
+            image.convert("RGB").quantize(COLORS).save(target, optimize=True)
 
 
-def _newest_run(api: str) -> str:
+def _latest_flow_run(api: str) -> str:
     body = {
         "flows": {"name": {"any_": ["retrain"]}},
         "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}},
@@ -96,7 +96,7 @@ def _newest_run(api: str) -> str:
     answer.raise_for_status()
     found = answer.json()
     if not found:
-        raise StackError(f"{api} has no finished retrain run; start one first")
+        raise StackError(f"{api} has no completed retrain flow run; start one first")
     return str(found[0]["id"])
 
 

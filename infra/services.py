@@ -1,4 +1,4 @@
-"""The services of the local stack: how each is started and how its health is known."""
+"""The services of the local stack: commands, environment and health checks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
+import yaml
 
 from rfdetr.files import atomic_path
 
 HOST = "127.0.0.1"
 PORTS = ("postgres", "s3", "mlflow", "prefect", "worker")
-BUCKETS = ("mlflow", "dvc", "data")
 DATABASES = ("mlflow", "prefect")
 
 
 class StackError(RuntimeError):
-    """A service that cannot be started; the text names it, the cause and its log file."""
+    """A service cannot be started; the message names the service, the cause and its log."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """One process of the stack. `healthy` returns True when it answers; `user` drops privileges."""
+    """One process of the stack. `healthy` returns True when it answers; it runs as `user`."""
 
     name: str
     command: list[str]
@@ -42,7 +42,7 @@ class Service:
 
 @dataclass(frozen=True)
 class StackSettings:
-    """Ports and keys of one stack folder; drawn once, kept in `stack.json` (mode 0600)."""
+    """Ports and keys of one stack folder, generated once and kept in `stack.json` (mode 0600)."""
 
     ports: dict[str, int]
     database_password: str
@@ -52,7 +52,7 @@ class StackSettings:
 
     @classmethod
     def load(cls, folder: Path) -> StackSettings:
-        """Read the folder's settings, or draw free ports and keys and store them."""
+        """Read the folder's settings, or choose free ports and keys and store them."""
         file = folder / "stack.json"
         if file.exists():
             return cls(**orjson.loads(file.read_bytes()))
@@ -78,7 +78,7 @@ class StackSettings:
         return f"postgresql+{driver}://postgres:{self.database_password}@{HOST}:{port}/{name}"
 
     def client_environment(self, folder: Path) -> dict[str, str]:
-        """What a client of the stack (worker, command line, test) has in its environment."""
+        """The environment of a client of the stack: worker, command line, test."""
         return {
             **quiet_environment(),
             "PREFECT_API_URL": f"{self.url('prefect')}/api",
@@ -100,7 +100,7 @@ class StackSettings:
 
 
 def quiet_environment() -> dict[str, str]:
-    """No phoning home, no pickle: set for every process of the stack."""
+    """Telemetry and pickle off, for every process of the stack."""
     return {
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "true",
@@ -108,12 +108,12 @@ def quiet_environment() -> dict[str, str]:
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "",  # the stages of a run share what the first one compiled
+        "PYTHONDONTWRITEBYTECODE": "",  # stages of a flow run share compiled bytecode
     }
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free on loopback now, all different."""
+    """Distinct ports that are currently free on loopback."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for item in sockets:
@@ -125,7 +125,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def answers(url: str) -> bool:
-    """True when `url` answers with a status below 400 within two seconds."""
+    """Whether `url` answers with a status below 400 within two seconds."""
     try:
         with urllib.request.urlopen(url, timeout=2) as response:  # noqa: S310  (our own address)
             return bool(response.status < 400)
@@ -134,7 +134,7 @@ def answers(url: str) -> bool:
 
 
 def listens(port: int) -> bool:
-    """True when something accepts connections on a loopback port."""
+    """Whether something accepts connections on a loopback port."""
     try:
         with socket.create_connection((HOST, port), timeout=2):
             return True
@@ -143,16 +143,16 @@ def listens(port: int) -> bool:
 
 
 def tool(name: str) -> str:
-    """A console script of this environment, else of the PATH."""
+    """Path of a console script: from this environment, else from PATH."""
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)
     if not found:
-        raise StackError(f"'{name}' is neither beside {sys.executable} nor on PATH; run make setup")
+        raise StackError(f"'{name}' is not next to {sys.executable} or on PATH; run make setup")
     return found
 
 
 def postgres_tool(name: str) -> str:
-    """A PostgreSQL program from RFDETR_PG_BIN, PATH, or Debian's folders (newest first)."""
+    """Path of a PostgreSQL program: RFDETR_PG_BIN, Debian's folders (newest first), PATH."""
     folders = [Path(f) for f in os.environ.get("RFDETR_PG_BIN", "").split(os.pathsep) if f]
     folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     for folder in folders:
@@ -162,13 +162,13 @@ def postgres_tool(name: str) -> str:
     if not found:
         raise StackError(
             f"PostgreSQL's '{name}' was not found; install it (Debian: apt-get install postgresql) "
-            "or name its folder in RFDETR_PG_BIN"
+            "or set RFDETR_PG_BIN to its folder"
         )
     return found
 
 
 def postgres_folder(folder: Path) -> tuple[Path, str | None]:
-    """Where the database lives, and the user to run it as (PostgreSQL refuses to run as root)."""
+    """The data folder, and the user to run as, because PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return folder / "postgres", None
     key = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
@@ -176,7 +176,7 @@ def postgres_folder(folder: Path) -> tuple[Path, str | None]:
 
 
 def postgres(folder: Path, settings: StackSettings) -> Service:
-    """PostgreSQL on loopback with password authentication and one database per server."""
+    """PostgreSQL on loopback with password authentication."""
     data, user = postgres_folder(folder)
     port = settings.ports["postgres"]
 
@@ -219,7 +219,7 @@ def postgres(folder: Path, settings: StackSettings) -> Service:
 
 
 def create_databases(settings: StackSettings) -> None:
-    """Create the databases of MLflow and Prefect when missing."""
+    """Create the databases of MLflow and Prefect if missing."""
     import psycopg2
 
     with_password = {"user": "postgres", "password": settings.database_password}
@@ -239,12 +239,12 @@ def create_databases(settings: StackSettings) -> None:
 
 
 def s3(folder: Path, settings: StackSettings) -> Service:
-    """An S3 server (rclone) over a folder; a bucket is a subfolder."""
+    """An S3 server (rclone) that serves a folder; each bucket is a subfolder."""
     store = folder / "s3"
     port = settings.ports["s3"]
 
     def prepare() -> None:
-        for bucket in BUCKETS:
+        for bucket in buckets():
             (store / bucket).mkdir(parents=True, exist_ok=True)
 
     return Service(
@@ -268,7 +268,7 @@ def s3(folder: Path, settings: StackSettings) -> Service:
 
 
 def mlflow_server(folder: Path, settings: StackSettings) -> Service:
-    """The MLflow server: PostgreSQL records, S3 artifacts through the server."""
+    """The MLflow server: records in PostgreSQL, artifacts on S3 through the server."""
     return Service(
         name="mlflow",
         command=[
@@ -294,7 +294,7 @@ def mlflow_server(folder: Path, settings: StackSettings) -> Service:
 
 
 def prefect_server(folder: Path, settings: StackSettings) -> Service:
-    """The Prefect server on PostgreSQL, leases on disk so that a restart leaks no slot."""
+    """The Prefect server on PostgreSQL; leases are on disk, so a restart leaks no slots."""
     return Service(
         name="prefect",
         command=[
@@ -321,7 +321,7 @@ def prefect_server(folder: Path, settings: StackSettings) -> Service:
 
 
 def worker(folder: Path, settings: StackSettings) -> Service:
-    """A process worker with a health endpoint; it makes its work pool when missing."""
+    """A process worker with a health endpoint; it creates its work pool if missing."""
     environment = {
         **settings.client_environment(folder),
         "PREFECT_HOME": str(folder / "worker"),
@@ -346,8 +346,14 @@ def worker(folder: Path, settings: StackSettings) -> Service:
     )
 
 
+def buckets() -> list[str]:
+    """The S3 buckets of the deployed stack, which the local one has too."""
+    compose = yaml.safe_load((Path(__file__).parent / "compose.yaml").read_text(encoding="utf-8"))
+    return str(compose["services"]["s3-buckets"]["environment"]["BUCKETS"]).split()
+
+
 def all_services(folder: Path, settings: StackSettings) -> list[Service]:
-    """The services in the order in which they start."""
+    """The services in start order."""
     makers = (postgres, s3, mlflow_server, prefect_server, worker)
     return [make(folder, settings) for make in makers]
 

@@ -1,18 +1,17 @@
-"""The local stack without containers: start it, watch it, stop it.
+"""Starts, supervises and stops the local stack, without containers.
 
     python -m infra.stack up            in the foreground, Ctrl-C stops everything
     python -m infra.stack up --detach   in the background, returns when all services are healthy
     python -m infra.stack status | env | down
 
-PostgreSQL, an S3 server, MLflow, Prefect and a process worker listen on loopback, on ports drawn
-once per folder. A service that dies is started again. Logs: FOLDER/logs/<service>.log.
+PostgreSQL, an S3 server, MLflow, Prefect and a process worker listen on loopback, on ports chosen
+once per folder. A service that dies is restarted. Logs: FOLDER/logs/<service>.log.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import fcntl
 import os
 import shlex
@@ -26,27 +25,28 @@ from types import FrameType
 
 import psutil
 
+from flows.core.process import signal_group, terminate_with
 from flows.core.redact import redact
 from infra.services import Service, StackError, StackSettings, all_services, quiet_environment
 from rfdetr.files import write_text_atomic
 
-START_SECONDS = 300.0  # a loaded machine is slow to start Python
+START_SECONDS = 300.0  # Python starts slowly on a loaded machine
 STOP_SECONDS = 15.0
 RESTART_PAUSE_SECONDS = 2.0
+LOCK = ".lock"  # held by the supervisor, and contains its process id
 
 
 class Running:
-    """A started service: its process, and how often it had to be started."""
+    """A started service and its process."""
 
     def __init__(self, service: Service, folder: Path) -> None:
         self.service = service
         self.log = folder / "logs" / f"{service.name}.log"
         self.pid_file = folder / "pids" / service.name
-        self.starts = 0
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start the process in a group of its own; it is told when the supervisor dies."""
+        """Start the process in its own group; it gets SIGTERM when the supervisor dies."""
         if self.service.prepare:
             self.service.prepare()
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -60,14 +60,13 @@ class Running:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=lambda: _die_with(supervisor),  # noqa: PLW1509  (no threads here)
+                preexec_fn=lambda: terminate_with(supervisor),  # noqa: PLW1509  (no threads here)
                 cwd="/" if self.service.user else None,
             )
-        self.starts += 1
         write_text_atomic(self.pid_file, str(self.process.pid))
 
     def wait_healthy(self, seconds: float = START_SECONDS) -> None:
-        """Wait until the service answers; StackError with the tail of its log when it does not."""
+        """Wait until the service answers. Raises StackError with the tail of its log."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if self.process is None or self.process.poll() is not None:
@@ -79,17 +78,17 @@ class Running:
         raise StackError(f"{self.service.name} did not become healthy; {self.log}:\n{tail}")
 
     def stop(self) -> None:
-        """SIGINT to the group (a clean stop for all five), then SIGKILL to what is left.
+        """Stop the group with SIGINT (a clean stop for all five services), then SIGKILL.
 
-        What it started in sessions of their own, as a worker does with its runs, ends with it.
+        Descendants in other sessions, such as the flow runs of a worker, are stopped as well.
         """
         if self.process is None:
             return
         family = _descendants(self.process.pid)
-        _signal_group(self.process.pid, signal.SIGINT)
+        signal_group(self.process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_SECONDS)
-        _signal_group(self.process.pid, signal.SIGKILL)
+        signal_group(self.process.pid, signal.SIGKILL)
         self.process.wait()
         _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
         for process in left:
@@ -113,7 +112,7 @@ class Stack:
         return self.settings.client_environment(self.folder)
 
     def start(self) -> None:
-        """Start the services in order, each when the one before is healthy."""
+        """Start the services in order, each after the previous one is healthy."""
         try:
             for item in self.running.values():
                 item.start()
@@ -123,14 +122,14 @@ class Stack:
             raise
 
     def revive(self) -> None:
-        """Start again whatever has died."""
+        """Restart the services that have died."""
         for item in self.running.values():
             if item.process is not None and item.process.poll() is not None:
-                print(f"{item.service.name} ended ({item.process.returncode}); starting it again")
-                _signal_group(item.process.pid, signal.SIGKILL)
+                print(f"{item.service.name} exited ({item.process.returncode}); restarting it")
+                signal_group(item.process.pid, signal.SIGKILL)
                 try:
                     item.start()
-                except Exception as error:  # noqa: BLE001 - its database may be away; tried again
+                except Exception as error:  # noqa: BLE001 - its database may be down; retried
                     print(f"{item.service.name} cannot start yet: {redact(str(error))}")
 
     def stop(self) -> None:
@@ -139,7 +138,7 @@ class Stack:
             item.stop()
 
     def health(self) -> dict[str, bool]:
-        """Service name -> does it answer."""
+        """Service name -> whether it answers."""
         return {name: item.service.healthy() for name, item in self.running.items()}
 
     def __enter__(self) -> Stack:
@@ -155,12 +154,13 @@ class Stack:
 def up(folder: Path) -> int:
     """Run the stack in the foreground until SIGINT or SIGTERM."""
     with _only_supervisor(folder):
-        stack = Stack(folder)
         signal.signal(signal.SIGTERM, _interrupt)
+        stack = Stack(folder)
+        ready = stack.folder / "ready"
         try:
             stack.start()
             print(describe(stack), flush=True)
-            (stack.folder / "ready").write_text(str(os.getpid()))
+            ready.touch()
             while True:
                 time.sleep(RESTART_PAUSE_SECONDS)
                 stack.revive()
@@ -168,7 +168,7 @@ def up(folder: Path) -> int:
             print("stopping")
         finally:
             stack.stop()
-            (stack.folder / "ready").unlink(missing_ok=True)
+            ready.unlink(missing_ok=True)
     return 0
 
 
@@ -178,7 +178,8 @@ def up_detached(folder: Path) -> int:
         print(f"already running (process {pid})")
         print(describe(Stack(folder)))
         return 0
-    log = folder / "logs" / "stack.log"
+    ready, log = folder / "ready", folder / "logs" / "stack.log"
+    ready.unlink(missing_ok=True)  # left by a supervisor that was killed
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as stream:
         child = subprocess.Popen(
@@ -188,7 +189,7 @@ def up_detached(folder: Path) -> int:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    while not (folder / "ready").exists():
+    while not ready.exists():
         if child.poll() is not None:
             print(log.read_text(errors="replace")[-2000:], file=sys.stderr)
             return 1
@@ -198,15 +199,20 @@ def up_detached(folder: Path) -> int:
 
 
 def down(folder: Path) -> int:
-    """Stop a stack that runs in the background; a stopped stack is no error."""
+    """Stop a stack that runs in the background; succeeds when none is running."""
     pid = _supervisor(folder)
     if pid is None:
-        print(f"no stack runs in {folder}")
+        print(f"no stack is running in {folder}")
         return 0
-    os.kill(pid, signal.SIGTERM)
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return 0
+    except PermissionError as error:
+        raise StackError(f"the stack (process {pid}) belongs to another user") from error
     until = time.monotonic() + 10 * STOP_SECONDS
     while time.monotonic() < until:
-        if _supervisor(folder) is None and not _works(pid):
+        if _supervisor(folder) is None and not _is_running(pid):
             return 0
         time.sleep(0.1)
     print(f"process {pid} is still stopping; see {folder / 'logs'}", file=sys.stderr)
@@ -214,7 +220,7 @@ def down(folder: Path) -> int:
 
 
 def describe(stack: Stack) -> str:
-    """A short text with the addresses, for a person."""
+    """The addresses of the services, as printed after the start."""
     settings = stack.settings
     return "\n".join(
         [
@@ -258,16 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _inherited() -> dict[str, str]:
-    """The caller's environment without settings that would point a server at another server."""
+    """The caller's environment without settings that would point a server at another one."""
     drop = ("PREFECT_", "MLFLOW_", "AWS_")
     return {name: value for name, value in os.environ.items() if not name.startswith(drop)}
-
-
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
@@ -276,27 +275,21 @@ def _descendants(pid: int) -> list[psutil.Process]:
     return []
 
 
-def _signal_group(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)
-
-
 def _supervisor(folder: Path) -> int | None:
-    """The process of the supervisor that has reported readiness, None when there is none."""
-    ready = folder / "ready"
-    if not ready.exists():
-        return None
-    try:
-        pid = int(ready.read_text())
-        os.kill(pid, 0)
-    except (ProcessLookupError, ValueError):
-        ready.unlink(missing_ok=True)  # left by a supervisor that was killed
-        return None
-    return pid
+    """The process that holds the folder's lock, or None.
+
+    Only the lock counts: the number in the file may by now belong to an unrelated process.
+    """
+    with contextlib.suppress(FileNotFoundError), open(folder / LOCK) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(lock.read())
+    return None
 
 
-def _works(pid: int) -> bool:
-    """Whether a process runs; one that has ended and is not waited for does not."""
+def _is_running(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -309,13 +302,16 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _only_supervisor(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: two supervisors of one folder would fight over ports and data."""
+    """Hold the folder's lock: two supervisors would compete for the same ports and data."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / LOCK, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StackError(f"a stack already runs in {folder}; stop it with 'down'") from error
+            raise StackError(f"a stack is already running in {folder}; stop it first") from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield
 
 

@@ -1,10 +1,10 @@
-"""Trains the demo's starting checkpoint: seven other digits, none of the demo's three classes.
+"""Trains the demo's starting checkpoint, on the seven digits that are not classes of the demo.
 
     python -m infra.start_weights weights/start.pth
 
-Reads the model from params.yaml, builds a dataset of the digits 2, 3, 5, 6, 7, 8 and 9 with the
-demo's generator, trains, and writes the layout of legacy releases (`model` and an `args`
-namespace), so that the convert stage has real work. Takes about ten minutes on two cores.
+Takes the model from params.yaml, generates a demo dataset of the digits 2, 3, 5, 6, 7, 8 and 9,
+trains, and writes the checkpoint in the legacy format (`model` and an `args` namespace), so that
+the convert stage has something to convert. Takes about ten minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rfdetr.data.demo import build_demo
 from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 
 OTHER_DIGITS = (2, 3, 5, 6, 7, 8, 9)
-PUBLISHED = "rf-detr-nano.pth"  # how legacy files name their variant
+PUBLISHED = "rf-detr-nano.pth"  # identifies the variant in legacy files
 
 
 def train_start_weights(target: Path, *, images: int, epochs: int, seed: int) -> float:
-    """Train and write `target`; the best validation mAP."""
+    """Train and write `target`; returns the last validation mAP."""
     settings = load_params()
     with tempfile.TemporaryDirectory(prefix="rfdetr-start-") as folder:
         data = build_demo(

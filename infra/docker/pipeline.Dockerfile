@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1.7
-# The pipeline image: Prefect worker and training on CPU or one or more NVIDIA GPUs.
-# Build from the project's root folder: docker build -f infra/docker/pipeline.Dockerfile .
+# The pipeline image: Prefect worker and training, on CPU or NVIDIA GPUs.
+# Build from the repository root: docker build -f infra/docker/pipeline.Dockerfile .
 FROM python:3.11.13-slim-bookworm AS build
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -11,7 +11,7 @@ WORKDIR /build
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
-# The layers follow how often they change: torch, then the locked packages, then the project.
+# Layers from least to most frequently changed: torch, the locked packages, the project.
 COPY requirements-torch.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip pip install -r requirements-torch.txt
 COPY requirements-runtime.lock ./
@@ -24,7 +24,7 @@ RUN uv pip install --no-deps .
 
 FROM python:3.11.13-slim-bookworm
 
-# git: the worker clones the project for every run, by HTTPS or SSH.
+# git and ssh: the worker clones the project for every flow run.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends git openssh-client tini \

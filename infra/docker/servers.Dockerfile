@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1.7
-# One small image for the MLflow and the Prefect server (no torch).
-# Build from the project's root folder: docker build -f infra/docker/servers.Dockerfile .
+# One small image for the MLflow and Prefect servers (no torch).
+# Build from the repository root: docker build -f infra/docker/servers.Dockerfile .
 FROM python:3.11.13-slim-bookworm
 
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -12,7 +12,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PREFECT_HOME=/state/prefect
 
 WORKDIR /build
-# Only the versions of the lock file, so that servers and clients agree.
+# Versions come from the lock file, so that servers and clients match.
 COPY requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     printf '%s\n' 'mlflow[auth]' prefect fastapi sqlalchemy asyncpg psycopg2-binary boto3 > wanted.txt \

@@ -1,4 +1,4 @@
-# The AWS side: one private, versioned, encrypted bucket and a role that may use nothing else.
+# AWS resources: one private, versioned, encrypted bucket and a role that can access only this bucket.
 terraform {
   required_version = ">= 1.6"
   required_providers {

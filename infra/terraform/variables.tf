@@ -9,7 +9,7 @@ variable "bucket" {
 }
 
 variable "role" {
-  description = "Name of the role that worker and jobs assume."
+  description = "Name of the role that the worker and the jobs assume."
   type        = string
   default     = "rfdetr-pipeline"
 }
