@@ -51,9 +51,11 @@ stack-stop: $(READY) ## Stop the local stack
 deploy: $(READY) ## Apply prefect.yaml to PREFECT_API_URL (GPUS=4 POOL_TYPE=kubernetes)
 	$(BIN)/python -m infra.deploy $(if $(GPUS),--gpus $(GPUS)) $(if $(POOL_TYPE),--pool-type $(POOL_TYPE))
 
-check: $(READY) ## Lint, format and types
+check: $(READY) ## Lint, format, types, order of imports, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell rfdetr flows infra tests docs *.md *.yaml *.toml Makefile
 	$(BIN)/mypy
 
 format: $(READY) ## Apply the formatter and the safe lint fixes
