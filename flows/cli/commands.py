@@ -243,6 +243,18 @@ def demo_command(options: argparse.Namespace) -> int:
     return OK
 
 
+def pack_command(options: argparse.Namespace) -> int:
+    """Write FOLDER as tar shards, or the files of PACK back into a new FOLDER."""
+    from flows.storage.packs import pack, unpack
+
+    bar = sys.stderr.isatty()
+    if options.unpack:
+        print(unpack(options.pack, options.folder, progress=bar))
+    else:
+        print(pack(options.folder, options.pack, progress=bar))
+    return OK
+
+
 def sync_command(_options: argparse.Namespace) -> int:
     """Send every unsent journal."""
     from flows.config.environment import default_tracking_uri

@@ -53,6 +53,15 @@ def test_a_small_change_rewrites_few_shards(source: Path, tmp_path: Path) -> Non
     assert path_digest(tmp_path / "back") == path_digest(source)
 
 
+def test_an_unchanged_shard_keeps_its_hard_link(source: Path, tmp_path: Path) -> None:
+    packed = pack(source, tmp_path / "packed", progress=False)
+    links = {shard: shard.with_suffix(".cached") for shard in packed.glob("shard-*.tar")}
+    for shard, cached in links.items():
+        cached.hardlink_to(shard)
+    pack(source, packed, progress=False)
+    assert all(shard.samefile(cached) for shard, cached in links.items())
+
+
 def test_a_damaged_shard_is_refused_and_nothing_appears(source: Path, tmp_path: Path) -> None:
     packed = pack(source, tmp_path / "packed", progress=False)
     shard = next(iter(sorted(packed.glob("shard-*.tar"))))
@@ -90,21 +99,21 @@ def test_stages_read_a_pack_through_one_shared_copy(source: Path, tmp_path: Path
     assert read_json(packed / "pack.json")["files"] == 300
 
 
-def test_what_is_no_pack_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_pack_is_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("a")
-    with pytest.raises(DatasetError, match="no pack"):
+    with pytest.raises(DatasetError, match="is not a pack"):
         unpack(tmp_path / "full", tmp_path / "b", progress=False)
-    with pytest.raises(DatasetError, match="not empty and holds no pack"):
+    with pytest.raises(DatasetError, match="not empty and not a pack"):
         pack(tmp_path / "full", tmp_path / "full", progress=False)
-    with pytest.raises(DatasetError, match="no folder with files"):
+    with pytest.raises(DatasetError, match="not a folder with files"):
         pack(tmp_path / "none", tmp_path / "b", progress=False)
 
 
 def test_the_command_packs_and_unpacks(source: Path, tmp_path: Path) -> None:
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "flows.storage.packs", *arguments],
+            [sys.executable, "-m", "flows.cli.main", "pack", *arguments],
             capture_output=True,
             text=True,
             cwd=Path(__file__).parents[3],
@@ -117,6 +126,6 @@ def test_the_command_packs_and_unpacks(source: Path, tmp_path: Path) -> None:
     assert path_digest(back) == path_digest(source)
     failed = command(str(tmp_path / "none"), packed)
     assert failed.returncode == 1
-    assert failed.stderr == f"error: {tmp_path / 'none'} is no folder with files in it.\n"
+    assert failed.stderr == f"error: {tmp_path / 'none'} is not a folder with files in it.\n"
     assert command(packed).returncode == 2
     assert "FOLDER PACK" in command("--help").stdout
