@@ -24,8 +24,8 @@ from rfdetr.data.layouts import detect_layout
 from rfdetr.errors import DatasetError
 from rfdetr.evaluation import report
 from rfdetr.evaluation.bootstrap import collect_evidence
-from rfdetr.evaluation.coco import CocoEvaluator, EvaluationResult, evaluate
-from rfdetr.evaluation.columns import Columns, IouType
+from rfdetr.evaluation.box_table import EvaluationData, IouType
+from rfdetr.evaluation.evaluator import CocoEvaluator, EvaluationResult, evaluate
 from rfdetr.evaluation.plots import Sample
 from rfdetr.files import sha256_file
 from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
@@ -45,7 +45,7 @@ class ScoredModel:
     class_names: list[str]
     model_class_names: list[str]
     result: EvaluationResult
-    columns: Columns
+    columns: EvaluationData
     samples: list[Sample]
     latency_ms: float
     settings: str
@@ -195,7 +195,7 @@ def label_table(container: CheckpointRecord, names: list[str]) -> dict[int, int]
     return table
 
 
-def relabel(columns: Columns, table: dict[int, int]) -> Columns:
+def relabel(columns: EvaluationData, table: dict[int, int]) -> EvaluationData:
     """The detections with the dataset's labels; those without one are dropped."""
     rows = columns.detections
     mapped = np.array([table.get(label, -1) for label in rows.label.tolist()], dtype=np.int64)

@@ -19,7 +19,7 @@ from flows.stages.runner import run_stage
 from flows.storage.packs import open_dataset
 from rfdetr.errors import ConfigError
 from rfdetr.evaluation.accumulate import RECALL_POINTS
-from rfdetr.evaluation.f1 import THRESHOLDS
+from rfdetr.evaluation.f1 import SCORE_THRESHOLDS
 from rfdetr.evaluation.plots import draw_evaluation
 from rfdetr.evaluation.report import class_labels, standard_metrics
 from rfdetr.files import atomic_path, sha256_file
@@ -117,7 +117,7 @@ def write_curves(scored: ScoredModel, names: Sequence[str], folder: Path) -> Non
     ]
     _write_csv(folder / "precision_recall.csv", curves)
     triples = zip(
-        THRESHOLDS, sweep.macro_f1, sweep.macro_precision, sweep.macro_recall, strict=True
+        SCORE_THRESHOLDS, sweep.macro_f1, sweep.macro_precision, sweep.macro_recall, strict=True
     )
     keys = ("threshold", "f1", "precision", "recall")
     rows = [

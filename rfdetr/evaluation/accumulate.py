@@ -1,7 +1,8 @@
 """Precision, recall and the twelve COCO numbers from matches.
 
-Definitions are those of pycocotools: 101 recall points, precision made monotonic from the right,
-means over the classes that have ground truth, -1 where there is none.
+Definitions are those of `COCOeval.accumulate` and `summarize` in pycocotools: 101 recall points,
+precision made monotonic from the right, means over the classes that have ground truth, -1 where
+there is none.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rfdetr.evaluation.columns import Bools, Floats, Ints
+from rfdetr.arrays import Bools, Floats, Integers
 from rfdetr.evaluation.matching import AREA_RANGES, IOU_THRESHOLDS, Matches
 
 RECALL_POINTS: Floats = np.linspace(0.0, 1.0, 101)
@@ -31,7 +33,7 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The twelve numbers of COCO detection; -1 means that there is no such ground truth.
+    """The twelve numbers of COCO detection (fractions); -1 where there is no such ground truth.
 
     `ar_1`, `ar_10` and `ar` are recalls at 1, 10 and `max_dets` detections per image and class.
     """
@@ -63,7 +65,7 @@ def detection_limits(max_dets: int) -> tuple[int, ...]:
 def accumulate(matches: Matches, max_dets: int) -> Curves:
     """Curves over the `max_dets` best detections per image and class.
 
-    `matches` must have been made with at least as many.
+    `matches` must contain at least as many.
     """
     limits = detection_limits(max_dets)
     classes = len(matches.positives)
@@ -94,40 +96,53 @@ def accumulate(matches: Matches, max_dets: int) -> Curves:
     return Curves(limits, precision, recall)
 
 
-def _add_by_label(total: Ints, label: Ints, flags: Bools) -> None:
+def _add_by_label(total: Integers, label: Integers, flags: Bools) -> None:
     """Add `flags` (C, T, A), sorted by label, to `total` (K, T, A)."""
     if len(label):
         starts = np.flatnonzero(np.r_[True, label[1:] != label[:-1]])
         total[label[starts]] += np.add.reduceat(flags, starts, axis=0, dtype=np.int64)
 
 
-def _false_before(matches: Matches, max_dets: int) -> Ints:
-    """False positives of the class ranked before each candidate, (C, T, A)."""
+def _false_before(matches: Matches, max_dets: int) -> Integers:
+    """False positives of the same class ranked before each candidate, (C, T, A).
+
+    A detection that is not a candidate is false at every IoU threshold, so one running count per
+    area range serves all thresholds; only the candidates are counted per threshold. One class at
+    one threshold, by descending score:
+
+        detection            0   1   2   3   4
+        candidate            -   yes -   yes yes
+        true or false        fp  tp  fp  fp  tp
+        plain_fp_before          1       2   2     non-candidates among the earlier ones
+        candidate_fp_before      0       1   1     false candidates up to this one
+        result                   1       3   3     only read where the candidate is true: 1, 3
+    """
     counted = matches.rank < max_dets
-    alone = matches.inside & counted[:, None]
-    alone[matches.candidate] = False
-    plain = np.cumsum(alone, axis=0, dtype=np.int32)
+    plain = matches.inside & counted[:, None]
+    plain[matches.candidate] = False
+    class_start = np.searchsorted(matches.label, matches.label)
+    plain_fp_before = _running_count(plain, class_start)[matches.candidate]
+
     wrong = ~matches.matched & ~matches.ignored & counted[matches.candidate][:, None, None]
-    false = np.cumsum(wrong, axis=0, dtype=np.int32)
-    false += plain[matches.candidate][:, None, :]
-    # Subtract what the classes before contributed.
     label = matches.label[matches.candidate]
-    class_start = np.searchsorted(matches.label, label)
-    first_candidate = np.searchsorted(label, label)
-    zero_plain = np.concatenate([np.zeros((1, plain.shape[1]), np.int32), plain])
-    total_wrong = np.concatenate(
-        [np.zeros((1, *wrong.shape[1:]), np.int32), np.cumsum(wrong, axis=0, dtype=np.int32)]
-    )
-    false -= zero_plain[class_start][:, None, :] + total_wrong[first_candidate]
-    return false.astype(np.int64)
+    candidate_fp_before = _running_count(wrong, np.searchsorted(label, label))
+    return (plain_fp_before[:, None, :] + candidate_fp_before).astype(np.int64)
 
 
-def _precision_at(needed: Ints, false: Ints) -> Floats:
-    """Precision at the recall points.
+def _running_count(flags: Bools, start: Integers) -> NDArray[np.int32]:
+    """Cumulative count along the first axis; row i counts from row `start[i]` to i, inclusive."""
+    total = np.cumsum(flags, axis=0, dtype=np.int32)
+    before = np.concatenate([np.zeros((1, *flags.shape[1:]), np.int32), total])
+    counts: NDArray[np.int32] = total - before[start]
+    return counts
+
+
+def _precision_at(needed: Integers, false: Integers) -> Floats:
+    """Precision (101,) at the recall points.
 
     `false` (n,): false positives before the n-th true positive; `needed` (101,): true positives
-    that reach each recall point. Precision is highest where it has just risen, so the monotonic
-    curve needs no other detections than the true positives.
+    that reach each recall point. Precision peaks at true positives, so the monotonic curve needs
+    no other detections.
     """
     result = np.zeros(len(needed))
     if len(false):

@@ -1,4 +1,4 @@
-"""What `validation_step` returns, as columns of the metric engine."""
+"""The outputs of validation steps as tables for the metrics."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ from pycocotools import mask as mask_api
 from torch import Tensor
 from torch.nn import functional as F
 
+from rfdetr.arrays import Bools, Floats, Integers
 from rfdetr.errors import InputError
-from rfdetr.evaluation.columns import Bools, Columns, Floats, Rows, make_rows
+from rfdetr.evaluation.box_table import BoxTable, EvaluationData, make_box_table
 
 Batch = Sequence[Mapping[str, Any]]
 
 
-def columns_from_batch(
+def data_from_batch(
     results: Batch, targets: Batch, *, max_dets: int, masks: bool = False
-) -> Columns:
+) -> EvaluationData:
     """Move a batch to the CPU and flatten it.
 
-    results: per image `scores` (n,), `labels` (n,), `boxes` (n, 4) xyxy in original pixels,
-    `masks` (n, 1, H, W) bool. targets: `boxes` (m, 4) cxcywh fractions, `labels`, `image_id`,
-    `orig_size` (H, W), optional `size`, `area`, `iscrowd`, and crowd regions in `crowd_boxes`
-    (c, 4) xyxy in original pixels, `crowd_labels`, `crowd_masks` (RLE). Masks of the truth come as
-    `mask_codes` (RLE of the original size), else from `masks` (m, h, w), scaled back.
-    Of the detections the `max_dets` best of each class stay; only their masks are encoded.
+    results, per image: `scores` (n,), `labels` (n,), `boxes` (n, 4) xyxy in original pixels,
+    `masks` (n, 1, H, W) bool. targets, per image: `boxes` (m, 4) cxcywh as fractions, `labels`
+    (m,), `image_id`, `orig_size` (H, W); optional `size` (h, w), `area` (m,), `iscrowd` (m,), and
+    crowd regions as `crowd_boxes` (c, 4) xyxy in original pixels, `crowd_labels` (c,),
+    `crowd_masks` (RLE). Ground-truth masks come from `mask_codes` (RLE in the original size) or
+    else from `masks` (m, h, w), scaled back. Only the `max_dets` best detections of each image and
+    class are kept, and only their masks are encoded. Raises InputError for missing keys.
     """
     if len(results) != len(targets):
-        raise InputError(f"{len(results)} results for {len(targets)} targets: one each is needed.")
+        raise InputError(
+            f"{len(results)} results for {len(targets)} targets: one each is required."
+        )
     ids = [_image_id(target) for target in targets]
-    return Columns(
+    return EvaluationData(
         np.array(ids, dtype=np.int64),
         _detections(results, max_dets, masks=masks),
         _truth(targets, masks=masks),
@@ -46,14 +50,14 @@ def _image_id(target: Mapping[str, Any]) -> int:
 
 
 def _column(batch: Batch, key: str, width: int = 1) -> Floats:
-    """The rows of all images as float64 (n, width), in one transfer from the device."""
+    """The values of all images as float64 (n, width), in one transfer from the device."""
     parts = [torch.as_tensor(item[key]).detach().reshape(-1, width) for item in batch]
     if not parts:
         return np.zeros((0, width))
     return np.asarray(torch.cat(parts).cpu().double().numpy())
 
 
-def _detections(results: Batch, max_dets: int, *, masks: bool) -> Rows:
+def _detections(results: Batch, max_dets: int, *, masks: bool) -> BoxTable:
     counts = [len(result["scores"]) for result in results]
     image = np.repeat(np.arange(len(results)), counts)
     score = _column(results, "scores")[:, 0]
@@ -67,10 +71,11 @@ def _detections(results: Batch, max_dets: int, *, masks: bool) -> Rows:
     if masks:
         parts = np.split(kept, np.cumsum(counts)[:-1])
         rle = [code for r, keep in zip(results, parts, strict=True) for code in _codes(r, keep)]
-    return make_rows(image[kept], label[kept], box[kept], score=score[kept], rle=rle)
+    return make_box_table(image[kept], label[kept], box[kept], score=score[kept], rle=rle)
 
 
-def _best_of_class(image: Any, label: Any, score: Floats, max_dets: int) -> Bools:
+def _best_of_class(image: Integers, label: Integers, score: Floats, max_dets: int) -> Bools:
+    """Whether each detection is among the `max_dets` best of its image and class."""
     order = np.lexsort((-score, label, image))
     new = np.r_[True, (np.diff(image[order]) != 0) | (np.diff(label[order]) != 0)]
     start = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
@@ -81,7 +86,7 @@ def _best_of_class(image: Any, label: Any, score: Floats, max_dets: int) -> Bool
 
 def _codes(result: Mapping[str, Any], kept: Bools) -> list[dict[str, Any]]:
     if "masks" not in result:
-        raise InputError("mask metrics were asked for, but a result has no 'masks'.")
+        raise InputError("mask metrics were requested, but a result has no 'masks'.")
     masks = result["masks"]
     if not kept.all():
         masks = masks[torch.from_numpy(np.flatnonzero(kept)).to(masks.device)]
@@ -89,49 +94,55 @@ def _codes(result: Mapping[str, Any], kept: Bools) -> list[dict[str, Any]]:
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """COCO run-length codes of boolean masks (n, H, W)."""
+    """Compressed COCO RLE of boolean masks (n, H, W)."""
     if not len(masks):
         return []
-    # pycocotools reads columns first: turned on the masks' own device, one mask at a time in
-    # memory order, so that no second copy is made on the CPU.
+    # pycocotools reads column-major masks: transpose on the masks' own device, so that no second
+    # copy is made on the CPU.
     columns_first = masks.transpose(-1, -2).to(torch.uint8).contiguous().cpu().numpy()
     return list(mask_api.encode(columns_first.T))
 
 
-def _truth(targets: Batch, *, masks: bool) -> Rows:
+def _truth(targets: Batch, *, masks: bool) -> BoxTable:
     sizes = _column(targets, "orig_size", 2)
     parts = list(_truth_parts(targets, sizes))
     rle = [c for i, t in enumerate(targets) for c in _truth_codes(t, sizes[i])] if masks else None
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else []
     if not columns:
-        return make_rows([], [], [], rle=rle)
+        return make_box_table([], [], [], rle=rle)
     image, label, box, area, crowd = columns
-    return make_rows(image, label, box, area=area, crowd=crowd, rle=rle)
+    return make_box_table(image, label, box, area=area, crowd=crowd, rle=rle)
 
 
 def _truth_parts(targets: Batch, sizes: Floats) -> Iterator[tuple[Any, ...]]:
     for index, target in enumerate(targets):
         height, width = sizes[index]
-        box = _rows(target["boxes"], 4) * [width, height, width, height]
+        box = _array(target["boxes"], 4) * [width, height, width, height]
         box[:, :2] -= box[:, 2:] / 2
         area = box[:, 2] * box[:, 3]
         if "area" in target:
-            # The area follows the resize of the image; the size ranges are those of the file.
-            scaled = _rows(target["size"], 2)[0].prod() if "size" in target else height * width
-            area = _rows(target["area"], 1)[:, 0] * (height * width / scaled)
+            # `area` is in pixels of the resized image; the area ranges are in original pixels.
+            scaled = _array(target["size"], 2)[0].prod() if "size" in target else height * width
+            area = _array(target["area"], 1)[:, 0] * (height * width / scaled)
         crowd = np.zeros(len(box), dtype=bool)
         if "iscrowd" in target:
-            crowd = _rows(target["iscrowd"], 1)[:, 0] > 0
-        yield np.full(len(box), index), _rows(target["labels"], 1)[:, 0], box, area, crowd
-        extra = _rows(target.get("crowd_boxes", ()), 4)
+            crowd = _array(target["iscrowd"], 1)[:, 0] > 0
+        yield np.full(len(box), index), _array(target["labels"], 1)[:, 0], box, area, crowd
+        extra = _array(target.get("crowd_boxes", ()), 4)
         if len(extra):
             extra[:, 2:] -= extra[:, :2]
-            labels = _rows(target["crowd_labels"], 1)[:, 0]
-            own = extra[:, 2] * extra[:, 3]
-            yield np.full(len(extra), index), labels, extra, own, np.ones(len(extra), dtype=bool)
+            labels = _array(target["crowd_labels"], 1)[:, 0]
+            crowd_area = extra[:, 2] * extra[:, 3]
+            yield (
+                np.full(len(extra), index),
+                labels,
+                extra,
+                crowd_area,
+                np.ones(len(extra), dtype=bool),
+            )
 
 
-def _rows(value: Any, width: int) -> Floats:
+def _array(value: Any, width: int) -> Floats:
     tensor = torch.as_tensor(value).detach().cpu().double().reshape(-1, width)
     return np.array(tensor.numpy())
 
@@ -147,5 +158,5 @@ def _truth_codes(target: Mapping[str, Any], size: Floats) -> Iterator[dict[str, 
             masks = F.interpolate(masks, (height, width), mode="nearest-exact")[:, 0]
         yield from encode_masks(masks > 0)
     else:
-        raise InputError("mask metrics were asked for, but a target has no 'masks'.")
+        raise InputError("mask metrics were requested, but a target has no 'masks'.")
     yield from target.get("crowd_masks", ())

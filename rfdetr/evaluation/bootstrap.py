@@ -1,10 +1,11 @@
-"""Paired bootstrap over images: how sure is the difference of two detectors' mAP?
+"""Paired bootstrap over images: a confidence interval for the difference of two detectors' mAP.
 
-The evidence of one detector is every detection with the thresholds at which it matched. A resample
-draws images with replacement; an image drawn k times counts k times. Copies of a detection stand
-side by side, so that weighting gives the very number that evaluating copied images would give
-(precision is read at the last copy, where its envelope has its maximum); only equal scores of one
-class within one image, whose order is arbitrary anyway, can differ.
+The evidence of one detector is every detection with the IoU thresholds at which it matched. A
+resample draws images with replacement (Efron and Tibshirani, "An Introduction to the Bootstrap",
+1993); an image drawn k times counts k times. The copies of a detection follow each other, and
+precision is read at the last copy, where its envelope is highest, so weighting an image gives the
+same number as evaluating copies of it. Only equal scores of one class within one image, whose
+order is arbitrary anyway, can differ.
 """
 
 from __future__ import annotations
@@ -13,21 +14,20 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rfdetr.arrays import Integers
 from rfdetr.errors import InputError
+from rfdetr.evaluation.accumulate import RECALL_POINTS
+from rfdetr.evaluation.box_table import EvaluationData, IouType
+from rfdetr.evaluation.matching import IOU_THRESHOLDS, match
 
-if TYPE_CHECKING:
-    from rfdetr.evaluation.columns import Columns, IouType
-
-THRESHOLDS = 10  # IoU 0.50, 0.55 ... 0.95
-RECALL_POINTS = np.linspace(0.0, 1.0, 101)
 Metric = Literal["map_50_95", "map_50", "map_75"]
-COLUMNS: dict[Metric, slice] = {
-    "map_50_95": slice(0, THRESHOLDS),
+METRIC_THRESHOLDS: dict[Metric, slice] = {  # positions in IOU_THRESHOLDS
+    "map_50_95": slice(None),
     "map_50": slice(0, 1),
     "map_75": slice(5, 6),
 }
@@ -36,12 +36,12 @@ _FIELDS = ("positives", "image", "label", "score", "matched", "ignored")
 
 @dataclass(frozen=True, eq=False)
 class MatchEvidence:
-    """What one detector did on one test set, image by image.
+    """The matches of one detector on one test set, image by image.
 
-    positives: (I, K) int, ground-truth boxes that count, per image and class.
-    image, label: (D,) int, image and class index of each detection, in the order of evaluation.
-    score: (D,) float. matched, ignored: (D,) int, bit t is set when the detection matched
-    (or is ignored, e.g. by a crowd region) at IoU 0.5 + 0.05 t.
+    positives: (I, K) ground-truth boxes that count, per image and class.
+    image, label: (D,) image and class index of each detection, in the order of evaluation.
+    score: (D,). matched, ignored: (D,) bit t is set when the detection matched (or is ignored,
+    e.g. because of a crowd region) at IoU 0.5 + 0.05 t.
     """
 
     positives: NDArray[np.int32]
@@ -55,8 +55,8 @@ class MatchEvidence:
         lengths = {len(getattr(self, name)) for name in _FIELDS[1:]}
         if self.positives.ndim != 2 or len(lengths) != 1:
             raise InputError(
-                "match evidence needs positives (images, classes) and five columns of one length; "
-                f"found positives {self.positives.shape} and columns of lengths {sorted(lengths)}"
+                "match evidence needs positives (images, classes) and five arrays of one length; "
+                f"found positives {self.positives.shape} and arrays of lengths {sorted(lengths)}"
             )
         for name, limit in (("image", self.positives.shape[0]), ("label", self.positives.shape[1])):
             column = getattr(self, name)
@@ -65,7 +65,7 @@ class MatchEvidence:
 
     @property
     def images(self) -> int:
-        """Number of images of the test set, empty ones too."""
+        """Number of images of the test set, images without boxes included."""
         return int(self.positives.shape[0])
 
     def encode(self) -> str:
@@ -77,7 +77,7 @@ class MatchEvidence:
 
     @classmethod
     def decode(cls, text: str) -> MatchEvidence:
-        """The inverse of `encode`; refuses pickled objects. Raises InputError on foreign text."""
+        """The inverse of `encode`. Raises InputError for any other text; never unpickles."""
         try:
             with np.load(
                 io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False
@@ -88,36 +88,39 @@ class MatchEvidence:
 
 
 def collect_evidence(
-    columns: Columns, class_ids: Sequence[int], *, iou_type: IouType = "bbox", max_dets: int = 500
+    data: EvaluationData,
+    class_ids: Sequence[int],
+    *,
+    iou_type: IouType = "bbox",
+    max_dets: int = 500,
 ) -> MatchEvidence:
-    """Match detections to ground truth as the metric engine does and keep the flags per image.
+    """Match detections to ground truth as the evaluator does and keep the flags per image.
 
-    The class axis follows ascending `class_ids`. Only detections near a box carry flags.
+    The class axis follows ascending `class_ids`.
     """
-    from rfdetr.evaluation.matching import match
-
     ids = np.unique(np.asarray(class_ids, dtype=np.int64))
-    matches = match(columns, ids, iou_type, max_dets)
-    truth = columns.truth
+    matches = match(data, ids, iou_type, max_dets)
+    truth = data.truth
     counted = ~truth.crowd & np.isin(truth.label, ids)
-    positives = np.zeros((len(columns.image_ids), len(ids)), dtype=np.int32)
+    positives = np.zeros((len(data.image_ids), len(ids)), dtype=np.int32)
     np.add.at(positives, (truth.image[counted], np.searchsorted(ids, truth.label[counted])), 1)
-    bits = 1 << np.arange(THRESHOLDS, dtype=np.uint16)
-    flags = np.zeros((2, len(matches.row)), dtype=np.uint16)
+    bits = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
+    flags = np.zeros((2, len(matches.row)), dtype=np.uint16)  # zero unless near ground truth
     flags[0, matches.candidate] = matches.matched[:, :, 0] @ bits
     flags[1, matches.candidate] = matches.ignored[:, :, 0] @ bits
     return MatchEvidence(
-        positives,
-        columns.detections.image[matches.row].astype(np.int32),
-        matches.label.astype(np.int32),
-        matches.score.astype(np.float32),
-        *flags,
+        positives=positives,
+        image=data.detections.image[matches.row].astype(np.int32),
+        label=matches.label.astype(np.int32),
+        score=matches.score.astype(np.float32),
+        matched=flags[0],
+        ignored=flags[1],
     )
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Difference challenger minus champion with its percentile interval."""
+    """The mAP difference, challenger minus champion, and its percentile interval."""
 
     observed: float
     lower: float
@@ -127,26 +130,26 @@ class Interval:
 
 
 class _ClassCurve:
-    """One class of one detector, sorted once, ready to be weighted many times."""
+    """The detections of one class, sorted once and weighted many times."""
 
-    def __init__(self, evidence: MatchEvidence, label: int, columns: slice) -> None:
+    def __init__(self, evidence: MatchEvidence, label: int, thresholds: slice) -> None:
         chosen = np.flatnonzero(evidence.label == label)
         chosen = chosen[np.argsort(-evidence.score[chosen], kind="stable")]
-        thresholds = np.arange(THRESHOLDS)[columns, None]
-        matched = (evidence.matched[chosen][None] >> thresholds & 1).astype(bool)
-        ignored = (evidence.ignored[chosen][None] >> thresholds & 1).astype(bool)
+        bits = np.arange(len(IOU_THRESHOLDS))[thresholds, None]
+        matched = (evidence.matched[chosen][None] >> bits & 1).astype(bool)  # (T, n)
+        ignored = (evidence.ignored[chosen][None] >> bits & 1).astype(bool)
         hits = matched & ~ignored
         near = np.flatnonzero((matched | ignored).any(axis=0))
         self._near = evidence.image[chosen][near]
         self._hits = hits[:, near].astype(np.int32)
         self._misses = (~matched & ~ignored)[:, near].astype(np.int32)
-        # the others are false at every threshold: one running sum serves all of them
+        # All others are false at every threshold, so one running sum serves all thresholds.
         far = np.setdiff1d(np.arange(len(chosen)), near)
         self._far = evidence.image[chosen][far]
         self._far_before = np.searchsorted(far, near)
         self._positives = evidence.positives[:, label]
 
-    def average_precision(self, weights: NDArray[np.int64]) -> float:
+    def average_precision(self, weights: Integers) -> float:
         """AP of this class, mean over the thresholds; NaN when no positive was drawn."""
         total = int(self._positives @ weights)
         if total == 0 or not self._hits.size:
@@ -157,27 +160,28 @@ class _ClassCurve:
         false = np.cumsum(self._misses * weight, axis=1) + far
         precision = true / np.maximum(true + false, 1)
         precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        # COCO takes the first detection whose recall reaches the point; counts keep this exact,
-        # and one offset per threshold makes one sorted search of all of them
-        needed = np.searchsorted(np.arange(total + 1) / total, RECALL_POINTS, side="left")
-        rows = np.arange(len(true))[:, None]
-        offset = rows * (max(total, int(true[:, -1].max())) + 1)
-        place = np.searchsorted((true + offset).ravel(), (needed + offset).ravel(), side="left")
-        place = place.reshape(len(true), -1) - rows * true.shape[1]
-        reached = place < true.shape[1]
-        return float(precision[np.nonzero(reached)[0], place[reached]].sum() / place.size)
+        # COCO reads precision at the first detection whose recall reaches the point. Comparing
+        # counts of true positives instead of recalls is exact.
+        needed = np.searchsorted(np.arange(total + 1) / total, RECALL_POINTS)
+        found = 0.0
+        for counts, values in zip(true, precision, strict=True):
+            place = np.searchsorted(counts, needed)
+            found += values[place[place < len(counts)]].sum()
+        return float(found / (len(true) * len(RECALL_POINTS)))
 
 
 class Resampler:
-    """mAP of one detector under image weights."""
+    """The mAP of one detector under image weights."""
 
     def __init__(self, evidence: MatchEvidence, metric: Metric = "map_50_95") -> None:
         classes = np.flatnonzero(evidence.positives.sum(axis=0) > 0)
-        self._curves = [_ClassCurve(evidence, int(label), COLUMNS[metric]) for label in classes]
+        self._curves = [
+            _ClassCurve(evidence, int(label), METRIC_THRESHOLDS[metric]) for label in classes
+        ]
         self._images = evidence.images
 
-    def mean_average_precision(self, weights: NDArray[np.int64] | None = None) -> float:
-        """The mAP with image i counted `weights[i]` times (default once); NaN without any box."""
+    def mean_average_precision(self, weights: Integers | None = None) -> float:
+        """The mAP with image i counted `weights[i]` times (default 1); NaN without any box."""
         if weights is None:
             weights = np.ones(self._images, dtype=np.int64)
         values = np.array([curve.average_precision(weights) for curve in self._curves])

@@ -1,4 +1,8 @@
-"""F1, precision and recall over 101 score thresholds (training specification, section 12.3 A)."""
+"""F1, precision and recall over 101 score thresholds, from the matches of COCO evaluation.
+
+A detection is true when pycocotools' `COCOeval` records a match for it at IoU 0.5; matches with
+crowd regions and detections beyond the limit per image and class do not count.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ import dataclasses
 
 import numpy as np
 
-from rfdetr.evaluation.columns import Bools, Floats, Ints
+from rfdetr.arrays import Bools, Floats, Integers
 from rfdetr.evaluation.matching import Matches
 
-THRESHOLDS: Floats = np.linspace(0.0, 1.0, 101)
+SCORE_THRESHOLDS: Floats = np.linspace(0.0, 1.0, 101)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +24,7 @@ class F1Sweep:
     `best` is the index of the highest macro F1, the lowest threshold among equals.
     """
 
-    positives: Ints
+    positives: Integers
     f1: Floats
     precision: Floats
     recall: Floats
@@ -32,34 +36,34 @@ class F1Sweep:
     @property
     def best_threshold(self) -> float:
         """The score threshold with the highest macro F1."""
-        return float(THRESHOLDS[self.best])
+        return float(SCORE_THRESHOLDS[self.best])
 
 
-def count_matches(matches: Matches, max_dets: int) -> tuple[Ints, Ints]:
+def count_matches(matches: Matches, max_dets: int) -> tuple[Integers, Integers]:
     """True and false positives with score >= threshold, per class and threshold (K, 101).
 
     Counts the `max_dets` best detections of each image and class.
     """
-    # Scores count with the precision that the network gives them (float32 0.29 is below 0.29).
+    # Compare scores in the precision of the network's output: float32 0.29 is below 0.29.
     score = matches.score.astype(np.float32).astype(np.float64)
-    bins = np.searchsorted(THRESHOLDS, score, side="right")
+    bins = np.searchsorted(SCORE_THRESHOLDS, score, side="right")
     true = np.zeros(len(score), dtype=bool)
     counted = matches.inside[:, 0].copy()
     true[matches.candidate] = matches.matched[:, 0, 0] & ~matches.ignored[:, 0, 0]
     counted[matches.candidate] = ~matches.ignored[:, 0, 0]
     counted &= matches.rank < max_dets
     true &= counted
-    classes, size = len(matches.positives), len(THRESHOLDS) + 1
+    classes, size = len(matches.positives), len(SCORE_THRESHOLDS) + 1
     cell = matches.label * size + bins
 
-    def at_or_above(flags: Bools) -> Ints:
+    def at_or_above(flags: Bools) -> Integers:
         table = np.bincount(cell[flags], minlength=classes * size).reshape(classes, size)
         return np.cumsum(table[:, :0:-1], axis=1)[:, ::-1]
 
     return at_or_above(true), at_or_above(counted & ~true)
 
 
-def sweep(true: Ints, false: Ints, positives: Ints) -> F1Sweep:
+def sweep(true: Integers, false: Integers, positives: Integers) -> F1Sweep:
     """The sweep from counts (K, 101) and the number of ground-truth boxes per class (K,)."""
     precision = _ratio(true, true + false)
     recall = _ratio(true, np.broadcast_to(positives[:, None], true.shape))
@@ -67,22 +71,22 @@ def sweep(true: Ints, false: Ints, positives: Ints) -> F1Sweep:
     present = positives > 0
     macro_f1 = _macro(f1, present)
     return F1Sweep(
-        positives,
-        f1,
-        precision,
-        recall,
-        macro_f1,
-        _macro(precision, present),
-        _macro(recall, present),
-        int(np.argmax(macro_f1)),
+        positives=positives,
+        f1=f1,
+        precision=precision,
+        recall=recall,
+        macro_f1=macro_f1,
+        macro_precision=_macro(precision, present),
+        macro_recall=_macro(recall, present),
+        best=int(np.argmax(macro_f1)),
     )
 
 
 def _macro(table: Floats, present: Bools) -> Floats:
-    return table[present].mean(axis=0) if present.any() else np.zeros(len(THRESHOLDS))
+    return table[present].mean(axis=0) if present.any() else np.zeros(len(SCORE_THRESHOLDS))
 
 
-def _ratio(top: Floats | Ints, bottom: Floats | Ints) -> Floats:
+def _ratio(top: Floats | Integers, bottom: Floats | Integers) -> Floats:
     ratio = np.zeros(top.shape)
     np.divide(top, bottom, out=ratio, where=bottom > 0)
     return ratio

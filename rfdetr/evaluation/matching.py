@@ -3,6 +3,9 @@
 Detections of one image and class are matched in order of descending score. Images and classes do
 not influence each other, so the n-th candidate of every (image, class) group is matched at the
 same time, for all IoU thresholds and area ranges at once. Only pairs with IoU >= 0.5 take part.
+The rules are those of `COCOeval.evaluateImg` in pycocotools (Lin et al., "Microsoft COCO", 2014).
+
+Axes: D detections, C candidates, K classes, T IoU thresholds, A area ranges.
 """
 
 from __future__ import annotations
@@ -13,47 +16,50 @@ import itertools
 import numpy as np
 from pycocotools import mask as mask_api
 
+from rfdetr.arrays import Bools, Floats, Integers, find_rows
 from rfdetr.errors import InputError
-from rfdetr.evaluation.columns import Bools, Columns, Floats, Ints, IouType, Rows
+from rfdetr.evaluation.box_table import BoxTable, EvaluationData, IouType
 
 IOU_THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
 AREA_RANGES: Floats = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
-PAIRS_AT_ONCE = 1 << 20
-Pairs = tuple[Ints, Ints, Floats]  # detection, ground truth, IoU
+PAIRS_AT_ONCE = 1 << 20  # bounds the memory of the IoU computation
+Pairs = tuple[Integers, Integers, Floats]  # row of the detection, row of the ground truth, IoU
 
 
 @dataclasses.dataclass(frozen=True)
 class Matches:
-    """Detections of the evaluated classes by (class, descending score), and what they matched.
+    """Detections of the evaluated classes, by class and descending score, and their matches.
 
-    Per detection (D,): `row` in the source, class index `label`, `score`, `rank` by score within
-    its image and class; `inside` (D, A) tells whether its area lies in the range. Only the
-    detections `candidate` (C,) overlap ground truth; `matched` and `ignored` (C, T, A) are theirs.
-    `positives` (K, A) counts the ground truth that is to be found.
+    row: (D,) row in the detections table. label: (D,) index of the class. score: (D,).
+    rank: (D,) position by score within the image and class.
+    inside: (D, A) whether the area of the detection lies in the range.
+    candidate: (C,) the detections that overlap ground truth with IoU >= 0.5, ascending.
+    matched, ignored: (C, T, A) for the candidates. An ignored detection is neither true nor false.
+    positives: (K, A) ground-truth boxes that count.
     """
 
-    row: Ints
-    label: Ints
+    row: Integers
+    label: Integers
     score: Floats
-    rank: Ints
+    rank: Integers
     inside: Bools
-    candidate: Ints
+    candidate: Integers
     matched: Bools
     ignored: Bools
-    positives: Ints
+    positives: Integers
 
 
-def match(columns: Columns, class_ids: Ints, iou_type: IouType, max_dets: int) -> Matches:
-    """Match every detection of `class_ids` (ascending), the `max_dets` best of image and class."""
-    images = len(columns.image_ids)
-    truth_row, truth_group = _grouped(columns.truth, class_ids, images)
-    truth = columns.truth.take(truth_row)
+def match(data: EvaluationData, class_ids: Integers, iou_type: IouType, max_dets: int) -> Matches:
+    """Match the `max_dets` best detections of each image and class; `class_ids` (K,) ascend."""
+    images = len(data.image_ids)
+    truth_row, truth_group = _grouped(data.truth, class_ids, images)
+    truth = data.truth.take(truth_row)
     ignore = truth.crowd[:, None] | ~_inside(truth.area)
-    row, group = _grouped(columns.detections, class_ids, images)
+    row, group = _grouped(data.detections, class_ids, images)
     rank = _rank_in_runs(group)
     kept = rank < max_dets
     row, group, rank = row[kept], group[kept], rank[kept]
-    detections = columns.detections.take(row)
+    detections = data.detections.take(row)
 
     find = _mask_pairs if iou_type == "segm" else box_pairs
     pairs = find(detections, group, truth, truth_group)
@@ -70,15 +76,15 @@ def match(columns: Columns, class_ids: Ints, iou_type: IouType, max_dets: int) -
     positives = np.zeros((len(class_ids), len(AREA_RANGES)), dtype=np.int64)
     np.add.at(positives, truth_group // max(1, images), ~ignore)
     return Matches(
-        row[order],
-        label[order],
-        detections.score[order],
-        rank[order],
-        inside[order],
-        place[candidate][by_place],
-        matched[by_place],
-        ignored[by_place],
-        positives,
+        row=row[order],
+        label=label[order],
+        score=detections.score[order],
+        rank=rank[order],
+        inside=inside[order],
+        candidate=place[candidate][by_place],
+        matched=matched[by_place],
+        ignored=ignored[by_place],
+        positives=positives,
     )
 
 
@@ -88,29 +94,27 @@ def _inside(area: Floats) -> Bools:
     return ~outside
 
 
-def stable_order(keys: Ints, size: int) -> Ints:
-    """Stable ascending order of `keys`, whole numbers below `size`."""
+def stable_order(keys: Integers, size: int) -> Integers:
+    """Stable ascending order of `keys`, non-negative integers below `size`."""
     # NumPy's stable sort is a radix sort, several times faster, for 16 bits and fewer.
     return np.argsort(keys.astype(np.min_scalar_type(size)), kind="stable")
 
 
-def _grouped(rows: Rows, class_ids: Ints, images: int) -> tuple[Ints, Ints]:
-    """Row numbers and group keys (class * images + image) of the known classes.
+def _grouped(table: BoxTable, class_ids: Integers, images: int) -> tuple[Integers, Integers]:
+    """Row numbers and group keys (class * images + image) of the rows of the evaluated classes.
 
-    Sorted by group, descending score, and order of the rows.
+    Sorted by group, then descending score, then order in the table.
     """
-    index = np.searchsorted(class_ids, rows.label)
-    known = index < len(class_ids)
-    known[known] = class_ids[index[known]] == rows.label[known]
-    (row,) = np.nonzero(known)
-    if rows.score.any():
-        row = row[np.argsort(-rows.score[row], kind="stable")]
-    row = row[stable_order(rows.image[row], images)]
-    row = row[stable_order(index[row], len(class_ids))]
-    return row, index[row] * images + rows.image[row]
+    label = find_rows(class_ids, table.label)
+    (row,) = np.nonzero(label >= 0)
+    if table.score.any():
+        row = row[np.argsort(-table.score[row], kind="stable")]
+    row = row[stable_order(table.image[row], images)]
+    row = row[stable_order(label[row], len(class_ids))]
+    return row, label[row] * images + table.image[row]
 
 
-def _rank_in_runs(keys: Ints) -> Ints:
+def _rank_in_runs(keys: Integers) -> Integers:
     """Position of each element within its run of equal values."""
     if not len(keys):
         return np.zeros(0, dtype=np.int64)
@@ -119,14 +123,16 @@ def _rank_in_runs(keys: Ints) -> Ints:
     return np.arange(len(keys)) - np.repeat(starts, lengths)
 
 
-def _truth_spans(group: Ints, truth_group: Ints) -> tuple[Ints, Ints]:
+def _truth_spans(group: Integers, truth_group: Integers) -> tuple[Integers, Integers]:
     """First ground-truth row and their number for each detection."""
     first = np.searchsorted(truth_group, group, side="left")
     return first, np.searchsorted(truth_group, group, side="right") - first
 
 
-def box_pairs(detections: Rows, group: Ints, truth: Rows, truth_group: Ints) -> Pairs:
-    """Pairs of one group with IoU >= 0.5: detection, ground truth, IoU; `truth_group` ascends."""
+def box_pairs(
+    detections: BoxTable, group: Integers, truth: BoxTable, truth_group: Integers
+) -> Pairs:
+    """All pairs within a group with IoU >= 0.5; both tables are sorted by group."""
     first, count = _truth_spans(group, truth_group)
     (owner,) = np.nonzero(count)
     first, count = first[owner], count[owner]
@@ -145,7 +151,7 @@ def box_pairs(detections: Rows, group: Ints, truth: Rows, truth_group: Ints) -> 
 
 
 def box_iou(box: Floats, truth: Floats, crowd: Bools) -> Floats:
-    """IoU of xywh boxes (n, 4) pair by pair; against a crowd: the covered part of the box.
+    """IoU (n,) of xywh boxes (n, 4) pair by pair; against a crowd, intersection over box area.
 
     The order of operations is that of pycocotools, so that values on a threshold agree.
     """
@@ -161,12 +167,16 @@ def box_iou(box: Floats, truth: Floats, crowd: Bools) -> Floats:
     return iou
 
 
-def _mask_pairs(detections: Rows, group: Ints, truth: Rows, truth_group: Ints) -> Pairs:
+def _mask_pairs(
+    detections: BoxTable, group: Integers, truth: BoxTable, truth_group: Integers
+) -> Pairs:
     shared = np.intersect1d(group, truth_group)
     if not len(shared):
         return _joined([])
     if detections.rle is None or truth.rle is None:
-        raise InputError("mask metrics need a mask for every detection and every annotation.")
+        raise InputError(
+            "mask metrics need a mask for every detection and every ground-truth object."
+        )
     found: list[Pairs] = []
     for key in shared:
         d0, d1 = np.searchsorted(group, [key, key + 1])
@@ -189,33 +199,41 @@ def _joined(parts: list[Pairs]) -> Pairs:
     return np.concatenate(first), np.concatenate(second), np.concatenate(third)
 
 
-def _assign(group: Ints, truth: Rows, ignore: Bools, pairs: Pairs) -> tuple[Ints, Bools, Bools]:
-    """Candidate detections (C,), and per candidate, threshold and area: matched, ignored."""
-    # Within a detection the best pair comes last: pycocotools lets a later equal IoU win.
+def _assign(
+    group: Integers, truth: BoxTable, ignore: Bools, pairs: Pairs
+) -> tuple[Integers, Bools, Bools]:
+    """Candidates (C,), and per candidate, threshold and area range whether matched and ignored.
+
+    In each round the next candidate of every group takes its best free ground truth. "Best" sorts
+    by two keys, packed into one integer so that one maximum decides:
+
+        key = position + pairs_in_round * (ground truth counts)
+
+    Ground truth that counts beats ignored ground truth. Among equals the later position wins:
+    the pairs of a candidate ascend in IoU, and of equal IoUs pycocotools lets the last one win.
+    """
     order = np.lexsort((pairs[1], pairs[2], pairs[0]))
     pair_det, pair_truth, iou = pairs[0][order], pairs[1][order], pairs[2][order]
-    candidate, owner = np.unique(pair_det, return_inverse=True)
-    turn = _rank_in_runs(group[candidate])[owner]
+    candidate, pair_candidate = np.unique(pair_det, return_inverse=True)
+    turn = _rank_in_runs(group[candidate])[pair_candidate]
     by_turn = np.argsort(turn, kind="stable")
-    cuts = np.searchsorted(turn[by_turn], np.arange(turn.max() + 2 if len(turn) else 1))
+    rounds = np.searchsorted(turn[by_turn], np.arange(turn.max() + 2 if len(turn) else 1))
     shape = (len(IOU_THRESHOLDS), len(AREA_RANGES))
     taken = np.zeros((len(truth), *shape), dtype=bool)
     matched = np.zeros((len(candidate), *shape), dtype=bool)
     ignored = np.zeros_like(matched)
-    for low, high in itertools.pairwise(cuts):
+    for low, high in itertools.pairwise(rounds):
         now = by_turn[low:high]
-        of = pair_truth[now]
-        who = owner[now]
-        starts = np.flatnonzero(np.r_[True, who[1:] != who[:-1]])
-        free = ~taken[of] | truth.crowd[of][:, None, None]
+        gt, det = pair_truth[now], pair_candidate[now]
+        starts = np.flatnonzero(np.r_[True, det[1:] != det[:-1]])  # first pair of each candidate
+        free = ~taken[gt] | truth.crowd[gt][:, None, None]  # a crowd matches many detections
         free &= (iou[now][:, None] >= IOU_THRESHOLDS)[:, :, None]
-        # Real ground truth outranks ignored; then the later pair of the detection.
-        many = len(now)
-        value = np.arange(many)[:, None] + many * ~ignore[of]
-        best = np.maximum.reduceat(np.where(free, value[:, None, :], -1), starts, axis=0)
+        count = len(now)
+        key = np.arange(count)[:, None] + count * ~ignore[gt]
+        best = np.maximum.reduceat(np.where(free, key[:, None, :], -1), starts, axis=0)
         hit = best >= 0
-        matched[who[starts]] = hit
-        ignored[who[starts]] = hit & (best < many)
+        matched[det[starts]] = hit
+        ignored[det[starts]] = hit & (best < count)
         _, threshold, area = np.nonzero(hit)
-        taken[of[best[hit] % many], threshold, area] = True
+        taken[gt[best[hit] % count], threshold, area] = True
     return candidate, matched, ignored

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: confusion matrix, curves, and sample predictions, as PNG files."""
+"""Plots of an evaluation as PNG files: confusion matrix, curves, sample predictions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from rfdetr.evaluation.accumulate import RECALL_POINTS
-from rfdetr.evaluation.coco import EvaluationResult
-from rfdetr.evaluation.columns import Columns, Rows
-from rfdetr.evaluation.f1 import THRESHOLDS
+from rfdetr.evaluation.box_table import BoxTable, EvaluationData
+from rfdetr.evaluation.evaluator import EvaluationResult
+from rfdetr.evaluation.f1 import SCORE_THRESHOLDS
 from rfdetr.files import atomic_path
 
 if TYPE_CHECKING:
@@ -32,23 +32,23 @@ CROWD_COLOUR = (150, 150, 150)
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A validation image to draw on: `picture` (h, w, 3) uint8, `size` = original (H, W)."""
+    """A validation image to draw on: `pixels` (h, w, 3) uint8, `size` = original (H, W)."""
 
     image_id: int
-    picture: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
     size: tuple[int, int]
 
 
 def draw_evaluation(
     result: EvaluationResult,
-    columns: Columns,
+    data: EvaluationData,
     names: Sequence[str],
     samples: Sequence[Sample],
     folder: Path,
 ) -> dict[str, Path]:
-    """Write all pictures into `folder` and return them by name; `names` follow `class_ids`.
+    """Write all plots to `folder` and return their paths by name.
 
-    Needs matplotlib, which is imported here.
+    `names` are the class names in the order of `result.class_ids`. Requires matplotlib.
     """
     drawn = {
         "confusion_matrix": _confusion(result, names),
@@ -58,19 +58,19 @@ def draw_evaluation(
     paths = {name: folder / f"{name}.png" for name in drawn}
     for name, figure in drawn.items():
         with atomic_path(paths[name]) as temporary, warnings.catch_warnings():
-            # Class names of any script: what the font lacks is drawn as a box.
+            # Class names can be in any script; glyphs missing from the font are drawn as boxes.
             warnings.filterwarnings("ignore", message="Glyph")
             figure.savefig(temporary, format="png", dpi=90)
     if samples:
         paths["samples"] = folder / "samples.png"
-        sheet = sample_sheet(result, columns, names, samples)
+        sheet = sample_sheet(result, data, names, samples)
         with atomic_path(paths["samples"]) as temporary:
             sheet.quantize(128).save(temporary, format="png", optimize=True)
     return paths
 
 
 def _axes(width: float, height: float, **labels: str) -> tuple[Figure, Any]:
-    # Without pyplot: nothing global, no window, works beside the user's own figures.
+    # Without pyplot: no global state, no window, no effect on the user's own figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -125,9 +125,9 @@ def _f1_threshold(result: EvaluationResult) -> Figure:
     sweep = result.sweep
     title = f"Best macro F1 {sweep.macro_f1[sweep.best]:.3f} at score {sweep.best_threshold:.2f}"
     figure, axes = _axes(7, 5, title=title, xlabel="score threshold", ylabel="mean over classes")
-    axes.plot(THRESHOLDS, sweep.macro_f1, label="F1", linewidth=2.5)
-    axes.plot(THRESHOLDS, sweep.macro_precision, label="precision")
-    axes.plot(THRESHOLDS, sweep.macro_recall, label="recall")
+    axes.plot(SCORE_THRESHOLDS, sweep.macro_f1, label="F1", linewidth=2.5)
+    axes.plot(SCORE_THRESHOLDS, sweep.macro_precision, label="precision")
+    axes.plot(SCORE_THRESHOLDS, sweep.macro_recall, label="recall")
     axes.axvline(sweep.best_threshold, color="gray", linestyle=":")
     axes.set(xlim=(0, 1), ylim=(0, 1.02))
     axes.legend()
@@ -135,68 +135,68 @@ def _f1_threshold(result: EvaluationResult) -> Figure:
 
 
 def sample_sheet(
-    result: EvaluationResult, columns: Columns, names: Sequence[str], samples: Sequence[Sample]
+    result: EvaluationResult, data: EvaluationData, names: Sequence[str], samples: Sequence[Sample]
 ) -> Image.Image:
-    """A grid of images: truth in green, detections above the best threshold in red."""
+    """A grid of images: ground truth in green, detections above the best threshold in red."""
     across = min(3, len(samples))
     down = -(-len(samples) // across)
     sheet = Image.new("RGB", (across * CELL_PIXELS, down * CELL_PIXELS), "white")
     labels = dict(zip(result.class_ids.tolist(), names, strict=True))
     for number, sample in enumerate(samples):
-        cell = _cell(sample, columns, labels, result.sweep.best_threshold)
+        cell = _cell(sample, data, labels, result.sweep.best_threshold)
         sheet.paste(cell, (number % across * CELL_PIXELS, number // across * CELL_PIXELS))
     return sheet
 
 
 def _cell(
-    sample: Sample, columns: Columns, labels: dict[int, str], threshold: float
+    sample: Sample, data: EvaluationData, labels: dict[int, str], threshold: float
 ) -> Image.Image:
     height, width = sample.size
     scale = CELL_PIXELS / max(height, width)
     small = (max(1, round(width * scale)), max(1, round(height * scale)))
-    picture = Image.fromarray(sample.picture).resize(small)
-    place = int(np.searchsorted(columns.image_ids, sample.image_id))
-    truth = columns.truth.take(columns.truth.image == place)
-    detections = columns.detections.take(columns.detections.image == place)
+    image = Image.fromarray(sample.pixels).resize(small)
+    place = int(np.searchsorted(data.image_ids, sample.image_id))
+    truth = data.truth.take(data.truth.image == place)
+    detections = data.detections.take(data.detections.image == place)
     score = detections.score.astype(np.float32).astype(np.float64)
     detections = detections.take(score >= threshold)
     colours = [CROWD_COLOUR if crowd else TRUTH_COLOUR for crowd in truth.crowd]
-    _draw(picture, truth, colours, [labels.get(i, str(i)) for i in truth.label], scale)
+    _draw(image, truth, colours, [labels.get(i, str(i)) for i in truth.label], scale)
     texts = [
         f"{labels.get(label, str(label))} {value:.2f}"
         for label, value in zip(detections.label, detections.score, strict=True)
     ]
-    _draw(picture, detections, [DETECTION_COLOUR] * len(texts), texts, scale)
-    return picture
+    _draw(image, detections, [DETECTION_COLOUR] * len(texts), texts, scale)
+    return image
 
 
 def _draw(
-    picture: Image.Image,
-    rows: Rows,
+    image: Image.Image,
+    table: BoxTable,
     colours: Sequence[tuple[int, int, int]],
     texts: Sequence[str],
     scale: float,
 ) -> None:
     from pycocotools import mask as mask_api
 
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(image)
     for number, (colour, text) in enumerate(zip(colours, texts, strict=True)):
-        if rows.rle is not None:
-            shape = Image.fromarray(mask_api.decode(rows.rle[number]) * np.uint8(90))
-            picture.paste(colour, (0, 0), shape.resize(picture.size))
-        x, y, w, h = rows.box[number] * scale
+        if table.rle is not None:
+            opacity = Image.fromarray(mask_api.decode(table.rle[number]) * np.uint8(90))
+            image.paste(colour, (0, 0), opacity.resize(image.size))
+        x, y, w, h = table.box[number] * scale
         corner = (max(x, x + w), max(y, y + h))
         draw.rectangle((x, y, *corner), outline=colour, width=2)
-        # Truth is named above its box, detections inside, so that both can be read.
+        # Label ground truth above its box and detections inside, so that both stay legible.
         above = colour != DETECTION_COLOUR
         draw.text((x + 2, max(0, y - 11) if above else y + 1), _plain(text), fill=colour)
 
 
 def _plain(text: str) -> str:
-    """The built-in bitmap font knows Latin-1 only."""
+    """The text in Latin-1, all that Pillow's built-in font supports."""
     return _shown(text).encode("latin-1", "replace").decode("latin-1")
 
 
 def _shown(name: str) -> str:
-    """A name as matplotlib may print it: short, and no formula between dollar signs."""
+    """A short name in which matplotlib finds no formula between dollar signs."""
     return (name if len(name) <= 24 else name[:23] + "…").replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""An evaluation as named numbers for the loggers and as a table for people."""
+"""An evaluation as named metrics for the loggers and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from rfdetr.evaluation.accumulate import Summary
-from rfdetr.evaluation.coco import EvaluationResult
+from rfdetr.evaluation.evaluator import EvaluationResult
 
 ClassNames = Sequence[str | None] | Mapping[int, str]
 
 
 def class_labels(names: ClassNames | None, labels: Sequence[int]) -> list[str]:
-    """A distinct name per label: its number without a name, name_<label> when names repeat."""
+    """A distinct name per label: the number if unnamed, name_<label> if the name repeats."""
     known = _by_label(names)
     given = [str(known.get(label) or label) for label in labels]
     repeats = collections.Counter(given)
@@ -36,7 +36,7 @@ def named_labels(names: ClassNames | None) -> list[int]:
 
 
 def main_metrics(result: EvaluationResult) -> dict[str, float]:
-    """MAP and mAR of boxes and masks, without prefix."""
+    """Return mAP and mAR of boxes and masks, without prefix."""
     metrics: dict[str, float] = {}
     if result.bbox is not None:
         box = result.bbox.summary

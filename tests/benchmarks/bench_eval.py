@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rfdetr.evaluation.coco import CocoEvaluator, evaluate_coco
+from rfdetr.evaluation.evaluator import CocoEvaluator, evaluate_coco
 
 IMAGES, BOXES, DETECTIONS, CLASSES = 5000, 36000, 450000, 80
 WIDTH, HEIGHT = 640, 480

@@ -50,12 +50,12 @@ def test_every_stage_left_its_results(project: Path) -> None:
 
 def test_numbers_of_the_test_stage_equal_those_of_its_detections(project: Path) -> None:
     """The written detections, scored by the oracle, give the written numbers."""
-    from rfdetr.evaluation.coco import evaluate_coco
+    from tests.unit.evaluation.reference import evaluate_with_pycocotools
 
     numbers = json.loads((project / "metrics/test.json").read_text())
     found = json.loads((project / "reports/detections.json").read_text())
     truth = json.loads((project / "data/demo/test/_annotations.coco.json").read_text())
-    result = evaluate_coco(truth, found, engine="pycocotools")
+    result = evaluate_with_pycocotools(truth, found)
     assert result.bbox is not None
     assert numbers["images"] == 8
     assert numbers["map_50_95"] == pytest.approx(result.bbox.summary.ap, abs=1e-3)

@@ -17,8 +17,8 @@ from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 
 from rfdetr.evaluation import report
-from rfdetr.evaluation.coco import CocoEvaluator, EvaluationResult
-from rfdetr.evaluation.columns import IouType
+from rfdetr.evaluation.box_table import IouType
+from rfdetr.evaluation.evaluator import CocoEvaluator, EvaluationResult
 from rfdetr.evaluation.plots import Sample
 from rfdetr.training import sample_images
 from rfdetr.training.callbacks.ema import RFDETREMACallback

@@ -36,7 +36,7 @@ from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.checks.dataset_report import DatasetReport, Finding, SplitStatistics
 from rfdetr.data.demo import build_demo
 from rfdetr.errors import ConfigError
-from rfdetr.evaluation.columns import Columns, make_rows
+from rfdetr.evaluation.box_table import EvaluationData, make_box_table
 from tests.flows.models import NAMES, write_model
 
 ROOT = Path(__file__).parents[3]
@@ -101,8 +101,8 @@ def test_classes_are_matched_by_name() -> None:
     assert label_table(CheckpointRecord("x.pth", "weights", {}), ["a", "b"]) == {0: 0, 1: 1}
     with pytest.warns(UserWarning, match="none is common"):
         assert label_table(old, ["zebra"]) == {}
-    rows = make_rows([0, 0, 1], [0, 1, 2], np.ones((3, 4)), score=[0.9, 0.8, 0.7])
-    columns = Columns(np.array([1, 2]), rows, make_rows([], [], []))
+    rows = make_box_table([0, 0, 1], [0, 1, 2], np.ones((3, 4)), score=[0.9, 0.8, 0.7])
+    columns = EvaluationData(np.array([1, 2]), rows, make_box_table([], [], []))
     assert relabel(columns, {0: 1, 1: 0}).detections.label.tolist() == [1, 0]
 
 

@@ -14,8 +14,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rfdetr.errors import InputError
-from rfdetr.evaluation.coco import evaluate_coco
+from rfdetr.evaluation.evaluator import evaluate_coco
 from tests.unit.evaluation.random_sets import random_set
+from tests.unit.evaluation.reference import evaluate_with_pycocotools
 
 EXACT = 1e-9
 SUMMARY = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_1", "mar_10")
@@ -76,14 +77,14 @@ def test_detection_limit_cuts_each_class_of_an_image(max_dets):
 
 @pytest.mark.parametrize("seed", range(20, 24))
 @pytest.mark.parametrize("masks", [False, True], ids=["bbox", "segm"])
-def test_fallback_engine_gives_the_same(seed, masks):
+def test_sweep_and_curves_equal_those_of_pycocotools(seed, masks):
     document, results = random_set(seed, masks=masks)
-    kinds = ["segm"] if masks else ["bbox"]
-    fast = evaluate_coco(document, results, iou_types=kinds)
-    slow = evaluate_coco(document, results, iou_types=kinds, engine="pycocotools")
-    assert fast.to_dict() == slow.to_dict()
+    kind = "segm" if masks else "bbox"
+    ours = evaluate_coco(document, results, iou_types=[kind])
+    theirs = evaluate_with_pycocotools(document, results, iou_type=kind)
+    assert ours.to_dict() == theirs.to_dict()
     for name in ("positives", "f1", "precision", "recall"):
-        np.testing.assert_array_equal(getattr(fast.sweep, name), getattr(slow.sweep, name))
+        np.testing.assert_array_equal(getattr(ours.sweep, name), getattr(theirs.sweep, name))
 
 
 @pytest.mark.parametrize(

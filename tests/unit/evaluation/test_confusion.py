@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rfdetr.evaluation.columns import columns_from_coco
+from rfdetr.evaluation.box_table import data_from_coco
 from rfdetr.evaluation.confusion import confusion_matrix
 from rfdetr.evaluation.matching import box_iou
 from tests.unit.evaluation.random_sets import random_set
@@ -53,7 +53,7 @@ def test_counts_follow_the_definition(seed, threshold):
     for number, row in enumerate(results):
         row["score"] = (row["score"] + number * 1e-3) % 1
     labels = [category["id"] for category in document["categories"]]
-    columns = columns_from_coco(document, results)
+    columns = data_from_coco(document, results)
     counts = confusion_matrix(columns, np.array(labels), threshold)
     np.testing.assert_array_equal(counts, greedy(document, results, labels, threshold))
     real = sum(not row["iscrowd"] for row in document["annotations"])

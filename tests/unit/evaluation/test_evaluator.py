@@ -11,7 +11,7 @@ from pycocotools import mask as mask_api
 
 from rfdetr.errors import InputError
 from rfdetr.evaluation.batches import encode_masks
-from rfdetr.evaluation.coco import CocoEvaluator, evaluate_coco
+from rfdetr.evaluation.evaluator import CocoEvaluator, evaluate_coco
 from tests.unit.evaluation.random_sets import random_set
 from tests.unit.evaluation.tensors import as_batch
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rfdetr.evaluation.coco import evaluate_coco
-from rfdetr.evaluation.f1 import THRESHOLDS, sweep
+from rfdetr.evaluation.evaluator import evaluate_coco
+from rfdetr.evaluation.f1 import SCORE_THRESHOLDS, sweep
 
 
 def one_box_each(scores: list[float]) -> tuple[dict, list[dict]]:
@@ -36,7 +36,7 @@ def test_scores_on_the_grid_count_as_float32(parity: Path):
     for score, (widened, above) in zip(case["scores"], case["above"], strict=True):
         assert float(np.float32(score)) == widened
         result = evaluate_coco(*one_box_each([score])).sweep
-        index = int(np.argmin(abs(THRESHOLDS - score)))
+        index = int(np.argmin(abs(SCORE_THRESHOLDS - score)))
         assert bool(result.recall[0, index]) is above
         assert result.recall[0, index - 1] == 1.0
 
@@ -68,6 +68,6 @@ def test_raising_the_threshold_removes_false_positives():
     document, results = one_box_each([0.8])
     wrong = results[0] | {"bbox": [100.0, 100.0, 5.0, 5.0], "score": 0.405}
     result = evaluate_coco(document, [*results, wrong]).sweep
-    assert result.best_threshold == THRESHOLDS[41]
+    assert result.best_threshold == SCORE_THRESHOLDS[41]
     assert result.macro_precision[40] == 0.5
     assert result.macro_precision[41] == 1.0

@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from rfdetr.evaluation.coco import evaluate_coco
+from rfdetr.evaluation.evaluator import evaluate_coco
 from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from rfdetr.training.callbacks.ema import RFDETREMACallback
 from tests.unit.training.replay import ReplayModule, make_job, make_loader, make_trainer, numbers

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 
 from rfdetr.data.masks import rasterise
-from rfdetr.evaluation.coco import CocoEvaluator, evaluate_coco
+from rfdetr.evaluation.evaluator import CocoEvaluator, evaluate_coco
 from rfdetr.training import RFDETRDataModule
 from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from tests.datasets import make_coco

@@ -1,7 +1,6 @@
-"""COCO evaluation of detectors: AP, AR, F1 sweep and confusion of one set of images.
+"""COCO evaluation of detectors: AP, AR, F1 sweep and confusion matrix of one set of images.
 
-The default engine is our own vectorised one (matching.py, accumulate.py); pycocotools gives the
-same numbers to 1e-9 and remains as `engine="pycocotools"`. Measured with
+The numbers equal those of pycocotools to 1e-9 (tests/unit/evaluation). Speed is measured by
 tests/benchmarks/bench_eval.py on 5,000 images and 450,000 detections.
 """
 
@@ -9,27 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from rfdetr.arrays import Floats, Integers
 from rfdetr.evaluation import f1
 from rfdetr.evaluation.accumulate import Curves, Summary, accumulate, per_class, summarize
-from rfdetr.evaluation.batches import Batch, columns_from_batch
-from rfdetr.evaluation.columns import (
-    Columns,
-    Floats,
-    Ints,
-    IouType,
-    columns_from_coco,
-    concatenate,
-)
+from rfdetr.evaluation.batches import Batch, data_from_batch
+from rfdetr.evaluation.box_table import EvaluationData, IouType, concatenate, data_from_coco
 from rfdetr.evaluation.confusion import confusion_matrix
 from rfdetr.evaluation.matching import match
-from rfdetr.evaluation.reference import evaluate_with_pycocotools
 
-COCO_MAX_DETS = 100
-Engine = Literal["fast", "pycocotools"]
+COCO_MAX_DETS = 100  # detections per image and class of the standard COCO numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +48,11 @@ class EvaluationResult:
     """
 
     images: int
-    class_ids: Ints
+    class_ids: Integers
     bbox: TypeResult | None
     segm: TypeResult | None
     sweep: f1.F1Sweep
-    confusion: Ints
+    confusion: Integers
 
     @property
     def has_ground_truth(self) -> bool:
@@ -98,57 +89,50 @@ class EvaluationResult:
 
 
 def evaluate(
-    columns: Columns,
-    class_ids: Sequence[int] | Ints | None = None,
+    data: EvaluationData,
+    class_ids: Sequence[int] | Integers | None = None,
     *,
     iou_types: Sequence[IouType] = ("bbox",),
     max_dets: int = 500,
-    engine: Engine = "fast",
     mask_areas: bool = False,
 ) -> EvaluationResult:
-    """Evaluate `columns` for `class_ids` (default: the labels of the ground truth).
+    """Evaluate `data` for `class_ids` (default: the labels of the ground truth).
 
-    Detections of other labels do not count, as in pycocotools. `mask_areas` sorts detections
-    into the size ranges by the area of their masks, where masks are evaluated.
+    Detections of other labels do not count, as in pycocotools. With `mask_areas`, detections are
+    sorted into the area ranges by the area of their masks when masks are evaluated.
     """
-    labels = np.unique(columns.truth.label if class_ids is None else np.asarray(class_ids))
+    labels = np.unique(data.truth.label if class_ids is None else np.asarray(class_ids))
     labels = labels.astype(np.int64)
     parts: dict[IouType, TypeResult] = {}
     for iou_type in sorted(iou_types):
         if iou_type == "segm" and mask_areas:
-            sized = columns.detections.with_mask_areas()
-            columns = dataclasses.replace(columns, detections=sized)
-        if engine == "fast":
-            matches = match(columns, labels, iou_type, max(max_dets, COCO_MAX_DETS))
-            curves, coco = accumulate(matches, max_dets), accumulate(matches, COCO_MAX_DETS)
-            true, false = f1.count_matches(matches, max_dets)
-            positives = matches.positives
-        else:
-            coco = evaluate_with_pycocotools(columns, labels, iou_type, COCO_MAX_DETS)[0]
-            curves, true, false, positives = evaluate_with_pycocotools(
-                columns, labels, iou_type, max_dets
-            )
-        parts[iou_type] = _type_result(curves, coco)
-        sweep = f1.sweep(true, false, positives[:, 0])  # the last type, masks, is kept
+            data = dataclasses.replace(data, detections=data.detections.with_mask_areas())
+        matches = match(data, labels, iou_type, max(max_dets, COCO_MAX_DETS))
+        parts[iou_type] = type_result(
+            accumulate(matches, max_dets), accumulate(matches, COCO_MAX_DETS)
+        )
+        true, false = f1.count_matches(matches, max_dets)
+        sweep = f1.sweep(true, false, matches.positives[:, 0])  # "segm" comes last and is kept
     return EvaluationResult(
-        len(columns.image_ids),
-        labels,
-        parts.get("bbox"),
-        parts.get("segm"),
-        sweep,
-        confusion_matrix(columns, labels, sweep.best_threshold),
+        images=len(data.image_ids),
+        class_ids=labels,
+        bbox=parts.get("bbox"),
+        segm=parts.get("segm"),
+        sweep=sweep,
+        confusion=confusion_matrix(data, labels, sweep.best_threshold),
     )
 
 
-def _type_result(curves: Curves, coco: Curves) -> TypeResult:
+def type_result(curves: Curves, coco: Curves) -> TypeResult:
+    """The numbers of one IoU type, from curves at the evaluator's limit and at 100 detections."""
     precision = curves.precision[..., 0]
     return TypeResult(
-        summarize(curves),
-        summarize(coco),
-        per_class(precision, 2),
-        per_class(precision[0], 1),
-        per_class(curves.recall[:, :, 0, -1], 1),
-        precision[0].T,
+        summary=summarize(curves),
+        coco=summarize(coco),
+        ap=per_class(precision, 2),
+        ap50=per_class(precision[0], 1),
+        ar=per_class(curves.recall[:, :, 0, -1], 1),
+        precision_curve=precision[0].T,
     )
 
 
@@ -158,16 +142,15 @@ def evaluate_coco(
     *,
     iou_types: Sequence[IouType] = ("bbox",),
     max_dets: int = 500,
-    engine: Engine = "fast",
 ) -> EvaluationResult:
     """Evaluate a list in COCO results format against a COCO document, both as parsed JSON.
 
-    Classes are those of the document's `categories`. Raises InputError on results of foreign
-    images.
+    Classes are those of the document's `categories`. Raises InputError for results of images that
+    the document does not list.
     """
-    columns = columns_from_coco(ground_truth, results, masks="segm" in iou_types)
+    data = data_from_coco(ground_truth, results, masks="segm" in iou_types)
     class_ids = [category["id"] for category in ground_truth["categories"]]
-    return evaluate(columns, class_ids, iou_types=iou_types, max_dets=max_dets, engine=engine)
+    return evaluate(data, class_ids, iou_types=iou_types, max_dets=max_dets)
 
 
 class CocoEvaluator:
@@ -176,34 +159,33 @@ class CocoEvaluator:
     def __init__(self, iou_types: Sequence[IouType] = ("bbox",), max_dets: int = 500) -> None:
         self.iou_types = tuple(sorted(iou_types))
         self.max_dets = max_dets
-        self._parts: list[Columns] = []
+        self._parts: list[EvaluationData] = []
 
     def update(self, results: Batch, targets: Batch) -> None:
-        """Add a batch; see `columns_from_batch` for the contents. Nothing stays on the device."""
+        """Add a batch as described in `data_from_batch`. Nothing stays on the device."""
         keep = max(self.max_dets, COCO_MAX_DETS)
         masks = "segm" in self.iou_types
-        self._parts.append(columns_from_batch(results, targets, max_dets=keep, masks=masks))
+        self._parts.append(data_from_batch(results, targets, max_dets=keep, masks=masks))
 
-    def state(self) -> Columns:
-        """Everything collected, each image once: compact and picklable."""
+    def state(self) -> EvaluationData:
+        """Everything collected, each image once; compact and picklable."""
         self._parts = [concatenate(self._parts)]
         return self._parts[0]
 
-    def merge(self, states: Iterable[Columns]) -> None:
-        """Continue with the states of all ranks (this one's included) instead of the own."""
+    def merge(self, states: Iterable[EvaluationData]) -> None:
+        """Replace what was collected by the states of all ranks, this rank's included."""
         self._parts = list(states)
 
-    def compute(self, class_ids: Sequence[int] = (), engine: Engine = "fast") -> EvaluationResult:
+    def compute(self, class_ids: Sequence[int] = ()) -> EvaluationResult:
         """Evaluate what was collected, for `class_ids` and all labels of the ground truth.
 
         Classes without ground truth are undefined (-1).
         """
-        columns = self.state()
+        data = self.state()
         return evaluate(
-            columns,
-            [*class_ids, *columns.truth.label],
+            data,
+            [*class_ids, *data.truth.label],
             iou_types=self.iou_types,
             max_dets=self.max_dets,
-            engine=engine,
             mask_areas=True,
         )

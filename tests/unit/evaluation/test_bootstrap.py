@@ -16,7 +16,7 @@ from rfdetr.evaluation.bootstrap import (
     collect_evidence,
     paired_bootstrap,
 )
-from rfdetr.evaluation.columns import columns_from_coco
+from rfdetr.evaluation.box_table import data_from_coco
 
 CLASSES = (3, 7, 9)
 
@@ -84,7 +84,7 @@ def oracle(truth: list[dict], found: list[dict], images: int) -> dict[Metric, fl
 
 
 def evidence(truth: list[dict], found: list[dict], images: int) -> MatchEvidence:
-    return collect_evidence(columns_from_coco(document(truth, images), found), CLASSES)
+    return collect_evidence(data_from_coco(document(truth, images), found), CLASSES)
 
 
 @pytest.mark.parametrize("seed", range(5))
