@@ -16,7 +16,7 @@ from rfdetr.checkpoints.record import CheckpointRecord, Weights
 from rfdetr.checkpoints.structure import POSITION_TABLE, position_grid_side
 from rfdetr.config import ModelConfig
 from rfdetr.errors import CheckpointError
-from rfdetr.model.backbone import resize_position_table
+from rfdetr.model.backbone import resize_pos_embed
 from rfdetr.model.lora import merge_adapters
 
 QUERY_TABLES = ("refpoint_embed.weight", "query_feat.weight")  # (groups * queries, ...)
@@ -142,7 +142,7 @@ def _adapt_positions(adapted: AdaptedWeights, side: int) -> None:
     if old is None or old == side:
         return
     table = adapted.weights[POSITION_TABLE]
-    adapted.weights[POSITION_TABLE] = resize_position_table(table, side, side)
+    adapted.weights[POSITION_TABLE] = resize_pos_embed(table, side, side)
     adapted.changes.append(f"position table from {old} x {old} to {side} x {side}")
 
 

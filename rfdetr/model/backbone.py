@@ -1,108 +1,112 @@
-"""The image encoder: a DINOv2 transformer on timm blocks, part of which attend inside windows.
+"""The image encoder: a DINOv2 vision transformer in which most blocks attend inside windows.
 
-Model specification, section 2. Names follow timm, so published DINOv2 weights fit.
+Axes: B images, n = num_windows per side, h and w patches per side, D encoder width. Parameter
+names are timm's, so that published DINOv2 weights fit. See docs/model.md, "Encoder".
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.drop import DropPath
-from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rfdetr.config import ModelConfig
 from rfdetr.errors import ConfigError, InputError
-from rfdetr.model.feedforward import feed_forward
+from rfdetr.model.encoder_block import EncoderBlock
 from rfdetr.model.lora import DoRALinear
 from rfdetr.model.projector import Projector
 
 
-def resize_position_table(table: Tensor, height: int, width: int) -> Tensor:
-    """Resample a (1, 1 + S*S, D) table to (1, 1 + height*width, D); the class entry is kept.
+def resize_pos_embed(pos_embed: Tensor, h: int, w: int) -> Tensor:
+    """Resample position embeddings (1, 1 + S*S, D) to (1, 1 + h*w, D); the class entry is kept.
 
-    Bicubic with antialias, in float32 (model specification, sections 2 and 10).
+    Bicubic with antialias (except on MPS, which lacks it), computed in float32.
     """
-    cells = int(table.shape[1]) - 1
-    side = math.isqrt(cells)
-    if height == width == side:
-        return table
-    grid = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(
-        grid.float(), (height, width), mode="bicubic", antialias=table.device.type != "mps"
-    )
-    patches = grid.flatten(2).transpose(1, 2).to(table.dtype)
-    return torch.cat([table[:, :1], patches], dim=1)
+    S = math.isqrt(int(pos_embed.shape[1]) - 1)
+    if h == w == S:
+        return pos_embed
+    grid = pos_embed[:, 1:].reshape(1, S, S, -1).permute(0, 3, 1, 2)  # (1, D, S, S)
+    antialias = pos_embed.device.type != "mps"
+    grid = F.interpolate(grid.float(), (h, w), mode="bicubic", antialias=antialias)
+    patches = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # (1, h*w, D)
+    return torch.cat([pos_embed[:, :1], patches], dim=1)
 
 
-def split_windows(grid: Tensor, windows: int) -> Tensor:
-    """(B, H, W, D) -> (B * windows^2, H/windows * W/windows, D), row-major inside and outside."""
-    batch, height, width, channels = grid.shape
-    if windows == 1:
-        return grid.reshape(batch, height * width, channels)
-    rows, columns = height // windows, width // windows
-    grid = grid.reshape(batch, windows, rows, windows, columns, channels)
-    return grid.transpose(2, 3).reshape(batch * windows**2, rows * columns, channels)
+def split_windows(x: Tensor, n: int) -> Tensor:
+    """(B, h, w, D) to (B*n*n, h/n * w/n, D), row-major over the windows and inside each one."""
+    B, h, w, D = x.shape
+    if n == 1:
+        return x.reshape(B, h * w, D)
+    x = x.reshape(B, n, h // n, n, w // n, D).transpose(2, 3)  # (B, n, n, h/n, w/n, D)
+    return x.reshape(B * n**2, (h // n) * (w // n), D)
 
 
-def join_windows(tokens: Tensor, windows: int, height: int, width: int) -> Tensor:
-    """The inverse of `split_windows`: (B * windows^2, T, D) -> (B, height, width, D)."""
-    channels = tokens.shape[-1]
-    rows, columns = height // windows, width // windows
-    grid = tokens.reshape(-1, windows, windows, rows, columns, channels)
-    return grid.transpose(2, 3).reshape(-1, height, width, channels)
+def join_windows(x: Tensor, n: int, h: int, w: int) -> Tensor:
+    """The inverse of `split_windows`: (B*n*n, h/n * w/n, D) to (B, h, w, D)."""
+    D = x.shape[-1]
+    x = x.reshape(-1, n, n, h // n, w // n, D).transpose(2, 3)  # (B, n, h/n, n, w/n, D)
+    return x.reshape(-1, h, w, D)
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of non-overlapping patches."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to (B, H/patch, W/patch, D)."""
+        patches: Tensor = self.proj(images.to(self.proj.weight.dtype))  # (B, D, h, w)
+        return patches.permute(0, 2, 3, 1)
 
 
 class WindowedEncoder(nn.Module):
-    """Windowed DINOv2: images (B, 3, H, W) to maps (B, D, H/patch, W/patch), one per index."""
+    """DINOv2 (Oquab et al., 2023) with windowed attention as in ViTDet (Li et al., ECCV 2022).
+
+    Every window has its own class token, and register tokens if the encoder has any.
+    """
 
     mask_token: Tensor
-    fixed_table: Tensor | None
+    resized_pos_embed: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width, depth, heads, registers = config.encoder_size
-        self.windows = config.num_windows
+        dim, depth, num_heads, num_registers = config.encoder_size
+        self.num_windows = config.num_windows
         self.patch_size = config.patch_size
         self.out_feature_indexes = list(config.out_feature_indexes)
         self.gradient_checkpointing = config.gradient_checkpointing
-        self.prefix_tokens = 1 + registers
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
+        self.num_prefix_tokens = 1 + num_registers
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
         side = config.positional_encoding_size
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, width))
-        self.register_buffer("mask_token", torch.zeros(1, width))
-        self.fixed_size: tuple[int, int] | None = None
-        self.register_buffer("fixed_table", None, persistent=False)
-        self.patch_embed = PatchEmbed(None, config.patch_size, embed_dim=width, flatten=False)
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, qkv_bias=True, init_values=1.0, norm_layer=norm)
-            for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, dim))
+        self.register_buffer("mask_token", torch.zeros(1, dim))  # unused, but in every weight file
+        self.resized_for: tuple[int, int] | None = None
+        self.register_buffer("resized_pos_embed", None, persistent=False)
+        self.patch_embed = PatchEmbed(config.patch_size, dim)
+        self.blocks = nn.ModuleList(EncoderBlock(dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.set_drop_path([config.drop_path] * depth)
         self.initialise()
         if config.backbone_lora:
             self.requires_grad_(False)
-            for block in self.blocks:
-                attention: Any = block.attn
-                attention.qkv = DoRALinear.from_linear(attention.qkv, parts=3)
-        # Blocks behind the last feature never run: a trainable one would stall DDP.
-        for block in self.blocks[self.out_feature_indexes[-1] :]:
-            block.requires_grad_(False)
+            for block in self._blocks():
+                assert isinstance(block.attn.qkv, nn.Linear)
+                block.attn.qkv = DoRALinear.from_linear(block.attn.qkv, parts=3)
+        # Blocks after the last feature never run: a trainable one would stall DDP.
+        for unused in self.blocks[self.out_feature_indexes[-1] :]:
+            unused.requires_grad_(False)
         if config.freeze_encoder:
             self.requires_grad_(False)
 
     def initialise(self) -> None:
-        """Random initial weights (model specification, section 9)."""
+        """Random weights: truncated normal with a standard deviation of 0.02, biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -112,54 +116,51 @@ class WindowedEncoder(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def set_drop_path(self, rates: Sequence[float]) -> None:
-        """Set the drop path rate of every block; active in training mode only."""
+        """Set the drop path rate of every block; it only acts in training mode."""
         if len(rates) != len(self.blocks):
             raise ConfigError(f"{len(rates)} drop path rates for {len(self.blocks)} blocks.")
-        for block, rate in zip(self.blocks, rates, strict=True):
-            block.drop_path1 = DropPath(rate) if rate > 0 else nn.Identity()
-            block.drop_path2 = DropPath(rate) if rate > 0 else nn.Identity()
+        for block, rate in zip(self._blocks(), rates, strict=True):
+            block.drop_path1.drop_prob = block.drop_path2.drop_prob = rate
 
-    def fix_table(self, height: int, width: int) -> None:
-        """Resample the position table once, for images of height x width pixels.
+    def fix_resolution(self, height: int, width: int) -> None:
+        """Resample the position embeddings once, for images of height x width pixels.
 
-        For a copy that is exported: the table no longer follows its parameter.
+        For a copy that is exported: the result does not follow `pos_embed` any more.
         """
-        rows, columns = height // self.patch_size, width // self.patch_size
-        self.fixed_table = resize_position_table(self.pos_embed.detach(), rows, columns)
-        self.fixed_size = (rows, columns)
-
-    def position_table(self, rows: int, columns: int) -> Tensor:
-        """The table (1, 1 + rows * columns, D) for a grid of patches."""
-        if self.fixed_table is not None and self.fixed_size == (rows, columns):
-            return self.fixed_table
-        return resize_position_table(self.pos_embed, rows, columns)
+        h, w = height // self.patch_size, width // self.patch_size
+        self.resized_pos_embed = resize_pos_embed(self.pos_embed.detach(), h, w)
+        self.resized_for = (h, w)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to tokens (B * windows^2, prefix + T, D), class token first."""
-        projection = self.patch_embed.proj
-        patches = projection(images.to(projection.weight.dtype)).permute(0, 2, 3, 1)
-        rows, columns, channels = (int(size) for size in patches.shape[1:])
-        table = self.position_table(rows, columns)
-        patches = patches + table[:, 1:].reshape(1, rows, columns, channels).to(patches.dtype)
-        tokens = split_windows(patches, self.windows)
-        prefix = [self.cls_token + table[:, :1]]
+        """Images (B, 3, H, W) to tokens (B*n*n, prefix + h/n * w/n, D), the class token first."""
+        patches = self.patch_embed(images)  # (B, h, w, D)
+        h, w, D = (int(size) for size in patches.shape[1:])
+        pos_embed = self._pos_embed_for(h, w)  # (1, 1 + h*w, D)
+        patches = patches + pos_embed[:, 1:].reshape(1, h, w, D).to(patches.dtype)
+        tokens = split_windows(patches, self.num_windows)
+        prefix = [self.cls_token + pos_embed[:, :1]]
         if self.reg_token is not None:
             prefix.append(self.reg_token)
         head = torch.cat(prefix, dim=1).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         return torch.cat([head, tokens], dim=1)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps (B, D, H/patch, W/patch) in channels-last memory, one per selected block."""
+        """Images (B, 3, H, W) to one map (B, D, H/patch, W/patch) per entry of the config.
+
+        The maps are in channels-last memory. Raises InputError for images that do not fit.
+        """
         self.check_size(images)
-        rows, columns = (int(side) // self.patch_size for side in images.shape[-2:])
-        tokens = self.embed(images)
+        h, w = (int(side) // self.patch_size for side in images.shape[-2:])
+        x = self.embed(images)
         maps = []
-        for done in range(1, self.out_feature_indexes[-1] + 1):
-            tokens = self._run_block(done - 1, tokens)
-            if done in self.out_feature_indexes:
-                patches = self.norm(tokens)[:, self.prefix_tokens :]
-                grid = join_windows(patches, self.windows, rows, columns)
-                maps.append(grid.permute(0, 3, 1, 2))
+        # An index f in out_feature_indexes means two things: the output of the first f blocks is a
+        # map, and the next block (number f, counted from 0) attends globally.
+        for i, block in enumerate(self._blocks()[: self.out_feature_indexes[-1]]):
+            x = self._run(block, x, is_global=i in self.out_feature_indexes)
+            if i + 1 in self.out_feature_indexes:
+                patches = self.norm(x)[:, self.num_prefix_tokens :]
+                patches = join_windows(patches, self.num_windows, h, w)  # (B, h, w, D)
+                maps.append(patches.permute(0, 3, 1, 2))
         return maps
 
     def check_size(self, images: Tensor) -> None:
@@ -170,69 +171,36 @@ class WindowedEncoder(nn.Module):
                 f"{tuple(images.shape)}. Convert grey or RGBA images to RGB."
             )
         height, width = (int(side) for side in images.shape[-2:])
-        block = self.patch_size * self.windows
+        block = self.patch_size * self.num_windows
         if images.shape[0] == 0:
-            raise InputError("The batch holds no images; give at least one.")
+            raise InputError("The batch contains no images; pass at least one.")
         if height % block or width % block or not height or not width:
             up = [max(1, -(-side // block)) * block for side in (height, width)]
             raise InputError(
                 f"Images of {height} x {width} pixels do not fit: both sides must be multiples of "
-                f"patch_size * num_windows = {self.patch_size} * {self.windows} = {block}. "
+                f"patch_size * num_windows = {self.patch_size} * {self.num_windows} = {block}. "
                 f"Resize or pad them, for example to {up[0]} x {up[1]}."
             )
 
-    def _run_block(self, index: int, tokens: Tensor) -> Tensor:
-        whole_image = index in self.out_feature_indexes
-        merged = self.windows**2 if whole_image else 1
-        block: Any = self.blocks[index]
+    def _blocks(self) -> list[EncoderBlock]:
+        return [block for block in self.blocks if isinstance(block, EncoderBlock)]
+
+    def _pos_embed_for(self, h: int, w: int) -> Tensor:
+        if self.resized_pos_embed is not None and self.resized_for == (h, w):
+            return self.resized_pos_embed
+        return resize_pos_embed(self.pos_embed, h, w)
+
+    def _run(self, block: EncoderBlock, x: Tensor, *, is_global: bool) -> Tensor:
+        windows = self.num_windows**2 if is_global else 1
         if self.gradient_checkpointing and self.training:
-            result = checkpoint(_block_forward, block, tokens, merged, use_reentrant=False)
-            assert isinstance(result, Tensor)
-            return result
-        return _block_forward(block, tokens, merged)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Own tensors in the order of legacy files, where the mask token comes second."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in ("cls_token", "mask_token", "reg_token", "pos_embed"):
-            if prefix + name in destination:
-                destination.move_to_end(prefix + name)
-
-
-def _block_forward(block: Any, tokens: Tensor, merged: int) -> Tensor:
-    """One pre-norm block; `merged` windows are joined into one sequence for the attention."""
-    joined = block.norm1(tokens).reshape(-1, merged * tokens.shape[1], tokens.shape[2])
-    mixed = _attend(block.attn, joined).reshape(tokens.shape)
-    if not block.training and not torch.is_grad_enabled():
-        tokens = torch.addcmul(tokens, block.attn.proj(mixed), block.ls1.gamma.to(mixed.dtype))
-        branch = block.mlp(block.norm2(tokens))
-        return torch.addcmul(tokens, branch, block.ls2.gamma.to(branch.dtype))
-    # A gradient of the layer scale would keep and read the whole branch: weights are smaller.
-    branch = F.linear(mixed, *_scaled(block.attn.proj, block.ls1.gamma))
-    tokens = tokens + block.drop_path1(branch)
-    first, second = block.mlp.fc1, _scaled(block.mlp.fc2, block.ls2.gamma)
-    branch = feed_forward(block.norm2(tokens), (first.weight, first.bias), second, "gelu")
-    output: Tensor = tokens + block.drop_path2(branch)
-    return output
-
-
-def _attend(attention: Any, x: Tensor) -> Tensor:
-    """Multi-head self attention of x (B, N, D), without the output's projection."""
-    batch, length, width = x.shape
-    heads = attention.num_heads
-    qkv = attention.qkv(x).reshape(batch, length, 3, heads, width // heads)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(query, key, value)
-    return mixed.transpose(1, 2).reshape(batch, length, width)
-
-
-def _scaled(layer: nn.Linear, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer whose outputs are multiplied by `scale`."""
-    return layer.weight * scale[:, None], layer.bias * scale
+            y: Tensor = checkpoint(block, x, windows, use_reentrant=False)
+        else:
+            y = block(x, windows)
+        return y
 
 
 class Backbone(nn.Module):
-    """Encoder and projector: images (B, 3, H, W) to one map (B, C, h, w) per level."""
+    """Encoder and projector."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -240,5 +208,6 @@ class Backbone(nn.Module):
         self.projector = Projector(config)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        levels: list[Tensor] = self.projector(self.encoder(images))
-        return levels
+        """Images (B, 3, H, W) to one feature map (B, C, h_l, w_l) per level of the config."""
+        features: list[Tensor] = self.projector(self.encoder(images))
+        return features

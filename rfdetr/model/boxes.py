@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SMALLEST_AREA = 1e-7
+_MIN_AREA = 1e-7
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Corners of centre-size boxes; negative sizes count as 0 (model specification, section 7)."""
+    """Corners of centre-size boxes; negative sizes count as 0."""
     centre, half = boxes[..., :2], boxes[..., 2:].clamp(min=0) * 0.5
     return torch.cat([centre - half, centre + half], dim=-1)
 
@@ -21,7 +21,11 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 
 def apply_box_delta(delta: Tensor, reference: Tensor) -> Tensor:
-    """Move and scale `reference` (cxcywh) by `delta` (model specification, section 4.1)."""
+    """Move `reference` boxes (cxcywh) by `delta` (dx, dy, dw, dh), both (..., 4).
+
+    cx = dx * w_ref + cx_ref and w = exp(dw) * w_ref, likewise for y and h: the parametrisation of
+    R-CNN (Girshick et al., CVPR 2014). Results are not clamped. Computed in the reference's dtype.
+    """
     delta = delta.to(reference.dtype)
     size = reference[..., 2:]
     return torch.cat([delta[..., :2] * size + reference[..., :2], delta[..., 2:].exp() * size], -1)
@@ -37,7 +41,7 @@ def iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     area_a = (a[..., 2:] - a[..., :2]).prod(dim=-1)
     area_b = (b[..., 2:] - b[..., :2]).prod(dim=-1)
     union = area_a + area_b - intersection
-    iou = intersection / union.clamp(min=_SMALLEST_AREA)
+    iou = intersection / union.clamp(min=_MIN_AREA)
     low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
     enclosing = (high - low).clamp(min=0).prod(dim=-1)
-    return iou, iou - (enclosing - union) / enclosing.clamp(min=_SMALLEST_AREA)
+    return iou, iou - (enclosing - union) / enclosing.clamp(min=_MIN_AREA)

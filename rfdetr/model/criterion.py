@@ -1,8 +1,12 @@
-"""The training losses (model specification, section 7), vectorised over layers and images."""
+"""The training losses, computed for all layers and images at once. See docs/model.md, "Losses".
+
+Axes: L layers (decoder layers and query selection), B images, Q queries of all groups, K class
+logits, N matched pairs, T targets.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,17 +18,18 @@ from torch import Tensor, nn
 from rfdetr.config import ModelConfig, SegmentationTrainConfig, TrainConfig
 from rfdetr.model.boxes import cxcywh_to_xyxy, iou_and_giou
 from rfdetr.model.mask_losses import Pairs, mask_losses
-from rfdetr.model.matcher import HungarianMatcher
+from rfdetr.model.matcher import HungarianMatcher, Match
 from rfdetr.model.targets import FlatTargets, flatten_targets
+from rfdetr.model.types import ImageTarget, LayerOutputs, Masks, Outputs
 
-_QUALITY_SHARE = 0.25  # exponent of the score in the class target; the IoU has the rest
-_LOWEST_TARGET = 0.01
+_ALPHA = 0.25  # exponent of the score in the class target of a pair; that of the IoU is 1 - alpha
+_MIN_CLASS_TARGET = 0.01
 
 
 class SetCriterion(nn.Module):
-    """Unweighted loss terms of all layers; `weight_dict` holds the weights of those that train.
+    """Unweighted losses of all layers; `weight_dict` has the weights of those that are trained.
 
-    Matching splits the queries into `group_detr` groups in training mode and one in eval mode.
+    Queries are matched in `group_detr` groups in training mode and as one group in eval mode.
     """
 
     def __init__(
@@ -41,61 +46,65 @@ class SetCriterion(nn.Module):
         self.group_detr = group_detr
         self.mask_point_sample_ratio = mask_point_sample_ratio
 
-    def forward(
-        self, outputs: dict[str, Any], targets: Sequence[dict[str, Any]]
-    ) -> dict[str, Tensor]:
-        """Terms of the last layer without suffix, then `_0 ...` and `_enc`; float32 scalars.
+    def forward(self, outputs: Outputs, targets: Sequence[ImageTarget]) -> dict[str, Tensor]:
+        """Losses of the last layer, of earlier layers (`_0`, ...) and of the selection (`_enc`).
 
-        targets per image: labels (n,) int64, boxes (n, 4) relative cxcywh, and masks (n, H, W)
-        for a network with masks. Raises InputError for targets that do not fit.
+        All are float32 scalars. Raises InputError for targets that do not fit.
         """
-        layers = {"": outputs}
-        layers |= {f"_{i}": part for i, part in enumerate(outputs.get("aux_outputs", []))}
+        layers: dict[str, LayerOutputs] = {"": outputs}
+        layers |= {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", []))}
         if "enc_outputs" in outputs:
             layers["_enc"] = outputs["enc_outputs"]
-        alike: dict[int, dict[str, Any]] = {}  # a grid with few cells proposes fewer queries
-        for suffix, part in layers.items():
-            alike.setdefault(part["pred_logits"].shape[1], {})[suffix] = part
+        # With fewer memory tokens than queries the selection has fewer queries than the decoder.
+        by_queries: dict[int, dict[str, LayerOutputs]] = {}
+        for suffix, layer in layers.items():
+            by_queries.setdefault(layer["pred_logits"].shape[1], {})[suffix] = layer
         losses: dict[str, Tensor] = {}
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
-            for same in alike.values():
+            for same in by_queries.values():
                 losses |= self._losses(same, targets)
         return losses
 
     def _losses(
-        self, layers: dict[str, dict[str, Any]], targets: Sequence[dict[str, Any]]
+        self, layers: Mapping[str, LayerOutputs], targets: Sequence[ImageTarget]
     ) -> dict[str, Tensor]:
         parts = list(layers.values())
-        logits = torch.stack([part["pred_logits"].float() for part in parts])
-        boxes = torch.stack([part["pred_boxes"].float() for part in parts])
+        logits = torch.stack([part["pred_logits"].float() for part in parts])  # (L, B, Q, K)
+        boxes = torch.stack([part["pred_boxes"].float() for part in parts])  # (L, B, Q, 4)
         masks = [part["pred_masks"] for part in parts] if "pred_masks" in parts[0] else None
         flat = flatten_targets(
             targets, logits.shape[1], logits.device, with_masks=masks is not None
         )
-        groups = self.group_detr if self.training else 1
-        detached = None if masks is None else [_detach(mask) for mask in masks]
-        matches = self.matcher.match_layers(logits.detach(), boxes.detach(), detached, flat, groups)
-        image, query, wanted = _pair_indices(matches, flat, logits.device)
-        number = _mean_over_processes(flat.total * groups, logits.device)
-        terms = _class_and_box_terms(logits, boxes, (image, query, wanted), flat, number)
+        num_groups = self.group_detr if self.training else 1
+        detached = None if masks is None else [_detach(m) for m in masks]
+        matches = self.matcher.match_layers(
+            logits.detach(), boxes.detach(), detached, flat, num_groups
+        )
+        indices = _pair_indices(matches, flat, logits.device)
+        num_boxes = _mean_over_processes(flat.total * num_groups, logits.device)
+        terms = _class_and_box_losses(logits, boxes, indices, flat, num_boxes)
         losses: dict[str, Tensor] = {}
-        counts = [len(found) for found, _ in matches[0]]
+        counts = [len(query) for query, _ in matches[0]]
         for i, suffix in enumerate(layers):
             for name, values in terms.items():
                 if name != "class_error" or suffix == "":
                     losses[name + suffix] = values[i]
             if masks is not None:
-                pairs = Pairs(image[i], query[i], wanted[i], counts)
-                entropy, dice = mask_losses(masks[i], pairs, flat, self.mask_point_sample_ratio)
-                losses["loss_mask_ce" + suffix] = entropy / number
-                losses["loss_mask_dice" + suffix] = dice / number
+                assert flat.masks is not None
+                batch_idx, query_idx, target_idx = (index[i] for index in indices)
+                pairs = Pairs(batch_idx, query_idx, target_idx, counts)
+                cross_entropy, dice = mask_losses(
+                    masks[i], pairs, flat.masks, self.mask_point_sample_ratio
+                )
+                losses["loss_mask_ce" + suffix] = cross_entropy / num_boxes
+                losses["loss_mask_dice" + suffix] = dice / num_boxes
         return losses
 
 
 def build_criterion(
     model_config: ModelConfig, train_config: TrainConfig | None = None
 ) -> SetCriterion:
-    """The criterion of a model; loss weights and mask points follow the training configuration."""
+    """The criterion of a model with the loss weights and mask points of the train config."""
     segmentation = model_config.segmentation_head
     weights = {
         "loss_ce": 1.0 if train_config is None else train_config.cls_loss_coef,
@@ -118,35 +127,36 @@ def build_criterion(
     )
 
 
-def _class_and_box_terms(
+def _class_and_box_losses(
     logits: Tensor,
     boxes: Tensor,
-    pairs: tuple[Tensor, Tensor, Tensor],
-    flat: FlatTargets,
-    number: Tensor | float,
+    indices: tuple[Tensor, Tensor, Tensor],
+    targets: FlatTargets,
+    num_boxes: Tensor | float,
 ) -> dict[str, Tensor]:
-    """Terms (L,) from logits (L, B, Q, K), boxes (L, B, Q, 4) and pair indices (L, N)."""
-    image, query, wanted = pairs
-    layer = torch.arange(len(logits), device=logits.device)[:, None]
-    predicted, truth, labels = boxes[layer, image, query], flat.boxes[wanted], flat.labels[wanted]
-    iou, giou = iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(truth))
-    distance = (predicted - truth).abs().sum(dim=(1, 2))
-    z = logits[layer, image, query, labels]
+    """Losses (L,) from logits (L, B, Q, K), boxes (L, B, Q, 4) and pair indices (L, N)."""
+    batch_idx, query_idx, target_idx = indices
+    layer = torch.arange(len(logits), device=logits.device)[:, None]  # (L, 1)
+    src, tgt = boxes[layer, batch_idx, query_idx], targets.boxes[target_idx]  # (L, N, 4)
+    labels = targets.labels[target_idx]  # (L, N)
+    iou, giou = iou_and_giou(cxcywh_to_xyxy(src), cxcywh_to_xyxy(tgt))  # (L, N)
+    distance = (src - tgt).abs().sum(dim=(1, 2))
+    z = logits[layer, batch_idx, query_idx, labels]  # (L, N)
     matched = _matched_class_loss(z, iou.detach()).sum(dim=1)
     return {
-        "loss_ce": (_sum_background_loss(logits) + matched) / number,
-        "class_error": _class_error(logits, (layer, image, query), labels),
-        "loss_bbox": distance / number,
-        "loss_giou": (1 - giou).sum(dim=1) / number,
-        "cardinality_error": _cardinality_error(logits.detach(), flat),
+        "loss_ce": (_sum_background_loss(logits) + matched) / num_boxes,
+        "class_error": _class_error(logits.detach()[layer, batch_idx, query_idx], labels),
+        "loss_bbox": distance / num_boxes,
+        "loss_giou": (1 - giou).sum(dim=1) / num_boxes,
+        "cardinality_error": _cardinality_error(logits.detach(), targets),
     }
 
 
 class _BackgroundLoss(torch.autograd.Function):
-    """Sum of -s^2 log(1 - s) over all but the first axis, s = sigmoid(z).
+    """Sum of -s^2 log(1 - s) over all axes but the first, s = sigmoid(z).
 
-    The class loss of entries that are no query's target (section 7.3). Written by hand because
-    the tensor is the largest of the losses: it saves z alone and works in place.
+    The class loss of all entries as if none were matched. It has its own gradient because z is the
+    largest tensor of the losses: nothing else is saved, and temporaries are reused in place.
     """
 
     @staticmethod
@@ -158,59 +168,58 @@ class _BackgroundLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
         score = z.sigmoid()
+        # d/dz = s^2 (s + 2 (1 - s) softplus(z))
         slope = F.softplus(z).mul_(1 - score).mul_(2).add_(score).mul_(score.square_())
         return slope.mul_(grads[0].reshape(-1, *[1] * (z.ndim - 1)))
 
 
 def _sum_background_loss(z: Tensor) -> Tensor:
-    """Sums (L,) over everything but the layers."""
+    """Background loss of every layer: (L, ...) to (L,)."""
     total: Tensor = _BackgroundLoss.apply(z)  # type: ignore[no-untyped-call]
     return total
 
 
-def _background_loss(z: Tensor) -> Tensor:
-    """-s^2 log(1 - s), element by element."""
-    return z.sigmoid().square() * F.softplus(z)
-
-
 def _matched_class_loss(z: Tensor, iou: Tensor) -> Tensor:
-    """What matched entries add to the background loss: -t log s - (1 - t) log(1 - s) instead."""
-    share = _QUALITY_SHARE
-    quality = z.detach().sigmoid() ** share * iou.clamp(min=0) ** (1 - share)
-    t = quality.clamp(min=_LOWEST_TARGET)
-    return t * F.softplus(-z) + (1 - t) * F.softplus(z) - _background_loss(z)
+    """What matched entries add to the background loss, which counted them too.
+
+    IoU-aware BCE (Align-DETR, Cai et al., 2023): -t log s - (1 - t) log(1 - s) with the target
+    t = s^alpha IoU^(1 - alpha), detached and at least 0.01.
+    """
+    quality = z.detach().sigmoid() ** _ALPHA * iou.clamp(min=0) ** (1 - _ALPHA)
+    t = quality.clamp(min=_MIN_CLASS_TARGET)
+    matched = t * F.softplus(-z) + (1 - t) * F.softplus(z)
+    return matched - z.sigmoid().square() * F.softplus(z)
 
 
 @torch.no_grad()
-def _class_error(logits: Tensor, where: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """100 - top-1 accuracy in percent over matched queries; 100 without any. (L,)."""
-    right = logits[where].argmax(dim=-1) == labels
-    return 100 - 100 * right.sum(dim=1) / max(1, labels.shape[1])
+def _class_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """100 - top-1 accuracy in percent of matched logits (L, N, K), 100 if there are none: (L,)."""
+    correct = logits.argmax(dim=-1) == labels
+    return 100 - 100 * correct.sum(dim=1) / max(1, labels.shape[1])
 
 
 @torch.no_grad()
-def _cardinality_error(logits: Tensor, flat: FlatTargets) -> Tensor:
-    """Mean over images of | queries with a best score above 0.5 - targets |. (L,)."""
-    confident = (logits.amax(dim=-1) > 0).sum(dim=-1)
+def _cardinality_error(logits: Tensor, targets: FlatTargets) -> Tensor:
+    """Mean over images of | queries with a best score above 0.5 - targets |: (L,)."""
+    confident = (logits.amax(dim=-1) > 0).sum(dim=-1)  # (L, B)
     counts = torch.zeros(logits.shape[1], device=logits.device)
-    counts = counts.index_add(0, flat.image, torch.ones_like(flat.image, dtype=counts.dtype))
+    ones = torch.ones_like(targets.batch_idx, dtype=counts.dtype)
+    counts = counts.index_add(0, targets.batch_idx, ones)  # (B,)
     return (confident - counts).abs().mean(dim=1)
 
 
 def _pair_indices(
-    matches: list[list[tuple[np.ndarray, np.ndarray]]], flat: FlatTargets, device: torch.device
+    matches: list[list[Match]], targets: FlatTargets, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, query and flat target of every pair, each (L, N); one host-to-device transfer."""
-    starts = np.cumsum([0, *flat.counts[:-1]])
-    counts = [len(found) for found, _ in matches[0]]
-    image = np.repeat(np.arange(len(counts)), counts)
+    """Image, query and flat target of every pair, each (L, N), in one host-to-device transfer."""
+    starts = np.cumsum([0, *targets.counts[:-1]])
+    counts = [len(query) for query, _ in matches[0]]
+    batch_idx = np.repeat(np.arange(len(counts)), counts)
     rows = [
         (
-            image,
+            batch_idx,
             np.concatenate([query for query, _ in layer]),
-            np.concatenate(
-                [target + start for (_, target), start in zip(layer, starts, strict=True)]
-            ),
+            np.concatenate([tgt + start for (_, tgt), start in zip(layer, starts, strict=True)]),
         )
         for layer in matches
     ]
@@ -219,15 +228,23 @@ def _pair_indices(
 
 
 def _mean_over_processes(count: int, device: torch.device) -> Tensor | float:
-    """max(1, count averaged over the processes of a distributed run) (section 7.2)."""
+    """max(1, count averaged over the processes of a distributed run).
+
+    DDP averages the gradients of the processes. With this normalisation the average equals the
+    gradient of one process that has all images.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return float(max(1, count))
-    total = torch.tensor(float(count), device=device)
+    total = torch.full((), float(count), device=device)
     dist.all_reduce(total)
     return (total / dist.get_world_size()).clamp(min=1)
 
 
-def _detach(masks: Any) -> Any:
-    if isinstance(masks, dict):
-        return {name: tensor.detach() for name, tensor in masks.items()}
-    return masks.detach()
+def _detach(masks: Masks) -> Masks:
+    if isinstance(masks, Tensor):
+        return masks.detach()
+    return {
+        "spatial_features": masks["spatial_features"].detach(),
+        "query_features": masks["query_features"].detach(),
+        "bias": masks["bias"].detach(),
+    }

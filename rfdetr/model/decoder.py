@@ -1,4 +1,8 @@
-"""The query transformer: two-stage selection and a post-norm decoder (specification, section 5)."""
+"""The query transformer: two-stage selection, then a post-norm decoder with deformable attention.
+
+Axes: B images, S memory tokens, G query groups, Q queries per group, C channels, L levels.
+See docs/model.md, "Decoder".
+"""
 
 from __future__ import annotations
 
@@ -11,126 +15,140 @@ from torch import Tensor, nn
 
 from rfdetr.config import ModelConfig
 from rfdetr.model.boxes import apply_box_delta
-from rfdetr.model.deformable import DeformableAttention, Shapes
-from rfdetr.model.feedforward import feed_forward
-from rfdetr.model.selection import MLP, Selection, cell_proposals, select_queries
+from rfdetr.model.deformable import DeformableAttention
+from rfdetr.model.feedforward import MLP, feed_forward
+from rfdetr.model.selection import QuerySelection, Selection, make_proposals
+from rfdetr.model.types import SpatialShapes
 
 
-def sine_embedding(boxes: Tensor, width: int) -> Tensor:
-    """Sines of (..., 4) boxes: `width // 2` numbers for each of y, x, w, h -> (..., 2 * width)."""
-    half = width // 2
+def sine_embedding(boxes: Tensor, dim: int) -> Tensor:
+    """Sine embedding of boxes (..., 4), cxcywh as fractions: (..., 2 * dim).
+
+    `dim // 2` numbers, sines and cosines in turn, for each of y, x, w, h (DAB-DETR, Liu et al.,
+    ICLR 2022).
+    """
+    half = dim // 2
     step = torch.arange(0, half, 2, device=boxes.device, dtype=torch.float32)
-    frequency = (2 * math.pi * 10000.0 ** (-step / half)).to(boxes.dtype)
-    ordered = torch.cat([boxes[..., 1:2], boxes[..., 0:1], boxes[..., 2:]], dim=-1)
-    angle = ordered[..., None] * frequency
+    frequency = (2 * math.pi * 10000.0 ** (-step / half)).to(boxes.dtype)  # (dim/4,)
+    yxwh = torch.cat([boxes[..., 1:2], boxes[..., 0:1], boxes[..., 2:]], dim=-1)
+    angle = yxwh[..., None] * frequency  # (..., 4, dim/4)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with the parameter layout of nn.MultiheadAttention.
+    """Multi-head self-attention with the parameter layout of nn.MultiheadAttention.
 
-    Query and key are state plus position, the value is the state. `groups` equal chunks of the
-    query axis attend only within themselves.
+    Query and key are tgt + pos, the value is tgt. Query groups do not see each other.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, state: Tensor, placed: Tensor, groups: int) -> Tensor:
-        """State and state plus position, both (B, groups * Q, C)."""
-        batch, queries, width = state.shape
-        cut = 2 * width
-        weight, value_weight = self.in_proj_weight[:cut], self.in_proj_weight[cut:]
-        bias, value_bias = self.in_proj_bias[:cut], self.in_proj_bias[cut:]
-        chunk = (batch * groups, queries // groups, -1, self.heads, width // self.heads)
-        query, key = F.linear(placed, weight, bias).reshape(chunk).permute(2, 0, 3, 1, 4).unbind()
-        value = F.linear(state, value_weight, value_bias).reshape(chunk).squeeze(2).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        attended: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, queries, width))
-        return attended
-
-
-class DecoderLayer(nn.Module):
-    """Self attention, deformable cross attention, feed-forward; a norm after each residual."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width = config.hidden_dim
-        self.self_attn = SelfAttention(width, config.sa_nheads)
-        self.norm1 = nn.LayerNorm(width)
-        self.cross_attn = DeformableAttention(
-            width, config.ca_nheads, len(config.projector_scale), config.dec_n_points
-        )
-        self.linear1 = nn.Linear(width, config.dim_feedforward)
-        self.linear2 = nn.Linear(config.dim_feedforward, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.norm3 = nn.LayerNorm(width)
-
-    def forward(self, state: Tensor, position: Tensor, memory: Memory, groups: int) -> Tensor:
-        state = self.norm1(state + self.self_attn(state, state + position, groups))
-        crossed = self.cross_attn(
-            state + position, memory.reference, memory.cells, memory.shapes, memory.padding
-        )
-        state = self.norm2(state + crossed)
-        first, second = self.linear1, self.linear2
-        fed = feed_forward(state, (first.weight, first.bias), (second.weight, second.bias), "relu")
-        output: Tensor = self.norm3(state + fed)
+    def forward(self, tgt: Tensor, pos: Tensor, num_groups: int) -> Tensor:
+        """Queries tgt and their positions pos, both (B, G*Q, C), to (B, G*Q, C)."""
+        B, GQ, C = tgt.shape
+        qk_weight, v_weight = self.in_proj_weight[: 2 * C], self.in_proj_weight[2 * C :]
+        qk_bias, v_bias = self.in_proj_bias[: 2 * C], self.in_proj_bias[2 * C :]
+        # Groups become part of the batch: (B*G, Q, 2 or 1, heads, C/heads)
+        split = (B * num_groups, GQ // num_groups, -1, self.num_heads, C // self.num_heads)
+        qk = F.linear(tgt + pos, qk_weight, qk_bias).reshape(split)
+        q, k = qk.permute(2, 0, 3, 1, 4).unbind()  # each (B*G, heads, Q, C/heads)
+        v = F.linear(tgt, v_weight, v_bias).reshape(split).squeeze(2).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B*G, heads, Q, C/heads)
+        output: Tensor = self.out_proj(x.transpose(1, 2).reshape(B, GQ, C))
         return output
 
 
-class Memory(NamedTuple):
-    """What every decoder layer looks at."""
+class DecoderContext(NamedTuple):
+    """What every decoder layer attends to."""
 
-    cells: Tensor  # (B, S, C)
-    shapes: Shapes
-    padding: Tensor | None  # (B, S) bool
-    reference: Tensor  # (B, Q, N or 1, 4) reference boxes per level
+    memory: Tensor  # (B, S, C)
+    spatial_shapes: SpatialShapes
+    padding_mask: Tensor | None  # (B, S) bool, True on padding
+    reference_points: Tensor  # (B, G*Q, L or 1, 4) cxcywh as fractions of the padded levels
 
 
-class Decoder(nn.Module):
-    """Layers with one shared output norm; references stay fixed ("lite" refinement)."""
+class DecoderLayer(nn.Module):
+    """Self-attention, deformable cross-attention, feed-forward; a norm after each residual."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.hidden_dim
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.dec_layers))
-        self.norm = nn.LayerNorm(width)
-        self.ref_point_head = MLP(2 * width, width, width)
+        C = config.hidden_dim
+        self.self_attn = SelfAttention(C, config.sa_nheads)
+        self.norm1 = nn.LayerNorm(C)
+        self.cross_attn = DeformableAttention(
+            C, config.ca_nheads, len(config.projector_scale), config.dec_n_points
+        )
+        self.linear1 = nn.Linear(C, config.dim_feedforward)
+        self.linear2 = nn.Linear(config.dim_feedforward, C)
+        self.norm2 = nn.LayerNorm(C)
+        self.norm3 = nn.LayerNorm(C)
 
-    def forward(self, state: Tensor, memory: Memory, groups: int) -> list[Tensor]:
-        """Normalised hidden states (B, Q, C), one per layer."""
-        sines = sine_embedding(memory.reference[:, :, 0], state.shape[-1])
-        position = self.ref_point_head(sines.to(state.dtype))
-        hidden = []
+    def forward(self, tgt: Tensor, pos: Tensor, context: DecoderContext, num_groups: int) -> Tensor:
+        """Queries tgt and their position embeddings pos, both (B, G*Q, C), to (B, G*Q, C)."""
+        tgt = self.norm1(tgt + self.self_attn(tgt, pos, num_groups))
+        attended = self.cross_attn(
+            tgt + pos,
+            context.reference_points,
+            context.memory,
+            context.spatial_shapes,
+            context.padding_mask,
+        )
+        tgt = self.norm2(tgt + attended)
+        first, second = self.linear1, self.linear2
+        ffn = feed_forward(tgt, (first.weight, first.bias), (second.weight, second.bias), "relu")
+        output: Tensor = self.norm3(tgt + ffn)
+        return output
+
+
+class Decoder(nn.Module):
+    """Layers with one shared output norm. All of them use the same reference boxes."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        C = config.hidden_dim
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.dec_layers))
+        self.norm = nn.LayerNorm(C)
+        self.ref_point_head = MLP(2 * C, C, C)
+
+    def forward(self, tgt: Tensor, context: DecoderContext, num_groups: int) -> list[Tensor]:
+        """Queries (B, G*Q, C) to the normalised output of every layer, each (B, G*Q, C)."""
+        sines = sine_embedding(context.reference_points[:, :, 0], tgt.shape[-1])  # (B, G*Q, 2*C)
+        pos = self.ref_point_head(sines.to(tgt.dtype))  # (B, G*Q, C)
+        hidden_states = []
         for layer in self.layers:
-            state = layer(state, position, memory, groups)
-            hidden.append(self.norm(state))
-        return hidden
+            tgt = layer(tgt, pos, context, num_groups)
+            hidden_states.append(self.norm(tgt))
+        return hidden_states
 
 
 class TransformerOutput(NamedTuple):
-    hidden: list[Tensor]  # per layer (B, G*Q, C)
-    reference: Tensor  # (B, G*Q, 4)
+    """Hidden states of the queries and the boxes that they refine."""
+
+    hidden_states: list[Tensor]  # per decoder layer (B, G*Q, C)
+    reference_points: Tensor  # (B, G*Q, 4) cxcywh
     selection: Selection
 
 
 class Transformer(nn.Module):
-    """Levels of the backbone to hidden states of the queries."""
+    """Query selection and decoder."""
+
+    selection: QuerySelection
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width, groups, rows = config.hidden_dim, config.group_detr, config.num_classes + 1
-        self.num_queries = config.num_queries
         self.decoder = Decoder(config)
-        self.enc_output = nn.ModuleList(nn.Linear(width, width) for _ in range(groups))
-        self.enc_output_norm = nn.ModuleList(nn.LayerNorm(width) for _ in range(groups))
-        self.enc_out_bbox_embed = nn.ModuleList(MLP(width, width, width, 4) for _ in range(groups))
-        self.enc_out_class_embed = nn.ModuleList(nn.Linear(width, rows) for _ in range(groups))
+        # Weight files name the selection's heads `transformer.enc_*`. They are registered here
+        # under these names; the module that computes with them is kept out of the registry.
+        selection = QuerySelection(config)
+        for name, heads in selection.named_children():
+            self.add_module(name, heads)
+        self.__dict__["selection"] = selection
 
     def initialise(self) -> None:
         """Xavier uniform for every matrix, then the deformable attention's own rule."""
@@ -143,39 +161,47 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        levels: list[Tensor],
+        srcs: list[Tensor],
         masks: list[Tensor] | None,
-        learned: tuple[Tensor, Tensor],
-        groups: int,
+        refpoint_embed: Tensor,
+        query_feat: Tensor,
+        num_groups: int,
     ) -> TransformerOutput:
-        """Levels (B, C, h, w), their padding masks, learned (references (G*Q, 4), features)."""
-        shapes = [(int(level.shape[2]), int(level.shape[3])) for level in levels]
-        rows = [level.flatten(2).transpose(1, 2) for level in levels]
-        cells = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
-        padding = None if masks is None else torch.cat([m.flatten(1) for m in masks], dim=1)
-        proposals, dropped = cell_proposals(shapes, masks, cells)
-        candidates = cells if dropped is None else cells.masked_fill(dropped[..., None], 0.0)
-        selection = select_queries(self, candidates, proposals, self.num_queries, groups)
-        reference = self._references(learned[0], selection.boxes.detach())
-        ratios = None if masks is None else _valid_ratios(masks, reference)
-        spread = reference[:, :, None] if ratios is None else reference[:, :, None] * ratios
-        state = learned[1].expand(cells.shape[0], -1, -1)
-        hidden = self.decoder(state, Memory(cells, shapes, padding, spread), groups)
-        return TransformerOutput(hidden, reference, selection)
+        """Decode feature maps `srcs`, each (B, C, h, w), with padding masks (B, h, w) bool.
+
+        refpoint_embed (G*Q, 4) and query_feat (G*Q, C) are the learned queries.
+        """
+        spatial_shapes = [(int(src.shape[2]), int(src.shape[3])) for src in srcs]
+        tokens = [src.flatten(2).transpose(1, 2) for src in srcs]  # each (B, h*w, C)
+        memory = torch.cat(tokens, dim=1) if len(tokens) > 1 else tokens[0]  # (B, S, C)
+        padding_mask = None if masks is None else torch.cat([m.flatten(1) for m in masks], dim=1)
+        proposals, dropped = make_proposals(spatial_shapes, masks, memory)
+        kept = memory if dropped is None else memory.masked_fill(dropped[..., None], 0.0)
+        selection: Selection = self.selection(kept, proposals, num_groups)
+        reference = self._reference_points(refpoint_embed, selection.boxes.detach())
+        per_level = reference[:, :, None]  # (B, G*Q, 1, 4)
+        if masks is not None:
+            per_level = per_level * _valid_ratios(masks, reference)
+        context = DecoderContext(memory, spatial_shapes, padding_mask, per_level)
+        tgt = query_feat.expand(memory.shape[0], -1, -1)  # (B, G*Q, C)
+        return TransformerOutput(self.decoder(tgt, context, num_groups), reference, selection)
 
     @staticmethod
-    def _references(learned: Tensor, boxes: Tensor) -> Tensor:
-        """Learned offsets applied to selected boxes; surplus learned rows are used as they are."""
-        selected, total = boxes.shape[1], learned.shape[0]
-        moved = apply_box_delta(learned[:selected], boxes)
+    def _reference_points(refpoint_embed: Tensor, boxes: Tensor) -> Tensor:
+        """Learned deltas (G*Q, 4) applied to selected boxes (B, N, 4): (B, G*Q, 4).
+
+        With fewer tokens than queries, the surplus learned rows are boxes themselves.
+        """
+        selected, total = boxes.shape[1], refpoint_embed.shape[0]
+        moved = apply_box_delta(refpoint_embed[:selected], boxes)
         if selected == total:
             return moved
-        rest = learned[selected:].to(moved.dtype).expand(boxes.shape[0], -1, -1)
+        rest = refpoint_embed[selected:].to(moved.dtype).expand(boxes.shape[0], -1, -1)
         return torch.cat([moved, rest], dim=1)
 
 
 def _valid_ratios(masks: list[Tensor], like: Tensor) -> Tensor:
-    """Unpadded fraction of every level as (w, h, w, h): (B, 1, N, 4)."""
+    """Unpadded fraction of every level as (w, h, w, h): (B, 1, L, 4)."""
     ratios = []
     for mask in masks:
         valid = (~mask).to(like.dtype)

@@ -1,59 +1,61 @@
-"""Multi-scale deformable attention (Zhu et al., ICLR 2021; model specification, section 5.3)."""
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Shapes = Sequence[tuple[int, int]]
+from rfdetr.model.types import SpatialShapes
 
 
-def sample_levels(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples, zero outside the maps.
+def sample_levels(
+    value: Tensor, spatial_shapes: SpatialShapes, locations: Tensor, weights: Tensor
+) -> Tensor:
+    """Weighted sum of bilinear samples of L levels, zero outside the maps.
 
-    value (B, S, H, d) holds the levels one after the other, each (h, w) of `shapes` row-major;
-    locations (B, Q, H, N, P, 2) as (x, y) in [0, 1]; weights (B, Q, H, N * P). Returns (B, Q, H*d).
+    value (B, S, heads, D) holds the levels one after the other, each (h, w) row-major; locations
+    (B, Q, heads, L, P, 2) as (x, y) in 0..1; weights (B, Q, heads, L*P). Returns (B, Q, heads*D).
     """
-    batch, _, heads, width = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
-    sampled, start = [], 0
-    for level, (rows, columns) in enumerate(shapes):
-        part = value[:, start : start + rows * columns].permute(0, 2, 3, 1)
-        part = part.reshape(batch * heads, width, rows, columns)
-        sampled.append(F.grid_sample(part, grids[level], align_corners=False))
-        start += rows * columns
-    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, len(shapes) * points)
-    samples = torch.cat(sampled, dim=-1) if len(sampled) > 1 else sampled[0]
-    mixed = (samples * weights).sum(-1)
-    return mixed.reshape(batch, heads * width, queries).transpose(1, 2)
+    B, _, heads, D = value.shape
+    Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*heads, Q, P, 2)
+    samples, start = [], 0
+    for level, (h, w) in enumerate(spatial_shapes):
+        x = value[:, start : start + h * w].permute(0, 2, 3, 1)  # (B, heads, D, h*w)
+        x = x.reshape(B * heads, D, h, w)
+        samples.append(F.grid_sample(x, grids[level], align_corners=False))  # (B*heads, D, Q, P)
+        start += h * w
+    sampled = torch.cat(samples, dim=-1) if L > 1 else samples[0]  # (B*heads, D, Q, L*P)
+    weights = weights.transpose(1, 2).reshape(B * heads, 1, Q, L * P)
+    # An einsum makes this one batched product per query, which is slower than product and sum.
+    output = (sampled * weights).sum(-1)  # (B*heads, D, Q)
+    return output.reshape(B, heads * D, Q).transpose(1, 2)
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at a few learned points of every level."""
+    """Cross-attention of every query to a few learned points of every level."""
 
-    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+    def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
         super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
-        samples = heads * levels * points
-        self.sampling_offsets = nn.Linear(width, samples * 2)
-        self.attention_weights = nn.Linear(width, samples)
-        self.value_proj = nn.Linear(width, width)
-        self.output_proj = nn.Linear(width, width)
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(dim, samples * 2)
+        self.attention_weights = nn.Linear(dim, samples)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
 
     def initialise(self) -> None:
-        """Offsets in a star, even weights (model specification, section 9)."""
+        """Offsets that spread from the centre, one direction per head, and equal weights."""
         nn.init.zeros_(self.sampling_offsets.weight)
-        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
-        star = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        star = star / star.abs().amax(dim=-1, keepdim=True)
-        reach = torch.arange(1, self.points + 1, dtype=torch.float32)
-        offsets = star[:, None, None, :] * reach[:, None]
-        offsets = offsets.expand(self.heads, self.levels, self.points, 2)
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], dim=-1)  # (heads, 2)
+        directions = directions / directions.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        offsets = directions[:, None, None, :] * steps[:, None]  # (heads, 1, P, 2)
+        offsets = offsets.expand(self.num_heads, self.num_levels, self.num_points, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.flatten())
         nn.init.zeros_(self.attention_weights.weight)
@@ -65,26 +67,31 @@ class DeformableAttention(nn.Module):
     def forward(
         self,
         query: Tensor,
-        reference: Tensor,
+        reference_points: Tensor,
         memory: Tensor,
-        shapes: Shapes,
-        padding: Tensor | None = None,
+        spatial_shapes: SpatialShapes,
+        padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Query (B, Q, C), reference (B, Q, N or 1, 4), memory (B, S, C), padding (B, S) bool."""
-        batch, queries, width = query.shape
+        """Query (B, Q, C) attends to memory (B, S, C); returns (B, Q, C).
+
+        reference_points (B, Q, L or 1, 4) are boxes, cxcywh as fractions of the level;
+        padding_mask (B, S) is True on tokens that must not be seen.
+        """
+        B, Q, C = query.shape
+        heads, L, P = self.num_heads, self.num_levels, self.num_points
         value = self.value_proj(memory)
-        if padding is not None:
-            value = value.masked_fill(padding[..., None], 0.0)
-        value = value.reshape(batch, -1, self.heads, width // self.heads)
-        offsets = self.sampling_offsets(query).reshape(
-            batch, queries, self.heads, self.levels, self.points, 2
-        )
-        weights = self.attention_weights(query)
-        weights = weights.reshape(batch, queries, self.heads, -1).softmax(dim=-1)
-        centre = reference[:, :, None, :, None, :2]
-        step = reference[:, :, None, :, None, 2:] * (0.5 / self.points)
-        locations = torch.addcmul(centre, offsets.to(step.dtype), step)
-        dtype = locations.dtype  # coordinates need more than bfloat16 under autocast
-        mixed = sample_levels(value.to(dtype), shapes, locations, weights.to(dtype))
-        output: Tensor = self.output_proj(mixed.to(query.dtype))
+        if padding_mask is not None:
+            value = value.masked_fill(padding_mask[..., None], 0.0)
+        value = value.reshape(B, -1, heads, C // heads)
+        offsets = self.sampling_offsets(query).reshape(B, Q, heads, L, P, 2)
+        weights = self.attention_weights(query).reshape(B, Q, heads, L * P).softmax(dim=-1)
+        centre = reference_points[:, :, None, :, None, :2]  # (B, Q, 1, L, 1, 2)
+        # P points in a row, one offset unit apart, end at the edge of the reference box.
+        unit = reference_points[:, :, None, :, None, 2:] * (0.5 / P)
+        locations = torch.addcmul(centre, offsets.to(unit.dtype), unit)  # (B, Q, heads, L, P, 2)
+        # Under autocast the references stay float32, and so must the sampling: bfloat16 could not
+        # tell neighbouring pixels of a large map apart.
+        dtype = locations.dtype
+        sampled = sample_levels(value.to(dtype), spatial_shapes, locations, weights.to(dtype))
+        output: Tensor = self.output_proj(sampled.to(query.dtype))
         return output

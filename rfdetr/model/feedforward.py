@@ -1,26 +1,44 @@
-"""Two linear layers with an activation between them, thrifty with memory in training."""
+"""Feed-forward layers: plain MLPs, and a two-layer block that needs less memory in training."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 Activation = Literal["relu", "gelu"]
-_CPU_ROWS = 1024  # rows of the hidden layer that stay in the cache between two products
+_CPU_ROWS = 1024  # rows of the hidden layer that fit into the cache between two products
+
+
+class MLP(nn.Module):
+    """Linear layers of the widths `dims`, input first, with ReLU between them."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dims[0]) to (..., dims[-1])."""
+        y = x.flatten(0, -2)  # (R, dims[0]): an in-place ReLU is only free on the product of a 2D x
+        for layer in self.layers[:-1]:
+            y = F.relu(layer(y), inplace=True)
+        last: Tensor = self.layers[-1](y)
+        return last.reshape(*x.shape[:-1], -1)
 
 
 def feed_forward(
     x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], act: Activation
 ) -> Tensor:
-    """Linear, activation, linear over the last axis of x; `first` and `second` are weight, bias.
+    """Linear, activation, linear over the last axis: (..., C_in) to (..., C_out).
 
-    Eager training without autocast keeps only one copy of the hidden layer for the gradient.
+    `first` and `second` are (weight, bias): (C_hidden, C_in), (C_hidden,) and (C_out, C_hidden),
+    (C_out,). Eager training without autocast stores one copy of the hidden layer instead of two.
     """
-    rows = x.flatten(0, -2)
+    rows = x.flatten(0, -2)  # (R, C_in)
     graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     if torch.is_grad_enabled() and not graph and not torch.is_autocast_enabled(x.device.type):
         y: Tensor = _FeedForward.apply(rows, *first, *second, act)  # type: ignore[no-untyped-call]
@@ -31,16 +49,16 @@ def feed_forward(
 
 
 class _FeedForward(torch.autograd.Function):
-    """The gradient recomputes the activation and passes over the rows in pieces."""
+    """Saves the hidden layer only, recomputes the activation, and works on chunks of rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *layers: Any) -> Tensor:
         w1, b1, w2, b2, act = layers
         hidden = x.new_empty(len(x), len(w1))
         y = x.new_empty(len(x), len(w2))
-        for part in _pieces(x):
-            piece = torch.addmm(b1, x[part], w1.t(), out=hidden[part])
-            torch.addmm(b2, piece.relu_() if act == "relu" else F.gelu(piece), w2.t(), out=y[part])
+        for rows in _chunks(x):
+            h = torch.addmm(b1, x[rows], w1.t(), out=hidden[rows])
+            torch.addmm(b2, h.relu_() if act == "relu" else F.gelu(h), w2.t(), out=y[rows])
         ctx.save_for_backward(x, w1, w2, hidden)
         ctx.act = act
         return y
@@ -49,21 +67,21 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, hidden = ctx.saved_tensors
-        first, second = ctx.needs_input_grad[1], ctx.needs_input_grad[3]  # frozen layers need none
+        first, second = ctx.needs_input_grad[1], ctx.needs_input_grad[3]  # False when frozen
         dx, dw1, dw2 = torch.empty_like(x), torch.zeros_like(w1), torch.zeros_like(w2)
         db1 = w1.new_zeros(len(w1))
-        for part in _pieces(x):
-            piece, slope = hidden[part], grad[part] @ w2
+        for rows in _chunks(x):
+            h, dh = hidden[rows], grad[rows] @ w2
             if second:
-                dw2.addmm_(grad[part].t(), piece if ctx.act == "relu" else F.gelu(piece))
+                dw2.addmm_(grad[rows].t(), h if ctx.act == "relu" else F.gelu(h))
             if ctx.act == "relu":
-                torch.ops.aten.threshold_backward.grad_input(slope, piece, 0, grad_input=slope)
+                torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
             else:
-                torch.ops.aten.gelu_backward.grad_input(slope, piece, grad_input=slope)
+                torch.ops.aten.gelu_backward.grad_input(dh, h, grad_input=dh)
             if first:
-                dw1.addmm_(slope.t(), x[part])
-                db1 += slope.sum(dim=0)
-            torch.mm(slope, w1, out=dx[part])
+                dw1.addmm_(dh.t(), x[rows])
+                db1 += dh.sum(dim=0)
+            torch.mm(dh, w1, out=dx[rows])
         return (
             dx,
             dw1 if first else None,
@@ -74,6 +92,6 @@ class _FeedForward(torch.autograd.Function):
         )
 
 
-def _pieces(x: Tensor) -> list[slice]:
+def _chunks(x: Tensor) -> list[slice]:
     size = _CPU_ROWS if x.device.type == "cpu" else max(1, len(x))
     return [slice(start, start + size) for start in range(0, len(x), size)]

@@ -1,73 +1,72 @@
-"""Mask losses at uncertain points of the matched pairs (model specification, section 7.5)."""
+"""Mask losses at uncertain points of the matched pairs. See docs/model.md, "Mask losses".
+
+The points are those of PointRend (Kirillov et al., CVPR 2020).
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rfdetr.model.points import sample_logits, sample_masks
-from rfdetr.model.targets import FlatTargets
+from rfdetr.model.targets import TargetMasks
+from rfdetr.model.types import Masks
 
 _OVERSAMPLE = 3
 _UNCERTAIN_SHARE = 0.75
 
 
 class Pairs(NamedTuple):
-    """Matched pairs of one layer, image-major; index tensors are (N,) int64."""
+    """The N matched pairs of one layer, one image after the other; indices are (N,) int64."""
 
-    image: Tensor
-    query: Tensor
-    wanted: Tensor  # position in the flat targets
+    batch_idx: Tensor
+    query_idx: Tensor
+    target_idx: Tensor  # position in the flat targets
     counts: list[int]  # pairs per image
 
 
 def mask_losses(
-    masks: Any, pairs: Pairs, targets: FlatTargets, ratio: int
+    masks: Masks, pairs: Pairs, targets: TargetMasks, point_ratio: int
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy and dice loss of the matched pairs of one layer.
+    """Cross-entropy and dice loss of the masks of one layer, summed over the matched pairs.
 
-    masks are dense logits (B, Q, h, w) or the sparse dict. Points after PointRend (Kirillov et
-    al., CVPR 2020); one point per `ratio` pixels of the predicted mask.
+    There is one point per `point_ratio` pixels of the predicted mask, and at least one per row.
     """
-    logits = _matched_logits(masks, pairs)[:, None]
-    height, width = logits.shape[-2:]
-    points = _choose_points(logits.detach(), max(height, height * width // ratio))
-    predicted = sample_logits(logits, points)[:, 0]
-    assert targets.masks is not None
-    assert targets.mask_sizes is not None
-    truth = sample_masks(targets.masks, targets.mask_sizes, pairs.wanted, points)
-    entropy = F.binary_cross_entropy_with_logits(predicted, truth, reduction="none")
-    score = predicted.sigmoid()
+    logits = _matched_logits(masks, pairs)[:, None]  # (N, 1, h, w)
+    h, w = logits.shape[-2:]
+    points = _uncertain_points(logits.detach(), max(h, h * w // point_ratio))  # (N, P, 2)
+    z = sample_logits(logits, points)[:, 0]  # (N, P)
+    truth = sample_masks(targets, pairs.target_idx, points)  # (N, P)
+    cross_entropy = F.binary_cross_entropy_with_logits(z, truth, reduction="none")
+    score = z.sigmoid()
     overlap = 2 * (score * truth).sum(-1) + 1
-    dice = 1 - overlap / (score.sum(-1) + truth.sum(-1) + 1)
-    return entropy.mean(-1).sum(), dice.sum()
+    dice = 1 - overlap / (score.sum(-1) + truth.sum(-1) + 1)  # (N,)
+    return cross_entropy.mean(-1).sum(), dice.sum()
 
 
-def _matched_logits(masks: Any, pairs: Pairs) -> Tensor:
+def _matched_logits(masks: Masks, pairs: Pairs) -> Tensor:
     """Dense logits (N, h, w) of the matched pairs only."""
-    if not isinstance(masks, dict):
-        dense: Tensor = masks[pairs.image, pairs.query].float()
-        return dense
-    spatial = masks["spatial_features"].float()
-    features = masks["query_features"].float()[pairs.image, pairs.query]
-    # One product per image: pairs differ in number, and padding would compute unused masks.
-    products = [
-        chosen @ maps.flatten(1)
-        for chosen, maps in zip(torch.split(features, pairs.counts), spatial, strict=True)
+    if isinstance(masks, Tensor):
+        return masks[pairs.batch_idx, pairs.query_idx].float()
+    spatial = masks["spatial_features"].float()  # (B, C, h, w)
+    queries = masks["query_features"].float()[pairs.batch_idx, pairs.query_idx]  # (N, C)
+    # One product per image: the numbers of pairs differ, and padding would compute unused masks.
+    logits = [
+        torch.einsum("nc,chw->nhw", q, x)
+        for q, x in zip(torch.split(queries, pairs.counts), spatial, strict=True)
     ]
-    logits: Tensor = torch.cat(products) + masks["bias"].float()
-    return logits.reshape(-1, *spatial.shape[2:])
+    return torch.cat(logits) + masks["bias"].float()
 
 
-def _choose_points(logits: Tensor, count: int) -> Tensor:
+def _uncertain_points(logits: Tensor, count: int) -> Tensor:
     """(N, count, 2): the most uncertain of three times as many random points, and fresh ones."""
-    pairs, device = len(logits), logits.device
-    random = torch.rand(pairs, _OVERSAMPLE * count, 2, device=device)
-    kept = int(_UNCERTAIN_SHARE * count)
-    doubt = sample_logits(logits, random)[:, 0].abs()
-    best = doubt.topk(kept, dim=1, largest=False).indices
-    chosen = random.gather(1, best[..., None].expand(-1, -1, 2))
-    return torch.cat([chosen, torch.rand(pairs, count - kept, 2, device=device)], dim=1)
+    N, device = len(logits), logits.device
+    random = torch.rand(N, _OVERSAMPLE * count, 2, device=device)
+    num_uncertain = int(_UNCERTAIN_SHARE * count)
+    certainty = sample_logits(logits, random)[:, 0].abs()  # (N, 3 * count)
+    index = certainty.topk(num_uncertain, dim=1, largest=False).indices
+    uncertain = random.gather(1, index[..., None].expand(-1, -1, 2))  # (N, num_uncertain, 2)
+    return torch.cat([uncertain, torch.rand(N, count - num_uncertain, 2, device=device)], dim=1)

@@ -1,4 +1,4 @@
-"""Sampling of mask logits and of target masks at points (x, y) in [0, 1]."""
+"""Sampling of mask logits and of target masks at points (x, y) in 0..1."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfdetr.model.targets import TargetMasks
+
 
 def sample_logits(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples with border padding: maps (N, C, h, w), points (N, P, 2) -> (N, C, P)."""
-    grid = 2 * points[:, None] - 1
+    grid = 2 * points[:, None] - 1  # (N, 1, P, 2)
     return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)[:, :, 0]
 
 
-def sample_masks(masks: Tensor, sizes: Tensor, which: Tensor, points: Tensor) -> Tensor:
-    """Nearest samples with border padding of the masks `which`, as float32 (N, P).
+def sample_masks(targets: TargetMasks, which: Tensor, points: Tensor) -> Tensor:
+    """Nearest samples with border padding of the masks `which` (N,), as float32 (N, P).
 
-    masks (T, H, W) bool, sizes (T, 2) their own height and width, which (N,), points (N, P, 2).
+    points (N, P, 2) are fractions of each mask's own size.
     """
-    sides = sizes[which].flip(-1)[:, None]
-    place = (((2 * points - 1) + 1) * sides - 1) / 2
-    place = torch.minimum(place.clamp(min=0), sides - 1).round().long()
-    return masks[which[:, None], place[..., 1], place[..., 0]].float()
+    size = targets.sizes[which].flip(-1)[:, None]  # (N, 1, 2) width, height
+    pixel = (((2 * points - 1) + 1) * size - 1) / 2  # rounds like grid_sample
+    pixel = torch.minimum(pixel.clamp(min=0), size - 1).round().long()  # (N, P, 2)
+    return targets.masks[which[:, None], pixel[..., 1], pixel[..., 0]].float()

@@ -1,8 +1,6 @@
-"""Network outputs to detections in pixels (model specification, section 8)."""
+"""Network outputs to detections in pixels. See docs/model.md, "Post-processing"."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 
 from rfdetr.errors import InputError
 from rfdetr.model.boxes import cxcywh_to_xyxy
+from rfdetr.model.types import ImageDetections, LayerOutputs
 
 _PIXELS_AT_ONCE = 1 << 24  # of resized mask logits; bounds their memory to 64 MiB or one mask
 
@@ -23,15 +22,13 @@ class PostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, outputs: dict[str, Any], target_sizes: Tensor, threshold: float | None = None
-    ) -> list[dict[str, Tensor]]:
-        """Per image: scores (n,), labels (n,) int64, boxes (n, 4) xyxy pixels, maybe masks.
+        self, outputs: LayerOutputs, target_sizes: Tensor, threshold: float | None = None
+    ) -> list[ImageDetections]:
+        """Detections of every image, scores descending, ties ascending by (query, class).
 
-        outputs hold pred_logits, pred_boxes and dense pred_masks for masks (n, 1, H, W) bool;
-        target_sizes (B, 2) are the heights and widths that boxes and masks are scaled to.
-        Scores descend, ties ascend by flat (query, class) index. With `threshold` only scores above
-        it stay, and only their masks are resized. Raises InputError when target_sizes do not fit
-        the batch or the masks are in the sparse form of training.
+        target_sizes (B, 2) are the heights and widths in pixels that boxes and masks are scaled
+        to. With `threshold`, only scores above it are returned and only their masks are resized.
+        Raises InputError if target_sizes does not fit the batch or the masks are not dense.
         """
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         masks = outputs.get("pred_masks")
@@ -41,25 +38,27 @@ class PostProcess(nn.Module):
                 "height and width of every image."
             )
         if isinstance(masks, dict):
-            raise InputError("Masks of a network in training mode; call .eval() first.")
-        classes = logits.shape[-1]
+            raise InputError(
+                "pred_masks come from a network in training mode; call .eval() on it first."
+            )
+        K = logits.shape[-1]
         ordered = logits.sigmoid().flatten(1).sort(dim=1, descending=True, stable=True)
-        scores, flat = (part[:, : self.num_select] for part in ordered)
-        query, labels = flat // classes, flat % classes
-        scale = target_sizes.to(boxes).flip(1).repeat(1, 2)[:, None]
+        scores, flat = (part[:, : self.num_select] for part in ordered)  # (B, num_select)
+        query, labels = flat // K, flat % K
+        scale = target_sizes.to(boxes).flip(1).repeat(1, 2)[:, None]  # (B, 1, 4) as W, H, W, H
         corners = cxcywh_to_xyxy(boxes) * scale
         corners = torch.minimum(corners.clamp(min=0), scale)
-        chosen = corners.gather(1, query[..., None].expand(-1, -1, 4))
+        selected = corners.gather(1, query[..., None].expand(-1, -1, 4))  # (B, num_select, 4)
         counts = [scores.shape[1]] * len(scores)
         if threshold is not None:
             counts = (scores > threshold).sum(1).tolist()
-        results = [
+        results: list[ImageDetections] = [
             {"scores": s[:n], "labels": k[:n], "boxes": b[:n]}
-            for s, k, b, n in zip(scores, labels, chosen, counts, strict=True)
+            for s, k, b, n in zip(scores, labels, selected, counts, strict=True)
         ]
         if masks is not None:
             for i, (height, width) in enumerate(target_sizes.tolist()):
-                kept = masks[i][query[i, : counts[i]]]
+                kept = masks[i][query[i, : counts[i]]]  # (n, h, w)
                 results[i]["masks"] = resize_masks(kept, int(height), int(width))
         return results
 

@@ -1,158 +1,147 @@
-"""Two-stage query selection: the best cells of the memory become references of the queries.
+"""Two-stage query selection: the best memory tokens provide the reference boxes of the queries.
 
-Model specification, section 4. The ranking looks at every cell without recording gradients; only
-the selected cells are computed again with them, for all query groups in one batched product.
+Two-stage Deformable DETR (Zhu et al., ICLR 2021) with separate heads for every query group (Group
+DETR, Chen et al., ICCV 2023). See docs/model.md, "Query selection".
+
+Axes: B images, S memory tokens, G query groups, Q queries per group, C channels, K class logits.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rfdetr.config import ModelConfig
 from rfdetr.model.boxes import apply_box_delta
-from rfdetr.model.deformable import Shapes
+from rfdetr.model.feedforward import MLP
+from rfdetr.model.types import SpatialShapes
 
-_LOW, _HIGH = 0.01, 0.99
-_SAFE_SIDE = 49  # unpadded grids up to this side have every cell centre inside (0.01, 0.99)
+_LOW, _HIGH = 0.01, 0.99  # limits of valid proposals
+_SAFE_SIDE = 49  # unpadded levels up to this side have every token centre within the limits
 
-
-class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
-
-    def __init__(self, *widths: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(
-            0, -2
-        )  # the in-place ReLU is free on a plain product, not on a view of one
-        for layer in self.layers[:-1]:
-            rows = F.relu(layer(rows), inplace=True)
-        last: Tensor = self.layers[-1](rows)
-        return last.reshape(*x.shape[:-1], -1)
+Affine = tuple[Tensor, Tensor]  # weight and bias of a layer, stacked over the groups
 
 
 class Selection(NamedTuple):
-    """Selected cells, groups one after the other along the query axis."""
+    """Selected tokens; the groups follow each other along the query axis."""
 
-    cells: Tensor  # (B, G*Q) int64, position in the memory
-    memory: Tensor  # (B, G*Q, C)
+    indices: Tensor  # (B, G*Q) int64, position in the memory
+    memory: Tensor  # (B, G*Q, C) tokens after the projection of their group
     boxes: Tensor  # (B, G*Q, 4) cxcywh
     logits: Tensor  # (B, G*Q, K)
 
 
-def cell_proposals(
-    shapes: Shapes, masks: list[Tensor] | None, like: Tensor
+def make_proposals(
+    spatial_shapes: SpatialShapes, masks: list[Tensor] | None, memory: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """One box (cxcywh) per memory cell, and which cells are dropped (None: none of them).
+    """One box (cxcywh) per memory token, and the tokens to drop (None: keep all).
 
-    `masks` holds one (B, h, w) bool per level, True on padding. Returns (B or 1, S, 4) and
-    (B or 1, S) bool. Proposals of dropped cells are 0.
+    `masks` has one (B, h, w) bool per level, True on padding. Returns (B or 1, S, 4) in the dtype
+    of `memory` and (B or 1, S) bool. Proposals of dropped tokens are 0.
     """
     boxes, padding = [], []
-    for level, (rows, columns) in enumerate(shapes):
-        y = torch.arange(rows, device=like.device, dtype=torch.float32) + 0.5
-        x = torch.arange(columns, device=like.device, dtype=torch.float32) + 0.5
-        grid = torch.stack([x.expand(rows, columns), y[:, None].expand(rows, columns)], dim=-1)
+    for level, (h, w) in enumerate(spatial_shapes):
+        y = torch.arange(h, device=memory.device, dtype=torch.float32) + 0.5
+        x = torch.arange(w, device=memory.device, dtype=torch.float32) + 0.5
         if masks is None:
-            centre = (grid / grid.new_tensor([columns, rows])).reshape(1, -1, 2)
-        else:
+            x, y = x / w, y / h
+        grid = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)  # (h, w, 2)
+        centre = grid.reshape(1, -1, 2)
+        if masks is not None:
             valid = ~masks[level]
-            extent = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], dim=-1)
-            centre = (grid / extent[:, None, None]).flatten(1, 2)
+            extent = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], dim=-1)  # (B, 2)
+            centre = centre / extent[:, None]  # (B, h*w, 2)
             padding.append(masks[level].flatten(1))
         boxes.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2.0**level)], dim=-1))
-    proposals = torch.cat(boxes, dim=1)  # float32 until here: low precision merges wide grids
-    largest = max(side for shape in shapes for side in shape)
-    if masks is None and largest <= _SAFE_SIDE:
-        return proposals.to(like.dtype), None
+    proposals = torch.cat(boxes, dim=1)  # float32: bfloat16 would merge the centres of wide levels
+    if masks is None and max(side for shape in spatial_shapes for side in shape) <= _SAFE_SIDE:
+        return proposals.to(memory.dtype), None
     dropped = ~((proposals > _LOW) & (proposals < _HIGH)).all(dim=-1)
     if padding:
         dropped = dropped | torch.cat(padding, dim=1)
-    return proposals.masked_fill(dropped[..., None], 0.0).to(like.dtype), dropped
+    return proposals.masked_fill(dropped[..., None], 0.0).to(memory.dtype), dropped
 
 
-def select_queries(
-    transformer: nn.Module,
-    memory: Tensor,
-    proposals: Tensor,
-    num_queries: int,
-    groups: int,
-) -> Selection:
-    """The best `min(num_queries, S)` cells of each group, in descending order of their score.
+class QuerySelection(nn.Module):
+    """Scores every memory token and selects the best ones, separately for every query group.
 
-    `transformer` owns the `enc_*` lists; memory (B, S, C) is already zero at dropped cells.
+    All tokens are scored without gradients; only the selected ones are computed again with them.
+    The heads of all groups run as one batched product.
     """
-    heads = _GroupHeads(transformer, groups)
-    batch, cells, width = memory.shape
-    with torch.no_grad():
-        scores = heads.scores(memory.detach())
-        index = scores.topk(min(num_queries, cells), dim=-1).indices  # (G, B, Q)
-    rows = index + torch.arange(batch, device=index.device)[:, None] * cells
-    chosen = F.embedding(rows.reshape(groups, -1), memory.reshape(-1, width))
-    embedded = heads.embed(chosen)
-    logits = heads.classify(embedded)
-    delta = heads.regress(embedded)
-    anchors = proposals.expand(batch, -1, -1).reshape(-1, 4)[rows.reshape(groups, -1)]
-    boxes = apply_box_delta(delta, anchors)
 
-    def join(x: Tensor) -> Tensor:
-        """(G, B*Q, X) -> (B, G*Q, X)."""
-        return x.reshape(groups, batch, -1, x.shape[-1]).transpose(0, 1).flatten(1, 2)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        C, G, K = config.hidden_dim, config.group_detr, config.num_classes + 1
+        self.num_queries = config.num_queries
+        self.enc_output = nn.ModuleList(nn.Linear(C, C) for _ in range(G))
+        self.enc_output_norm = nn.ModuleList(nn.LayerNorm(C) for _ in range(G))
+        self.enc_out_bbox_embed = nn.ModuleList(MLP(C, C, C, 4) for _ in range(G))
+        self.enc_out_class_embed = nn.ModuleList(nn.Linear(C, K) for _ in range(G))
 
-    return Selection(index.transpose(0, 1).flatten(1), join(embedded), join(boxes), join(logits))
+    def forward(self, memory: Tensor, proposals: Tensor, num_groups: int) -> Selection:
+        """The best `min(num_queries, S)` tokens of each of the first `num_groups` groups.
 
+        memory (B, S, C), already 0 at dropped tokens; proposals (B or 1, S, 4) cxcywh. Within a
+        group the scores descend: the i-th token belongs to the i-th learned query.
+        """
+        B, S, C = memory.shape
+        G = num_groups
+        project = _stack(self.enc_output, G)
+        norm = _stack(self.enc_output_norm, G)
+        classify = _stack(self.enc_out_class_embed, G)
+        with torch.no_grad():
+            scores = _best_logits(memory, project, norm, classify)  # (G, B, S)
+            indices = scores.topk(min(self.num_queries, S), dim=-1).indices  # (G, B, Q)
+        rows = indices + torch.arange(B, device=indices.device)[:, None] * S
+        rows = rows.reshape(G, -1)  # (G, B*Q), position in the memory of all images
+        tokens = F.embedding(rows, memory.reshape(-1, C))  # (G, B*Q, C)
+        tokens = _layer_norm(_linear(tokens, *project), *norm)
+        logits = _linear(tokens, *classify)  # (G, B*Q, K)
+        anchors = proposals.expand(B, -1, -1).reshape(-1, 4)[rows]  # (G, B*Q, 4)
+        boxes = apply_box_delta(self._box_delta(tokens), anchors)
 
-class _GroupHeads:
-    """The `enc_*` layers of the first `groups` query groups, stacked for batched products."""
+        def join_groups(x: Tensor) -> Tensor:
+            """(G, B*Q, X) to (B, G*Q, X)."""
+            return x.reshape(G, B, -1, x.shape[-1]).transpose(0, 1).flatten(1, 2)
 
-    def __init__(self, transformer: nn.Module, groups: int) -> None:
-        lists: Any = transformer
-        self.project = _stack(lists.enc_output, groups)
-        self.norm = _stack(lists.enc_output_norm, groups)
-        self.score = _stack(lists.enc_out_class_embed, groups)
-        mlps: list[MLP] = list(lists.enc_out_bbox_embed)[:groups]
-        depth = len(mlps[0].layers)
-        self.mlp = [_stack([mlp.layers[i] for mlp in mlps], groups) for i in range(depth)]
+        indices = indices.transpose(0, 1).flatten(1)  # (B, G*Q)
+        return Selection(indices, join_groups(tokens), join_groups(boxes), join_groups(logits))
 
-    def embed(self, rows: Tensor) -> Tensor:
-        """(G, R, C) -> (G, R, C): linear and norm of each group."""
-        return self._normalise(_grouped(rows, *self.project))
-
-    def classify(self, rows: Tensor) -> Tensor:
-        return _grouped(rows, *self.score)
-
-    def regress(self, rows: Tensor) -> Tensor:
-        for weight, bias in self.mlp[:-1]:
-            rows = F.relu(_grouped(rows, weight, bias), inplace=True)
-        return _grouped(rows, *self.mlp[-1])
-
-    def scores(self, memory: Tensor) -> Tensor:
-        """Best class logit of every cell: (B, S, C) -> (G, B, S)."""
-        batch, cells, width = memory.shape
-        weight, bias = (part.detach() for part in self.project)
-        rows = F.linear(memory.reshape(-1, width), weight.flatten(0, 1), bias.flatten())
-        rows = rows.reshape(batch * cells, -1, width).transpose(0, 1)
-        logits = _grouped(self._normalise(rows), *(part.detach() for part in self.score))
-        return logits.amax(dim=-1).reshape(-1, batch, cells)
-
-    def _normalise(self, rows: Tensor) -> Tensor:
-        weight, bias = self.norm
-        normed = F.layer_norm(rows, (int(rows.shape[-1]),), eps=1e-5)
-        return torch.addcmul(bias[:, None].to(normed.dtype), normed, weight[:, None])
+    def _box_delta(self, tokens: Tensor) -> Tensor:
+        """The box MLP of every group: (G, R, C) to (G, R, 4)."""
+        mlps = [mlp.layers for mlp in self.enc_out_bbox_embed if isinstance(mlp, MLP)]
+        *hidden, last = [_stack(layers, len(tokens)) for layers in zip(*mlps, strict=True)]
+        for weight, bias in hidden:
+            tokens = F.relu(_linear(tokens, weight, bias), inplace=True)
+        return _linear(tokens, *last)
 
 
-def _stack(layers: Any, groups: int) -> tuple[Tensor, Tensor]:
+def _best_logits(memory: Tensor, project: Affine, norm: Affine, classify: Affine) -> Tensor:
+    """The highest class logit of every token in every group: (B, S, C) to (G, B, S)."""
+    B, S, C = memory.shape
+    weight, bias = project
+    tokens = F.linear(memory.reshape(-1, C), weight.flatten(0, 1), bias.flatten())  # (B*S, G*C)
+    tokens = tokens.reshape(B * S, -1, C).transpose(0, 1)  # (G, B*S, C)
+    logits = _linear(_layer_norm(tokens, *norm), *classify)  # (G, B*S, K)
+    return logits.amax(dim=-1).reshape(-1, B, S)
+
+
+def _stack(layers: Iterable[Any], num_groups: int) -> Affine:
     """Weights and biases of the first layers, stacked on a new first axis."""
-    chosen = list(layers)[:groups]
-    return torch.stack([layer.weight for layer in chosen]), torch.stack([x.bias for x in chosen])
+    first = list(layers)[:num_groups]
+    return torch.stack([layer.weight for layer in first]), torch.stack([x.bias for x in first])
 
 
-def _grouped(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Rows (G, R, I), weight (G, O, I), bias (G, O) -> (G, R, O)."""
-    return torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """One linear layer per group: x (G, R, in), weight (G, out, in), bias (G, out)."""
+    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))  # (G, R, out)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """One LayerNorm per group: x (G, R, C), weight and bias (G, C)."""
+    x = F.layer_norm(x, (int(x.shape[-1]),), eps=1e-5)
+    return torch.addcmul(bias[:, None].to(x.dtype), x, weight[:, None])

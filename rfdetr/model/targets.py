@@ -1,9 +1,9 @@
-"""The targets of a batch as flat tensors, checked (model specification, section 7)."""
+"""The targets of a batch, checked and concatenated into flat tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,20 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfdetr.errors import InputError
+from rfdetr.model.types import ImageTarget
 
 _SHOWN = 8  # problems listed in one message
 
 
+class TargetMasks(NamedTuple):
+    """Masks of T targets, top left on a canvas of the size of the largest one."""
+
+    masks: Tensor  # (T, Hmax, Wmax) bool
+    sizes: Tensor  # (T, 2) float32, height and width of each mask without the canvas
+
+
 class FlatTargets(NamedTuple):
-    """Targets of all images, one after the other."""
+    """The T targets of all images, one image after the other."""
 
     counts: list[int]  # per image
-    image: Tensor  # (T,) int64
-    slot: Tensor  # (T,) int64, position within its image
+    batch_idx: Tensor  # (T,) int64, index of the image
+    slot: Tensor  # (T,) int64, position within the image
     labels: Tensor  # (T,) int64
     boxes: Tensor  # (T, 4) float32 cxcywh
-    masks: Tensor | None  # (T, Hmax, Wmax) bool
-    mask_sizes: Tensor | None  # (T, 2) float32 height, width of the target's own mask
+    masks: TargetMasks | None
 
     @property
     def total(self) -> int:
@@ -33,63 +40,62 @@ class FlatTargets(NamedTuple):
 
 
 def flatten_targets(
-    targets: Sequence[dict[str, Any]], batch: int, device: torch.device, *, with_masks: bool
+    targets: Sequence[ImageTarget], batch: int, device: torch.device, *, with_masks: bool
 ) -> FlatTargets:
     """Concatenate the targets of `batch` images on `device`.
 
-    Reads shapes only, never values, so it does not wait for an accelerator. Raises InputError for
-    shapes that do not fit; values are checked by `value_problems`.
+    Reads shapes but no values, so it does not wait for an accelerator. Raises InputError for
+    shapes that do not fit; `value_problems` checks the values.
     """
     _check_shapes(targets, batch, with_masks=with_masks)
     counts = [len(target["labels"]) for target in targets]
-    image = np.repeat(np.arange(batch), counts)
+    batch_idx = np.repeat(np.arange(batch), counts)
     slot = np.concatenate([np.arange(n) for n in counts])
-    order = torch.from_numpy(np.stack([image, slot]).astype(np.int64)).to(device, non_blocking=True)
-    masks, sizes = _stack_masks(targets, device) if with_masks else (None, None)
+    packed = np.stack([batch_idx, slot]).astype(np.int64)
+    order = torch.from_numpy(packed).to(device, non_blocking=True)  # (2, T)
     return FlatTargets(
         counts,
-        order[0],
-        order[1],
-        torch.cat([target["labels"] for target in targets]).to(device, torch.int64),
-        torch.cat([target["boxes"] for target in targets]).to(device, torch.float32),
-        masks,
-        sizes,
+        batch_idx=order[0],
+        slot=order[1],
+        labels=torch.cat([target["labels"] for target in targets]).to(device, torch.int64),
+        boxes=torch.cat([target["boxes"] for target in targets]).to(device, torch.float32),
+        masks=_stack_masks(targets, device) if with_masks else None,
     )
 
 
-def value_problems(flat: FlatTargets, outputs: int) -> Tensor:
-    """(T,) float32 on the device: 1 for a label outside 0..outputs-1, plus 2 for a bad box."""
-    label = (flat.labels < 0) | (flat.labels >= outputs)
-    box = ~flat.boxes.isfinite().all(dim=-1) | (flat.boxes[:, 2:] < 0).any(dim=-1)
+def value_problems(targets: FlatTargets, num_outputs: int) -> Tensor:
+    """(T,) float32: 1 for a label outside 0..num_outputs-1, plus 2 for an invalid box."""
+    label = (targets.labels < 0) | (targets.labels >= num_outputs)
+    box = ~targets.boxes.isfinite().all(dim=-1) | (targets.boxes[:, 2:] < 0).any(dim=-1)
     return label.float() + 2 * box.float()
 
 
-def raise_value_problems(codes: np.ndarray, flat: FlatTargets, outputs: int) -> None:
-    """Raise InputError when `value_problems`, now on the host, found any."""
+def raise_value_problems(codes: np.ndarray, targets: FlatTargets, num_outputs: int) -> None:
+    """Raise InputError if `value_problems`, copied to the host, found any."""
     found = np.flatnonzero(codes)
     if not len(found):
         return
-    image, slot, labels, boxes = (
-        part.tolist() for part in (flat.image, flat.slot, flat.labels, flat.boxes)
+    batch_idx, slot, labels, boxes = (
+        part.tolist() for part in (targets.batch_idx, targets.slot, targets.labels, targets.boxes)
     )
     lines = []
     for i in found[:_SHOWN].tolist():
-        where = f"image {image[i]} of the batch, target {slot[i]}"
+        where = f"image {batch_idx[i]} of the batch, target {slot[i]}"
         if int(codes[i]) & 1:
-            lines.append(f"{where}: label {labels[i]} is not within 0..{outputs - 1}")
+            lines.append(f"{where}: label {labels[i]} is not within 0..{num_outputs - 1}")
         if int(codes[i]) & 2:
             lines.append(f"{where}: box {boxes[i]} has a non-finite number or a negative size")
     more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
     raise InputError(
         "Targets do not fit the model: " + "; ".join(lines) + more + ". The class head has "
-        f"{outputs} outputs (num_classes + 1); raise num_classes or correct the labels. Boxes are "
-        "(cx, cy, w, h) as fractions of the image."
+        f"{num_outputs} outputs (num_classes + 1); increase num_classes or correct the labels. "
+        "Boxes are (cx, cy, w, h) as fractions of the image."
     )
 
 
-def _check_shapes(targets: Sequence[dict[str, Any]], batch: int, *, with_masks: bool) -> None:
+def _check_shapes(targets: Sequence[ImageTarget], batch: int, *, with_masks: bool) -> None:
     if len(targets) != batch:
-        raise InputError(f"{len(targets)} targets for a batch of {batch} images; give one each.")
+        raise InputError(f"{len(targets)} targets for a batch of {batch} images; pass one each.")
     needed = ["labels", "boxes", *(["masks"] if with_masks else [])]
     problems = []
     for i, target in enumerate(targets):
@@ -100,7 +106,7 @@ def _check_shapes(targets: Sequence[dict[str, Any]], batch: int, *, with_masks: 
             continue
         count = target["labels"].numel()
         if target["labels"].ndim != 1 or target["labels"].is_floating_point():
-            problems.append(f"target {i}: labels must be whole numbers of shape (n,)")
+            problems.append(f"target {i}: labels must be integers of shape (n,)")
         if tuple(target["boxes"].shape) != (count, 4):
             problems.append(f"target {i}: boxes {tuple(target['boxes'].shape)}, not ({count}, 4)")
         if with_masks and (target["masks"].ndim != 3 or len(target["masks"]) != count):
@@ -111,9 +117,8 @@ def _check_shapes(targets: Sequence[dict[str, Any]], batch: int, *, with_masks: 
         raise InputError("Targets cannot be used: " + "; ".join(problems[:_SHOWN]) + ".")
 
 
-def _stack_masks(targets: Sequence[dict[str, Any]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Masks on the canvas of the largest one, and the own size of each."""
-    masks = [target["masks"].to(torch.bool) for target in targets]
+def _stack_masks(targets: Sequence[ImageTarget], device: torch.device) -> TargetMasks:
+    masks = [target["masks"].to(torch.bool) for target in targets]  # each (n, H, W)
     height, width = (max(mask.shape[axis] for mask in masks) for axis in (1, 2))
     padded = [
         mask
@@ -123,4 +128,4 @@ def _stack_masks(targets: Sequence[dict[str, Any]], device: torch.device) -> tup
     ]
     sizes = [[float(side) for side in mask.shape[1:]] for mask in masks for _ in range(len(mask))]
     rows = torch.tensor(sizes, dtype=torch.float32).reshape(-1, 2)
-    return torch.cat(padded).to(device), rows.to(device, non_blocking=True)
+    return TargetMasks(torch.cat(padded).to(device), rows.to(device, non_blocking=True))

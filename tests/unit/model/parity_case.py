@@ -73,11 +73,11 @@ def run(model: RFDETRNetwork, case: dict[str, Any]) -> tuple[dict[str, Any], dic
         handles.append(module.register_forward_hook(lambda _m, _i, out: write(out)))
 
     def transformer(out: Any) -> None:
-        inner["proposal_index"] = out.selection.cells
+        inner["proposal_index"] = out.selection.indices
         inner["proposal_memory"] = out.selection.memory
         inner["proposal_boxes"] = out.selection.boxes
-        inner["reference"] = out.reference
-        inner.update({f"hidden_{i}": hidden for i, hidden in enumerate(out.hidden)})
+        inner["reference"] = out.reference_points
+        inner.update({f"hidden_{i}": hidden for i, hidden in enumerate(out.hidden_states)})
 
     keep(model.encoder, lambda out: inner.update({f"feature_{i}": x for i, x in enumerate(out)}))
     keep(

@@ -93,7 +93,7 @@ NAN = float("nan")
         (_change("boxes", torch.tensor([[NAN, 0, 1, 1], [0.5, 0.5, 0.1, 0.1]])), "non-finite"),
         (_change("boxes", torch.tensor([[0.5, 0.5, -0.1, 1], [0, 0, 1, 1]])), "negative size"),
         (_change("boxes", torch.zeros(1, 4)), r"boxes \(1, 4\), not \(2, 4\)"),
-        (_change("labels", torch.tensor([0.0, 1.0])), "whole numbers"),
+        (_change("labels", torch.tensor([0.0, 1.0])), "integers of shape"),
         (targets((2,)), "1 targets for a batch of 2"),
         ([{"labels": torch.zeros(0)}, {}], "target 0 lacks boxes; target 1 lacks labels, boxes"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rfdetr.model.backbone import join_windows, resize_position_table, split_windows
+from rfdetr.model.backbone import join_windows, resize_pos_embed, split_windows
 from rfdetr.model.boxes import cxcywh_to_xyxy, iou_and_giou, xyxy_to_cxcywh
 from rfdetr.model.criterion import SetCriterion
 from rfdetr.model.decoder import sine_embedding
@@ -17,7 +17,7 @@ from rfdetr.model.deformable import sample_levels
 from rfdetr.model.matcher import HungarianMatcher
 from rfdetr.model.network import resize_linear
 from rfdetr.model.postprocess import PostProcess
-from rfdetr.model.selection import cell_proposals
+from rfdetr.model.selection import make_proposals
 from tests.unit.model.parity_case import compare, expected, fill, matches
 
 UNITS = expected("units")
@@ -45,14 +45,14 @@ def test_proposals_with_padding_over_two_levels() -> None:
     parts = flat.split([h * w for h, w in levels], dim=1)
     masks = [part.reshape(-1, h, w) for part, (h, w) in zip(parts, levels, strict=True)]
     memory = unit("proposals/in/memory")
-    boxes, dropped = cell_proposals(levels, masks, memory)
+    boxes, dropped = make_proposals(levels, masks, memory)
     assert dropped is not None
     kept = memory.masked_fill(dropped[..., None], 0.0)
     assert compare.compare({"out/memory": kept, "out/boxes": boxes}, UNITS, "proposals")
 
 
 def test_large_grid_drops_its_outer_ring() -> None:
-    _, dropped = cell_proposals([(60, 3)], None, torch.zeros(1))
+    _, dropped = make_proposals([(60, 3)], None, torch.zeros(1))
     assert dropped is not None
     assert (~dropped == unit("proposals/out/valid_60x3")).all()
 
@@ -60,9 +60,9 @@ def test_large_grid_drops_its_outer_ring() -> None:
 @pytest.mark.parametrize("side", [49, 50, 51])
 def test_skipping_the_ring_check_changes_nothing(side: int) -> None:
     """Grids that are declared safe have no cell outside the limits, with either path."""
-    boxes, dropped = cell_proposals([(side, side)], None, torch.zeros(1))
+    boxes, dropped = make_proposals([(side, side)], None, torch.zeros(1))
     padding = [torch.zeros(1, side, side, dtype=torch.bool)]
-    with_mask, same = cell_proposals([(side, side)], padding, torch.zeros(1))
+    with_mask, same = make_proposals([(side, side)], padding, torch.zeros(1))
     assert torch.equal(boxes, with_mask)
     assert same is not None
     assert (dropped is None) == (not same.any()) == (side < 50)
@@ -82,12 +82,11 @@ def test_deformable_sampling() -> None:
 def test_position_table_resampling() -> None:
     table = unit("position_table/in")
     found = {
-        f"out/{h}x{w}": resize_position_table(table, h, w)
-        for h, w in [(7, 4), (5, 5), (3, 8), (5, 4)]
+        f"out/{h}x{w}": resize_pos_embed(table, h, w) for h, w in [(7, 4), (5, 5), (3, 8), (5, 4)]
     }
-    found["out/checkpoint_7"] = resize_position_table(table, 7, 7)
+    found["out/checkpoint_7"] = resize_pos_embed(table, 7, 7)
     assert compare.compare(found, UNITS, "position_table", strict=False)
-    assert resize_position_table(table, 5, 5) is table
+    assert resize_pos_embed(table, 5, 5) is table
 
 
 def test_window_order_and_its_inverse() -> None:
