@@ -40,8 +40,8 @@ def parameters() -> str:
     parts = [
         "# Parameters",
         NOTE,
-        "`params.yaml` has one section per stage or subject. A section or field that is left out has "
-        "its default. An unknown name is an error that lists the known ones.",
+        "`params.yaml` has one section per stage or subject. A section or field that is left out "
+        "has its default. An unknown name is an error that lists the known ones.",
     ]
     for name, kind in {**SECTIONS, "sources.<name>": SourceSettings}.items():
         parts += [f"## `{name}`", _summary(kind), _fields(kind)]
@@ -115,9 +115,16 @@ def _default(kind: type[BaseModel], name: str) -> str:
     field = kind.model_fields[name]
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(value, Mapping) and not value:
-        return ""
+    data: dict[str, Any] = {}  # computed defaults see the fields before them
+    for earlier, other in kind.model_fields.items():
+        data[earlier] = (
+            None
+            if other.is_required()
+            else other.get_default(call_default_factory=True, validated_data=data)
+        )
+        if earlier == name:
+            break
+    value = data[name]
     return f"`{json.dumps(value, default=str)}`"
 
 

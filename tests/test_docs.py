@@ -1,4 +1,4 @@
-"""What the README says exists, and its code runs."""
+"""What the README and docs/ say exists, their code runs, and generated documents are current."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from PIL import Image
 
 from flows.cli.main import parser
 from flows.config.params import SECTIONS, parse_params
+from infra.generate_docs import documents
 from rfdetr.data.demo import build_demo
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+DOCUMENTS = {
+    path: path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README = DOCUMENTS[ROOT / "README.md"]
+ALL = "\n\n".join(DOCUMENTS.values())
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", ALL, re.DOTALL)
+PROSE = re.sub(r"```.*?```", "", ALL, flags=re.DOTALL)
 CODE = [
     *re.findall(r"`([^`\n]+)`", PROSE),
     *"\n".join(b for k, b in BLOCKS if k == "bash").split("\n"),
@@ -85,7 +91,7 @@ def test_every_parameter_is_accepted() -> None:
 
 
 def test_every_variable_is_read_somewhere() -> None:
-    named = set(re.findall(r"`(?:export )?((?:RFDETR|MLFLOW|AWS|RF)_[A-Z_0-9]+)`", README))
+    named = set(re.findall(r"`(?:export )?((?:RFDETR|MLFLOW|AWS|RF)_[A-Z_0-9]+)`", ALL))
     assert len(named) >= 8
     code = "\n".join(
         path.read_text(encoding="utf-8")
@@ -102,8 +108,7 @@ def test_every_variable_is_read_somewhere() -> None:
 
 
 def test_every_test_of_the_guarantees_exists() -> None:
-    table = PROSE.partition("## Guarantees")[2].partition("\n## ")[0]
-    named = re.findall(r"`([^`]+)`", table)
+    named = re.findall(r"`([^`]+)`", DOCUMENTS[ROOT / "docs/guarantees.md"])
     assert len(named) >= 15
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for name in named:
@@ -111,32 +116,30 @@ def test_every_test_of_the_guarantees_exists() -> None:
         assert exists, name
 
 
-def tree() -> set[str]:
-    """Every file that the README's tree names, as a path."""
-    block = next(text for kind, text in BLOCKS if kind == "text" and "\nflows/\n" in text)
-    listed, folders = set(), []
-    for line in block.splitlines():
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        if name.endswith("/"):
-            folders[depth:] = [name]
-        listed.add("".join(folders[:depth]) + name)
-    return listed
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document: Path) -> None:
+    links = {link for link in re.findall(r"\]\(([^)]+)\)", DOCUMENTS[document]) if "://" not in link}
+    missing = [link for link in links if not (document.parent / link.partition("#")[0]).exists()]
+    assert missing == []
 
 
-def test_the_tree_and_the_links_are_true() -> None:
-    links = {link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link}
-    assert [path for path in tree() | links if not (ROOT / path).exists()] == []
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 220
 
 
-def test_the_tree_lists_every_file() -> None:
-    found = {
-        path.relative_to(ROOT).as_posix()
-        for folder in ("flows", "rfdetr", "infra")
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+def test_every_package_is_described() -> None:
+    text = DOCUMENTS[ROOT / "docs/architecture.md"]
+    packages = {
+        f"{path.parent.name}/"
+        for package in ("flows", "rfdetr")
+        for path in (ROOT / package).glob("*/__init__.py")
     }
-    unlisted = ("__init__.py", "__main__.py", "py.typed")
-    assert [path for path in sorted(found - tree()) if not path.endswith(unlisted)] == []
+    assert {name for name in packages if f"| `{name}` |" not in text} == set()
+
+
+def test_generated_documents_are_current() -> None:
+    """`make docs` writes them."""
+    assert [path.name for path, text in documents().items() if path.read_text() != text] == []
 
 
 @pytest.fixture(scope="module")
