@@ -12,7 +12,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock retrain plan stack stack-stop deploy check format test test-services test-all clean
+.PHONY: help setup lock retrain plan stack stack-stop deploy check docs format test test-services test-all clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ check: $(READY) ## Lint, format, types, order of imports, spelling
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell rfdetr flows infra tests docs *.md *.yaml *.toml Makefile
 	$(BIN)/mypy
+
+docs: $(READY) ## Rewrite docs/parameters.md and docs/cli.md
+	$(BIN)/python -m infra.generate_docs
 
 format: $(READY) ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff format .

@@ -107,7 +107,7 @@ def _type(field: Mapping[str, Any]) -> str:
     if kind == "array":
         return f"list of {_type(field.get('items', {}))}"
     names = {"string": "text", "object": "mapping", "boolean": "true or false"}
-    limits = [text.format(f"{field[key]:g}") for key, text in LIMITS.items() if key in field]
+    limits = [text.format(field[key]) for key, text in LIMITS.items() if key in field]
     return " ".join([names.get(kind, kind), ", ".join(limits)]).strip()
 
 
