@@ -33,7 +33,7 @@ NOT_TORCH := grep -vE '^(torch|torchvision|triton|cuda-[a-z]+|nvidia-(cu|nc|nv[j
 
 lock: ## Resolve the lock files again from pyproject.toml (runtime: what the image installs)
 	$(COMPILE) --extra all --constraint requirements-torch.txt | $(NOT_TORCH) > requirements.lock
-	$(COMPILE) --extra pipeline --extra dask --extra kubernetes --constraint requirements-torch.txt --constraint requirements.lock \
+	$(COMPILE) --extra pipeline --extra kubernetes --constraint requirements-torch.txt --constraint requirements.lock \
 		| $(NOT_TORCH) > requirements-runtime.lock
 
 retrain: $(READY) ## The whole pipeline on params.yaml (default: the demo)

@@ -114,7 +114,7 @@ def _text(report: DatasetReport, problems: list[str]) -> str:
             )
             if value is not None
         )
-        lines.append(f"- {finding.code} ({place}): {finding.message} {finding.fix}")
+        lines.append(f"- {finding.code} ({place}): {finding.message} {finding.advice}")
     if report.errors > SHOWN:
         lines.append(f"- and {report.errors - SHOWN} more in {REPORT.with_suffix('.html')}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Results of image checks that outlive a run: path, size and time -> content hash -> facts.
+"""Persistent results of image checks: path, size and time -> content hash -> facts.
 
-The cache lives in the user's cache folder. A copied or moved dataset is found by content. A cache
-that cannot be used costs time, never a result.
+The cache is in the user's cache folder by default. Copied or moved datasets are recognised by their
+content. A cache that cannot be used costs time, never a result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS facts (hash TEXT, probe TEXT, size INTEGER, row BLOB,
 
 
 class FileStamp(NamedTuple):
-    """What tells an unchanged file without reading it."""
+    """Identifies an unchanged file without reading it."""
 
     path: str
     size: int
@@ -45,7 +45,7 @@ class Inspected(NamedTuple):
 
 
 class FactsCache:
-    """A small database of facts. Every method degrades to 'nothing known' with one warning."""
+    """A small database of facts. If it fails, nothing is known and one warning is logged."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, max_pixels: int) -> None:
         self._file = (Path(folder) if folder else user_cache_folder("checks")) / "images.sqlite"
@@ -70,7 +70,7 @@ class FactsCache:
         return found
 
     def known_sizes(self) -> frozenset[int]:
-        """Sizes of all contents with facts: a file of another size cannot be known."""
+        """Sizes of all files with known facts; a file of another size cannot be known."""
         try:
             with closing(self._open()) as database:
                 query = "SELECT DISTINCT size FROM facts WHERE probe = ?"
@@ -94,7 +94,7 @@ class FactsCache:
         return found
 
     def store(self, results: Iterable[tuple[FileStamp, Inspected]]) -> None:
-        """Keep the results of files that could be read."""
+        """Store the results of the files that could be read."""
         kept = [(stamp, found) for stamp, found in results if found.hash]
         try:
             with closing(self._open()) as database, database:

@@ -1,11 +1,10 @@
-"""The whole check of a dataset: read, inspect, check, count, compare."""
+"""The complete check of a dataset: read, inspect, check, count, compare."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from rfdetr.checks.cache import FactsCache
 from rfdetr.checks.check_boxes import check_boxes
@@ -13,8 +12,9 @@ from rfdetr.checks.check_categories import check_categories, training_table
 from rfdetr.checks.check_files import SplitFiles, adopt_sizes, check_files, find_files
 from rfdetr.checks.check_segmentations import check_polygons
 from rfdetr.checks.check_splits import check_leaks
+from rfdetr.checks.collector import Collector
 from rfdetr.checks.compare import compare_versions
-from rfdetr.checks.dataset_report import Collector, DatasetReport
+from rfdetr.checks.dataset_report import DatasetReport
 from rfdetr.checks.inspection import inspect_images
 from rfdetr.checks.options import CheckConfig
 from rfdetr.checks.sources import Sources, read_sources
@@ -25,15 +25,6 @@ from rfdetr.data.layouts import Kind
 Previous = DatasetReport | str | os.PathLike[str] | None
 
 
-class Options(NamedTuple):
-    """How the work is done; no option changes the result."""
-
-    workers: int | None
-    dask_address: str | None
-    cache_dir: str | os.PathLike[str] | None
-    progress: bool
-
-
 def check_dataset(
     dataset_dir: str | os.PathLike[str],
     dataset_file: Kind = "roboflow",
@@ -42,27 +33,37 @@ def check_dataset(
     model_config: ModelConfig | None = None,
     previous: Previous = None,
     workers: int | None = None,
-    dask_address: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> DatasetReport:
     """Check a dataset completely and return every finding at once.
 
-    `model_config` gives the resolution and patch for box sizes (default: nano). `previous` is a
-    report, a report.json or the folder of an older version. `workers` limits the processes (all
-    cores when None); `dask_address` uses a Dask cluster that sees the same files. Results of
-    unchanged images come from `cache_dir` (by default in the user's cache folder). Nothing is
-    written to the dataset. Raises DatasetError when there is no dataset to check.
+    `model_config` gives the resolution and patch size for box sizes (default: nano). `previous` is
+    a report, a report.json or the folder of an older version. `workers` limits the processes (None:
+    all cores). Results of unchanged images come from `cache_dir` (default: in the user's cache
+    folder). Nothing is written to the dataset. Raises DatasetError if there is no dataset to check.
     """
     config = config or CheckConfig()
     model = model_config or RFDETRNanoConfig.model_validate({"pretrain_weights": None})
-    options = Options(workers, dask_address, cache_dir, progress)
-    older = _previous_report(previous, dataset_file, config, model, options)
+    if previous is not None and not isinstance(previous, DatasetReport):
+        if Path(previous).is_dir():
+            previous = check_dataset(
+                previous,
+                dataset_file,
+                config=config,
+                model_config=model,
+                workers=workers,
+                cache_dir=cache_dir,
+                progress=progress,
+            )
+        else:
+            previous = DatasetReport.read(previous)
     collector = Collector(config)
     sources = read_sources(dataset_dir, dataset_file, collector, config, workers)
     if config.check_images:
         splits = [find_files(table, collector) for table in sources.tables]
-        _inspect(splits, config, options)
+        cache = FactsCache(cache_dir, config.max_pixels)
+        _inspect(splits, cache, config.max_pixels, workers, progress)
         for split in splits:
             check_files(split, collector)
         check_leaks(splits, collector, config)
@@ -74,44 +75,23 @@ def check_dataset(
         check_boxes(split.table, collector, config, model)
         check_polygons(split.table, collector, config)
     check_categories(sources.tables, collector, config)
-    return _report(sources, splits, collector, model, older)
+    return _report(sources, splits, collector, model, previous)
 
 
-def _inspect(splits: Sequence[SplitFiles], config: CheckConfig, options: Options) -> None:
-    cache = FactsCache(options.cache_dir, config.max_pixels)
+def _inspect(
+    splits: Sequence[SplitFiles],
+    cache: FactsCache,
+    max_pixels: int,
+    workers: int | None,
+    progress: bool,
+) -> None:
+    """Fill in the facts of all images; one call, so that all splits share one pool of processes."""
     paths = [path for split in splits for path in split.paths if path is not None]
     found = iter(
-        inspect_images(
-            paths,
-            cache,
-            max_pixels=config.max_pixels,
-            workers=options.workers,
-            dask_address=options.dask_address,
-            progress=options.progress,
-        )
+        inspect_images(paths, cache, max_pixels=max_pixels, workers=workers, progress=progress)
     )
     for split in splits:
         split.facts = [next(found) if path is not None else None for path in split.paths]
-
-
-def _previous_report(
-    previous: Previous,
-    dataset_file: Kind,
-    config: CheckConfig,
-    model: ModelConfig,
-    options: Options,
-) -> DatasetReport | None:
-    if previous is None or isinstance(previous, DatasetReport):
-        return previous
-    if Path(previous).is_dir():
-        return check_dataset(
-            previous,
-            dataset_file,
-            config=config,
-            model_config=model,
-            **options._asdict(),
-        )
-    return DatasetReport.read(previous)
 
 
 def _report(
@@ -142,9 +122,7 @@ def _report(
         images_checked=config.check_images,
         class_names=list(classes.class_names),
         annotation_files={
-            table.name: table.show(table.annotation_file)
-            for table in sources.tables
-            if table.annotation_file is not None
+            table.name: table.source for table in sources.tables if table.source is not None
         },
         image_folders={table.name: table.show(table.images_dir) for table in sources.tables},
         counts=dict(sorted(collector.counts.items())),

@@ -1,4 +1,4 @@
-"""Checks of boxes, areas and annotation ids over whole columns."""
+"""Checks of boxes, areas and annotation ids, vectorised over the annotations of a split."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rfdetr.checks.dataset_report import Collector
+from rfdetr.arrays import Bools, Floats, Integers
+from rfdetr.checks.collector import Collector
 from rfdetr.checks.options import CheckConfig
-from rfdetr.checks.table import NO_ID, Flags, Floats, Integers, SplitTable
+from rfdetr.checks.table import NO_ID, SplitTable
 from rfdetr.config import ModelConfig
 
-MAX_LAG = 256  # neighbours looked at for near-duplicates; more in one spot are duplicates anyway
+MAX_LAG = 256  # successors each box is compared with; more in one place are duplicates anyway
 
 
 def check_boxes(
@@ -26,26 +27,12 @@ def check_boxes(
     _check_density(table, collector, model, sound)
 
 
-def _note(
-    table: SplitTable,
-    collector: Collector,
-    code: str,
-    rows: Integers,
-    message: Callable[[int], str],
-) -> None:
-    listed: Integers = collector.take(code, rows)
-    chosen: list[int] = listed.tolist()
-    for row, place in zip(chosen, table.annotation_places(chosen), strict=True):
-        text = f"{message(row)} ({table.image_name(row)})"
-        collector.note(code, text, details=table.annotation_details(row), **place)
-
-
 def box_text(table: SplitTable, row: int) -> str:
     """The box of a row as [x, y, w, h]."""
     return "[" + ", ".join(f"{value:.6g}" for value in table.boxes[row]) + "]"
 
 
-def _check_shapes(table: SplitTable, collector: Collector, config: CheckConfig) -> Flags:
+def _check_shapes(table: SplitTable, collector: Collector, config: CheckConfig) -> Bools:
     """Report impossible boxes; return which boxes have a positive area."""
     width, height = table.boxes[:, 2], table.boxes[:, 3]
     finite = np.isfinite(table.boxes).all(axis=1)
@@ -62,14 +49,13 @@ def _check_shapes(table: SplitTable, collector: Collector, config: CheckConfig) 
         ("box-negative", negative, "has a negative size"),
         ("box-zero-area", flat, "has no area"),
     ):
-        _note(table, collector, code, np.flatnonzero(flags), describe(what))
+        collector.add_annotations(table, code, np.flatnonzero(flags), describe(what))
 
     with np.errstate(divide="ignore", invalid="ignore"):
         aspect = np.maximum(width / height, height / width)
     odd = np.flatnonzero(sound & (aspect > config.max_aspect) & ~table.crowd)
-    _note(
+    collector.add_annotations(
         table,
-        collector,
         "box-aspect",
         odd,
         lambda row: f"bbox {box_text(table, row)} has the aspect ratio {aspect[row]:.0f} : 1",
@@ -78,12 +64,10 @@ def _check_shapes(table: SplitTable, collector: Collector, config: CheckConfig) 
 
 
 def _check_outside(
-    table: SplitTable, collector: Collector, config: CheckConfig, sound: Flags
+    table: SplitTable, collector: Collector, config: CheckConfig, sound: Bools
 ) -> None:
-    known = table.known_sizes()
-    usable = sound & (table.image_rows >= 0)
-    usable &= np.append(known, False)[table.image_rows]
-    width, height = np.vstack([table.sizes, [np.nan, np.nan]])[table.image_rows].T
+    width, height = table.image_sizes().T
+    usable = sound & np.isfinite(width)
     left, top = table.boxes[:, 0], table.boxes[:, 1]
     right, bottom = left + table.boxes[:, 2], top + table.boxes[:, 3]
     slack = config.outside_tolerance
@@ -96,13 +80,13 @@ def _check_outside(
             f"{width[row]:.0f} x {height[row]:.0f} pixels"
         )
 
-    _note(table, collector, "box-outside-fully", np.flatnonzero(gone), describe("outside"))
+    collector.add_annotations(table, "box-outside-fully", np.flatnonzero(gone), describe("outside"))
     rows = np.flatnonzero(usable & partly & ~gone)
-    _note(table, collector, "box-outside", rows, describe("partly outside"))
+    collector.add_annotations(table, "box-outside", rows, describe("partly outside"))
 
 
 def _check_areas(
-    table: SplitTable, collector: Collector, config: CheckConfig, sound: Flags
+    table: SplitTable, collector: Collector, config: CheckConfig, sound: Bools
 ) -> None:
     if table.areas is None:
         return
@@ -110,9 +94,8 @@ def _check_areas(
     box = table.boxes[:, 2] * table.boxes[:, 3]
     bad = sound & ~(area > 0)
     bad |= sound & ~np.isfinite(area)
-    _note(
+    collector.add_annotations(
         table,
-        collector,
         "area-invalid",
         np.flatnonzero(bad),
         lambda row: (
@@ -122,9 +105,8 @@ def _check_areas(
     slack = config.area_tolerance * box + 1.0
     low = np.where(table.masked, config.min_mask_fill * box - 1.0, box - slack)
     wrong = sound & ~bad & ((area > box + slack) | (area < low)) & ~table.crowd
-    _note(
+    collector.add_annotations(
         table,
-        collector,
         "area-mismatch",
         np.flatnonzero(wrong),
         lambda row: f"area {area[row]:.6g} disagrees with the box of {box[row]:.6g} square pixels",
@@ -135,26 +117,24 @@ def _check_ids(table: SplitTable, collector: Collector) -> None:
     if table.label_files is not None:
         return
     ids = table.annotation_ids
-    _note(
+    collector.add_annotations(
         table,
-        collector,
         "annotation-id-zero",
         np.flatnonzero(ids == 0),
         lambda _row: "annotation id is 0",
     )
     order = np.argsort(ids, kind="stable")
     again = (ids[order][1:] == ids[order][:-1]) & (ids[order][1:] != NO_ID)
-    _note(
+    collector.add_annotations(
         table,
-        collector,
         "annotation-id-duplicate",
         np.sort(order[1:][again]),
-        lambda row: f"annotation id {ids[row]} is used before",
+        lambda row: f"annotation id {ids[row]} is already used",
     )
 
 
 def _check_duplicates(
-    table: SplitTable, collector: Collector, config: CheckConfig, sound: Flags
+    table: SplitTable, collector: Collector, config: CheckConfig, sound: Bools
 ) -> None:
     rows = np.flatnonzero(sound & ~table.crowd & (table.image_rows >= 0))
     order = np.lexsort((rows, table.boxes[rows, 0], table.image_rows[rows]))
@@ -179,7 +159,7 @@ def _note_pairs(
     code: str,
     pairs: tuple[Integers, Integers, Floats],
 ) -> None:
-    """Report each later box once, with the earlier one it repeats most closely."""
+    """Report each later box once, with the earlier box it matches most closely."""
     first, second, overlap = pairs
     order = np.lexsort((first, -overlap, second))
     later, kept = np.unique(second[order], return_index=True)
@@ -193,7 +173,7 @@ def _note_pairs(
             name = f"line {twin['line']}"
         return f"bbox {box_text(table, row)} repeats {name} (IoU {iou[row]:.3f})"
 
-    _note(table, collector, code, later, message)
+    collector.add_annotations(table, code, later, message)
 
 
 def _close_pairs(
@@ -201,8 +181,8 @@ def _close_pairs(
 ) -> tuple[Integers, Integers, Floats]:
     """Pairs of rows of one group with IoU >= threshold; `order` sorts rows by group and left edge.
 
-    Two boxes whose left edges are further apart than (1 - threshold) widths of the left one cannot
-    reach the threshold, so each row is compared with few successors.
+    Two boxes whose left edges are more than (1 - threshold) widths of the left box apart cannot
+    reach the threshold, so each row is compared with only a few successors.
     """
     group, box = groups[order], boxes[order]
     right = box[:, 0] + box[:, 2]
@@ -232,24 +212,24 @@ def _close_pairs(
 
 
 def _check_density(
-    table: SplitTable, collector: Collector, model: ModelConfig, sound: Flags
+    table: SplitTable, collector: Collector, model: ModelConfig, sound: Bools
 ) -> None:
     kept = sound & ~table.crowd & (table.image_rows >= 0)
     counts = np.bincount(table.image_rows[kept], minlength=len(table.file_names))
     crowded = np.flatnonzero(counts > model.num_queries)
-    for row in collector.take("image-too-many-boxes", crowded):
-        text = (
+    collector.add_images(
+        table,
+        "image-too-many-boxes",
+        crowded,
+        lambda row: (
             f"{table.file_names[row]} has {counts[row]} boxes, the model has "
             f"{model.num_queries} queries"
-        )
-        details = table.image_details(int(row))
-        place = table.image_place(int(row))
-        collector.note("image-too-many-boxes", text, details=details, **place)
+        ),
+    )
     sides = input_sides(table, model.resolution)
     small = kept & (sides.min(axis=1) < 1.0)
-    _note(
+    collector.add_annotations(
         table,
-        collector,
         "box-sub-pixel",
         np.flatnonzero(small),
         lambda row: (
@@ -260,6 +240,4 @@ def _check_density(
 
 def input_sides(table: SplitTable, resolution: int) -> Floats:
     """Width and height (n, 2) of every box after the square resize; NaN for unknown sizes."""
-    sizes = np.where(table.known_sizes()[:, None], table.sizes, np.nan)
-    scale = resolution / np.vstack([sizes, [np.nan, np.nan]])[table.image_rows]
-    return np.asarray(table.boxes[:, 2:] * scale)
+    return np.asarray(table.boxes[:, 2:] * (resolution / table.image_sizes()))

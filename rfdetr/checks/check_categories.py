@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from rfdetr.checks.dataset_report import Collector
+from rfdetr.checks.collector import Collector
 from rfdetr.checks.options import CheckConfig
-from rfdetr.checks.table import Integers, SplitTable
+from rfdetr.checks.table import SplitTable
 from rfdetr.data.categories import (
     HIGHEST_RAW_ID,
     CategoryTable,
@@ -16,6 +17,8 @@ from rfdetr.data.categories import (
     id_problems,
     is_raw_label,
 )
+
+Key = TypeVar("Key", int, str)
 
 
 def check_categories(
@@ -29,13 +32,12 @@ def check_categories(
         if table.label_files is None or table is tables[0]:
             _check_table(table, collector)
     _check_equal(tables, collector)
-    counts = {table.name: category_counts(table) for table in tables}
+    counts = {table.name: counts_by_id(table) for table in tables}
     ghosts = ghost_categories(tables)
     first = tables[0]
     if not first.categories and first.label_files is None:
-        source = first.show(first.annotation_file) if first.annotation_file else None
-        text = f"{first.name} lists no category"
-        collector.add("categories-missing", text, split=first.name, file=source)
+        text = f"{first.name} lists no categories"
+        collector.add("categories-missing", text, split=first.name, file=first.source)
     for row, category in enumerate(first.categories):
         if row in ghosts:
             text = (
@@ -48,18 +50,8 @@ def check_categories(
     _check_balance(first, ghosts, counts[first.name], collector, config)
 
 
-def category_counts(table: SplitTable) -> dict[int, int]:
-    """Number of annotations per category id, crowd regions left out."""
-    rows = table.category_rows[~table.crowd & (table.category_rows >= 0)]
-    per_row = np.bincount(rows, minlength=len(table.categories))
-    counts: dict[int, int] = {}
-    for category, count in zip(table.categories, per_row.tolist(), strict=True):
-        counts[category.id] = counts.get(category.id, 0) + count
-    return counts
-
-
 def training_table(tables: Sequence[SplitTable]) -> CategoryTable:
-    """The classes as training has them; every category where training refuses the list."""
+    """The classes as training reads them; every category if training refuses the list."""
     if not tables:
         return CategoryTable({}, ())
     first = tables[0]
@@ -72,17 +64,16 @@ def training_table(tables: Sequence[SplitTable]) -> CategoryTable:
 
 
 def ghost_categories(tables: Sequence[SplitTable]) -> set[int]:
-    """Rows of the first table that training drops (training specification 4.3)."""
+    """Rows of the first table that training drops, because they are only parents of others."""
     labels = training_table(tables).labels
     return {row for row, c in enumerate(tables[0].categories) if c.id not in labels}
 
 
 def _place(table: SplitTable, row: int) -> dict[str, object]:
-    source = table.show(table.annotation_file) if table.annotation_file else None
     category = table.categories[row]
     return {
         "split": table.name,
-        "file": source,
+        "file": table.source,
         "details": {"category_id": category.id, "category": category.name},
     }
 
@@ -94,8 +85,8 @@ def _check_table(table: SplitTable, collector: Collector) -> None:
         place = _place(table, row)
         if table.raw_ids and not is_raw_label(category.id):
             text = (
-                f"category '{category.name}' has the id {category.id}; ids of plain COCO become "
-                f"labels and must lie in 0..{HIGHEST_RAW_ID}"
+                f"category '{category.name}' has the id {category.id}; ids of plain COCO are "
+                f"used as labels and must be in 0..{HIGHEST_RAW_ID}"
             )
             collector.add("category-id-range", text, **place)
         if category.id in ids:
@@ -130,13 +121,13 @@ def _check_equal(tables: Sequence[SplitTable], collector: Collector) -> None:
                 "category-split-differs",
                 f"category {key} is {here} and {there}",
                 split=table.name,
-                file=table.show(table.annotation_file) if table.annotation_file else None,
+                file=table.source,
                 details={"category_id": key},
             )
 
 
 def _name_text(name: str | None, split: str) -> str:
-    return f"absent in {split}" if name is None else f"'{name}' in {split}"
+    return f"missing in {split}" if name is None else f"'{name}' in {split}"
 
 
 def _check_presence(
@@ -175,13 +166,20 @@ def _check_balance(
 
 
 def counts_by_name(table: SplitTable) -> dict[str, int]:
-    """Number of annotations per class name."""
-    named: dict[str, int] = {}
-    for category, count in zip(table.categories, _per_row(table).tolist(), strict=True):
-        named[category.name] = named.get(category.name, 0) + count
-    return named
+    """Number of annotations per class name, without crowd regions."""
+    return _counts_by([category.name for category in table.categories], table)
 
 
-def _per_row(table: SplitTable) -> Integers:
+def counts_by_id(table: SplitTable) -> dict[int, int]:
+    """Number of annotations per category id, without crowd regions."""
+    return _counts_by([category.id for category in table.categories], table)
+
+
+def _counts_by(keys: Sequence[Key], table: SplitTable) -> dict[Key, int]:
+    """Annotations per key of the category; several categories may have one key."""
     rows = table.category_rows[~table.crowd & (table.category_rows >= 0)]
-    return np.asarray(np.bincount(rows, minlength=len(table.categories)), np.int64)
+    per_row = np.bincount(rows, minlength=len(keys))
+    counts: dict[Key, int] = {}
+    for key, count in zip(keys, per_row.tolist(), strict=True):
+        counts[key] = counts.get(key, 0) + count
+    return counts

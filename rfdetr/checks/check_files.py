@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rfdetr.checks.cache import Inspected
-from rfdetr.checks.dataset_report import Collector
+from rfdetr.checks.collector import Collector
 from rfdetr.checks.image_probe import PLAIN_MODES, ImageFacts
 from rfdetr.checks.table import SplitTable
 from rfdetr.data.decode import FORMAT_SUFFIXES, IMAGE_SUFFIXES
@@ -25,7 +25,7 @@ STATUS_CODES = {
     "empty": "file-empty",
     "bomb": "file-bomb",
 }
-SAME_SHAPE = 0.02  # a resized image keeps its aspect ratio this closely
+SAME_SHAPE = 0.02  # relative change of the aspect ratio that a resize may cause
 PLAIN_CHARACTERS = frozenset(
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./()+=,@#~"
 )
@@ -35,7 +35,7 @@ SERVICE_SUFFIXES = frozenset({".json", ".cache", ".yaml", ".yml"})
 
 @dataclass
 class SplitFiles:
-    """Where each image record of a split is on disk; None for a name that cannot be used."""
+    """Path of each image record of a split; None for a file name that cannot be used."""
 
     table: SplitTable
     paths: list[str | None]
@@ -43,7 +43,7 @@ class SplitFiles:
 
     @classmethod
     def unread(cls, table: SplitTable) -> SplitFiles:
-        """A split whose images are not looked at."""
+        """A split whose images are not opened."""
         count = len(table.file_names)
         return cls(table, [None] * count, [None] * count)
 
@@ -68,7 +68,7 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def find_files(table: SplitTable, collector: Collector) -> SplitFiles:
-    """Locate the files of a split; report bad names, other spellings and unreferenced files."""
+    """Locate the files of a split; report bad names, wrong case and unreferenced files."""
     if table.label_files is not None:
         paths: list[str | None] = [str(table.images_dir / name) for name in table.file_names]
         _report_names(table, collector)
@@ -104,7 +104,7 @@ def _name_problem(name: str) -> str | None:
     if not name.strip():
         return "is empty"
     if "\0" in name or any("\ud800" <= character <= "\udfff" for character in name):
-        return "holds characters that no file name can have"
+        return "contains characters that no file name can have"
     path = PurePosixPath(name)
     if path.is_absolute() or (len(name) > 1 and name[1] == ":"):
         return "is an absolute path"
@@ -147,7 +147,7 @@ def _report_unreferenced(table: SplitTable, names: Sequence[str], collector: Col
         path = PurePosixPath(name)
         where = {"split": table.name, "file": table.show(table.images_dir / name)}
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            text = "no annotation file names this image"
+            text = "no annotation file lists this image"
             collector.add("file-unreferenced", text, **where)
         elif not _is_service(path):
             collector.add("file-stray", "neither an image nor an annotation file", **where)
@@ -159,7 +159,7 @@ def _is_service(path: PurePosixPath) -> bool:
 
 
 def _report_yolo_strays(table: SplitTable, collector: Collector) -> None:
-    """Label files without an image and other files beside the images."""
+    """Report label files without an image and other files next to the images."""
     known = {table.folder / label for label in table.label_files or ()}
     images = {table.images_dir / name for name in table.file_names}
     for folder in sorted({path.parent for path in images}):
@@ -179,7 +179,7 @@ def _report_yolo_strays(table: SplitTable, collector: Collector) -> None:
                 if _is_service(PurePosixPath(name)):
                     continue
                 where = {"split": table.name, "file": table.show(path)}
-                collector.add("label-unreferenced", "no image belongs to this label file", **where)
+                collector.add("label-unreferenced", "this label file has no image", **where)
 
 
 def check_files(files: SplitFiles, collector: Collector) -> None:
@@ -214,7 +214,7 @@ def _check_header(
 ) -> None:
     path = PurePosixPath(place["file"])
     if path.suffix.lower() not in FORMAT_SUFFIXES.get(facts.format, frozenset()):
-        text = f"the content is {facts.format}, the extension {path.suffix or 'is missing'}"
+        text = f"the content is {facts.format}, the extension is {path.suffix or 'missing'}"
         collector.add("file-extension", text, **_with(place, format=facts.format))
     if facts.mode and facts.mode not in PLAIN_MODES:
         collector.add("image-mode", f"colour mode {facts.mode}", **place)
@@ -232,11 +232,11 @@ def _check_header(
             f"{facts.width} x {facts.height} pixels"
         )
         if (height, width) == (facts.width, facts.height):
-            text += " (width and height are exchanged: a rotated export?)"
+            text += " (width and height are swapped: a rotated export?)"
         size = _with(place, width=facts.width, height=facts.height)
         ratio = width * facts.height / (height * facts.width)
-        mend = "rescale" if abs(ratio - 1) < SAME_SHAPE else ""
-        collector.add("image-size-mismatch", text, mend=mend, **size)
+        repair = "rescale" if abs(ratio - 1) < SAME_SHAPE else ""
+        collector.add("image-size-mismatch", text, repair=repair, **size)
 
 
 def _with(place: dict[str, Any], **details: Any) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def _with(place: dict[str, Any], **details: Any) -> dict[str, Any]:
 
 
 def adopt_sizes(files: SplitFiles) -> None:
-    """Fill unknown image sizes from the files."""
+    """Take unknown image sizes from the files."""
     sizes = files.table.sizes
     for row, found in enumerate(files.facts):
         if found is not None and found.facts.width and not np.isfinite(sizes[row]).all():

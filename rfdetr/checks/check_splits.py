@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from rfdetr.checks.cache import Inspected
 from rfdetr.checks.check_files import SplitFiles
-from rfdetr.checks.dataset_report import Collector
+from rfdetr.checks.collector import Collector
 from rfdetr.checks.image_probe import THUMB_SIDE
 from rfdetr.checks.neardup import near_pairs
 from rfdetr.checks.options import CheckConfig
 
-# A leaked image is best removed from the split that comes first here.
+# A leaked image is removed from the split that comes first here.
 ORDER = {"train": 0, "val": 1, "test": 2}
 
 

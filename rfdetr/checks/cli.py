@@ -16,9 +16,9 @@ from rfdetr.checks.check import check_dataset
 from rfdetr.checks.codes import CODES
 from rfdetr.checks.dataset_report import DatasetReport
 from rfdetr.checks.html import write_html
-from rfdetr.checks.markdown import code_rows, to_markdown, verdict
+from rfdetr.checks.markdown import to_markdown
 from rfdetr.checks.options import CheckConfig
-from rfdetr.checks.repair.copy import mend_dataset, plan_text
+from rfdetr.checks.repair.copy import plan_text, repair_dataset
 from rfdetr.config import MODEL_CONFIGS, ModelConfig
 from rfdetr.errors import RFDETRError
 from rfdetr.files import write_text_atomic
@@ -33,17 +33,17 @@ def parser() -> argparse.ArgumentParser:
     """Arguments of the command."""
     found = argparse.ArgumentParser(
         prog="python -m rfdetr.checks",
-        description="Find every defect of a dataset. Exit status 0: none is an error; "
-        "1: errors were found; 2: there is nothing to check. Nothing is written to the dataset.",
+        description="Find every defect of a dataset. Exit status 0: no errors; 1: errors; 2: the "
+        "dataset could not be checked. Nothing is written to the dataset.",
     )
     found.add_argument("dataset", nargs="?", help="dataset folder")
     found.add_argument("--format", choices=("roboflow", "coco", "yolo"), default="roboflow")
     found.add_argument("--model", choices=sorted(MODEL_CONFIGS), default="nano")
-    found.add_argument("--resolution", type=int, help="model input in pixels")
+    found.add_argument("--resolution", type=int, help="side of the model input in pixels")
     found.add_argument("--previous", metavar="REPORT|DATASET", help="older version to compare with")
     found.add_argument("--out", metavar="DIR", help="folder for report.json, .md and .html")
-    found.add_argument("--fix-plan", action="store_true", help="list what --fix would mend")
-    found.add_argument("--fix", metavar="OUT_DIR", help="write a mended copy to this new folder")
+    found.add_argument("--fix-plan", action="store_true", help="list what --fix would repair")
+    found.add_argument("--fix", metavar="OUT_DIR", help="write a repaired copy to this new folder")
     found.add_argument("--silence", metavar="CODE", action="append", default=[])
     found.add_argument("--severity", metavar="CODE=LEVEL", action="append", default=[])
     found.add_argument(
@@ -51,11 +51,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help="a threshold of CheckConfig",
+        help="set a threshold of CheckConfig",
     )
     found.add_argument("--annotations-only", action="store_true", help="do not open images")
     found.add_argument("--workers", type=int, help="processes (default: all cores)")
-    found.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster")
     found.add_argument("--cache", metavar="DIR", help="cache folder (default: the user's)")
     found.add_argument("--no-progress", action="store_true")
     found.add_argument("--list-codes", action="store_true", help="print every code and stop")
@@ -63,16 +62,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status; every failure is one readable message."""
+    """Run the command and return its exit status; a failure prints one readable message."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     options = parser().parse_args(arguments)
     if options.list_codes:
         for code, info in CODES.items():
-            mend = f" [--fix: {info.mend}]" if info.mend else ""
-            console.print(f"{code:24} {info.severity:8} {info.title}{mend}", markup=False)
+            repair = f" [--fix: {info.repair}]" if info.repair else ""
+            console.print(f"{code:24} {info.severity:8} {info.meaning}{repair}", markup=False)
         return EXIT_OK
     if options.dataset is None:
-        parser().error("the dataset folder is missing")
+        parser().error("the dataset folder is required")
     try:
         return _run(options)
     except ValidationError as error:
@@ -82,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _problem(error: ErrorDetails) -> str:
-    """What is wrong, after the field and the value that it was given."""
+    """The field, its value and what is wrong with it."""
     field = ".".join(map(str, error["loc"]))
     return f"{field}={error['input']}: {error['msg']}" if field else error["msg"]
 
@@ -101,7 +100,6 @@ def _run(options: argparse.Namespace) -> int:
         model_config=_model(options),
         previous=options.previous,
         workers=options.workers,
-        dask_address=options.dask,
         cache_dir=options.cache,
         progress=not options.no_progress,
     )
@@ -118,7 +116,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.out:
             write_text_atomic(Path(options.out) / "fix-plan.txt", text + "\n")
     if options.fix:
-        result = mend_dataset(options.dataset, report, options.fix)
+        result = repair_dataset(options.dataset, report, options.fix)
         console.print(result.text(), markup=False)
     return EXIT_OK if report.ok else EXIT_ERRORS
 
@@ -130,7 +128,7 @@ def _require_outside(options: argparse.Namespace) -> None:
         given = getattr(options, name)
         if given and dataset in (place := Path(given).expanduser().resolve(), *place.parents):
             raise ValueError(
-                f"--{name} {given} lies in the dataset; nothing is written there. "
+                f"--{name} {given} is inside the dataset, where nothing may be written. "
                 "Choose a folder outside."
             )
 
@@ -161,16 +159,16 @@ def _model(options: argparse.Namespace) -> ModelConfig:
 
 
 def _print_summary(report: DatasetReport) -> None:
-    for code, severity, count in code_rows(report):
-        first = next(finding for finding in report.findings if finding.code == code)
+    for code, (first, *_) in report.by_code().items():
+        count = f"{report.counts[code]:7,}"
         console.print(
-            f"{severity:8} {code:24} {count:7,}  {first.place()}: {first.message}", markup=False
+            f"{first.severity:8} {code:24} {count}  {first.place()}: {first.message}", markup=False
         )
     images = sum(numbers.images for numbers in report.statistics.values())
     boxes = sum(numbers.boxes for numbers in report.statistics.values())
     console.print(
         f"{report.dataset}: {images:,} images, {boxes:,} boxes, {len(report.class_names)} classes; "
         f"{report.errors} errors, {report.warnings} warnings, {report.infos} notes. "
-        f"{verdict(report)}",
+        f"{report.verdict}",
         markup=False,
     )

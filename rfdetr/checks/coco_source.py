@@ -1,19 +1,22 @@
-"""A COCO annotation file as a split table, with a finding for each record that cannot be read."""
+"""A COCO annotation file as a split table, with a finding for each unreadable record."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from rfdetr.checks.dataset_report import Collector
-from rfdetr.checks.polygons import Measured, measure_segmentations, rle_problem
-from rfdetr.checks.table import NO_ID, CategoryRow, Floats, Integers, SplitTable
+from rfdetr.arrays import Integers, find_rows
+from rfdetr.checks.collector import Collector
+from rfdetr.checks.polygons import Segmentations, measure_segmentations, rle_problem
+from rfdetr.checks.table import NO_ID, CategoryRow, SplitTable
 from rfdetr.data.coco_json import UNKNOWN, CocoFile, Problem, parse_segmentation, read_coco
 from rfdetr.data.coco_rows import Lines, byte_offset, outline, section_rows
 
-TAIL = 64  # a newline this near to the end may close a file of one line
+TAIL = 64  # a newline this close to the end may only terminate a file of one line
 
 
 def read_coco_split(
@@ -25,7 +28,7 @@ def read_coco_split(
     collector: Collector,
     workers: int | None = None,
 ) -> SplitTable:
-    """Read one annotation file tolerantly. DatasetError only where the file cannot be opened."""
+    """Read one annotation file tolerantly. DatasetError only if the file cannot be opened."""
     coco = read_coco(annotation_file, tolerant=True, segmentation=False)
     measured = measure_segmentations(coco.texts, workers)
     table = _table(name, folder, images_dir, coco)
@@ -53,8 +56,8 @@ def _table(name: str, folder: Path, images_dir: Path, coco: CocoFile) -> SplitTa
         file_names=images.names,
         sizes=sizes,
         annotation_ids=np.where(annotations.ids == UNKNOWN, NO_ID, annotations.ids),
-        image_rows=look_up(images.ids, annotations.image_ids),
-        category_rows=look_up(category_ids, annotations.category_ids),
+        image_rows=find_rows(images.ids, annotations.image_ids),
+        category_rows=find_rows(category_ids, annotations.category_ids),
         boxes=annotations.boxes,
         areas=annotations.areas,
         crowd=annotations.crowd,
@@ -66,20 +69,10 @@ def _table(name: str, folder: Path, images_dir: Path, coco: CocoFile) -> SplitTa
     )
 
 
-def look_up(keys: Integers, wanted: Integers) -> Integers:
-    """Row of the first equal key for each wanted value, -1 where there is none."""
-    if not len(keys):
-        return np.full(len(wanted), -1, np.int64)
-    order = np.argsort(keys, kind="stable")
-    place = np.searchsorted(keys[order], wanted).clip(max=len(keys) - 1)
-    rows = order[place]
-    return np.asarray(np.where(keys[rows] == wanted, rows, -1))
-
-
 def _line_finder(
     data: bytes, section: str, numbers: Integers
 ) -> Callable[[Sequence[int]], list[int | None]]:
-    """Lines of table rows, looked up in the file when they are first asked for."""
+    """Line numbers of table rows; the file is searched when they are first needed."""
     offsets: list[Integers] = []
     single_line: list[bool] = []
 
@@ -104,7 +97,7 @@ def _line_finder(
 
 
 def _broken_names(coco: CocoFile) -> frozenset[str]:
-    """File names of image records that could not be used."""
+    """File names of the image records that could not be read."""
     rows = {p.row for p in coco.problems if p.section == "images" and p.fatal and p.row is not None}
     if not rows:
         return frozenset()
@@ -125,17 +118,17 @@ def _report_problems(problems: Sequence[Problem], table: SplitTable, collector: 
         line = problem.line
         if line is None and problem.row is not None:
             line = _line_of_record(table, problem)
-        mend = {} if problem.row is not None else {"mend": ""}
+        repair = {} if problem.row is not None else {"repair": ""}
         collector.add(
             problem.code,
             str(problem),
             split=table.name,
-            file=table.show(table.annotation_file) if table.annotation_file else None,
+            file=table.source,
             line=line,
             image_id=image,
             annotation_id=annotation,
             details={"section": problem.section, "record": problem.row, "key": problem.key},
-            **mend,
+            **repair,
         )
 
 
@@ -151,60 +144,66 @@ def _line_of_record(table: SplitTable, problem: Problem) -> int | None:
 
 
 def _report_image_records(table: SplitTable, coco: CocoFile, collector: Collector) -> None:
+    names = table.file_names
     given = np.stack([coco.images.widths, coco.images.heights], axis=1)
-    bad = np.flatnonzero(((given <= 0) & (given != UNKNOWN)).any(axis=1))
-    for row in collector.take("image-size-invalid", bad):
-        text = f"{table.file_names[row]} is given the size {given[row, 0]} x {given[row, 1]}"
-        place = table.image_place(int(row))
-        details = table.image_details(int(row))
-        collector.note("image-size-invalid", text, details=details, **place)
-    for code, values, what in (
-        ("image-id-duplicate", table.image_ids, "image id"),
-        ("file-repeated", np.array(table.file_names, object), "file name"),
-    ):
-        order = np.argsort(values, kind="stable")
-        again = np.sort(order[1:][values[order][1:] == values[order][:-1]])
-        for row in collector.take(code, again):
-            text = f"{what} {values[row]} is used before"
-            place = table.image_place(int(row))
-            details = table.image_details(int(row))
-            collector.note(code, text, details=details, **place)
+    collector.add_images(
+        table,
+        "image-size-invalid",
+        np.flatnonzero(((given <= 0) & (given != UNKNOWN)).any(axis=1)),
+        lambda row: f"{names[row]} has the size {given[row, 0]} x {given[row, 1]}",
+    )
+    collector.add_images(
+        table,
+        "image-id-duplicate",
+        _repeated(table.image_ids),
+        lambda row: f"image id {table.image_ids[row]} is already used",
+    )
+    collector.add_images(
+        table,
+        "file-repeated",
+        _repeated(np.array(names, object)),
+        lambda row: f"file name {names[row]} is already used",
+    )
+
+
+def _repeated(values: npt.NDArray[Any]) -> Integers:
+    """Positions whose value occurs earlier, ascending."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    return np.sort(order[1:][ordered[1:] == ordered[:-1]])
 
 
 def _report_links(table: SplitTable, coco: CocoFile, collector: Collector) -> None:
-    for code, rows, wanted, what in (
-        ("image-id-unknown", table.image_rows, coco.annotations.image_ids, "image_id"),
-        ("category-id-unknown", table.category_rows, coco.annotations.category_ids, "category_id"),
+    def describe(key: str, ids: Integers) -> Callable[[int], str]:
+        return lambda row: f"{key} {ids[row]} is not listed, or its record cannot be read"
+
+    for code, rows, key, ids in (
+        ("image-id-unknown", table.image_rows, "image_id", coco.annotations.image_ids),
+        ("category-id-unknown", table.category_rows, "category_id", coco.annotations.category_ids),
     ):
-        chosen = [int(row) for row in collector.take(code, np.flatnonzero(rows < 0))]
-        for row, place in zip(chosen, table.annotation_places(chosen), strict=True):
-            text = f"{what} {wanted[row]} is not listed, or its record cannot be read"
-            collector.note(code, text, details=table.annotation_details(row), **place)
+        collector.add_annotations(table, code, np.flatnonzero(rows < 0), describe(key, ids))
 
 
 def _add_segmentations(
-    table: SplitTable, measured: Callable[[], Measured], collector: Collector
+    table: SplitTable, measured: Callable[[], Segmentations], collector: Collector
 ) -> None:
     found = measured()
-    table.polygons = found.polygons()
+    table.polygons = found.polygons
     table.masked[table.polygons.owner] = True
     table.masked[[row for row, _ in found.masks]] = True
-    _note_rows(table, collector, "polygon-malformed", found.wrong)
-    sizes: Floats = np.vstack([table.sizes, [np.nan, np.nan]])
+    wrong = [(row, f"segmentation {problem}") for row, problem in found.wrong]
+    _report_rows(table, collector, "polygon-malformed", wrong)
+    sizes = table.image_sizes()
     broken = []
     for row, mask in found.masks:
-        width, height = sizes[table.image_rows[row]]
-        reason = rle_problem(mask, width, height)
-        if reason:
-            broken.append((row, reason))
-    _note_rows(table, collector, "rle-malformed", broken)
+        problem = rle_problem(mask, *sizes[row])
+        if problem:
+            broken.append((row, f"segmentation {problem}"))
+    _report_rows(table, collector, "rle-malformed", broken)
 
 
-def _note_rows(
+def _report_rows(
     table: SplitTable, collector: Collector, code: str, found: Sequence[tuple[int, str]]
 ) -> None:
-    listed = collector.take(code, found)
-    places = table.annotation_places([row for row, _ in listed])
-    for (row, reason), place in zip(listed, places, strict=True):
-        text = f"segmentation {reason} ({table.image_name(row)})"
-        collector.note(code, text, details=table.annotation_details(row), **place)
+    rows = np.array([row for row, _ in found], np.int64)
+    collector.add_annotations(table, code, rows, dict(found).__getitem__)

@@ -1,25 +1,26 @@
-"""A dataset against its previous version, by file name and content."""
+"""Compares a dataset with its previous version, by file name and content."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rfdetr.checks.dataset_report import Collector, Comparison, DatasetReport, SplitStatistics
+from rfdetr.checks.collector import Collector
+from rfdetr.checks.dataset_report import Comparison, DatasetReport, SplitStatistics
 from rfdetr.checks.options import CheckConfig
 
 EXAMPLES = 20
-Prints = Mapping[str, Mapping[str, tuple[str, str]]]
+Fingerprints = Mapping[str, Mapping[str, tuple[str, str]]]
 
 
 def compare_versions(
     previous: DatasetReport,
-    prints: Prints,
+    fingerprints: Fingerprints,
     statistics: Mapping[str, SplitStatistics],
     collector: Collector,
     config: CheckConfig,
 ) -> Comparison:
     """Added, removed and changed images, changed annotations and the shift of class counts."""
-    old, new = _flat(previous.fingerprints), _flat(prints)
+    old, new = _flat(previous.fingerprints), _flat(fingerprints)
     both = sorted(old.keys() & new.keys())
     content = all(old[key][0] for key in both[:1]) and all(new[key][0] for key in both[:1])
     changed = [k for k in both if old[k][0] and new[k][0] and old[k][0] != new[k][0]]
@@ -29,12 +30,12 @@ def compare_versions(
     names = sorted(counts_then.keys() | counts_now.keys())
     shares = _share_shift(counts_then, counts_now, names)
     if removed:
-        text = f"{len(removed)} image(s) of the previous version are gone, first {removed[0]}"
+        text = f"{len(removed)} image(s) of the previous version were removed, first {removed[0]}"
         collector.add("version-images-removed", text)
     for name in names:
         if abs(shares[name]) > config.max_class_shift:
             text = (
-                f"'{name}' moved by {shares[name]:+.1%} of all boxes "
+                f"the share of '{name}' changed by {shares[name]:+.1%} of all boxes "
                 f"({counts_then.get(name, 0)} to {counts_now.get(name, 0)})"
             )
             collector.add("version-class-shift", text, details={"category": name})
@@ -54,8 +55,12 @@ def compare_versions(
     )
 
 
-def _flat(prints: Prints) -> dict[str, tuple[str, str]]:
-    return {f"{split}/{name}": parts for split in prints for name, parts in prints[split].items()}
+def _flat(fingerprints: Fingerprints) -> dict[str, tuple[str, str]]:
+    return {
+        f"{split}/{name}": parts
+        for split in fingerprints
+        for name, parts in fingerprints[split].items()
+    }
 
 
 def _class_counts(statistics: Mapping[str, SplitStatistics]) -> dict[str, int]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from rfdetr.checks.codes import CODES, SEVERITIES, Severity
-from rfdetr.checks.options import CheckConfig
+from rfdetr.checks.codes import Severity
 from rfdetr.errors import DatasetError
 from rfdetr.files import write_text_atomic
 
@@ -19,7 +18,7 @@ SCHEMA_VERSION = 1
 
 
 def _portable(value: Any) -> Any:
-    """Integers that JSON readers cannot hold become texts."""
+    """Turn integers that JSON readers cannot represent into strings."""
     return str(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
 
 
@@ -27,24 +26,27 @@ Identifier = Annotated[int | str, BeforeValidator(_portable)]
 
 
 class Finding(BaseModel):
-    """One defect at one place. `file` is relative to the dataset folder; `line` counts from 1."""
+    """One defect at one place. `file` is relative to the dataset folder; `line` counts from 1.
 
-    model_config = ConfigDict(frozen=True)
+    In JSON, `advice` is called "fix" and `repair`, the repair that `--fix` makes, "mend".
+    """
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
 
     code: str
     severity: Severity
     message: str
-    fix: str
+    advice: str = Field(validation_alias="fix", serialization_alias="fix")
     split: str | None = None
     file: str | None = None
     line: int | None = None
     image_id: Identifier | None = None
     annotation_id: Identifier | None = None
-    mend: str = ""
+    repair: str = Field(default="", validation_alias="mend", serialization_alias="mend")
     details: dict[str, Any] = Field(default_factory=dict)
 
     def place(self) -> str:
-        """File, line and ids as one short text."""
+        """File, line and ids in one short string."""
         parts = [self.file or self.split or ""]
         if self.line is not None:
             parts[0] += f":{self.line}"
@@ -56,7 +58,7 @@ class Finding(BaseModel):
 
 
 class SplitStatistics(BaseModel):
-    """Numbers of one split. Box sizes are pixels after the square resize to the model's input."""
+    """Statistics of one split. Box sizes are pixels after the square resize for the model."""
 
     images: int = 0
     images_without_boxes: int = 0
@@ -90,9 +92,9 @@ class Comparison(BaseModel):
 class DatasetReport(BaseModel):
     """Every finding of one dataset, in a fixed order, with its statistics.
 
-    `counts` holds the number of findings per code, also of those beyond the listing limit.
-    `fingerprints` maps split -> file name -> [content hash, hash of its boxes]; a later version is
-    compared with it.
+    `counts` is the number of findings per code, including those beyond the listing limit.
+    `fingerprints` maps split -> file name -> [content hash, hash of its boxes]; a later version of
+    the dataset is compared with it.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -129,8 +131,24 @@ class DatasetReport(BaseModel):
 
     @property
     def ok(self) -> bool:
-        """Whether training may start: no finding is an error."""
+        """Whether training may start: there are no errors."""
         return self.errors == 0
+
+    @property
+    def verdict(self) -> str:
+        """Whether training may start, as one sentence."""
+        if self.errors:
+            return "Not ready for training."
+        if self.warnings:
+            return "Ready for training; review the warnings."
+        return "Ready for training."
+
+    def by_code(self) -> dict[str, list[Finding]]:
+        """The listed findings grouped by code, in their order."""
+        groups: dict[str, list[Finding]] = defaultdict(list)
+        for finding in self.findings:
+            groups[finding.code].append(finding)
+        return dict(groups)
 
     def of(self, *codes: str) -> list[Finding]:
         """The listed findings with one of these codes."""
@@ -138,19 +156,19 @@ class DatasetReport(BaseModel):
 
     def to_json(self) -> str:
         """The report as JSON text, keys in a fixed order."""
-        data = self.model_dump(mode="json")
+        data = self.model_dump(mode="json", by_alias=True)
         try:
             return orjson.dumps(data, option=orjson.OPT_INDENT_2).decode()
         except TypeError:  # a file name that is not UTF-8
             return orjson.dumps(printable(data), option=orjson.OPT_INDENT_2).decode()
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write `report.json` in one step."""
+        """Write `report.json` atomically."""
         write_text_atomic(path, self.to_json() + "\n")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a report; DatasetError when the file is none or of another schema version."""
+        """Read a report; DatasetError if it is not a report or has another schema version."""
         try:
             data = orjson.loads(Path(path).read_bytes())
         except (OSError, ValueError) as error:
@@ -167,7 +185,7 @@ class DatasetReport(BaseModel):
 
 
 def printable(value: Any) -> Any:
-    """`value` with each byte of a file name that is no UTF-8 spelt out as a backslash escape."""
+    """`value` with bytes of file names that are not UTF-8 written as backslash escapes."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
@@ -175,66 +193,3 @@ def printable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [printable(item) for item in value]
     return value
-
-
-class Collector:
-    """Gathers findings: applies silence, severity and the listing limit, counts everything."""
-
-    def __init__(self, config: CheckConfig) -> None:
-        self.config = config
-        self.counts: Counter[str] = Counter()
-        self._silent = frozenset(config.silence)
-        self._noted: Counter[str] = Counter()
-        self._findings: list[Finding] = []
-
-    def add(self, code: str, message: str, **where: Any) -> None:
-        """Record one finding; `where` holds the further fields of `Finding`."""
-        for _ in self.take(code, (None,)):
-            self.note(code, message, **where)
-
-    def take(self, code: str, places: Any) -> Any:
-        """Count all `places` (a sequence or array) and return those that are still to be noted."""
-        if code in self._silent or len(places) == 0:
-            return places[:0]
-        self.counts[code] += len(places)
-        return places[: max(0, self.config.max_findings_per_code - self._noted[code])]
-
-    def note(self, code: str, message: str, **where: Any) -> None:
-        """List a finding that `take` has counted."""
-        self._noted[code] += 1
-        message, where = printable(message), printable(where)
-        info = CODES[code]
-        where.setdefault("mend", info.mend)
-        self._findings.append(
-            Finding(
-                code=code,
-                severity=self.config.severity_of(code),
-                message=message,
-                fix=info.fix,
-                **where,
-            )
-        )
-
-    def findings(self) -> list[Finding]:
-        """All listed findings: errors first, then by code, split, file, line and ids."""
-        return sorted(self._findings, key=_sort_key)
-
-    def severities(self) -> dict[str, int]:
-        """Number of findings per severity, all three named."""
-        total = dict.fromkeys(SEVERITIES, 0)
-        for code, count in self.counts.items():
-            total[self.config.severity_of(code)] += count
-        return {str(name): count for name, count in total.items()}
-
-
-def _sort_key(finding: Finding) -> tuple[Any, ...]:
-    return (
-        SEVERITIES.index(finding.severity),
-        finding.code,
-        finding.split or "",
-        finding.file or "",
-        finding.line or 0,
-        str(finding.image_id or "").rjust(20),
-        str(finding.annotation_id or "").rjust(20),
-        finding.message,
-    )

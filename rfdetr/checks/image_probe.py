@@ -1,4 +1,4 @@
-"""What one image file holds: read, measured and fully decoded, without trusting it."""
+"""Facts about one image file: read, measured and fully decoded, without trusting it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from PIL import Image, UnidentifiedImageError
 
 from rfdetr.data.decode import to_rgb
 
-PROBE_VERSION = 2  # part of the cache key: raise it when a field or its meaning changes
+PROBE_VERSION = 2  # part of the cache key: increase it when a field or its meaning changes
 THUMB_SIDE = 16
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit
 
-# Formats that the training reader takes; Pillow tries no other plugin on an unknown file.
+# Formats that training reads; Pillow tries no other plugin on an unknown file.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -31,7 +31,7 @@ MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"GIF8", "GIF"),
 )
 
-# Modes that become RGB without losing what the detector sees.
+# Modes that convert to RGB without losing what the detector sees.
 PLAIN_MODES = frozenset({"RGB", "L", "P", "RGBA", "1", "LA", "PA", "RGBX"})
 
 Status = Literal["ok", "missing", "empty", "unreadable", "truncated", "bomb"]
@@ -40,10 +40,10 @@ _limit_lock = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """Everything the checks need of one image; sizes are those stored, before EXIF rotation.
+    """Everything the checks need to know about one image; sizes are before EXIF rotation.
 
-    `dhash` is a 64-bit difference hash, `thumb` 16 x 16 grey bytes, `mean` the RGB mean in 0..255;
-    they are empty when the picture could not be decoded.
+    `dhash` is a 64-bit difference hash, `thumb` 16 x 16 gray bytes, `mean` the RGB mean in 0..255;
+    they are empty if the image could not be decoded.
     """
 
     status: Status
@@ -74,7 +74,7 @@ class ImageFacts:
 
 
 def read_content(path: str) -> tuple[bytes, str, ImageFacts | None]:
-    """Bytes and SHA-256 of a file; where it cannot be read, the facts that say so."""
+    """Bytes and SHA-256 of a file; if it cannot be read, the facts that say so."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -87,7 +87,7 @@ def read_content(path: str) -> tuple[bytes, str, ImageFacts | None]:
 
 
 def probe_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFacts:
-    """Facts of one image held in memory; a bomb is told from its header and never decoded."""
+    """Facts of one image in memory; a decompression bomb is recognised by its header."""
     if not data:
         return ImageFacts("empty")
     with warnings.catch_warnings():
@@ -110,7 +110,7 @@ def _known_formats() -> tuple[str, ...]:
 def _unopened(data: bytes, detail: str) -> ImageFacts:
     for magic, name in MAGIC:
         if data.startswith(magic) and not _ends_properly(name, data):
-            return ImageFacts("truncated", f"cut off within the {name} header", format=name)
+            return ImageFacts("truncated", f"the file ends within the {name} header", format=name)
     return ImageFacts("unreadable", detail)
 
 
@@ -134,14 +134,14 @@ def _probe_open(image: Image.Image, data: bytes, max_pixels: int) -> ImageFacts:
         return replace(facts, status="truncated" if cut else "unreadable", detail=text)
     if not _ends_properly(image.format, data):
         return replace(facts, status="truncated", detail="the end marker of the file is missing")
-    return _with_picture(facts, image)
+    return _with_pixels(facts, image)
 
 
-def _with_picture(facts: ImageFacts, image: Image.Image) -> ImageFacts:
+def _with_pixels(facts: ImageFacts, image: Image.Image) -> ImageFacts:
     small = to_rgb(image).resize((36, 32), Image.Resampling.BOX)
     rgb = np.asarray(small, np.float64)
-    grey = (rgb * (0.299, 0.587, 0.114)).sum(axis=2)
-    cells = grey.reshape(8, 4, 9, 4).mean(axis=(1, 3))
+    gray = (rgb * (0.299, 0.587, 0.114)).sum(axis=2)
+    cells = gray.reshape(8, 4, 9, 4).mean(axis=(1, 3))
     bits = np.packbits(cells[:, 1:] > cells[:, :-1])
     thumb = small.convert("L").resize((THUMB_SIDE, THUMB_SIDE), Image.Resampling.BOX)
     red, green, blue = rgb.mean(axis=(0, 1)).round(2).tolist()
@@ -155,7 +155,7 @@ def _with_picture(facts: ImageFacts, image: Image.Image) -> ImageFacts:
 
 @contextmanager
 def _no_pixel_limit() -> Iterator[None]:
-    """Open headers of any size: the limit is ours, checked before a pixel is decoded."""
+    """Open headers of any size: `max_pixels` is checked before a pixel is decoded."""
     with _limit_lock:
         kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -167,19 +167,19 @@ def _no_pixel_limit() -> Iterator[None]:
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # noqa: BLE001 - a broken EXIF block is no reason to refuse the picture
+    except Exception:  # noqa: BLE001 - a broken EXIF block does not make the image unusable
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _frames(image: Image.Image) -> int:
-    if image.format == "MPO":  # further pictures of a stereo or panorama JPEG, never an animation
+    if image.format == "MPO":  # further images of a stereo or panorama JPEG, never an animation
         return 1
     return int(getattr(image, "n_frames", 1))
 
 
 def _ends_properly(format_name: str | None, data: bytes) -> bool:
-    """Whether the file is as long as it says; decoders forgive a missing end they do not need."""
+    """Whether the file is complete; decoders tolerate a missing end that they do not need."""
     if format_name in ("JPEG", "MPO"):
         return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
     if format_name == "PNG":

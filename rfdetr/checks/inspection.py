@@ -1,4 +1,4 @@
-"""Image inspection in parallel processes or on a Dask cluster, with the cache in front."""
+"""Image inspection in parallel processes, behind the cache."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from tqdm import TMonitor, tqdm
 
 from rfdetr.checks.cache import FactsCache, FileStamp, Inspected
 from rfdetr.checks.image_probe import ImageFacts, probe_bytes, read_content
-from rfdetr.errors import DatasetError, MissingDependencyError
 
 BATCH = 32
-CONNECT_SECONDS = 15
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
-Batch = tuple[str, ...]
-Task = Callable[[Batch, int], list[Inspected]]
+Paths = tuple[str, ...]
+Task = Callable[[Paths, int], list[Inspected]]
 
 
-def hash_batch(paths: Batch, _max_pixels: int) -> list[Inspected]:
-    """Content hashes only; facts are a placeholder where the file could be read."""
+def hash_batch(paths: Paths, _max_pixels: int) -> list[Inspected]:
+    """Content hashes only; the facts of readable files are a placeholder."""
     results = []
     for path in paths:
         _, content, problem = read_content(path)
@@ -36,7 +34,7 @@ def hash_batch(paths: Batch, _max_pixels: int) -> list[Inspected]:
     return results
 
 
-def inspect_batch(paths: Batch, max_pixels: int) -> list[Inspected]:
+def inspect_batch(paths: Paths, max_pixels: int) -> list[Inspected]:
     """Hash and decode each file."""
     results = []
     for path in paths:
@@ -51,22 +49,14 @@ def inspect_images(
     *,
     max_pixels: int,
     workers: int | None = None,
-    dask_address: str | None = None,
     progress: bool = True,
 ) -> list[Inspected]:
-    """Inspect image files, in order; unchanged ones come from the cache without being decoded.
-
-    Raises DatasetError when no Dask scheduler answers at `dask_address`.
-    """
+    """Inspect image files, in order; the results of unchanged files come from the cache."""
 
     def run(task: Task, chosen: Sequence[str], label: str) -> list[Inspected]:
         batches = [tuple(chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
-        bar = tqdm(total=len(chosen), desc=label, unit="image", disable=not progress)
-        with bar:
-            if dask_address:
-                results = _on_dask(task, batches, max_pixels, dask_address, bar)
-            else:
-                results = _in_processes(task, batches, max_pixels, workers, bar)
+        with tqdm(total=len(chosen), desc=label, unit="image", disable=not progress) as bar:
+            results = _in_processes(task, batches, max_pixels, workers, bar)
         return [found for batch in results for found in batch]
 
     stamps = {stamp.path: stamp for stamp in map(_stamp, dict.fromkeys(paths)) if stamp}
@@ -101,13 +91,13 @@ def _stamp(path: str) -> FileStamp | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        return FileStamp(path, -1, -1)  # reading it says what is wrong
+        return FileStamp(path, -1, -1)  # reading it reports what is wrong
     return FileStamp(path, status.st_size, status.st_mtime_ns)
 
 
 def _in_processes(
     task: Task,
-    batches: Sequence[Batch],
+    batches: Sequence[Paths],
     max_pixels: int,
     workers: int | None,
     bar: tqdm[Any],
@@ -126,7 +116,7 @@ def _in_processes(
         for future in as_completed(futures):
             try:
                 done[futures[future]] = future.result()
-            except BrokenProcessPool:  # a decoder killed its process: look at each file alone
+            except BrokenProcessPool:  # a decoder killed its process: inspect each file alone
                 continue
             bar.update(len(batches[futures[future]]))
     for i, batch in enumerate(batches):
@@ -146,48 +136,16 @@ def _in_own_process(task: Task, path: str, max_pixels: int) -> Inspected:
             return Inspected("", ImageFacts("unreadable", "the decoder crashed on this file"))
 
 
-def _on_dask(
-    task: Task, batches: Sequence[Batch], max_pixels: int, address: str, bar: tqdm[Any]
-) -> list[list[Inspected]]:
-    try:
-        from distributed import Client
-        from distributed import as_completed as completed
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Checks on a Dask cluster need the package 'distributed': "
-            "pip install 'rfdetr-pipeline[dask]'."
-        ) from error
-    try:
-        client = Client(  # type: ignore[no-untyped-call]
-            address, timeout=CONNECT_SECONDS, set_as_default=False
-        )
-    except (OSError, ValueError, TimeoutError) as error:
-        raise DatasetError(
-            f"No Dask scheduler answers at {address} ({error}). Start one, correct the address, "
-            "or leave it out to use this machine's processes."
-        ) from error
-    with client:
-        futures = client.map(task, batches, max_pixels=max_pixels, pure=False)
-        places = {future.key: i for i, future in enumerate(futures)}
-        done: dict[int, list[Inspected]] = {}
-        for future, result in completed(  # type: ignore[no-untyped-call]
-            futures, with_results=True, loop=client.loop
-        ):
-            done[places[future.key]] = result
-            bar.update(len(result))
-    return [done[i] for i in range(len(batches))]
-
-
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
+    except AttributeError:  # not available on macOS and Windows
         return os.cpu_count() or 1
 
 
 def process_context() -> multiprocessing.context.BaseContext:
-    """Fork while no other thread could hold a lock, otherwise spawn."""
+    """Fork if no other thread could hold a lock, otherwise spawn."""
     forkable = "fork" in multiprocessing.get_all_start_methods()
     alone = all(
         thread is threading.main_thread() or isinstance(thread, TMonitor)
@@ -198,10 +156,10 @@ def process_context() -> multiprocessing.context.BaseContext:
 
 @contextmanager
 def child_setup() -> Iterator[None]:
-    """Children started inside compute with one thread each and do not run the caller's script.
+    """Child processes started inside use one thread each and do not run the caller's script.
 
-    A spawned child would import the main module again; a script without the usual `__name__` guard
-    would then start the whole check once more in every child.
+    A spawned child imports the main module; a script without the usual `__name__` guard would start
+    the complete check again in every child.
     """
     kept = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     main = sys.modules["__main__"]

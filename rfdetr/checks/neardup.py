@@ -1,7 +1,8 @@
-"""Near-duplicate search over 64-bit perceptual hashes, verified on small grey pictures.
+"""Near-duplicate search over 64-bit perceptual hashes, verified on small gray thumbnails.
 
-Two hashes within 7 bits agree in one of four 16-bit bands up to one bit, so each query looks up 17
-keys per band in a sorted table instead of comparing with every hash.
+Two hashes that differ in at most 7 bits differ in at most one bit in one of the four 16-bit bands
+(pigeonhole principle). Each query therefore looks up 17 keys per band in a sorted table instead of
+being compared with every hash.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from rfdetr.arrays import Floats, Integers
+
 Hashes = npt.NDArray[np.uint64]
-Integers = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 BANDS = 4
 BAND_BITS = 16
 FLIPS = np.array([0, *(1 << bit for bit in range(BAND_BITS))], np.uint64)
-MIN_CONTRAST = 4.0  # grey levels of standard deviation; a flatter picture has no structure to match
+MIN_CONTRAST = 4.0  # gray levels of standard deviation; a flatter image has nothing to compare
 CHUNK_PAIRS = 4_000_000
-MAX_SAME_KEY = 2_000  # a key shared by more pictures than this says nothing
+MAX_SAME_KEY = 2_000  # keys shared by more images than this are skipped as uninformative
 
 
 def near_pairs(
@@ -30,10 +31,10 @@ def near_pairs(
     max_bits: int,
     min_correlation: float,
 ) -> tuple[Integers, Integers, Floats]:
-    """Index pairs (query, table) within `max_bits` (0..7) whose pictures correlate.
+    """Index pairs (query, table) within `max_bits` (0..7) whose thumbnails correlate.
 
-    `thumbs` are (n, 256) grey values. Pictures without contrast are left out. Returns the pairs,
-    sorted, with the correlation of each.
+    `thumbs` are (n, 256) gray values. Images without contrast are skipped. Returns the sorted
+    pairs and the correlation of each.
     """
     query_unit, query_kept = _normalised(query_thumbs)
     table_unit, table_kept = _normalised(table_thumbs)
@@ -91,7 +92,7 @@ def _close(
     max_bits: int,
     width: int,
 ) -> list[Integers]:
-    """Codes query * width + row of the looked-up pairs that are within `max_bits`."""
+    """Codes query * width + row of the candidate pairs that are within `max_bits`."""
     codes = []
     ends = np.cumsum(count)
     start = 0

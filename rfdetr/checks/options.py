@@ -13,10 +13,10 @@ from rfdetr.config import StrictConfig
 
 
 class CheckConfig(StrictConfig):
-    """What counts as a finding. Unknown fields and unknown codes are refused by name.
+    """What counts as a finding. Unknown fields and unknown codes are errors that name them.
 
     `check_images=False` reads annotation files only. At most `max_findings_per_code` findings of a
-    code are listed; all are counted. Pixel tolerances are in pixels of the original image.
+    code are listed; all are counted. Tolerances in pixels refer to the original image.
     """
 
     silence: list[str] = Field(default_factory=list)
@@ -50,10 +50,10 @@ class CheckConfig(StrictConfig):
                 near = difflib.get_close_matches(code, CODES, n=1)
                 hints.append(f"'{code}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
             raise ValueError(
-                f"no finding code {', '.join(hints)}. `--list-codes` prints every code."
+                f"unknown finding code {', '.join(hints)}. `--list-codes` prints every code."
             )
         return self
 
     def severity_of(self, code: str) -> Severity:
-        """The severity in force for a code."""
+        """The severity of a code: as configured, else its default."""
         return self.severity.get(code, CODES[code].severity)

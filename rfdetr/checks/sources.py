@@ -1,4 +1,4 @@
-"""From a dataset folder to one split table each, in any layout."""
+"""Reads the splits of a dataset folder in any layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rfdetr.checks.coco_source import read_coco_split
-from rfdetr.checks.dataset_report import Collector
+from rfdetr.checks.collector import Collector
 from rfdetr.checks.options import CheckConfig
 from rfdetr.checks.table import SplitTable
 from rfdetr.checks.yolo_source import read_yolo_layout, read_yolo_split
@@ -26,7 +26,7 @@ from rfdetr.errors import DatasetError
 
 
 class Sources(NamedTuple):
-    """A recognised dataset and its splits."""
+    """A dataset whose layout was recognised, and its splits."""
 
     layout: Layout
     tables: list[SplitTable]
@@ -92,15 +92,14 @@ def _report_splits(layout: Layout, tables: list[SplitTable], collector: Collecto
     if "test" not in present and layout.kind != "coco":
         collector.add("split-test-missing", "no test split", split="test")
     for table in tables:
-        source = table.show(table.annotation_file) if table.annotation_file else None
         if not table.readable:
             continue
         if not table.file_names:
             code = "split-test-missing" if table.name == "test" else "split-empty"
-            collector.add(code, f"{table.name} has no images", split=table.name, file=source)
+            collector.add(code, f"{table.name} has no images", split=table.name, file=table.source)
         elif not len(table.boxes):
-            text = f"{table.name} has {len(table.file_names)} images and no usable annotation"
-            collector.add("split-unannotated", text, split=table.name, file=source)
+            text = f"{table.name} has {len(table.file_names)} images and no usable annotations"
+            collector.add("split-unannotated", text, split=table.name, file=table.source)
 
 
 def _report_proportions(

@@ -1,4 +1,4 @@
-"""Numbers of each split: counts, imbalance, box sizes at the model's resolution, colour."""
+"""Statistics of each split: counts, imbalance, box sizes at the model's resolution, colour."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rfdetr.arrays import Bools, Floats, Integers
 from rfdetr.checks.check_boxes import input_sides
 from rfdetr.checks.check_categories import counts_by_name
 from rfdetr.checks.check_files import SplitFiles
-from rfdetr.checks.dataset_report import Collector, SplitStatistics
+from rfdetr.checks.collector import Collector
+from rfdetr.checks.dataset_report import SplitStatistics
 from rfdetr.checks.options import CheckConfig
-from rfdetr.checks.table import Flags, Floats, Integers, SplitTable
+from rfdetr.checks.table import SplitTable
 from rfdetr.config import ModelConfig
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -25,7 +27,7 @@ COUNT_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, 300)
 def split_statistics(
     files: SplitFiles, names: Sequence[str], model: ModelConfig
 ) -> SplitStatistics:
-    """Statistics of one split; crowd regions are counted apart."""
+    """Statistics of one split; crowd regions are counted separately."""
     table = files.table
     kept = _kept(table)
     per_image = np.bincount(table.image_rows[kept], minlength=len(table.file_names))
@@ -50,12 +52,12 @@ def split_statistics(
     )
 
 
-def _kept(table: SplitTable) -> Flags:
+def _kept(table: SplitTable) -> Bools:
     return np.asarray(~table.crowd & (table.image_rows >= 0))
 
 
 def _histogram(values: npt.NDArray[Any], edges: Sequence[int]) -> dict[str, int]:
-    """Counts per half-open range; a range of one whole number is named by it."""
+    """Counts per half-open range; a range that contains one integer is labelled with it."""
     labels = [
         str(low) if high - low == 1 and values.dtype.kind == "i" else f"{low}-{high}"
         for low, high in pairwise(edges)
@@ -89,12 +91,12 @@ def check_shares(
         return
     share = numbers.images_without_boxes / numbers.images
     if share > config.max_empty_share:
-        text = f"{share:.1%} of the images of {table.name} have no box"
+        text = f"{share:.1%} of the images in {table.name} have no boxes"
         collector.add("share-empty", text, split=table.name)
 
 
 def fingerprints(files: SplitFiles) -> dict[str, tuple[str, str]]:
-    """File name -> (content hash, hash of its boxes), to compare versions of a dataset."""
+    """File name -> (content hash, hash of its boxes), for comparing versions of a dataset."""
     table = files.table
     digests = _box_digests(table)
     result = {}
@@ -105,7 +107,10 @@ def fingerprints(files: SplitFiles) -> dict[str, tuple[str, str]]:
 
 
 def _box_digests(table: SplitTable) -> list[str]:
-    """One hash per image over categories and boxes (to a tenth of a pixel), order of rows aside."""
+    """One hash per image of its categories and boxes, to a tenth of a pixel.
+
+    The hashes of the rows are added up, so that the order of rows does not matter.
+    """
     kept = np.flatnonzero(table.image_rows >= 0)
     boxes = np.nan_to_num(table.boxes[kept], nan=-1e9, posinf=1e9, neginf=-1e9)
     values = np.rint(np.clip(boxes, -1e9, 1e9) * 10).astype(np.int64)

@@ -1,4 +1,4 @@
-"""The columns that all annotation checks work on, whatever layout they came from."""
+"""The columns that all annotation checks work on, whatever the dataset layout."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Integers = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Flags = npt.NDArray[np.bool_]
+from rfdetr.arrays import Bools, Floats, Integers
 
-HUGE = 1e12  # numbers in a report stay below it: JSON has no infinity
+HUGE = 1e12  # limit of numbers in a report: JSON has no infinity
 NO_ID = np.iinfo(np.int64).min  # the record has no usable id
 
 
@@ -27,8 +24,11 @@ class CategoryRow(NamedTuple):
 
 
 @dataclass
-class Polygons:
-    """Extent of every polygon ring: owner row, count of numbers, corners (NaN when empty)."""
+class PolygonExtents:
+    """Extents of polygons, one row each: the annotation's row, count of numbers, corners.
+
+    `low` and `high` are (n, 2) x, y; NaN for a polygon without a point.
+    """
 
     owner: Integers
     numbers: Integers
@@ -36,12 +36,12 @@ class Polygons:
     high: Floats
 
 
+LineLookup = Callable[[Sequence[int]], Sequence[int | None]]
+
+
 def no_lines(rows: Sequence[int]) -> list[int | None]:
-    """Line lookup of a source without lines."""
+    """The lookup of a source without line numbers."""
     return [None] * len(rows)
-
-
-Lines = Callable[[Sequence[int]], Sequence[int | None]]
 
 
 @dataclass
@@ -49,12 +49,13 @@ class SplitTable:
     """One split as columns.
 
     Image columns have one entry per usable image record, annotation columns one per record whose
-    box is numeric. `boxes` is (n, 4) x, y, w, h in pixels; a YOLO split holds fractions until
-    `scale_boxes`. `image_rows` and `category_rows` point into the image and category lists, -1 for
-    an unknown id. `areas` is None for a layout without areas. `image_records` and
-    `annotation_records` are positions in the file's own lists. A table that is not `readable` lacks
-    a whole list: what is absent from it says nothing. `broken_names` are files that image records
-    name which could not be used otherwise. `raw_ids`: the ids of categories are their labels.
+    box is numeric. `boxes` is (n, 4) x, y, w, h in pixels; those of a YOLO split are fractions
+    until `scale_boxes`. `image_rows` and `category_rows` index the image and category lists, -1
+    for an unknown id. `areas` is None for a layout without areas. `image_records` and
+    `annotation_records` are positions in the lists of the file. A table that is not `readable`
+    lacks an entire list, so nothing can be concluded from what is missing in it. `broken_names` are
+    the files named by image records that are otherwise unusable. `raw_ids`: category ids are used
+    as labels.
     """
 
     name: str
@@ -70,24 +71,29 @@ class SplitTable:
     boxes: Floats
     categories: list[CategoryRow]
     areas: Floats | None = None
-    crowd: Flags = field(default_factory=lambda: np.zeros(0, bool))
-    masked: Flags = field(default_factory=lambda: np.zeros(0, bool))
-    polygons: Polygons | None = None
+    crowd: Bools = field(default_factory=lambda: np.zeros(0, bool))
+    masked: Bools = field(default_factory=lambda: np.zeros(0, bool))
+    polygons: PolygonExtents | None = None
     label_files: list[str] | None = None
     image_records: Integers | None = None
     annotation_records: Integers | None = None
-    image_lines: Lines = no_lines
-    annotation_lines: Lines = no_lines
+    image_lines: LineLookup = no_lines
+    annotation_lines: LineLookup = no_lines
     broken_names: frozenset[str] = frozenset()
     relative: bool = False
     readable: bool = True
     raw_ids: bool = False
 
     def __post_init__(self) -> None:
-        """Fill the flag columns that a layout does not have."""
+        """Fill the boolean columns that a layout does not have."""
         for name in ("crowd", "masked"):
             if len(getattr(self, name)) != len(self.boxes):
                 setattr(self, name, np.zeros(len(self.boxes), bool))
+
+    @property
+    def source(self) -> str | None:
+        """The annotation file, relative to the dataset folder."""
+        return self.show(self.annotation_file) if self.annotation_file else None
 
     def show(self, path: Path) -> str:
         """A path relative to the dataset folder, with forward slashes."""
@@ -101,21 +107,21 @@ class SplitTable:
         return self.show(self.images_dir / self.file_names[row])
 
     def image_place(self, row: int) -> dict[str, Any]:
-        """Where an image record stands, for a finding."""
+        """Location of an image record, as fields of a finding."""
         return {
             "split": self.name,
-            "file": self._source(row),
+            "file": self._file_of(row),
             "line": self.image_lines([row])[0] if self.label_files is None else None,
             "image_id": identifier(self.image_ids[row]),
         }
 
     def image_details(self, row: int) -> dict[str, Any]:
-        """What pictures and repairs need of an image record."""
+        """What thumbnails and repairs need to know about an image record."""
         record = None if self.image_records is None else int(self.image_records[row])
         return {"section": "images", "record": record, "image": self.image_file(row)}
 
     def annotation_details(self, row: int) -> dict[str, Any]:
-        """What pictures and repairs need of an annotation."""
+        """What thumbnails and repairs need to know about an annotation."""
         image = int(self.image_rows[row])
         records = self.annotation_records
         return {
@@ -126,14 +132,14 @@ class SplitTable:
         }
 
     def annotation_places(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Where annotations stand: file, line, image and annotation id."""
+        """Locations of annotations: file, line, image id and annotation id."""
         places = []
         for row, line in zip(rows, self.annotation_lines(rows), strict=True):
             image = int(self.image_rows[row])
             places.append(
                 {
                     "split": self.name,
-                    "file": self._source(image),
+                    "file": self._file_of(image),
                     "line": line,
                     "image_id": identifier(self.image_ids[image]) if image >= 0 else None,
                     "annotation_id": identifier(self.annotation_ids[row]),
@@ -141,18 +147,18 @@ class SplitTable:
             )
         return places
 
-    def _source(self, image_row: int) -> str | None:
+    def _file_of(self, image_row: int) -> str | None:
         if self.label_files is not None:
             return self.label_files[image_row] if image_row >= 0 else None
-        return self.show(self.annotation_file) if self.annotation_file else None
+        return self.source
 
     def image_name(self, row: int) -> str:
-        """File name of the image of an annotation, or a note that there is none."""
+        """File name of an annotation's image, or that it is unknown."""
         image = int(self.image_rows[row])
         return self.file_names[image] if image >= 0 else "unknown image"
 
     def scale_boxes(self, nominal: int) -> None:
-        """Turn fractions into pixels; `nominal` stands in for the side of an unknown image."""
+        """Turn fractions into pixels; `nominal` is the side of images of unknown size."""
         if not self.relative:
             return
         self.sizes = np.where(np.isfinite(self.sizes), self.sizes, float(nominal))
@@ -164,11 +170,13 @@ class SplitTable:
             self.polygons.high = self.polygons.high * ring_scale
         self.relative = False
 
-    def known_sizes(self) -> Flags:
-        """Which images have a positive finite size."""
-        return np.asarray((np.isfinite(self.sizes) & (self.sizes > 0)).all(axis=1))
+    def image_sizes(self) -> Floats:
+        """Width and height (n, 2) of each annotation's image; NaN where they are unknown."""
+        known = (np.isfinite(self.sizes) & (self.sizes > 0)).all(axis=1, keepdims=True)
+        sizes = np.where(known, self.sizes, np.nan)
+        return np.asarray(np.vstack([sizes, [np.nan, np.nan]])[self.image_rows])
 
 
 def identifier(value: np.int64 | int) -> int | None:
-    """An id for a report, None where the record has none."""
+    """An id for a report, None if the record has none."""
     return None if value == NO_ID else int(value)

@@ -1,9 +1,10 @@
-"""Small pictures of the worst findings, with their boxes drawn, as data URLs."""
+"""Thumbnails of the worst findings, with their boxes drawn, as data URLs."""
 
 from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,29 +21,29 @@ PER_CODE = 4
 RED = (230, 30, 40)
 
 
-class Picture(NamedTuple):
-    """A finding and its thumbnail."""
+class Thumbnail(NamedTuple):
+    """A finding and its image as a data URL."""
 
     finding: Finding
     url: str
 
 
-def worst_pictures(report: DatasetReport, dataset_dir: str | Path) -> list[Picture]:
-    """Thumbnails for at most 24 findings whose image can be decoded, four of each code."""
+def worst_findings(report: DatasetReport, dataset_dir: str | os.PathLike[str]) -> list[Thumbnail]:
+    """Thumbnails of at most 24 findings whose image can be decoded, four per code."""
     folder = Path(dataset_dir).expanduser().absolute()
     shown: dict[str, int] = {}
-    pictures: list[Picture] = []
+    thumbnails: list[Thumbnail] = []
     for finding in report.findings:
         name = finding.details.get("image")
-        if len(pictures) == LIMIT:
+        if len(thumbnails) == LIMIT:
             break
         if not isinstance(name, str) or shown.get(finding.code, 0) >= PER_CODE:
             continue
         url = _thumbnail(folder / name, finding.details.get("box"))
         if url is not None:
             shown[finding.code] = shown.get(finding.code, 0) + 1
-            pictures.append(Picture(finding, url))
-    return pictures
+            thumbnails.append(Thumbnail(finding, url))
+    return thumbnails
 
 
 def _thumbnail(path: Path, box: object) -> str | None:
@@ -65,7 +66,7 @@ def _thumbnail(path: Path, box: object) -> str | None:
 
 
 def _draw(image: Image.Image, box: Sequence[float]) -> None:
-    """Draw x, y, w, h; what leaves the picture is drawn on its margin."""
+    """Draw x, y, w, h; boxes beyond the image are drawn on its margin."""
     x, y, w, h = box
     limits = [(0, image.width - 1), (0, image.height - 1)] * 2
     corners = (min(x, x + w), min(y, y + h), max(x, x + w), max(y, y + h))

@@ -1,4 +1,4 @@
-"""YOLO label files and data.yaml as split tables, with a finding for each line that is wrong."""
+"""YOLO label files and data.yaml as split tables, with a finding for each bad line."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import yaml
 
-from rfdetr.checks.dataset_report import Collector
+from rfdetr.checks.collector import Collector
 from rfdetr.checks.polygons import ring_extents
-from rfdetr.checks.table import CategoryRow, Polygons, SplitTable
+from rfdetr.checks.table import CategoryRow, PolygonExtents, SplitTable
 from rfdetr.data.layouts import SPLITS, Layout, SplitPaths, class_names, parse_yaml, yolo_images
 from rfdetr.data.yolo import LabelRow, image_files, label_path, read_labels
 from rfdetr.errors import DatasetError
 
-ANY_CLASS = 1 << 31  # the range when data.yaml gives no usable names
+ANY_CLASS = 1 << 31  # number of classes when data.yaml has no usable names
 MAX_DEPTH = 100
 
 
 def read_yolo_layout(root: Path, yaml_file: Path, collector: Collector) -> Layout:
-    """The splits that data.yaml names, as far as it can be understood."""
+    """The splits that data.yaml defines, as far as it can be read."""
     content, text = _load_yaml(root, yaml_file, collector)
     problems: list[str] = []
     notes: list[str] = []
@@ -41,7 +41,7 @@ def read_yolo_layout(root: Path, yaml_file: Path, collector: Collector) -> Layou
 
 
 def _load_yaml(root: Path, path: Path, collector: Collector) -> tuple[dict[str, Any], str | None]:
-    """Content and text; the text is None when findings have said that there is no content."""
+    """Content and text; the text is None if the file is unusable, which findings then report."""
     where = _show(root, path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -60,7 +60,7 @@ def _load_yaml(root: Path, path: Path, collector: Collector) -> tuple[dict[str, 
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         found = mark.line + 1 if mark else None
-        collector.add("yaml-malformed", error.problem or "not YAML", file=where, line=found)
+        collector.add("yaml-malformed", error.problem or "not valid YAML", file=where, line=found)
         return {}, None
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -76,7 +76,7 @@ def _load_yaml(root: Path, path: Path, collector: Collector) -> tuple[dict[str, 
 
 
 def _too_deep(text: str) -> int | None:
-    """Line where brackets open deeper than any data.yaml needs; PyYAML takes minutes over those."""
+    """Line where brackets are nested too deeply, on which PyYAML would spend minutes."""
     depth = 0
     for found in re.finditer(r"[\[\]{}]", text):
         depth += 1 if found.group() in "[{" else -1
@@ -91,7 +91,7 @@ def _line_of_character(text: str, error: Exception) -> int | None:
 
 
 def _line_of_key(text: str, problem: str) -> int | None:
-    """Line of the key that a problem begins with or names."""
+    """Line of the key that a problem mentions."""
     for key in re.findall(r"([A-Za-z_]+):", problem):
         found = re.search(rf"^[ \t\"']*{key}[\"']?\s*:", text, re.MULTILINE)
         if found:
@@ -104,7 +104,7 @@ def _show(root: Path, path: Path) -> str:
 
 
 def read_yolo_split(layout: Layout, split: SplitPaths, collector: Collector) -> SplitTable:
-    """Read the label files of one split; boxes are fractions until images are measured."""
+    """Read the label files of one split; boxes are fractions until the image sizes are known."""
     files = _image_list(layout, split, collector)
     rows: list[LabelRow] = []
     owners: list[int] = []
@@ -121,7 +121,7 @@ def read_yolo_split(layout: Layout, split: SplitPaths, collector: Collector) -> 
                 file=_show(layout.root, path),
                 line=problem.line,
                 image_id=number,
-                mend="drop-annotation",
+                repair="drop-annotation",
                 details={"image": _show(layout.root, file)},
             )
     table = _table(layout, split, files, rows, owners)
@@ -142,7 +142,7 @@ def _image_list(layout: Layout, split: SplitPaths, collector: Collector) -> list
     for file in collector.take("file-repeated", _repeated(files)):
         place = _show(layout.root, file)
         text = "the image is listed twice"
-        collector.note("file-repeated", text, split=split.name, file=place, mend="")
+        collector.note("file-repeated", text, split=split.name, file=place, repair="")
     return list(seen)
 
 
@@ -185,7 +185,7 @@ def _table(
         category_rows=np.where(classes < len(layout.names), classes, -1),
         boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
         masked=masked,
-        polygons=Polygons(rings, numbers, low, high),
+        polygons=PolygonExtents(rings, numbers, low, high),
         categories=[CategoryRow(i, name) for i, name in enumerate(layout.names)],
         label_files=[_show(layout.root, label_path(file)) for file in files],
         annotation_lines=lambda chosen: [lines[row] for row in chosen],

@@ -130,7 +130,7 @@ def test_the_image_installs_what_the_tests_ran_with_and_no_test_tools() -> None:
     shipped = set((root / "requirements-runtime.lock").read_text().splitlines())
     assert shipped < tested
     names = {line.split("==")[0] for line in shipped}
-    assert {"prefect", "mlflow", "dvc", "boto3", "timm", "onnxruntime", "distributed"} <= names
+    assert {"prefect", "mlflow", "dvc", "boto3", "timm", "onnxruntime"} <= names
     assert "prefect-kubernetes" in names
     assert not {"pytest", "mypy", "ruff", "moto", "hypothesis"} & names
 

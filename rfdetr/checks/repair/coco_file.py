@@ -16,18 +16,18 @@ DROPS = frozenset({"drop-annotation", "drop-record", "drop-image"})
 Record = dict[str, Any]
 
 
-def mend_coco_file(
+def repair_coco_file(
     source: Path,
     target: Path,
     images_dir: Path,
     findings: Sequence[Finding],
     new_names: Mapping[str, str],
 ) -> None:
-    """Write `source` to `target` with the findings mended; `new_names` are renamed image files."""
+    """Write `source` to `target` with its findings repaired; `new_names` are renamed images."""
     try:
         document = json.loads(source.read_bytes().decode("utf-8-sig"))
     except ValueError as error:
-        raise DatasetError(f"{source} cannot be mended: it is not UTF-8 JSON ({error}).") from error
+        raise DatasetError(f"{source} cannot be repaired: not UTF-8 JSON ({error}).") from error
     sections = {name: list(document.get(name) or []) for name in ("images", "annotations")}
     categories = document.get("categories")
     sections["categories"] = list(categories) if isinstance(categories, list) else []
@@ -38,15 +38,15 @@ def mend_coco_file(
         section, number = finding.details.get("section"), finding.details.get("record")
         if section not in sections or not isinstance(number, int):
             continue
-        if finding.mend in DROPS:
+        if finding.repair in DROPS:
             dropped[section].add(number)
             continue
         record = sections[section][number]
-        if finding.mend == "merge-images":
+        if finding.repair == "merge-images":
             _merge(sections["images"], number, merged)
             dropped["images"].add(number)
         else:
-            _mend_record(finding, record, sizes, sections["annotations"])
+            _repair_record(finding, record, sizes, sections["annotations"])
     _renumber(sections["annotations"], findings)
     for image in sections["images"]:
         name = image.get("file_name") if isinstance(image, dict) else None
@@ -63,7 +63,7 @@ def mend_coco_file(
 
 
 class _Sizes:
-    """Image sizes by id: those of the file, or of the picture where the file gives none."""
+    """Image sizes by id: from the annotation file, else from the image file."""
 
     def __init__(self, images: Sequence[Any], folder: Path) -> None:
         self._images = {_key(i.get("id")): i for i in reversed(images) if isinstance(i, dict)}
@@ -82,21 +82,21 @@ class _Sizes:
         return self.of_image(image) if image is not None else None
 
 
-def _mend_record(
+def _repair_record(
     finding: Finding, record: Record, sizes: _Sizes, annotations: Sequence[Any]
 ) -> None:
-    if finding.mend == "set-size":
+    if finding.repair == "set-size":
         _set_size(record, sizes)
-    elif finding.mend == "rescale":
+    elif finding.repair == "rescale":
         _rescale(finding, record, annotations)
-    elif finding.mend == "use-disk-name":
+    elif finding.repair == "use-disk-name":
         record["file_name"] = finding.details["actual"]
-    elif finding.mend == "set-area":
+    elif finding.repair == "set-area":
         record["area"] = record["bbox"][2] * record["bbox"][3]
-    elif finding.mend == "clip-box":
+    elif finding.repair == "clip-box":
         _clip_box(record, sizes.of_annotation(record))
-    elif finding.mend in ("clip-polygon", "drop-polygon"):
-        _mend_polygons(finding, record, sizes.of_annotation(record))
+    elif finding.repair in ("clip-polygon", "drop-polygon"):
+        _repair_polygons(finding, record, sizes.of_annotation(record))
 
 
 def _set_size(record: Record, sizes: _Sizes) -> None:
@@ -106,7 +106,7 @@ def _set_size(record: Record, sizes: _Sizes) -> None:
 
 
 def _rescale(finding: Finding, record: Record, annotations: Sequence[Any]) -> None:
-    """Take the size of the picture and scale the annotations with it."""
+    """Take the size of the image file and scale the annotations to it."""
     width, height = finding.details["width"], finding.details["height"]
     scale = width / record["width"], height / record["height"]
     record["width"], record["height"] = width, height
@@ -140,17 +140,18 @@ def _clip_box(record: Record, size: tuple[int, int] | None) -> None:
         record["area"] = min(area, (right - left) * (bottom - top))
 
 
-def _mend_polygons(finding: Finding, record: Record, size: tuple[int, int] | None) -> None:
+def _repair_polygons(finding: Finding, record: Record, size: tuple[int, int] | None) -> None:
     value = record.get("segmentation")
     if not isinstance(value, list):
         record["segmentation"] = []
         return
-    rings = [ring for ring in value if _is_ring(ring)] if finding.mend == "drop-polygon" else value
-    if finding.mend == "clip-polygon" and size is not None:
-        rings = [
+    if finding.repair == "drop-polygon":
+        value = [ring for ring in value if _is_ring(ring)]
+    elif size is not None:
+        value = [
             [min(max(number, 0), size[i % 2]) for i, number in enumerate(ring)] for ring in value
         ]
-    record["segmentation"] = rings
+    record["segmentation"] = value
 
 
 def _is_ring(ring: Any) -> bool:
@@ -172,7 +173,7 @@ def _merge(images: Sequence[Record], number: int, merged: dict[Any, Any]) -> Non
 def _renumber(annotations: Sequence[Any], findings: Sequence[Finding]) -> None:
     used = [a["id"] for a in annotations if isinstance(a, dict) and type(a.get("id")) is int]
     following = max([0, *used]) + 1
-    numbers = {f.details.get("record") for f in findings if f.mend == "renumber"}
+    numbers = {f.details.get("record") for f in findings if f.repair == "renumber"}
     for number in sorted(n for n in numbers if isinstance(n, int)):
         annotations[number]["id"] = following
         following += 1

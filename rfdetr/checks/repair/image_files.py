@@ -11,14 +11,20 @@ from PIL import Image
 from rfdetr.checks.image_probe import probe_bytes
 from rfdetr.data.decode import FORMAT_SUFFIXES, to_rgb
 
-USUAL_SUFFIX = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "PPM": ".ppm", "JPEG2000": ".jp2"}
+PREFERRED_SUFFIX = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+    "JPEG2000": ".jp2",
+}
 APP1, START_OF_SCAN = 0xE1, 0xDA
 
 
 def renamed(folder: Path, name: str, format_name: str) -> str:
-    """A free name with the extension of the format, beside `name`."""
+    """An unused name with the extension of the format, in the folder of `name`."""
     path = PurePosixPath(name)
-    suffix = USUAL_SUFFIX.get(format_name) or min(FORMAT_SUFFIXES[format_name])
+    suffix = PREFERRED_SUFFIX.get(format_name) or min(FORMAT_SUFFIXES[format_name])
     wanted, number = path.with_suffix(suffix), 1
     while (folder / wanted).exists():
         wanted = path.with_name(f"{path.stem}-{number}{suffix}")
@@ -26,16 +32,16 @@ def renamed(folder: Path, name: str, format_name: str) -> str:
     return wanted.as_posix()
 
 
-def mended_image(path: Path, mends: Collection[str]) -> bytes | None:
-    """The bytes of the mended image, None where the file must stay as it is."""
+def repaired_image(path: Path, repairs: Collection[str]) -> bytes | None:
+    """The bytes of the repaired image, None if the file cannot be changed."""
     data = path.read_bytes()
     facts = probe_bytes(data)
     if facts.status != "ok":
         return None
-    if "convert-rgb" not in mends and facts.format in ("JPEG", "MPO"):
+    if "convert-rgb" not in repairs and facts.format in ("JPEG", "MPO"):
         return without_exif(data)
     with Image.open(io.BytesIO(data)) as image:
-        pixels = to_rgb(image).copy() if "convert-rgb" in mends else image.copy()
+        pixels = to_rgb(image).copy() if "convert-rgb" in repairs else image.copy()
     stream = io.BytesIO()
     options = {"quality": 95, "subsampling": 0} if facts.format in ("JPEG", "MPO") else {}
     pixels.info.clear()
@@ -45,7 +51,7 @@ def mended_image(path: Path, mends: Collection[str]) -> bytes | None:
 
 
 def without_exif(data: bytes) -> bytes:
-    """A JPEG without its EXIF blocks; the pixels are not touched."""
+    """A JPEG without its EXIF blocks; the pixels are unchanged."""
     parts, place = [data[:2]], 2
     while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != START_OF_SCAN:
         length = 2 + int.from_bytes(data[place + 2 : place + 4], "big")

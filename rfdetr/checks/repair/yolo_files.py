@@ -14,11 +14,11 @@ from rfdetr.files import write_text_atomic
 CLIPS = frozenset({"clip-box", "clip-polygon"})
 
 
-def mend_label_file(source: Path, target: Path, findings: Sequence[Finding]) -> None:
-    """Write a label file without the lines to be dropped and with clipped boxes and polygons."""
+def repair_label_file(source: Path, target: Path, findings: Sequence[Finding]) -> None:
+    """Write a label file without dropped lines and with clipped boxes and polygons."""
     text = source.read_bytes().decode("utf-8-sig", "replace")
-    dropped = {f.line for f in findings if f.mend.startswith("drop")}
-    clipped = {f.line for f in findings if f.mend in CLIPS}
+    dropped = {f.line for f in findings if f.repair.startswith("drop")}
+    clipped = {f.line for f in findings if f.repair in CLIPS}
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         if number in dropped:
@@ -43,7 +43,7 @@ def clip_line(line: str) -> str:
 
 
 def detach_yaml(yaml_file: Path, source: Path) -> None:
-    """Let a copied data.yaml point to its own folder where it pointed into the source."""
+    """Make a copied data.yaml point to its own folder where it pointed into the source."""
     text = yaml_file.read_bytes().decode("utf-8-sig", "replace")
     own = re.sub(r"^path[ \t]*:.*$", "path: .", text, flags=re.MULTILINE)
     own = own.replace(f"{source}{os.sep}", "")
@@ -52,10 +52,10 @@ def detach_yaml(yaml_file: Path, source: Path) -> None:
         write_text_atomic(yaml_file, own)
 
 
-def mend_list_file(
+def repair_list_file(
     source: Path, listing: Path, gone: Collection[str], names: Mapping[str, str]
 ) -> None:
-    """Rewrite a file that lists images: without those left out, with the new names."""
+    """Rewrite a list of images without those left out and with the new names."""
     lines = []
     for line in listing.read_bytes().decode("utf-8-sig", "replace").splitlines():
         path = Path(os.path.normpath(source / line.strip()))

@@ -27,7 +27,7 @@ def test_a_clean_dataset_exits_0_and_writes_three_reports(
         "report.md",
         "report.html",
     }
-    assert "Fit for training" in capsys.readouterr().out
+    assert "Ready for training" in capsys.readouterr().out
     assert snapshot(clean["coco"]) == before
 
 
@@ -40,8 +40,8 @@ def test_errors_exit_1_and_options_change_that(
     assert "box-zero-area" in capsys.readouterr().out
     assert main([str(folder), *QUIET, "--silence", "box-zero-area"]) == 0
     assert main([str(folder), *QUIET, "--severity", "box-zero-area=warning"]) == 0
-    assert main([str(folder), *QUIET, "--fix", str(tmp_path / "mended"), "--fix-plan"]) == 1
-    assert main([str(tmp_path / "mended"), *QUIET, "--model", "small"]) == 0
+    assert main([str(folder), *QUIET, "--fix", str(tmp_path / "repaired"), "--fix-plan"]) == 1
+    assert main([str(tmp_path / "repaired"), *QUIET, "--model", "small"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_errors_exit_1_and_options_change_that(
         (["{clean}", "--set", "max_aspekt=3"], "did you mean 'max_aspect'"),
         (["{clean}", "--set", "max_aspect"], "NAME=VALUE"),
         (["{clean}", "--resolution", "100"], "multiple"),
-        (["{clean}", "--out", "{clean}/report"], "lies in the dataset"),
+        (["{clean}", "--out", "{clean}/report"], "is inside the dataset"),
         (["{clean}", "--previous", "absent.json"], "absent.json"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from rfdetr.checks import polygons
-from rfdetr.checks.polygons import Measured, measure_segmentations, rle_problem
+from rfdetr.checks.polygons import Segmentations, measure_segmentations, rle_problem
 
 
 def texts_of(values: list[object], indent: int | None) -> list[bytes]:
@@ -27,7 +27,7 @@ def random_segmentations(count: int, seed: int) -> list[object]:
 @pytest.mark.parametrize("indent", [None, 1])
 def test_extents_equal_a_plain_loop(indent: int | None) -> None:
     values = random_segmentations(300, 3)
-    found = measure_segmentations(texts_of(values, indent), 1)().polygons()
+    found = measure_segmentations(texts_of(values, indent), 1)().polygons
     rings = [(i, ring) for i, value in enumerate(values) for ring in value]  # type: ignore[attr-defined]
     assert found.owner.tolist() == [i for i, _ in rings]
     assert found.numbers.tolist() == [len(ring) for _, ring in rings]
@@ -49,7 +49,7 @@ def test_odd_things_do_not_hide_their_neighbours() -> None:
     found = measure_segmentations(texts, 1)()
     assert sorted(row for row, _ in found.wrong) == [5, 6, 7]
     assert [row for row, _ in found.masks] == [3]
-    owners = set(found.polygons().owner.tolist())
+    owners = set(found.polygons.owner.tolist())
     assert owners == set(range(40)) - {3, 5, 6, 7, 9, 10, 11}
 
 
@@ -59,10 +59,10 @@ def test_processes_give_what_one_process_gives(monkeypatch: pytest.MonkeyPatch) 
     alone = measure_segmentations(texts, 1)()
     monkeypatch.setattr(polygons, "PARALLEL_FROM", 10)
     wait = measure_segmentations(texts, 2)
-    together: Measured = wait()
+    together: Segmentations = wait()
     for name in ("owner", "numbers", "low", "high"):
-        expected = getattr(alone.polygons(), name)
-        np.testing.assert_array_equal(getattr(together.polygons(), name), expected)
+        expected = getattr(alone.polygons, name)
+        np.testing.assert_array_equal(getattr(together.polygons, name), expected)
 
 
 def test_compressed_masks_are_understood_as_pycocotools_writes_them() -> None:

@@ -54,7 +54,7 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
             DatasetReport.read(tmp_path / "x.json")
 
 
-def test_html_stands_alone_and_shows_pictures(
+def test_html_stands_alone_and_shows_thumbnails(
     clean: dict[str, Path], spoiled: Path, tmp_path: Path
 ) -> None:
     report = run(spoiled, clean)
@@ -62,9 +62,9 @@ def test_html_stands_alone_and_shows_pictures(
     text = (tmp_path / "report.html").read_text()
     assert not re.search(r"(src|href)=[\"'](?!data:)", text)
     assert "<script" not in text
-    charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    charts = re.findall(r'<figure class="chart">.*?</figure>', text, re.DOTALL)
     assert len(charts) == 3
-    assert all(len(list(ET.fromstring(chart))) > 5 for chart in charts)
+    assert all(len(list(ET.fromstring(chart).iter("i"))) > 5 for chart in charts)
     assert "data:image/jpeg;base64," in text
     assert "box-outside" in text and "split-duplicate-image" in text
 
@@ -84,7 +84,7 @@ def test_names_cannot_inject_markup(clean: dict[str, Path], tmp_path: Path) -> N
 
 def test_markdown_lists_codes_places_and_statistics(clean: dict[str, Path], spoiled: Path) -> None:
     text = to_markdown(run(spoiled, clean))
-    assert "Not fit for training" in text
+    assert "Not ready for training" in text
     assert "| split-duplicate-image | error | 1 |" in text
     assert "train/\\_annotations.coco.json" in text
     assert "| washer |" in text
@@ -168,8 +168,8 @@ def test_a_file_name_that_is_not_utf8_is_in_the_report(
 ) -> None:
     folder = Path(shutil.copytree(clean[kind], tmp_path / "data"))
     images = (path for path in sorted(folder.rglob("*.[jp][pn]g")) if "train" in str(path))
-    picture = next(images)
-    shutil.copy(picture, os.fsencode(picture.parent) + b"/bad\xff" + picture.suffix.encode())
+    image = next(images)
+    shutil.copy(image, os.fsencode(image.parent) + b"/bad\xff" + image.suffix.encode())
     report = run(folder, clean)
     report.write(tmp_path / "report.json")
     to_markdown(report)

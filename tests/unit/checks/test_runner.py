@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rfdetr.checks import DatasetReport, check_dataset, inspection
+from rfdetr.checks import inspection
 from rfdetr.checks.cache import FactsCache, Inspected
 from rfdetr.checks.image_probe import MAX_PIXELS, ImageFacts
-from rfdetr.checks.inspection import Batch, inspect_images
-from rfdetr.errors import DatasetError
-from tests.unit.checks.planted import COCO
+from rfdetr.checks.inspection import Paths, inspect_images
 
 
 def facts_of(paths: list[str], cache: Path, **options: object) -> list[Inspected]:
@@ -76,7 +74,7 @@ def test_a_broken_cache_costs_a_warning_not_a_result(
     assert "cache of image checks is not used" in caplog.text
 
 
-def die_on_nine(paths: Batch, max_pixels: int) -> list[Inspected]:
+def die_on_nine(paths: Paths, max_pixels: int) -> list[Inspected]:
     if any(Path(path).name == "9.png" for path in paths):
         os._exit(9)
     return runner_inspect(paths, max_pixels)
@@ -131,36 +129,3 @@ def test_a_script_without_main_guard_and_with_threads_works(tmp_path: Path) -> N
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     )
     assert done.stdout == "found 70\n"
-
-
-@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_dask_cluster_gives_the_same_report(
-    clean: dict[str, Path], tmp_path: Path, processes: bool
-) -> None:
-    distributed = pytest.importorskip("distributed")
-    folder = Path(shutil.copytree(clean["coco"], tmp_path / "data"))
-    for name in ("file_cut", "leak_exact", "leak_near", "box_zero"):
-        COCO[name](folder)
-
-    def run(name: str, address: str | None) -> DatasetReport:
-        cache = tmp_path / name
-        return check_dataset(
-            folder, workers=1, cache_dir=cache, dask_address=address, progress=False
-        )
-
-    alone = run("one", None)
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=processes, dashboard_address=None
-    ) as cluster:
-        spread = run("two", cluster.scheduler_address)
-    assert spread.to_json() == alone.to_json()
-    assert spread.of("split-near-duplicate")
-
-
-def test_an_absent_scheduler_is_named(
-    images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("distributed")
-    monkeypatch.setattr(inspection, "CONNECT_SECONDS", 2)
-    with pytest.raises(DatasetError, match=r"No Dask scheduler answers at tcp://127\.0\.0\.1:9"):
-        facts_of(images, tmp_path / "cache", dask_address="tcp://127.0.0.1:9")
