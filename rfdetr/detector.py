@@ -20,8 +20,8 @@ from rfdetr.checkpoints.structure import infer_config, infer_config_class
 from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, TrainConfig
 from rfdetr.data.batch import pad_images
 from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
-from rfdetr.data.image_input import height_and_width, read_image
-from rfdetr.data.transforms import EvalTransform, ImageLike, preprocess
+from rfdetr.data.image_input import ImageLike, height_and_width, read_image
+from rfdetr.data.transforms import EvalTransform, preprocess
 from rfdetr.errors import CheckpointError, ConfigError, InputError
 from rfdetr.export.frozen import FINAL, Optimized
 from rfdetr.model.network import RFDETRNetwork, build_network

@@ -43,7 +43,7 @@ def scenes(
     seed: int = 0,
     background: int = 5,
 ) -> Iterator[Scene]:
-    """`count` pictures with one to three diamonds or rectangles each."""
+    """`count` images with one to three diamonds or rectangles each."""
     width, height = size
     for number in range(count):
         rng = np.random.default_rng([seed, number])
@@ -67,7 +67,7 @@ def scenes(
 def coco_document(
     folder: Path, found: Iterator[Scene], names: Sequence[str], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write the pictures of `found` to `folder` and return their COCO document."""
+    """Write the images of `found` to `folder` and return their COCO document."""
     folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for number, scene in enumerate(found):

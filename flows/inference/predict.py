@@ -242,13 +242,13 @@ def _drawn_name(name: str) -> str:
 def _draw(pixels: Any, detections: Any, target: Path) -> None:
     import supervision
 
-    from rfdetr.data.transforms import as_picture
+    from rfdetr.data.image_input import as_rgb_image
 
     labels = [
         f"{name} {score:.2f}"
         for name, score in zip(detections.data["class_name"], detections.confidence, strict=True)
     ]
-    picture = as_picture(pixels).copy()
+    picture = as_rgb_image(pixels).copy()
     picture = supervision.BoxAnnotator(thickness=1).annotate(picture, detections)
     picture = supervision.LabelAnnotator(text_scale=0.3, text_padding=1).annotate(
         picture, detections, labels=labels

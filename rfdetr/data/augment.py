@@ -1,4 +1,4 @@
-"""`aug_config`: further training augmentations by Albumentations names."""
+"""`aug_config`: additional training augmentations, named as in Albumentations."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from rfdetr.data.decode import Pixels
-from rfdetr.data.geometry import Masks, Shapes, clip
+from rfdetr.data.geometry import ImageObjects, Masks, clip
 from rfdetr.errors import ConfigError, MissingDependencyError
 
 
 class Augmentation:
-    """Albumentations transforms applied in the order given.
+    """Albumentations transforms, applied in the order of `config`.
 
-    `config` maps names to keyword arguments; a name such as "OneOf" takes `transforms`, a mapping
-    of the same form. Raises ConfigError that lists every unknown name or argument, and
-    MissingDependencyError without Albumentations.
+    `config` maps names to keyword arguments; a composition such as "OneOf" takes `transforms`, a
+    mapping of the same form. Raises ConfigError that lists every unknown name or argument, and
+    MissingDependencyError if Albumentations is not installed.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -28,8 +28,8 @@ class Augmentation:
             import albumentations as A
         except ImportError as error:
             raise MissingDependencyError(
-                "aug_config needs Albumentations: pip install 'rfdetr-pipeline[augment]', or set "
-                "aug_config to None."
+                "aug_config requires Albumentations: pip install 'rfdetr-pipeline[augment]', "
+                "or set aug_config to None."
             ) from error
         problems: list[str] = []
         transforms = _build(A, config, problems)
@@ -37,59 +37,66 @@ class Augmentation:
             raise ConfigError("aug_config: " + " ".join(problems))
         boxes = A.BboxParams(format="pascal_voc", label_fields=["kept"])
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Got processor for bboxes")  # pixel transforms only
+            warnings.filterwarnings(
+                "ignore", "Got processor for bboxes"
+            )  # with pixel transforms only
             self._compose = A.Compose(transforms, bbox_params=boxes)
         self._probe()
 
     def _probe(self) -> None:
-        """Refuse at once what gives no picture; a transform may need more than this picture."""
-        picture = np.zeros((512, 512, 3), np.uint8)
-        out = {"image": picture}
-        with contextlib.suppress(Exception):
-            out = self._compose(image=picture, bboxes=np.zeros((0, 4)), kept=np.zeros(0))
-        _check_picture(out["image"])
+        """Refuse transforms that do not return an image before training starts."""
+        image = np.zeros((512, 512, 3), np.uint8)
+        out = {"image": image}
+        with contextlib.suppress(Exception):  # some transforms cannot process this dummy image
+            out = self._compose(image=image, bboxes=np.zeros((0, 4)), kept=np.zeros(0))
+        _check_image(out["image"])
 
     def __call__(
-        self, image: Pixels, shapes: Shapes, masks: Masks | None, seed: int
-    ) -> tuple[Pixels, Shapes, Masks | None]:
-        """Augment a picture (H, W, 3) and its objects; the same seed gives the same result."""
+        self, image: Pixels, objects: ImageObjects, masks: Masks | None, seed: int
+    ) -> tuple[Pixels, ImageObjects, Masks | None]:
+        """Augment an image (H, W, 3) uint8 with its objects and their masks (n, H, W).
+
+        The same seed gives the same result. Objects that leave the image are dropped.
+        """
         self._compose.set_random_seed(seed)
         given: dict[str, Any] = {"masks": list(masks.astype(np.uint8))} if masks is not None else {}
-        numbers = np.arange(len(shapes.rows))
-        out = self._compose(image=image, bboxes=shapes.boxes, kept=numbers, **given)
+        numbers = np.arange(len(objects.rows))
+        out = self._compose(image=image, bboxes=objects.boxes, kept=numbers, **given)
         kept = np.asarray(out["kept"], np.int64)
-        _check_picture(out["image"])
+        _check_image(out["image"])
         height, width = out["image"].shape[:2]
-        changed = Shapes(
+        changed = ImageObjects(
             boxes=np.asarray(out["bboxes"], np.float32).reshape(-1, 4),
-            areas=shapes.areas[kept],
-            rows=shapes.rows[kept],
+            areas=objects.areas[kept],
+            rows=objects.rows[kept],
             height=height,
             width=width,
         )
-        changed = _with_areas(clip(changed), shapes)
+        changed = _with_areas(clip(changed), objects)
         if masks is not None:
-            stacked = np.array(out["masks"], bool).reshape(len(shapes.rows), height, width)
-            masks = stacked[np.flatnonzero(np.isin(shapes.rows, changed.rows))]
+            stacked = np.array(out["masks"], bool).reshape(len(objects.rows), height, width)
+            masks = stacked[np.flatnonzero(np.isin(objects.rows, changed.rows))]
         return np.ascontiguousarray(out["image"]), changed, masks
 
 
-def _check_picture(image: Any) -> None:
+def _check_image(image: Any) -> None:
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
         return
     raise ConfigError(
         f"aug_config gives {getattr(image, 'dtype', type(image).__name__)} of shape "
-        f"{tuple(image.shape)}; pictures have to stay uint8 (height, width, 3). Leave out "
-        "Normalize, ToFloat and ToTensorV2: normalisation and tensors come after the augmentation."
+        f"{tuple(image.shape)}; images must stay uint8 (height, width, 3). Remove "
+        "Normalize, ToFloat and ToTensorV2: normalisation follows the augmentation."
     )
 
 
-def _with_areas(shapes: Shapes, before: Shapes) -> Shapes:
-    """Areas scaled as the boxes were."""
+def _with_areas(objects: ImageObjects, before: ImageObjects) -> ImageObjects:
+    """Object areas scaled by the same factor as the areas of their boxes."""
     old = dict(zip(before.rows.tolist(), before.boxes, strict=True))
-    then = np.array([old[row] for row in shapes.rows.tolist()], np.float32).reshape(-1, 4)
-    ratio = _box_areas(shapes.boxes) / np.maximum(_box_areas(then), 1e-6)
-    return Shapes(shapes.boxes, shapes.areas * ratio, shapes.rows, shapes.height, shapes.width)
+    then = np.array([old[row] for row in objects.rows.tolist()], np.float32).reshape(-1, 4)
+    ratio = _box_areas(objects.boxes) / np.maximum(_box_areas(then), 1e-6)
+    return ImageObjects(
+        objects.boxes, objects.areas * ratio, objects.rows, objects.height, objects.width
+    )
 
 
 def _box_areas(boxes: Any) -> Any:
@@ -118,7 +125,7 @@ def _build(library: Any, config: Mapping[str, Any], problems: list[str]) -> list
 
 
 def _construct(kind: Any, values: dict[str, Any], problems: list[str]) -> Any:
-    """The transform; Albumentations only warns about an unknown argument, we refuse it."""
+    """The transform, or None with a problem; Albumentations only warns of unknown arguments."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)

@@ -14,11 +14,11 @@ Target = dict[str, Any]
 
 
 class NestedTensor:
-    """Images of a batch on one canvas.
+    """A batch of images, padded to one size.
 
     `tensors` is (B, 3, H, W) float, `mask` is (B, H, W) bool with True on padding, or None.
-    `padded` is False when it is known on the host that nothing is padded: the network then skips
-    the mask. It is never read from the mask itself, which would stall an accelerator.
+    `padded` is False when the host knows that nothing is padded; the network then skips the mask.
+    Reading it from the mask would synchronise with the accelerator.
     """
 
     def __init__(self, tensors: Tensor, mask: Tensor | None, *, padded: bool | None = None) -> None:
@@ -54,13 +54,13 @@ class NestedTensor:
 
 
 def pad_images(images: Sequence[Tensor], block_size: int = 1) -> NestedTensor:
-    """Put images (3, h, w) top left on a canvas of zeros whose sides are multiples of `block_size`.
+    """Pad images (3, h, w) at the right and bottom with zeros to one size (B, 3, H, W).
 
-    Raises InputError for an empty list and for images of another shape (training specification,
-    section 4.6).
+    H and W are the largest h and w, rounded up to multiples of `block_size`. Raises InputError for
+    an empty list and for images of another shape.
     """
     if not images:
-        raise InputError("The batch holds no images; give at least one.")
+        raise InputError("The batch has no images; pass at least one.")
     wrong = [i for i, image in enumerate(images) if image.ndim != 3 or image.shape[0] != 3]
     if wrong:
         shapes = ", ".join(f"image {i}: {tuple(images[i].shape)}" for i in wrong[:5])
@@ -83,8 +83,8 @@ def pad_images(images: Sequence[Tensor], block_size: int = 1) -> NestedTensor:
 def collate(
     samples: Sequence[tuple[Tensor, Target]], block_size: int = 1
 ) -> tuple[NestedTensor, tuple[Target, ...]]:
-    """Batch (image, target) pairs. Targets pass through untouched.
+    """Batch (image, target) pairs; targets are not changed.
 
-    `block_size` is patch size times windows; use `functools.partial` to hand it to a DataLoader.
+    `block_size` is patch size x windows per side; bind it with `functools.partial`.
     """
     return pad_images([image for image, _ in samples], block_size), tuple(t for _, t in samples)

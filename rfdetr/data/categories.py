@@ -1,4 +1,4 @@
-"""Category ids of a file to labels of the network: one table, taken from the training split."""
+"""The table from category ids of annotation files to labels of the network."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rfdetr.data.coco_json import Category
 from rfdetr.errors import DatasetError
 
 HIGHEST_RAW_ID = 10_000  # of plain COCO, where the id is the label
-UNUSED = "N/A"  # the name of a label that no category has, where raw ids have gaps
+UNUSED = "N/A"  # name of a label without a category, where raw ids have gaps
 
 
-class Entry(Protocol):
-    """What a table needs of a category; training and the dataset checks have their own records."""
+class CategoryLike(Protocol):
+    """A category as this module needs it; the readers and the dataset checks have own classes."""
 
     @property
     def id(self) -> int: ...
@@ -37,9 +37,9 @@ class CategoryTable:
 
     @property
     def num_classes(self) -> int:
-        """What `ModelConfig.num_classes` must be at least.
+        """The smallest `ModelConfig.num_classes` that fits.
 
-        Heads have one row more, so raw ids 1..90 need 90.
+        The classification head has `num_classes` + 1 outputs, so raw ids 1..90 fit 90.
         """
         highest = max(self.labels.values(), default=0)
         return max(1, highest + 1 if 0 in self.labels.values() else highest)
@@ -53,21 +53,22 @@ class CategoryTable:
 
 
 def category_table(
-    categories: Sequence[Entry], used_ids: Collection[int], *, raw: bool
+    categories: Sequence[CategoryLike], used_ids: Collection[int], *, raw: bool
 ) -> CategoryTable:
-    """The table of a split: of plain COCO where `raw`, else of an export.
+    """The table of a training split: of plain COCO if `raw`, else of a COCO export.
 
-    `used_ids` are the categories of all annotations of the file, crowd regions included. Refuse the
-    list by `check_ids` first.
+    `used_ids` are the category ids of all annotations of the file, crowd regions included. Call
+    `check_ids` first.
     """
     return raw_table(categories) if raw else exported_table(categories, used_ids)
 
 
-def exported_table(categories: Sequence[Entry], used_ids: Collection[int]) -> CategoryTable:
-    """The table of a COCO export: ids ascending, without parents that only group others.
+def exported_table(categories: Sequence[CategoryLike], used_ids: Collection[int]) -> CategoryTable:
+    """The table of a COCO export: ids ascending, without categories that only group others.
 
-    A category goes when its name is the supercategory of a differently named one and no annotation
-    uses it; if that left nothing, all stay (training specification, section 4.3).
+    Roboflow exports list the project as a parent category. A category is dropped when its name is
+    the supercategory of a differently named one and no annotation uses it; if that leaves nothing,
+    all are kept.
     """
     parents = {c.supercategory for c in categories if c.supercategory != c.name}
     parents -= {None, "", "none"}
@@ -77,21 +78,21 @@ def exported_table(categories: Sequence[Entry], used_ids: Collection[int]) -> Ca
     return CategoryTable({c.id: i for i, c in enumerate(kept)}, tuple(c.name for c in kept))
 
 
-def raw_table(categories: Sequence[Entry]) -> CategoryTable:
+def raw_table(categories: Sequence[CategoryLike]) -> CategoryTable:
     """The table of plain COCO: labels are the ids themselves; gaps are named "N/A"."""
     names = {c.id: c.name for c in categories}
     class_names = tuple(names.get(i, UNUSED) for i in range(max(names, default=-1) + 1))
     return CategoryTable({i: i for i in names}, class_names)
 
 
-def check_ids(path: Path, categories: Sequence[Entry], raw: bool) -> None:
-    """Refuse a category list that cannot become a table."""
+def check_ids(path: Path, categories: Sequence[CategoryLike], raw: bool) -> None:
+    """Raise DatasetError for a category list that cannot become a table."""
     problems = id_problems(categories, raw)
     if problems:
         raise DatasetError(f"{path}: the categories cannot be used: {'; '.join(problems)}.")
 
 
-def id_problems(categories: Sequence[Entry], raw: bool) -> list[str]:
+def id_problems(categories: Sequence[CategoryLike], raw: bool) -> list[str]:
     """Why a category list cannot become a table; empty when it can."""
     problems = []
     seen: dict[int, str] = {}
@@ -100,9 +101,9 @@ def id_problems(categories: Sequence[Entry], raw: bool) -> list[str]:
             problems.append(f"id {category.id} is both {seen[category.id]!r} and {category.name!r}")
         seen.setdefault(category.id, category.name)
     if raw and not all(map(is_raw_label, seen)):
-        problems.append(f"ids of plain COCO become labels and must lie in 0..{HIGHEST_RAW_ID}")
+        problems.append(f"ids of plain COCO become labels and must be in 0..{HIGHEST_RAW_ID}")
     if not categories:
-        problems.append("there is no category")
+        problems.append("the list is empty")
     return problems
 
 

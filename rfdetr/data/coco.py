@@ -1,4 +1,4 @@
-"""COCO annotation files to an AnnotationIndex (training specification, section 4.3)."""
+"""COCO annotation files to an AnnotationIndex."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from rfdetr.data.coco_json import Category, CocoFile, read_coco
 from rfdetr.data.index import (
     AnnotationIndex,
     FileOutlines,
-    PackedTexts,
+    PackedStrings,
     missing_files,
     raise_problems,
 )
 from rfdetr.data.layouts import Layout, SplitPaths
 
-CHECKS = "`python -m rfdetr.checks` reports everything at once."
+CHECKS = "`python -m rfdetr.checks` reports all problems of the dataset."
 
 
 class CocoSplits:
-    """Reads the splits of a COCO layout with one category table, that of train."""
+    """Reads the splits of a COCO layout; all use the category table of the training split."""
 
     def __init__(self, layout: Layout, *, masks: bool = False, check_files: bool = True) -> None:
         self.layout = layout
@@ -43,7 +43,7 @@ class CocoSplits:
 
     @property
     def category_ids(self) -> dict[int, int]:
-        """Label -> category id of the annotation files; empty until an index was read."""
+        """Label -> category id of the annotation files; empty until an index has been read."""
         if self._train is None:
             return {}
         return {label: number for number, label in self._train[1].labels.items()}
@@ -71,20 +71,24 @@ def build_index(
     masks: bool = False,
     check_files: bool = True,
 ) -> AnnotationIndex:
-    """The arrays of one file. `folder` holds its pictures; `check_files` looks for each of them."""
+    """The arrays of one annotation file.
+
+    `folder` contains the images; `check_files` verifies that each one exists. Raises DatasetError
+    that lists every problem.
+    """
     images, rows = coco.images, coco.annotations
     owner = find_rows(images.ids, rows.image_ids)
     labels = table.lookup(rows.category_ids)
     problems = _duplicates(images.ids)
     for i in np.flatnonzero((labels < 0) & (owner >= 0)):
         problems.append(
-            f"annotation {rows.ids[i]}: its category {rows.category_ids[i]} is not one of "
+            f"annotation {rows.ids[i]}: category {rows.category_ids[i]} is not one of "
             f"{sorted(table.labels)}"
         )
     if check_files:
         missing = missing_files(folder, images.names)
         problems += [f"image file {folder / name} does not exist" for name in missing]
-    raise_problems(coco.path, problems, f"Mend the annotation file. {CHECKS}")
+    raise_problems(coco.path, problems, f"Fix the annotation file. {CHECKS}")
     _warn_dangling(coco, int((owner < 0).sum()))
 
     kept = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]  # by image, in file order
@@ -92,11 +96,11 @@ def build_index(
     corners[:, 2:] += corners[:, :2]
     box_areas = rows.boxes[kept, 2] * rows.boxes[kept, 3]
     given = rows.areas[kept]
-    areas = np.where(given > 0, given, box_areas)  # evaluation would ignore a negative area
+    areas = np.where(given > 0, given, box_areas)  # COCO evaluation ignores boxes of negative area
     starts, stops = rows.starts[kept], rows.stops[kept]
     return AnnotationIndex(
         root=folder,
-        names=PackedTexts(images.names),
+        names=PackedStrings(images.names),
         image_ids=images.ids,
         first=np.searchsorted(owner[kept], np.arange(len(images.ids) + 1)),
         boxes=corners,
@@ -117,7 +121,7 @@ def _duplicates(ids: Integers) -> list[str]:
 def _warn_dangling(coco: CocoFile, count: int) -> None:
     if count:
         warnings.warn(
-            f"{coco.path}: {count} annotation(s) belong to image ids that the file does not list; "
+            f"{coco.path}: {count} annotation(s) refer to image ids that the file does not list; "
             f"they are ignored. {CHECKS}",
             stacklevel=3,
         )

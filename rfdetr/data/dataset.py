@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rfdetr.arrays import Integers
 from rfdetr.data.augment import Augmentation
 from rfdetr.data.batch import Target
 from rfdetr.data.decode import ImageFile
-from rfdetr.data.geometry import Mask, Masks, Shapes, View, clip, relative, show, show_mask
+from rfdetr.data.geometry import ImageObjects, Mask, Masks, View, clip, relative, show, show_mask
 from rfdetr.data.index import AnnotationIndex, PolygonOutlines
 from rfdetr.data.masks import RLE, encode, fill_polygon, rasterise, to_rle
 from rfdetr.data.transforms import EvalTransform, TrainTransform, normalise
@@ -26,7 +26,7 @@ from rfdetr.errors import DatasetError
 
 
 class SampleKey(NamedTuple):
-    """A picture, the epoch, and the draw within the epoch: all that randomness depends on."""
+    """An image, the epoch and the draw within it: everything that randomness depends on."""
 
     image: int
     epoch: int
@@ -35,9 +35,9 @@ class SampleKey(NamedTuple):
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensor work of one picture is too small to share: on busy cores threads only wait."""
+    """Run on one thread: tensor operations on one image are too small to gain from more."""
     threads = torch.get_num_threads()
-    if threads == 1:  # as in every loader worker
+    if threads == 1:  # always so in loader workers
         yield
         return
     torch.set_num_threads(1)
@@ -48,15 +48,22 @@ def _one_thread() -> Iterator[None]:
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
-    """Pictures and targets of a split (training specification, section 4.3).
+    """Images and targets of one split.
 
-    An item is an image (3, H, W) float32, normalised, and a target: `boxes` (n, 4) centre x,
-    centre y, width, height in fractions, `labels`, `image_id`, `area`, `iscrowd`, `orig_size` and
-    `size` as (H, W), with `masks` also `masks` (n, H, W) bool. Crowd regions are not in them;
-    outside training they come as `crowd_boxes` (m, 4) x0 y0 x1 y1 in pixels of the original
-    picture, `crowd_labels` and, with `masks`, `crowd_masks` (RLE); the objects' masks in the
-    original size come as `mask_codes` (RLE), since `masks` follows the resize. An item is a
-    function of `seed` and its key, whatever the worker. Raises DatasetError that names the file.
+    An item is a normalised image (3, H, W) float32 and a target with
+
+        boxes      (n, 4) centre x, centre y, width, height, fractions of the image
+        labels, area, iscrowd   (n,); area in pixels of the resized image, iscrowd all zero
+        image_id   (1,)
+        orig_size, size         (2,) height, width of the file and of the image returned
+        masks      (n, H, W) bool, if `masks` is set
+
+    Crowd regions are left out. With an EvalTransform they come as `crowd_boxes` (m, 4) x0 y0 x1 y1
+    in pixels of the file, `crowd_labels` (m,) and, if `masks` is set, `crowd_masks` (RLE), and the
+    objects' masks in the size of the file as `mask_codes` (RLE).
+
+    An item depends on `seed` and its key alone, not on the worker. Raises DatasetError that names
+    the file.
     """
 
     def __init__(
@@ -85,7 +92,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
     @property
     def num_classes(self) -> int:
-        """What `ModelConfig.num_classes` must be at least."""
+        """The smallest `ModelConfig.num_classes` that fits."""
         return self.index.num_classes
 
     def __getitem__(self, key: int | SampleKey) -> tuple[Tensor, Target]:
@@ -101,55 +108,59 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         image, view = self.transform.pixels(file, view)
         rows = self.index.rows(key.image)
         crowd = self.index.crowd[rows]
-        original = self._shapes(rows[~crowd], file)
-        shapes = show(original, view)
-        masks = self._shown_masks(shapes.rows, file, view) if self.masks else None
+        original = self._objects(rows[~crowd], file)
+        objects = show(original, view)
+        masks = self._shown_masks(objects.rows, file, view) if self.masks else None
         if isinstance(self.transform, TrainTransform):
-            image, shapes, masks = self._finish(image, shapes, masks, rng)
-        target = self._target(key.image, file, shapes, masks)
+            image, objects, masks = self._finish(image, objects, masks, rng)
+        target = self._target(key.image, file, objects, masks)
         if isinstance(self.transform, EvalTransform):
             if self.masks:
-                target["mask_codes"] = [encode(self._mask(int(r), file)) for r in shapes.rows]
+                target["mask_codes"] = [encode(self._mask(int(r), file)) for r in objects.rows]
             if crowd.any():
                 target |= self._crowd(rows[crowd], file)
         return image, target
 
-    def _shapes(self, rows: npt.NDArray[np.int64], file: ImageFile) -> Shapes:
+    def _objects(self, rows: Integers, file: ImageFile) -> ImageObjects:
         boxes = self.index.pixel_boxes(rows, file.width, file.height)
         areas = np.zeros(len(rows), np.float32)
         if self.index.areas is not None:
             areas = self.index.areas[rows]
-        shapes = clip(Shapes(boxes, areas, rows, file.height, file.width))
+        objects = clip(ImageObjects(boxes, areas, rows, file.height, file.width))
         if self.index.areas is None:
-            sides = shapes.boxes[:, 2:] - shapes.boxes[:, :2]
-            shapes = Shapes(shapes.boxes, sides.prod(1), shapes.rows, file.height, file.width)
-        return shapes
+            sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+            objects = ImageObjects(
+                objects.boxes, sides.prod(1), objects.rows, file.height, file.width
+            )
+        return objects
 
     def _finish(
-        self, image: Tensor, shapes: Shapes, masks: Masks | None, rng: random.Random
-    ) -> tuple[Tensor, Shapes, Masks | None]:
+        self, image: Tensor, objects: ImageObjects, masks: Masks | None, rng: random.Random
+    ) -> tuple[Tensor, ImageObjects, Masks | None]:
         if self.augmentation is not None:
             pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
             seed = rng.getrandbits(32)
-            pixels, shapes, masks = self.augmentation(pixels, shapes, masks, seed)
+            pixels, objects, masks = self.augmentation(pixels, objects, masks, seed)
             image = torch.from_numpy(pixels).permute(2, 0, 1)
-        return normalise(image), shapes, masks
+        return normalise(image), objects, masks
 
-    def _target(self, number: int, file: ImageFile, shapes: Shapes, masks: Masks | None) -> Target:
+    def _target(
+        self, number: int, file: ImageFile, objects: ImageObjects, masks: Masks | None
+    ) -> Target:
         target: dict[str, Any] = {
-            "boxes": torch.from_numpy(relative(shapes)),
-            "labels": torch.from_numpy(self.index.labels[shapes.rows]),
+            "boxes": torch.from_numpy(relative(objects)),
+            "labels": torch.from_numpy(self.index.labels[objects.rows]),
             "image_id": torch.tensor([int(self.index.image_ids[number])]),
-            "area": torch.from_numpy(shapes.areas.astype(np.float32)),
-            "iscrowd": torch.zeros(len(shapes.rows), dtype=torch.int64),
+            "area": torch.from_numpy(objects.areas.astype(np.float32)),
+            "iscrowd": torch.zeros(len(objects.rows), dtype=torch.int64),
             "orig_size": torch.tensor([file.height, file.width]),
-            "size": torch.tensor([int(shapes.height), int(shapes.width)]),
+            "size": torch.tensor([int(objects.height), int(objects.width)]),
         }
         if masks is not None:
             target["masks"] = torch.from_numpy(masks)
         return target
 
-    def _crowd(self, rows: npt.NDArray[np.int64], file: ImageFile) -> Target:
+    def _crowd(self, rows: Integers, file: ImageFile) -> Target:
         boxes = self.index.pixel_boxes(rows, file.width, file.height)
         found: dict[str, Any] = {
             "crowd_boxes": torch.from_numpy(boxes),
@@ -159,7 +170,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             found["crowd_masks"] = [self._rle(int(row), file) for row in rows]
         return found
 
-    def _shown_masks(self, rows: npt.NDArray[np.int64], file: ImageFile, view: View) -> Masks:
+    def _shown_masks(self, rows: Integers, file: ImageFile, view: View) -> Masks:
         shown = np.zeros((len(rows), view.out_height, view.out_width), bool)
         for place, row in enumerate(rows.tolist()):
             shown[place] = show_mask(self._mask(row, file), view)
@@ -189,7 +200,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         if found is None and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.index.root}: objects without a segmentation get an empty mask.",
+                f"{self.index.root}: objects without a segmentation get empty masks.",
                 stacklevel=2,
             )
         return found

@@ -1,4 +1,4 @@
-"""Image files to RGB pixels.
+"""Image files to RGB pixels, without torch, so that checking processes start fast.
 
 EXIF rotation is not applied: annotations refer to the pixels as they are stored.
 """
@@ -39,16 +39,16 @@ FAILURES = (
     ValueError,
     SyntaxError,
     EOFError,
-    struct.error,  # of Pillow on a PNG that is cut between two chunks
+    struct.error,  # from Pillow on a PNG truncated between two chunks
     Image.DecompressionBombError,
 )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to RGB; 16-bit gray levels are scaled to 8 bits, alpha is dropped.
+    """Convert any PIL mode to RGB; 16-bit grey levels are scaled to 8 bits, alpha is dropped.
 
-    The file's depth decides, not the picture: a dark frame of a 16-bit camera stays dark. Only
-    32-bit integers tell no depth; they are 8-bit levels where none is above 255.
+    The bit depth of the file decides, not the content: a dark frame of a 16-bit camera stays dark.
+    32-bit integers do not tell their depth; they count as 8 bits if no level is above 255.
     """
     if image.mode == "RGB":
         return image
@@ -61,9 +61,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class ImageFile:
-    """One picture: its size is known before its pixels are decoded.
+    """An image file whose size is read before its pixels are decoded.
 
-    Raises DatasetError that names the file when it cannot be read.
+    `height` and `width` are in pixels. Raises DatasetError that names the file if it cannot be
+    read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -82,7 +83,7 @@ class ImageFile:
             try:
                 height, width, space, _ = simplejpeg.decode_jpeg_header(self._data)
             except ValueError:
-                pass  # Pillow decides, and words the error
+                pass  # let Pillow try, and report the error
             else:
                 if space != "CMYK":
                     return width, height, True
@@ -95,8 +96,8 @@ class ImageFile:
     def decode(self, min_height: int = 0, min_width: int = 0) -> Pixels:
         """The pixels as uint8 RGB (H, W, 3).
 
-        With `min_height` and `min_width` a JPEG may come back reduced by the decoder, to no less
-        than those sides; without them every pixel is decoded.
+        With `min_height` and `min_width` a JPEG may be reduced while decoding, to no less than
+        those sides; without them every pixel is decoded.
         """
         if self._jpeg:
             try:
@@ -105,7 +106,7 @@ class ImageFile:
                 )
                 return pixels
             except ValueError:
-                pass  # damaged, or a kind that only Pillow reads; it words the error
+                pass  # let Pillow try, and report the error
         try:
             with Image.open(io.BytesIO(self._data)) as image:
                 return np.asarray(to_rgb(image))

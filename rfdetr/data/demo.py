@@ -1,4 +1,4 @@
-"""The embedded demo dataset: real handwritten digits drawn on real photos, in seconds.
+"""The demo dataset: real handwritten digits drawn on real photos, built in seconds.
 
 Digits: scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set.
 Photos: scikit-learn's two, "china" by danielbuechele and "flower" by vultilion (CC BY 2.0).
@@ -39,7 +39,7 @@ Box = tuple[int, int, int, int]
 
 
 class Sources(NamedTuple):
-    """What one split may draw from."""
+    """The photos and digits that one split uses."""
 
     photos: list[Image.Image]
     digits: dict[int, list[Gray]]
@@ -58,11 +58,11 @@ def build_demo(
 ) -> Path:
     """Write the dataset to `root` in Roboflow's COCO layout and return the folder.
 
-    `classes` are the digits to use; category ids start at 0 in that order. Pictures are `size`
-    pixels square with one to four digits whose longer side has 28 to 48 pixels; one in twenty has
+    `classes` are the digits to use; category ids start at 0 in that order. Images are `size` pixels
+    square with one to four digits whose longer side is 28 to 48 pixels; one image in twenty has
     none. A split of 0 images is left out. The same arguments give the same bytes, and the folder
-    appears complete or not at all.
-    Raises DatasetError when `root` is not empty or an argument cannot work.
+    appears complete or not at all. Raises DatasetError if `root` is not empty or an argument is
+    invalid.
     """
     target = Path(root).expanduser().absolute()
     _check(target, classes, (train, valid, test), size)
@@ -88,11 +88,13 @@ def build_demo(
 def _check(target: Path, classes: Sequence[int], counts: tuple[int, ...], size: int) -> None:
     problems = []
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        problems.append(f"{target} exists and is not an empty folder; choose another one.")
+        problems.append(f"{target} exists and is not an empty folder; choose another.")
     if not classes or len(set(classes)) != len(classes) or not set(classes) <= set(range(10)):
         problems.append(f"classes must be different digits 0..9, got {list(classes)}.")
     if min(counts) < 0 or counts[0] < 1:
-        problems.append(f"train needs at least one image, the others none or more; got {counts}.")
+        problems.append(
+            f"train needs at least one image, the other splits zero or more; got {counts}."
+        )
     if size < DIGIT_SIDE[1] + 2 * GAP:
         problems.append(f"size must be at least {DIGIT_SIDE[1] + 2 * GAP} pixels, got {size}.")
     if problems:
@@ -104,7 +106,7 @@ def _load(classes: tuple[int, ...]) -> tuple[dict[int, list[Gray]], list[Image.I
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError as error:
         raise MissingDependencyError(
-            "The demo dataset needs scikit-learn: pip install 'rfdetr-pipeline[pipeline]'."
+            "The demo dataset requires scikit-learn: pip install 'rfdetr-pipeline[pipeline]'."
         ) from error
     digits = load_digits()
     pool = {c: [_trim(d / 16.0) for d in digits.images[digits.target == c]] for c in classes}
@@ -143,9 +145,9 @@ def _write_split(
     annotations: list[dict[str, Any]] = []
     for number in tqdm(range(count), desc=folder.name, unit="image", disable=not progress):
         rng = np.random.default_rng([*seed, number])
-        picture, drawn = _draw_image(rng, sources, size)
+        image, drawn = _draw_image(rng, sources, size)
         name = f"{folder.name}_{number:05d}.jpg"
-        picture.save(folder / name, quality=95, subsampling=0)
+        image.save(folder / name, quality=95, subsampling=0)
         images.append({"id": number, "file_name": name, "width": size, "height": size})
         for category, (x0, y0, x1, y1) in drawn:
             width, height = x1 - x0, y1 - y0
@@ -179,10 +181,10 @@ def _draw_image(
     rng: np.random.Generator, sources: Sources, size: int
 ) -> tuple[Image.Image, list[tuple[int, Box]]]:
     canvas = np.asarray(_background(rng, sources.photos, size)).astype(np.float64)
-    wanted = 0 if rng.random() < BACKGROUND_SHARE else int(rng.integers(1, 5))
+    count = 0 if rng.random() < BACKGROUND_SHARE else int(rng.integers(1, 5))
     drawn: list[tuple[int, Box]] = []
     groups = list(sources.digits.values())
-    for _ in range(wanted):
+    for _ in range(count):
         category = int(rng.integers(len(groups)))
         group = groups[category]
         alpha = _ink(rng, group[int(rng.integers(len(group)))])
@@ -210,7 +212,7 @@ def _background(rng: np.random.Generator, photos: list[Image.Image], size: int) 
 
 
 def _ink(rng: np.random.Generator, digit: Gray) -> Gray:
-    """Opacity (h, w) of the enlarged digit, cut to its visible extent."""
+    """Opacity (h, w) of the enlarged digit, from 0 to 1."""
     side = int(rng.integers(DIGIT_SIDE[0], DIGIT_SIDE[1] + 1))
     scale = side / max(digit.shape)
     height, width = (max(6, round(n * scale)) for n in digit.shape)
@@ -253,14 +255,14 @@ def _marker(rng: np.random.Generator, paper: Gray, alpha: Gray) -> Gray:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: build the demo dataset."""
     parser = argparse.ArgumentParser(prog="python -m rfdetr.data.demo", description=main.__doc__)
-    whole = functools.partial(parser.add_argument, type=int)
+    integer = functools.partial(parser.add_argument, type=int)
     parser.add_argument("folder", type=Path)
-    whole("--seed", default=0)
-    whole("--classes", nargs="+", default=[0, 1, 4], metavar="DIGIT")
-    whole("--train", default=1500)
-    whole("--valid", default=200)
-    whole("--test", default=200)
-    whole("--size", default=128)
+    integer("--seed", default=0)
+    integer("--classes", nargs="+", default=[0, 1, 4], metavar="DIGIT")
+    integer("--train", default=1500)
+    integer("--valid", default=200)
+    integer("--test", default=200)
+    integer("--size", default=128)
     given = vars(parser.parse_args(arguments))
     try:
         build_demo(given.pop("folder"), **given, progress=True)

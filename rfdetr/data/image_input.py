@@ -1,4 +1,4 @@
-"""What `predict` takes as an image, as RGB pixels with their size."""
+"""Images as `predict` and `preprocess` take them, as RGB pixels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from PIL import Image
 from torch import Tensor
 
-from rfdetr.data.decode import FAILURES, ImageFile, to_rgb
-from rfdetr.data.transforms import ImageLike, as_picture
+from rfdetr.data.decode import FAILURES, ImageFile, Pixels, to_rgb
 from rfdetr.errors import DatasetError, InputError
+
+ImageLike = Image.Image | npt.NDArray[np.uint8] | Tensor
 
 URL_TIMEOUT_S = 20.0
 URL_LIMIT_BYTES = 256 << 20
@@ -25,7 +28,7 @@ def read_image(source: Any) -> ImageLike:
     """Pixels of a path, an http(s) URL, a PIL image, an array (H, W, 3) or a tensor (3, H, W).
 
     EXIF rotation is not applied, as in training. Raises FileNotFoundError for a missing file and
-    InputError for anything that is no image.
+    InputError for anything that is not an image.
     """
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         return _fetch(source)
@@ -38,25 +41,62 @@ def read_image(source: Any) -> ImageLike:
         except DatasetError as error:
             raise InputError(str(error).split(" Restore the file", 1)[0]) from error
     if isinstance(source, Image.Image | np.ndarray | Tensor):
-        return _picture(source)
+        return _decoded(source)
     raise InputError(
         "predict takes a path, an http(s) URL, a PIL image, a uint8 array (H, W, 3), a tensor "
         f"(3, H, W) with values in 0..1, or a list of these; got {type(source).__name__}."
     )
 
 
+def as_rgb_image(image: ImageLike) -> Image.Image:
+    """An RGB PIL image from a PIL image of any mode, a uint8 array (H, W, 3) or a tensor (3, H, W).
+
+    A tensor is uint8, or float in 0..1. Raises InputError for anything else.
+    """
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, Tensor):
+        image = _tensor_pixels(image)
+    if not isinstance(image, np.ndarray):
+        raise InputError(
+            f"expected a PIL image, a uint8 array (H, W, 3) or a tensor (3, H, W), "
+            f"got {type(image).__name__}."
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise InputError(
+            f"expected a uint8 RGB array of shape (H, W, 3), got {image.dtype} "
+            f"{tuple(image.shape)}. Convert the image to RGB first."
+        )
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
 def height_and_width(image: ImageLike) -> tuple[int, int]:
-    """(height, width) of what `read_image` returns."""
+    """(height, width) in pixels of what `read_image` returns."""
     if isinstance(image, Image.Image):
         return image.height, image.width
     return int(image.shape[0]), int(image.shape[1])
 
 
-def _picture(source: Image.Image | np.ndarray | Tensor) -> Image.Image:
+def _tensor_pixels(image: Tensor) -> Pixels:
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise InputError(f"expected an image tensor (3, H, W), got {tuple(image.shape)}.")
+    if image.is_floating_point():
+        low, high = (float(v) for v in torch.aminmax(image.detach().float()))
+        if not (low >= 0.0 and high <= 1.0):  # also true for NaN
+            raise InputError(
+                f"a float image must have values in 0..1, found {low:.4g}..{high:.4g}. "
+                "Pass it before normalisation, divided by 255."
+            )
+        image = (image.detach().float() * 255).round().to(torch.uint8)
+    pixels: Pixels = image.detach().permute(1, 2, 0).cpu().numpy()
+    return pixels
+
+
+def _decoded(source: Image.Image | npt.NDArray[np.uint8] | Tensor) -> Image.Image:
     try:
-        picture = as_picture(source)
-        picture.load()
-        return picture
+        image = as_rgb_image(source)
+        image.load()
+        return image
     except InputError:
         raise
     except FAILURES as error:  # a PIL image is decoded when it is first used
@@ -65,8 +105,8 @@ def _picture(source: Image.Image | np.ndarray | Tensor) -> Image.Image:
 
 def _fetch(url: str) -> Image.Image:
     try:
-        with urllib.request.urlopen(url, timeout=URL_TIMEOUT_S) as answer:  # noqa: S310
-            data = answer.read(URL_LIMIT_BYTES + 1)
+        with urllib.request.urlopen(url, timeout=URL_TIMEOUT_S) as response:  # noqa: S310
+            data = response.read(URL_LIMIT_BYTES + 1)
     except (urllib.error.URLError, OSError) as error:
         raise InputError(f"{url} cannot be fetched: {getattr(error, 'reason', error)}.") from error
     if len(data) > URL_LIMIT_BYTES:
@@ -75,4 +115,4 @@ def _fetch(url: str) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             return to_rgb(image).copy()
     except FAILURES as error:
-        raise InputError(f"{url} is no image that can be decoded: {error}.") from error
+        raise InputError(f"{url} is not an image that can be decoded: {error}.") from error

@@ -1,7 +1,8 @@
-"""Annotations of one split in a few arrays, which loader workers share instead of copying.
+"""Annotations of one split in a few arrays that loader workers share instead of copying.
 
-A forked worker sees the same memory pages; a spawned one receives the arrays (40 bytes per
-annotation) and reopens the annotation file for polygons. No Python object exists per annotation.
+A forked worker shares the memory pages; a spawned one receives the arrays (40 bytes per
+annotation) and reopens the annotation file for polygons. There is no Python object per annotation,
+whose reference count would make forked workers copy every page.
 """
 
 from __future__ import annotations
@@ -16,19 +17,18 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from rfdetr.arrays import Integers
 from rfdetr.data.coco_json import parse_segmentation
 from rfdetr.errors import DatasetError
 
-Integers = npt.NDArray[np.int64]
-Floats = npt.NDArray[Any]
 SHOWN = 20
 
 
-class PackedTexts(Sequence[str]):
-    """Texts in one byte array."""
+class PackedStrings(Sequence[str]):
+    """Strings in one byte array."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        parts = [text.encode("utf-8", "surrogateescape") for text in texts]
+    def __init__(self, strings: Iterable[str]) -> None:
+        parts = [text.encode("utf-8", "surrogateescape") for text in strings]
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         self._stops = np.cumsum(lengths)
         self._bytes = np.frombuffer(b"".join(parts), np.uint8)
@@ -47,9 +47,9 @@ class PackedTexts(Sequence[str]):
 
 @dataclass
 class FileOutlines:
-    """Segmentations that stay in the annotation file until they are asked for.
+    """Segmentations that stay in the annotation file and are read by position when needed.
 
-    The file is read by position, so that it costs no memory; a file that changed is an error.
+    Costs no memory per polygon. Raises DatasetError if the file changed since it was indexed.
     """
 
     path: Path
@@ -77,13 +77,16 @@ class FileOutlines:
         return {**self.__dict__, "_file": None}
 
     def _open(self) -> Any:
-        if self._file is None or self._file[0] != os.getpid():  # a forked file shares its position
-            stream = open(self.path, "rb")  # noqa: SIM115 - kept open for the worker's life
+        if (
+            self._file is None or self._file[0] != os.getpid()
+        ):  # forked processes share a file position
+            stream = open(self.path, "rb")  # noqa: SIM115 - stays open as long as the worker
             status = os.fstat(stream.fileno())
             if (status.st_size, status.st_mtime_ns) != (self.size, self.changed_ns):
                 stream.close()
                 raise DatasetError(
-                    f"{self.path}: the annotation file changed while it was in use. Start again."
+                    f"{self.path}: the annotation file changed while it was in use. "
+                    "Restart the run."
                 )
             self._file = (os.getpid(), stream)
         return self._file[1]
@@ -104,19 +107,19 @@ class PolygonOutlines:
 
 @dataclass(frozen=True)
 class AnnotationIndex:
-    """One split: images 0..n-1 and, for image i, the annotation rows first[i]..first[i + 1].
+    """One split: images 0..n-1 and, for image i, the annotation rows first[i]..first[i + 1] - 1.
 
-    Rows keep the order of the annotation file. `boxes` are x0, y0, x1, y1, not clipped: float32
-    pixels, or float64 fractions of the image when `relative`.
+    Rows keep the order of the annotation file. `boxes` (m, 4) are x0, y0, x1, y1, not clipped:
+    float32 pixels, or float64 fractions of the image if `relative`. `areas` are in pixels.
     """
 
     root: Path
-    names: PackedTexts  # picture files, relative to root or absolute
+    names: PackedStrings  # image files, relative to root or absolute
     image_ids: Integers
     first: Integers
-    boxes: Floats
+    boxes: npt.NDArray[Any]
     labels: Integers
-    areas: npt.NDArray[np.float32] | None  # None: the area is that of the box
+    areas: npt.NDArray[np.float32] | None  # None: use the areas of the boxes
     crowd: npt.NDArray[np.bool_]
     class_names: tuple[str, ...]
     num_classes: int
@@ -127,7 +130,7 @@ class AnnotationIndex:
         return len(self.image_ids)
 
     def path(self, image: int) -> Path:
-        """The picture file."""
+        """The image file."""
         return self.root / str(self.names[image])
 
     def rows(self, image: int) -> Integers:
@@ -135,7 +138,7 @@ class AnnotationIndex:
         return np.arange(self.first[image], self.first[image + 1])
 
     def pixel_boxes(self, rows: Integers, width: int, height: int) -> npt.NDArray[np.float32]:
-        """Boxes (n, 4) in pixels, not clipped."""
+        """Boxes (n, 4) x0 y0 x1 y1 in pixels, not clipped."""
         boxes = self.boxes[rows]
         if self.relative:
             boxes = boxes * np.array([width, height, width, height])
@@ -143,7 +146,7 @@ class AnnotationIndex:
 
 
 def missing_files(root: Path, names: Iterable[str]) -> Iterator[str]:
-    """Names without a file below `root`; every folder is listed once instead of asking per file."""
+    """Names without a file below `root`; lists each folder once instead of testing each file."""
     by_folder: dict[str, list[str]] = defaultdict(list)
     for name in names:
         by_folder[os.path.dirname(name)].append(name)  # noqa: PTH120 - a million names

@@ -1,4 +1,7 @@
-"""Where the pictures and annotations of each split lie (training specification, section 4.2)."""
+"""The layout of a dataset folder: where the images and annotations of each split are.
+
+COCO exports of Roboflow, plain COCO 2017 and YOLO (https://docs.ultralytics.com/datasets/detect).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ YAML_TEXT, YAML_NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
 
 @dataclass(frozen=True)
 class SplitPaths:
-    """One split: its picture folders (YOLO also list files) and, for COCO, the annotation file."""
+    """One split: image folders (for YOLO also list files) and, for COCO, the annotation file."""
 
     name: str
     images: tuple[Path, ...]
@@ -33,10 +36,10 @@ class SplitPaths:
 
 @dataclass(frozen=True)
 class Layout:
-    """A dataset folder that was recognised.
+    """A recognised dataset folder.
 
-    `kind` is "roboflow" for a COCO export, "coco" for plain COCO, "yolo" for YOLO. `splits` holds
-    those that exist. `names` are the classes of a YOLO data.yaml.
+    `kind` is "roboflow" for a COCO export, "coco" for plain COCO, "yolo" for YOLO. `splits` has
+    the existing splits by name. `names` are the class names of a YOLO data.yaml.
     """
 
     kind: Kind
@@ -46,7 +49,7 @@ class Layout:
     names: tuple[str, ...] = ()
 
     def require(self, name: str) -> SplitPaths:
-        """The split, or a DatasetError that tells what was expected and what is there."""
+        """The split. Raises DatasetError that says what was expected and what was found."""
         if name in self.splits:
             return self.splits[name]
         raise DatasetError(
@@ -59,7 +62,7 @@ def detect_layout(dataset_dir: str | os.PathLike[str], dataset_file: Kind = "rob
     """Recognise the layout of `dataset_dir`.
 
     "roboflow" is a COCO export (train/_annotations.coco.json) or, failing that, YOLO (data.yaml);
-    "coco" and "yolo" ask for that layout. Raises DatasetError that lists what was found.
+    "coco" and "yolo" accept only that layout. Raises DatasetError that lists what was found.
     """
     root = Path(dataset_dir).expanduser().absolute()
     if not root.is_dir():
@@ -82,7 +85,7 @@ def detect_layout(dataset_dir: str | os.PathLike[str], dataset_file: Kind = "rob
 
 
 def found_in(folder: Path, limit: int = 20) -> str:
-    """A sentence with the entries of a folder, two levels deep where the first is a folder."""
+    """A sentence that lists the entries of a folder and of its subfolders."""
     if not folder.is_dir():
         return f"{folder} does not exist."
     entries = []
@@ -167,7 +170,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Content of a data.yaml. Class names are read as they are written: yes, no, on, 01 are names.
+    """The content of a data.yaml, with class names as written: yes, no, on and 01 are names.
 
     Raises the errors of `yaml.safe_load`.
     """
@@ -210,33 +213,35 @@ def class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, .
         problems.append(f"names: must be a list of class names, found {names!r}.")
         return ()
     if any(isinstance(name, dict | list) or name is None for name in names):
-        problems.append(f"names: must hold texts only, found {names!r}.")
+        problems.append(f"names: must contain only strings, found {names!r}.")
     count = content.get("nc")
     if count is not None and count != len(names):
-        problems.append(f"nc: is {count!r} but names: has {len(names)} entries; make them agree.")
+        problems.append(
+            f"nc: is {count!r} but names: has {len(names)} entries; correct one of them."
+        )
     return tuple(str(name) for name in names)
 
 
 def yolo_images(
     path: Path, content: Mapping[str, Any], name: str, problems: list[str], notes: list[str]
 ) -> tuple[Path, ...]:
-    """Picture folders or list files of a split: those of the yaml, else the usual folders.
+    """Image folders or list files of a split: those that data.yaml names, else the usual folders.
 
-    The usual folders, with a note, also take the place of entries that all do not exist; exports
-    name a test folder that was never written, and then there is no test split.
+    The usual folders are also used, with a note, when no entry of data.yaml exists. Exports often
+    name a test folder that they did not write; that is not a problem, there is no test split.
     """
     key = next((key for key in YAML_KEYS[name] if content.get(key)), None)
     usual = _usual_folders(path.parent, name)
     if key is None:
         return usual
-    found, lost = _resolve(path, content, key, problems)
-    if found or not lost:
-        problems += lost
+    found, missing = _resolve(path, content, key, problems)
+    if found or not missing:
+        problems += missing
     elif usual:
-        notes.append(f"{' '.join(lost)} Using {usual[0]}; correct the path if that is not meant.")
+        notes.append(f"{' '.join(missing)} Using {usual[0]}; correct the path if that is wrong.")
         return usual
     elif name != "test":
-        problems += [*lost[:-1], f"{lost[-1]} {found_in(path.parent)}"]
+        problems += [*missing[:-1], f"{missing[-1]} {found_in(path.parent)}"]
     return found
 
 
@@ -249,34 +254,34 @@ def _usual_folders(root: Path, name: str) -> tuple[Path, ...]:
 def _resolve(
     path: Path, content: Mapping[str, Any], key: str, problems: list[str]
 ) -> tuple[tuple[Path, ...], list[str]]:
-    """Places of the entries of a key, and a sentence for each entry that does not exist."""
+    """Existing paths of the entries of a key, and a sentence for each missing entry."""
     given = content[key] if isinstance(content[key], list) else [content[key]]
-    found, lost = [], []
+    found, missing = [], []
     for entry in given:
         tried = _candidates(path.parent, content.get("path"), str(entry))
         existing = next((place for place in tried if _exists(place)), None)
         if existing is None:
             places = ", ".join(str(place) for place in tried)
-            lost.append(f"{key}: {entry} does not exist (looked at {places}).")
+            missing.append(f"{key}: {entry} does not exist (tried {places}).")
         elif existing in path.absolute().parent.parents:
-            problems.append(f"{key}: {entry} is {existing}, a folder around the dataset.")
+            problems.append(f"{key}: {entry} is {existing}, a parent folder of the dataset.")
         else:
             found.append(existing)
-    return tuple(found), lost
+    return tuple(found), missing
 
 
 def _exists(place: Path) -> bool:
     try:
         return place.exists()
-    except (OSError, ValueError):  # a name that no file system takes
+    except (OSError, ValueError):  # not a valid name on this file system
         return False
 
 
 def _candidates(folder: Path, base: Any, entry: str) -> list[Path]:
-    """Where a path of data.yaml may point: below `path:`, below the yaml's folder, and there
-    without leading "../", which Roboflow writes although the splits lie beside the yaml.
+    """Where an entry of data.yaml may point: below `path:`, below the folder of data.yaml, and
+    there without leading "../", which Roboflow writes although the splits are beside data.yaml.
     """
-    home = os.path.expanduser(str(base))  # noqa: PTH111 - Path's raises for an unknown user
+    home = os.path.expanduser(str(base))  # noqa: PTH111 - Path.expanduser raises for an unknown user
     bases = [folder / home] if base else []
     bases.append(folder)
     inner = Path(*[part for part in Path(entry).parts if part not in ("..", ".")])

@@ -1,4 +1,4 @@
-"""Polygons and run lengths to masks, one picture at a time."""
+"""Polygons and run-length codes to masks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MAX_SHIFT = 60  # bits of one run length in compressed RLE
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> RLE:
-    """A COCO segmentation as compressed run lengths {"size", "counts"}.
+    """A COCO segmentation as compressed RLE {"size", "counts"} of an image `height` x `width`.
 
-    Takes polygons (their union; those of fewer than three points are skipped), uncompressed or
-    compressed run lengths, or None (an empty mask). Raises DatasetError for anything else.
+    Takes polygons in pixels (their union; those of fewer than three points are skipped),
+    uncompressed or compressed RLE, or None (an empty mask). Raises DatasetError for anything else.
     """
     if isinstance(segmentation, dict):
         return _run_lengths(segmentation, height, width)
@@ -38,7 +38,7 @@ def to_rle(segmentation: Any, height: int, width: int) -> RLE:
 
 
 def encode(mask: Mask) -> RLE:
-    """A mask (H, W) as compressed run lengths."""
+    """A mask (H, W) as compressed RLE."""
     return dict(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
@@ -56,14 +56,14 @@ def _numbers(polygon: Any, limit: float) -> list[float]:
 def _run_lengths(segmentation: RLE, height: int, width: int) -> RLE:
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width]:
-        raise DatasetError(f"RLE size {size} is not the picture's [{height}, {width}].")
+        raise DatasetError(f"RLE size {size} is not the image's [{height}, {width}].")
     if isinstance(counts, str):
         counts = decode_counts(counts)
     if not isinstance(counts, list) or not all(type(c) is int and c >= 0 for c in counts):
-        raise DatasetError(f"RLE counts must be a text or whole numbers, found {counts!r:.60}.")
+        raise DatasetError(f"RLE counts must be a string or integers, found {counts!r:.60}.")
     if sum(counts) != height * width:
         raise DatasetError(
-            f"RLE counts cover {sum(counts)} pixels, the picture has {height * width}."
+            f"RLE counts cover {sum(counts)} pixels, the image has {height * width}."
         )
     return dict(coco_mask.frPyObjects({"size": size, "counts": counts}, height, width))
 
@@ -96,13 +96,13 @@ def decode_counts(text: str) -> list[int]:
 
 
 def rasterise(segmentation: Any, height: int, width: int) -> Mask:
-    """A COCO segmentation as a mask (height, width)."""
+    """A COCO segmentation, as in `to_rle`, as a mask (height, width)."""
     mask: Mask = coco_mask.decode(to_rle(segmentation, height, width)).astype(bool)
     return mask
 
 
 def fill_polygon(points: npt.NDArray[np.floating[Any]], height: int, width: int) -> Mask:
-    """A filled polygon (n, 2) of pixel coordinates, its outline included."""
+    """A mask (height, width) of a polygon (n, 2) x, y in pixels, outline included."""
     canvas = Image.new("1", (width, height))
     inside = np.clip(points, 0, [width - 1, height - 1])
     ImageDraw.Draw(canvas).polygon([(float(x), float(y)) for x, y in inside], fill=1, outline=1)

@@ -1,4 +1,4 @@
-"""The order of training samples: a function of (seed, epoch), the same on every machine."""
+"""The order of training samples: a function of (seed, epoch), equal on every machine."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.utils.data.distributed import DistributedSampler
 
 from rfdetr.data.dataset import DetectionDataset, SampleKey
 
-MIN_WINDOWS = 5  # an epoch has at least this many full accumulation windows
+MIN_WINDOWS = 5  # optimizer steps of an epoch at least, so that a tiny dataset trains at all
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Shuffles, and shares out over `replicas` processes, without any global random state.
+    """Shuffles and distributes samples over `replicas` processes without global random state.
 
-    An epoch shows every picture once, less what does not fill a batch on every process. A dataset
-    of fewer than five windows (batch size x accumulation x processes) is repeated to five, every
-    picture equally often. `start` skips that many batches of the next pass, once, for a run that
-    is resumed within an epoch.
+    An epoch visits every image once, except those that do not fill a batch on every process. A
+    dataset smaller than five optimizer steps (batch size x `window` micro-batches x processes) is
+    repeated to five, each image about equally often. `start` skips that many batches of the next
+    pass, once, for a run that is resumed within an epoch.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class EpochSampler(DistributedSampler[Any]):
         self.start = 0
         least = MIN_WINDOWS * batch_size * window * replicas
         self.repeated = len(dataset) < least
-        wanted = least if self.repeated else len(dataset)
-        self.num_samples = wanted // (batch_size * replicas) * batch_size
+        count = least if self.repeated else len(dataset)
+        self.num_samples = count // (batch_size * replicas) * batch_size
         self.total_size = self.num_samples * replicas
 
     def __len__(self) -> int:
         return self.num_samples
 
     def order(self) -> npt.NDArray[np.int64]:
-        """Picture numbers of this epoch for all processes together."""
+        """Image numbers of this epoch for all processes together."""
         count = len(self.dataset)  # type: ignore[arg-type]
         rng = np.random.default_rng([self.seed, self.epoch])
         rounds = [rng.permutation(count) for _ in range(-(-self.total_size // count))]
@@ -63,7 +63,7 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose position within the epoch is saved and restored by Lightning."""
+    """A loader whose position within the epoch Lightning saves and restores."""
 
     _done = 0
     _skip = 0
@@ -78,10 +78,10 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Batches of the current epoch that were handed out; 0 after the last."""
+        """Batches of the current epoch that were yielded; 0 after the last."""
         return {"batches": self._done % max(1, len(self))}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next pass begins after that many batches."""
+        """Make the next pass start after that many batches."""
         self._skip = int(state["batches"])
         self._done = self._skip

@@ -1,4 +1,4 @@
-"""Loader workers under the start method "spawn", which runs the main script again."""
+"""Loader workers under the start method "spawn", which runs the main script in each worker."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def safe_workers(workers: int) -> int:
-    """The number of workers that can start: 0, with a warning, where they would repeat training.
+    """`workers`, or 0 with a warning where spawned workers would start training again.
 
-    A spawned worker runs the main script up to its guard `if __name__ == "__main__":`; without one
-    it would start training again. A script that cannot be read counts as guarded.
+    A spawned worker imports the main script; without the guard `if __name__ == "__main__":` that
+    starts another training. A script that cannot be read counts as guarded.
     """
     method = multiprocessing.get_start_method(allow_none=True)
     if not workers or (method or multiprocessing.get_all_start_methods()[0]) == "fork":
@@ -23,7 +23,7 @@ def safe_workers(workers: int) -> int:
         return workers
     warnings.warn(
         f"{script} starts training outside `if __name__ == '__main__':`, and worker processes "
-        "would run it again. Loading goes on without workers; add the guard to use them.",
+        "would run it again. Data is loaded without workers; add the guard to use them.",
         stacklevel=3,
     )
     return 0

@@ -1,7 +1,7 @@
 """Pixels to network input.
 
-`preprocess` serves validation, test, prediction, export and serving; `TrainTransform` draws the
-random views of training (training specification, section 5).
+`preprocess` is used by validation, test, prediction, export and serving; `TrainTransform` draws
+the random views of training, the augmentation of DETR (Carion et al., 2020).
 """
 
 from __future__ import annotations
@@ -11,24 +11,21 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
-from rfdetr.data.decode import ImageFile, Pixels, to_rgb
+from rfdetr.data.decode import ImageFile, Pixels
 from rfdetr.data.geometry import View
-from rfdetr.errors import InputError
+from rfdetr.data.image_input import ImageLike, as_rgb_image
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-LONGEST = 1333  # of the longer side, where the aspect ratio is kept
+LONGEST = 1333  # limit of the longer side when the aspect ratio is kept
 SHORT_SIDES = (400, 500, 600)
 CROP_SIDES = (384, 600)
-REDUCE = 2  # a JPEG may be decoded smaller while it keeps this many pixels per pixel shown
-
-ImageLike = Image.Image | npt.NDArray[np.uint8] | Tensor
+REDUCE = 2  # a JPEG may be decoded reduced to no less than this many pixels per output pixel
 
 
 def preprocess(image: ImageLike, resolution: int | tuple[int, int]) -> Tensor:
@@ -36,52 +33,18 @@ def preprocess(image: ImageLike, resolution: int | tuple[int, int]) -> Tensor:
 
     `image` is a PIL image of any mode, a uint8 RGB array (H, W, 3), or a tensor (3, H, W): uint8,
     or float in 0..1 (rounded to 8 bits first, so that every kind of input gives the same result).
-    Returns float32 (3, H', W'). Bilinear with antialias as Pillow does it, then
+    Returns float32 (3, H', W'): resized by Pillow (bilinear with antialias), then
     (value / 255 - mean) / std with the ImageNet statistics. Raises InputError.
     """
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
-    picture = as_picture(image)
-    if picture.size != (size[1], size[0]):
-        picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return normalise(_tensor(np.asarray(picture)))
-
-
-def as_picture(image: ImageLike) -> Image.Image:
-    """An RGB PIL image from any input that `preprocess` takes."""
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if isinstance(image, Tensor):
-        image = _tensor_pixels(image)
-    if not isinstance(image, np.ndarray):
-        raise InputError(
-            f"expected a PIL image, a uint8 array (H, W, 3) or a tensor (3, H, W), "
-            f"got {type(image).__name__}."
-        )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise InputError(
-            f"expected a uint8 RGB array of shape (H, W, 3), got {image.dtype} "
-            f"{tuple(image.shape)}. Convert the image to RGB first."
-        )
-    return Image.fromarray(np.ascontiguousarray(image))
-
-
-def _tensor_pixels(image: Tensor) -> Pixels:
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise InputError(f"expected an image tensor (3, H, W), got {tuple(image.shape)}.")
-    if image.is_floating_point():
-        low, high = (float(v) for v in torch.aminmax(image.detach().float()))
-        if not (low >= 0.0 and high <= 1.0):  # also true for NaN
-            raise InputError(
-                f"a float image must have values in 0..1, found {low:.4g}..{high:.4g}. "
-                "Pass it before normalisation, divided by 255."
-            )
-        image = (image.detach().float() * 255).round().to(torch.uint8)
-    pixels: Pixels = image.detach().permute(1, 2, 0).cpu().numpy()
-    return pixels
+    rgb = as_rgb_image(image)
+    if rgb.size != (size[1], size[0]):
+        rgb = rgb.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return normalise(_tensor(np.asarray(rgb)))
 
 
 def _tensor(pixels: Pixels) -> Tensor:
-    """(H, W, 3) as a tensor (3, H, W) on the same memory, or on a copy where it is read-only."""
+    """(H, W, 3) as a tensor (3, H, W), a view unless the array is read-only."""
     return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
 
 
@@ -94,7 +57,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def keep_aspect(height: int, width: int, short: int) -> tuple[int, int]:
-    """(height, width) with the shorter side `short`, less where the longer would pass 1333."""
+    """(height, width) with the shorter side `short`, or less so that the longer is <= 1333."""
     low, high = min(height, width), max(height, width)
     if short * high / low > LONGEST:
         short = round(LONGEST * low / high)
@@ -104,30 +67,30 @@ def keep_aspect(height: int, width: int, short: int) -> tuple[int, int]:
 
 
 class EvalTransform:
-    """The whole picture at the model's resolution."""
+    """The entire image at the model's resolution."""
 
     def __init__(self, resolution: int, *, square: bool = True) -> None:
         self.resolution = resolution
         self.square = square
 
     def view(self, height: int, width: int, _rng: random.Random | None = None) -> View:
-        """Square, or the aspect ratio kept."""
+        """The view of an image: square, or with its aspect ratio kept."""
         size = (self.resolution, self.resolution)
         if not self.square:
             size = keep_aspect(height, width, self.resolution)
         return View(0, 0, height, width, *size)
 
     def pixels(self, file: ImageFile, view: View) -> tuple[Tensor, View]:
-        """The network's input (3, h, w)."""
+        """The network's input, float32 (3, h, w)."""
         return preprocess(file.decode(), (view.out_height, view.out_width)), view
 
 
 class TrainTransform:
-    """A random view: all of the picture, or a square crop, at a random size; mirrored or not.
+    """A random view: the entire image or a square crop, at a random size, mirrored or not.
 
-    `sizes` are the sides to draw from. The crop is taken as if the shorter side had first been
-    resized to 400, 500 or 600 pixels; both steps are one resampling here. Randomness comes from
-    the generator given to `view` alone.
+    `sizes` are the sides to choose from. As in DETR, the crop has 384 to 600 pixels of the image
+    with its shorter side resized to 400, 500 or 600; here both resizes are one. All randomness
+    comes from the generator passed to `view`.
     """
 
     def __init__(self, sizes: Sequence[int], *, square: bool = True, mirror: bool = True) -> None:
@@ -136,17 +99,17 @@ class TrainTransform:
         self.mirror = mirror
 
     def view(self, height: int, width: int, rng: random.Random) -> View:
-        """Draw a view of a picture of the given size."""
+        """Draw a view of an image of the given size."""
         size = rng.choice(self.sizes)
-        whole = rng.random() < 0.5
-        part = (0, 0, height, width) if whole else self._crop(height, width, rng)
+        uncropped = rng.random() < 0.5
+        part = (0, 0, height, width) if uncropped else self._crop(height, width, rng)
         mirrored = self.mirror and rng.random() < 0.5
         out = (size, size) if self.square else keep_aspect(part[2], part[3], size)
         return View(*part, *out, mirrored)
 
     @staticmethod
     def _crop(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of the crop in the picture's own pixels."""
+        """(top, left, height, width) of the crop in original pixels."""
         short = rng.choice(SHORT_SIDES)
         scale = min(height, width) / short
         side = rng.randint(*(min(bound, short) for bound in CROP_SIDES))
@@ -158,7 +121,7 @@ class TrainTransform:
         return own_top, own_left, own, own
 
     def pixels(self, file: ImageFile, view: View) -> tuple[Tensor, View]:
-        """uint8 (3, h, w), and the view as it came out: whole pixels of a reduced decoding."""
+        """uint8 (3, h, w), and the view rounded to pixels of the possibly reduced decoding."""
         ratio_y, ratio_x = (
             REDUCE * out / own
             for out, own in ((view.out_height, view.height), (view.out_width, view.width))

@@ -1,4 +1,7 @@
-"""YOLO label files to an AnnotationIndex (training specification, section 4.4)."""
+"""YOLO label files to an AnnotationIndex.
+
+Format: https://docs.ultralytics.com/datasets/detect and .../segment.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from rfdetr.data.decode import IMAGE_SUFFIXES
-from rfdetr.data.index import AnnotationIndex, PackedTexts, PolygonOutlines, raise_problems
+from rfdetr.data.index import AnnotationIndex, PackedStrings, PolygonOutlines, raise_problems
 from rfdetr.data.layouts import Layout, SplitPaths
 from rfdetr.errors import DatasetError
 
 
 class LabelRow(NamedTuple):
-    """One line: class, box x0 y0 x1 y1, polygon x y x y ... (empty for a box), in fractions."""
+    """One line: class, box x0 y0 x1 y1, polygon x y x y ... (empty for a box), as fractions."""
 
     label: int
     box: tuple[float, float, float, float]
@@ -31,7 +34,7 @@ LineCode = Literal["label-line-malformed", "label-class-range", "box-non-numeric
 
 
 class LabelProblem(NamedTuple):
-    """A line that cannot be used."""
+    """An invalid line."""
 
     line: int
     text: str
@@ -50,9 +53,9 @@ class YoloSplits:
         self.masks = masks
 
     def index(self, name: str) -> AnnotationIndex:
-        """The index of one split; only that of a test split may be empty.
+        """The index of one split; only a test split may be empty.
 
-        Raises DatasetError that lists every bad line.
+        Raises DatasetError that lists every invalid line.
         """
         split, root = self.layout.require(name), self.layout.root
         files = list(image_files(split))
@@ -86,7 +89,7 @@ class YoloSplits:
         values = np.array([v for row in rows for v in row.polygon], np.float32)
         return AnnotationIndex(
             root=root,
-            names=PackedTexts(os.path.relpath(file, root) for file in files),
+            names=PackedStrings(os.path.relpath(file, root) for file in files),
             image_ids=np.arange(len(files), dtype=np.int64),
             first=np.array(first, np.int64),
             boxes=np.array([row.box for row in rows], np.float64).reshape(-1, 4),
@@ -101,7 +104,7 @@ class YoloSplits:
 
 
 def image_files(split: SplitPaths) -> Iterator[Path]:
-    """Picture files of a split, sorted: of folders with subfolders, or of files that list them."""
+    """Image files of a split: of folders (recursive, sorted) or of text files that list them."""
     for source in split.images:
         if source.is_dir():
             yield from sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -114,7 +117,7 @@ def image_files(split: SplitPaths) -> Iterator[Path]:
 
 
 def label_path(image: Path) -> Path:
-    """The label file: the last folder named images becomes labels, the suffix .txt."""
+    """The label file of an image: the last folder "images" becomes "labels", the suffix .txt."""
     parts = list(image.parts)
     folders = [i for i, part in enumerate(parts[:-1]) if part == "images"]
     if folders:
@@ -123,7 +126,7 @@ def label_path(image: Path) -> Path:
 
 
 def read_labels(path: Path, classes: int) -> tuple[list[LabelRow], list[LabelProblem]]:
-    """The usable lines of a label file and the others. No file means no objects."""
+    """The valid lines of a label file and the problems of the others; a missing file is empty."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -144,7 +147,7 @@ def read_labels(path: Path, classes: int) -> tuple[list[LabelRow], list[LabelPro
 
 
 class LineError(DatasetError):
-    """A label line that cannot be used, and why."""
+    """An invalid label line, with the reason."""
 
     def __init__(self, reason: str, code: LineCode = "label-line-malformed") -> None:
         super().__init__(reason)
@@ -152,7 +155,7 @@ class LineError(DatasetError):
 
 
 def parse_line(line: str, classes: int, number: int = 1) -> LabelRow:
-    """One label line. Raises LineError that says what is wrong with it."""
+    """Parse one label line. Raises LineError with the reason."""
     words = line.split()
     if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
         raise LineError(f"{len(words)} numbers; expected 5, or an odd count of at least 7")
@@ -173,14 +176,14 @@ def parse_line(line: str, classes: int, number: int = 1) -> LabelRow:
 
 
 def _class_number(word: str) -> int:
-    """Plain digits: int() would also take 1_0, +1 and digits of other scripts."""
+    """An integer in ASCII digits; int() would also accept 1_0, +1 and digits of other scripts."""
     if not re.fullmatch("-?[0-9]{1,18}", word):
         raise LineError(f"the class {word!r} is not an integer")
     return int(word)
 
 
 def _number(word: str) -> float:
-    """A number in ASCII without "_", which float() would also take."""
+    """A number in ASCII without "_"; float() would accept more."""
     if "_" in word or not word.isascii():
         raise ValueError
     return float(word)

@@ -27,7 +27,7 @@ from rfdetr.errors import InputError
 from rfdetr.files import atomic_path
 
 if TYPE_CHECKING:
-    from rfdetr.data.transforms import ImageLike
+    from rfdetr.data.image_input import ImageLike
     from rfdetr.detector import RFDETR
     from rfdetr.model.network import RFDETRNetwork
 

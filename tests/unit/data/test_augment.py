@@ -10,7 +10,7 @@ import torch
 
 from rfdetr.config import RFDETRNanoConfig, TrainConfig
 from rfdetr.data.augment import Augmentation
-from rfdetr.data.geometry import Shapes
+from rfdetr.data.geometry import ImageObjects
 from rfdetr.errors import ConfigError, MissingDependencyError
 from rfdetr.training.datamodule import RFDETRDataModule
 from tests.datasets import make_roboflow
@@ -18,9 +18,9 @@ from tests.datasets import make_roboflow
 BOXES = np.array([[2, 4, 20, 30], [40, 10, 60, 38], [50, 2, 63, 9]], np.float32)
 
 
-def shapes() -> Shapes:
+def objects() -> ImageObjects:
     areas = (BOXES[:, 2] - BOXES[:, 0]) * (BOXES[:, 3] - BOXES[:, 1])
-    return Shapes(BOXES, areas, np.array([10, 11, 12]), 40, 64)
+    return ImageObjects(BOXES, areas, np.array([10, 11, 12]), 40, 64)
 
 
 def masks() -> np.ndarray:
@@ -36,19 +36,19 @@ def image() -> np.ndarray:
 
 def test_flip_moves_boxes_and_masks() -> None:
     pixels, found, shown = Augmentation({"HorizontalFlip": {"p": 1.0}})(
-        image(), shapes(), masks(), 0
+        image(), objects(), masks(), 0
     )
     np.testing.assert_array_equal(pixels, image()[:, ::-1])
     expected = BOXES.copy()
     expected[:, [0, 2]] = 64 - BOXES[:, [2, 0]]
     np.testing.assert_allclose(found.boxes, expected, atol=1e-3)
     np.testing.assert_array_equal(shown, masks()[:, :, ::-1])
-    np.testing.assert_allclose(found.areas, shapes().areas, rtol=1e-4)
+    np.testing.assert_allclose(found.areas, objects().areas, rtol=1e-4)
 
 
-def test_objects_that_leave_the_picture_go_with_their_masks() -> None:
+def test_objects_that_leave_the_image_go_with_their_masks() -> None:
     crop = {"Crop": {"x_min": 0, "y_min": 0, "x_max": 45, "y_max": 40, "p": 1.0}}
-    pixels, found, shown = Augmentation(crop)(image(), shapes(), masks(), 0)
+    pixels, found, shown = Augmentation(crop)(image(), objects(), masks(), 0)
     assert pixels.shape == (40, 45, 3)
     assert (found.height, found.width) == (40, 45)
     assert found.rows.tolist() == [10, 11]
@@ -58,13 +58,13 @@ def test_objects_that_leave_the_picture_go_with_their_masks() -> None:
     assert [int(m.sum()) for m in shown] == [18 * 26, 5 * 28]
 
 
-def test_same_seed_same_picture_and_empty_pictures() -> None:
+def test_same_seed_same_image_and_empty_images() -> None:
     config = {"OneOf": {"transforms": {"GaussNoise": {"p": 1.0}, "Blur": {"p": 1.0}}, "p": 1.0}}
     augment = Augmentation(config)
-    first = augment(image(), shapes(), None, 4)[0]
-    np.testing.assert_array_equal(augment(image(), shapes(), None, 4)[0], first)
-    assert (augment(image(), shapes(), None, 5)[0] != first).any()
-    none = shapes().select(np.zeros(3, bool))
+    first = augment(image(), objects(), None, 4)[0]
+    np.testing.assert_array_equal(augment(image(), objects(), None, 4)[0], first)
+    assert (augment(image(), objects(), None, 5)[0] != first).any()
+    none = objects().select(np.zeros(3, bool))
     assert len(augment(image(), none, np.zeros((0, 40, 64), bool), 1)[1].rows) == 0
 
 
@@ -88,7 +88,7 @@ def test_missing_package_is_an_error_only_when_asked_for(
         data.setup("fit")
         assert data._datasets["train"].augmentation is None
         assert data._datasets["train"].transform.mirror is mirror
-    with pytest.raises(MissingDependencyError, match="aug_config needs Albumentations"):
+    with pytest.raises(MissingDependencyError, match="aug_config requires Albumentations"):
         module(root, {"Blur": {}}).setup("fit")
 
 

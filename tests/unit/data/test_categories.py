@@ -37,7 +37,7 @@ def test_raw_ids_and_their_gaps() -> None:
 @pytest.mark.parametrize(
     ("rows", "raw", "words"),
     [
-        ([], False, "no category"),
+        ([], False, "list is empty"),
         ([{"id": 1, "name": "a"}, {"id": 1, "name": "b"}], False, "id 1 is both 'a' and 'b'"),
         ([{"id": -1, "name": "a"}], True, "0..10000"),
         ([{"id": 10**12, "name": "a"}], True, "0..10000"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_batches(exported: Path) -> None:
         ({"do_random_resize_via_padding": True}, {64, 96, 128, 160, 192, 224}),
     ],
 )
-def test_sizes_of_training_pictures(exported: Path, options: dict, sizes: set[int]) -> None:
+def test_sizes_of_training_images(exported: Path, options: dict, sizes: set[int]) -> None:
     data = module(exported, **options)
     data.setup("fit")
     seen = {int(data._datasets["train"][i % 13][1]["size"][0]) for i in range(13)}
@@ -93,7 +94,7 @@ def test_sizes_of_training_pictures(exported: Path, options: dict, sizes: set[in
         assert batch.tensors.shape[2:] == (side, side)
 
 
-def test_pictures_that_keep_their_aspect_ratio_are_padded_to_blocks(exported: Path) -> None:
+def test_images_that_keep_their_aspect_ratio_are_padded_to_blocks(exported: Path) -> None:
     data = module(exported, square_resize_div_64=False, multi_scale=False)
     batch, targets = next(iter(data.val_dataloader()))
     assert targets[0]["size"].tolist() == [64, 96]
@@ -166,13 +167,43 @@ def test_a_run_without_a_seed_keeps_its_own_when_resumed(exported: Path) -> None
 def test_loader_arguments(exported: Path) -> None:
     plain = module(exported).val_dataloader()
     assert (plain.num_workers, plain.prefetch_factor, plain.persistent_workers) == (0, None, False)
-    assert plain.pin_memory is torch.cuda.is_available()
     asked = {"prefetch_factor": 4, "persistent_workers": True}
     assert module(exported, **asked).val_dataloader().prefetch_factor is None
     busy = module(exported, num_workers=1, pin_memory=False).val_dataloader()
     assert (busy.prefetch_factor, busy.persistent_workers, busy.pin_memory) == (2, True, False)
     busy = module(exported, num_workers=1, **asked).val_dataloader()
     assert (busy.prefetch_factor, busy.persistent_workers) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "available", "pinned"),
+    [
+        ("auto", True, True),
+        ("gpu", True, True),
+        ("cuda", True, True),
+        ("cpu", True, False),
+        ("auto", False, False),
+    ],
+)
+def test_memory_is_pinned_where_cuda_is_used(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, accelerator: str, available: bool, pinned: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    loader = module(exported, accelerator=accelerator).val_dataloader()
+    assert loader.pin_memory is pinned
+    unpinned = module(exported, accelerator=accelerator, pin_memory=False).val_dataloader()
+    assert unpinned.pin_memory is False
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda:0", True), ("cpu", False)])
+def test_memory_is_pinned_for_the_device_of_the_trainer(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, device: str, pinned: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not pinned)
+    data = module(exported)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
+    assert data.val_dataloader().pin_memory is pinned
 
 
 def test_missing_test_split_uses_validation(tmp_path: Path) -> None:
@@ -199,11 +230,13 @@ def test_segmentation(tmp_path: Path, make: Any) -> None:
     kind = "coco" if make is make_coco else "roboflow"
     config = RFDETRSegNanoConfig(num_classes=3, resolution=72, pretrain_weights=None)
     data = module(root, config, dataset_file=kind, num_workers=1)
+    checked = 0
     for batch, targets in data.train_dataloader():
         for target in targets:
             size = tuple(batch.tensors.shape[2:])
             assert target["masks"].shape == (len(target["boxes"]), *size)
-            check_masks(target)
+            checked += check_masks(target)
+    assert checked > 10
     _, targets = next(iter(data.val_dataloader()))
     assert any(t.get("crowd_masks") for t in targets)
     assert sum(len(t["boxes"]) for t in targets) > 0
@@ -212,14 +245,14 @@ def test_segmentation(tmp_path: Path, make: Any) -> None:
 def test_yolo_segmentation(tmp_path: Path) -> None:
     config = RFDETRSegNanoConfig(num_classes=3, resolution=72, pretrain_weights=None)
     data = module(make_yolo(tmp_path, polygons=True), config)
-    for _, targets in data.train_dataloader():
-        for target in targets:
-            check_masks(target)
+    targets = [target for _, batch in data.train_dataloader() for target in batch]
+    assert sum(map(check_masks, targets)) > 10
 
 
-def check_masks(target: dict) -> None:
-    """Masks fill their boxes to within the pixels that the resize makes of one."""
+def check_masks(target: dict) -> int:
+    """Masks fill their boxes up to the resize; the number of masks checked."""
     height, width = target["size"].tolist()
+    checked = 0
     for box, mask in zip(target["boxes"].tolist(), target["masks"].numpy(), strict=True):
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if box[2] * width < 8 or box[3] * height < 8:
@@ -230,6 +263,8 @@ def check_masks(target: dict) -> None:
         inside = np.array(found) / [width, height, width, height]
         assert (inside[:2] >= expected[:2] - 0.04).all()
         assert (inside[2:] <= expected[2:] + 0.04).all()
+        checked += 1
+    return checked
 
 
 class Counting(pl.LightningModule):

@@ -11,7 +11,7 @@ from rfdetr.data.decode import ImageFile
 from rfdetr.errors import DatasetError
 
 
-def picture(width: int = 70, height: int = 50) -> Image.Image:
+def image(width: int = 70, height: int = 50) -> Image.Image:
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(np.stack([x * 3, y * 4, x + y], -1).astype(np.uint8))
 
@@ -26,7 +26,7 @@ def jpeg(image: Image.Image, **options: object) -> bytes:
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg_pixels_equal_those_of_pillow(tmp_path: Path, options: dict, mode: str) -> None:
     path = tmp_path / "a.jpg"
-    path.write_bytes(jpeg(picture().convert(mode), **options))
+    path.write_bytes(jpeg(image().convert(mode), **options))
     file = ImageFile(path)
     assert (file.width, file.height) == (70, 50)
     np.testing.assert_array_equal(file.decode(), np.asarray(Image.open(path).convert("RGB")))
@@ -36,20 +36,20 @@ def test_rotation_tags_are_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / "a.jpg"
-    path.write_bytes(jpeg(picture(), exif=exif))
+    path.write_bytes(jpeg(image(), exif=exif))
     assert ImageFile(path).decode().shape == (50, 70, 3)
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "tiff", "jpg"])
 def test_other_formats_whatever_their_name(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "a.jpg"
-    picture().save(path, format={"jpg": "JPEG"}.get(suffix, suffix.upper()))
+    image().save(path, format={"jpg": "JPEG"}.get(suffix, suffix.upper()))
     assert ImageFile(path).decode().shape == (50, 70, 3)
 
 
 def test_reduced_decoding_keeps_the_asked_size(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
-    path.write_bytes(jpeg(picture(800, 600)))
+    path.write_bytes(jpeg(image(800, 600)))
     reduced = ImageFile(path).decode(140, 180)
     assert 140 <= reduced.shape[0] < 600
     assert 180 <= reduced.shape[1] < 800
@@ -59,9 +59,9 @@ def test_reduced_decoding_keeps_the_asked_size(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (b"", "empty"),
-        (b"not a picture", "cannot be decoded"),
-        (jpeg(picture())[:300], "cannot be decoded"),
-        (jpeg(picture())[:-200], "cannot be decoded"),
+        (b"not an image", "cannot be decoded"),
+        (jpeg(image())[:300], "cannot be decoded"),
+        (jpeg(image())[:-200], "cannot be decoded"),
         (b"\xff\xd8\xff" + bytes(50), "cannot be decoded"),
     ],
 )
@@ -81,7 +81,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "bomb.png"
-    picture().save(path)
+    image().save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DatasetError, match=r"bomb\.png.*decompression bomb"):
         ImageFile(path)

@@ -52,8 +52,8 @@ def test_layout_and_annotations(demo: Path) -> None:
         assert max(map(len, by_image.values())) <= 4
         backgrounds += sum(not boxes for boxes in by_image.values())
         for image in content["images"]:
-            with Image.open(demo / split / image["file_name"]) as picture:
-                assert picture.size == (128, 128)
+            with Image.open(demo / split / image["file_name"]) as opened:
+                assert opened.size == (128, 128)
     assert 0 < backgrounds < sum(SMALL.values()) * 0.2
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rfdetr.data.coco import CocoSplits
-from rfdetr.data.index import AnnotationIndex, PackedTexts
+from rfdetr.data.index import AnnotationIndex, PackedStrings
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.spawn import safe_workers
 from rfdetr.errors import DatasetError
@@ -25,11 +25,11 @@ def index(tmp_path: Path) -> AnnotationIndex:
 
 def test_texts() -> None:
     texts = ["a.jpg", "", "ünï/б.png", "x" * 300]
-    packed = pickle.loads(pickle.dumps(PackedTexts(texts)))
+    packed = pickle.loads(pickle.dumps(PackedStrings(texts)))
     assert list(packed) == texts
     assert packed[-1] == texts[-1]
     assert packed[1:3] == texts[1:3]
-    assert len(PackedTexts([])) == 0
+    assert len(PackedStrings([])) == 0
     with pytest.raises(IndexError):
         packed[4]
 
@@ -46,7 +46,7 @@ def test_a_million_rows_pickle_small() -> None:
     count = 1_000_000
     index = AnnotationIndex(
         root=Path(),
-        names=PackedTexts(["a.jpg"]),
+        names=PackedStrings(["a.jpg"]),
         image_ids=np.zeros(1, np.int64),
         first=np.array([0, count]),
         boxes=np.zeros((count, 4), np.float32),

@@ -155,7 +155,7 @@ def test_label_path() -> None:
         ("train: nowhere\nnames: [a]\n", "nowhere does not exist"),
         ("names: [a\n", "not valid YAML"),
         ("- a\n", "expected keys"),
-        ("names: [a, {b: c}]\n", "texts only"),
+        ("names: [a, {b: c}]\n", "only strings"),
     ],
 )
 def test_bad_yaml(tmp_path: Path, text: str, words: str) -> None:
@@ -203,7 +203,7 @@ def test_all_problems_of_a_file_come_together(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
         CocoSplits(detect_layout(root)).index("train")
     text = str(caught.value)
-    assert "annotation 1: its category 77" in text
+    assert "annotation 1: category 77" in text
     assert "image id 1 occurs more than once" in text
     assert "gone.jpg does not exist" in text
     assert "train/_annotations.coco.json: 3 problem(s)" in text

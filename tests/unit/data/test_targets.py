@@ -24,7 +24,7 @@ IDS = (4, 9, 11)
 
 
 class Unchanged(EvalTransform):
-    """The picture at its own size, so that boxes are those of the file."""
+    """The image at its own size, so that boxes are those of the file."""
 
     def __init__(self) -> None:
         super().__init__(0)

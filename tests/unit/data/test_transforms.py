@@ -124,7 +124,7 @@ def test_train_views_follow_the_distribution() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 900), (900, 3), (50, 40)])
-def test_views_of_odd_pictures(size: tuple[int, int], tmp_path: Path) -> None:
+def test_views_of_odd_images(size: tuple[int, int], tmp_path: Path) -> None:
     path = tmp_path / "odd.png"
     Image.new("RGB", (size[1], size[0]), (255, 0, 0)).save(path)
     file = ImageFile(path)
@@ -138,7 +138,7 @@ def test_views_of_odd_pictures(size: tuple[int, int], tmp_path: Path) -> None:
 
 
 def test_train_pixels_show_the_view(tmp_path: Path) -> None:
-    """The picture's own coordinates, stored as colours, come out where the view says."""
+    """The image's own coordinates, stored as colours, come out where the view says."""
     y, x = np.mgrid[0:200, 0:240]
     path = tmp_path / "map.png"
     Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8)).save(path)

@@ -198,7 +198,7 @@ def test_broken_files_and_addresses_are_named(tmp_path: Path, served: str) -> No
     broken.write_bytes(base64.b64decode("/9j/AAAA") + b"no image")
     with pytest.raises(InputError, match=r"broken\.jpg"):
         DETECTOR.predict(broken)
-    with pytest.raises(InputError, match=r"broken\.jpg is no image"):
+    with pytest.raises(InputError, match=r"broken\.jpg is not an image"):
         DETECTOR.predict(f"{served}/broken.jpg")
     with pytest.raises(InputError, match=r"absent\.jpg cannot be fetched"):
         DETECTOR.predict(f"{served}/absent.jpg")

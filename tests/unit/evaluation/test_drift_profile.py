@@ -98,7 +98,7 @@ def test_a_profile_survives_its_file(reference: Profile, tmp_path: Path) -> None
     assert compare(reference, loaded).alarms == []
 
 
-def test_facts_of_known_pictures(detector: RFDETR, tmp_path: Path) -> None:
+def test_facts_of_known_images(detector: RFDETR, tmp_path: Path) -> None:
     Image.new("RGB", (128, 32), (255, 255, 255)).save(tmp_path / "white.png")
     Image.new("L", (64, 64), 0).save(tmp_path / "black.png")
     stripes = np.zeros((64, 64, 3), np.uint8)
@@ -299,9 +299,9 @@ def test_a_large_set_is_sampled_evenly(detector: RFDETR, files: list[Path]) -> N
     assert found.files == ("0000.png", "0030.png", "0060.png", "0089.png", "0119.png")
 
 
-def test_the_picture_of_a_report(tmp_path: Path) -> None:
+def test_the_image_of_a_report(tmp_path: Path) -> None:
     reference, recent = synthetic(0), synthetic(1, boxes=0.0)
     draw_drift(reference, recent, compare(reference, recent), tmp_path / "drift.png")
-    with Image.open(tmp_path / "drift.png") as picture:
-        assert min(picture.size) > 300
+    with Image.open(tmp_path / "drift.png") as image:
+        assert min(image.size) > 300
     assert (tmp_path / "drift.png").stat().st_size < 100_000
