@@ -18,7 +18,8 @@ from typing import Self
 
 from flows.core.redact import redact
 from flows.storage.objects import download, upload
-from flows.storage.s3 import DamagedError, StorageError, list_objects
+from flows.storage.s3 import DamagedError, NotFoundError, StorageError, list_objects
+from rfdetr.files import remove_cut_off
 
 EVERY_SECONDS = 10.0
 # Weights first, the counters that refer to them last.
@@ -52,6 +53,7 @@ class Mirror:
         """
         if self.url is None or (self.folder / LAST).exists():
             return
+        remove_cut_off(self.folder, f".{LAST}.fetched")
         try:
             self._fetch_all()
         except StorageError as error:
@@ -88,9 +90,7 @@ class Mirror:
             file = self.folder / f".{POINTER}"
             try:
                 download(f"{self.url}/{POINTER}", file, progress=False)
-            except StorageError as error:
-                if not isinstance(error, DamagedError) and "does not exist" not in str(error):
-                    raise
+            except (NotFoundError, DamagedError):
                 file.write_text("")
             self._newest = int(file.read_text() == SLOTS[1])
             file.unlink()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.core.redact import redact, redact_mapping
+from flows.core.redact import redact_mapping
 from flows.gate.verdict import Verdict
 from flows.registry.model_folder import ModelFiles, build_model
 from flows.tracking.delivery import experiment_id, tracking_client
@@ -255,9 +255,9 @@ class Registry:
         self.set_tags(number, tags)
         if version.run_id:
             base = f"gate/version-{number}"
-            record = redact(verdict.model_dump_json(indent=2))
+            record = verdict.model_dump_json(indent=2)
             self.client.log_text(version.run_id, record, f"{base}.json")
-            self.client.log_text(version.run_id, redact(verdict.to_markdown()), f"{base}.md")
+            self.client.log_text(version.run_id, verdict.to_markdown(), f"{base}.md")
 
 
 @contextlib.contextmanager

@@ -23,12 +23,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOGGER = logging.getLogger(__name__)
-TEXTS = {".csv", ".html", ".json", ".lock", ".md", ".yaml"}
 RECORDED = "pipeline.recorded"
 NEEDED = ("dvc.lock", "models/trained/model.json", "metrics/fit.json", "metrics/test.json")
+WRITTEN_BY_USERS = ("params.yaml", "dvc.lock")  # dvc.lock repeats the parameters
 REPORTS = (
-    ("params.yaml", ""),
-    ("dvc.lock", ""),
     ("reports/validation.json", "reports"),
     ("reports/validation.md", "reports"),
     ("reports/validation.html", "reports"),
@@ -65,6 +63,8 @@ def complete_run(root: Path, params: Params, uri: str, tags: Mapping[str, Any]) 
     if client.get_run(run_id).data.tags.get(RECORDED) == state:
         return run_id
     _add_numbers(client, run_id, root, params)
+    for name in WRITTEN_BY_USERS:
+        client.log_text(run_id, redact((root / name).read_text(encoding="utf-8")), name)
     for name, folder in REPORTS:
         _add_files(client, run_id, root / name, folder)
     found = collect_provenance(root)
@@ -80,15 +80,11 @@ def complete_run(root: Path, params: Params, uri: str, tags: Mapping[str, Any]) 
 
 
 def _add_files(client: MlflowClient, run_id: str, path: Path, folder: str) -> None:
-    """A file or a folder as artifacts; text without its secrets."""
+    """A file or a folder as artifacts, byte for byte: reports contain no secrets."""
     if path.is_dir():
-        for child in sorted(path.iterdir()):
-            _add_files(client, run_id, child, folder)
-    elif path.suffix in TEXTS:
-        text = redact(path.read_text(encoding="utf-8"))
-        client.log_text(run_id, text, f"{folder}/{path.name}" if folder else path.name)
+        client.log_artifacts(run_id, str(path), folder)
     elif path.exists():
-        client.log_artifact(run_id, str(path), folder or None)
+        client.log_artifact(run_id, str(path), folder)
 
 
 def _known_run(client: MlflowClient, card: Mapping[str, Any], state_dir: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""S3: addresses, a client, and errors that say what to do. Credentials are never logged.
+"""S3: addresses, the client, listings, and errors that say what to do.
 
 Endpoint and keys come from the AWS_* environment variables or the files that boto3 reads.
 """
@@ -22,8 +22,12 @@ class StorageError(RFDETRError, OSError):
     """An object that cannot be read, written or trusted."""
 
 
+class NotFoundError(StorageError, FileNotFoundError):
+    """An object or a bucket that does not exist."""
+
+
 class DamagedError(StorageError):
-    """An object whose content is not the one that was sent."""
+    """An object whose content differs from what was uploaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +39,10 @@ class Address:
 
     @classmethod
     def parse(cls, uri: str) -> Address:
-        """Raises StorageError when `uri` is no s3:// address with a bucket and a key."""
+        """Raises StorageError if `uri` is not an s3:// address with a bucket and a key."""
         bucket, _, key = uri.removeprefix("s3://").partition("/")
         if not uri.startswith("s3://") or not bucket or not key.strip("/"):
-            raise StorageError(f"{redact(uri)} is no address of the form s3://bucket/key.")
+            raise StorageError(f"{redact(uri)} is not an address of the form s3://bucket/key.")
         return cls(bucket, key)
 
     def __str__(self) -> str:
@@ -49,12 +53,12 @@ class Address:
 
 
 def is_s3(text: str) -> bool:
-    """Whether `text` is meant as an s3:// address."""
+    """Whether `text` is an s3:// address."""
     return text.startswith("s3://")
 
 
 def make_client() -> Any:
-    """A boto3 client with bounded waits, retries and signatures that any S3 server takes."""
+    """A boto3 client with timeouts, retries, and signatures that every S3 server accepts."""
     import boto3
     from botocore.config import Config
 
@@ -70,40 +74,46 @@ def make_client() -> Any:
     return guard(lambda: boto3.session.Session().client("s3", config=config), "S3")
 
 
+HINTS = {
+    "403": "the keys have no right to it",
+    "AccessDenied": "the keys have no right to it",
+    "SignatureDoesNotMatch": "the secret key is wrong",
+    "404": "it does not exist",
+    "NoSuchKey": "it does not exist",
+    "NoSuchBucket": "the bucket does not exist",
+    "412": "it changed during the transfer",
+    "PreconditionFailed": "it changed during the transfer",
+}
+MISSING = {"404", "NoSuchKey", "NoSuchBucket"}
+
+
 def guard(call: Callable[[], Any], what: str) -> Any:
     """Run `call`; every error of boto3 becomes a StorageError that names `what`."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         return call()
-    except NoCredentialsError:
-        raise StorageError(
+    except (BotoCoreError, ClientError) as error:
+        raise _storage_error(what, error) from None
+    except Boto3Error as error:  # of the transfer manager; the cause is inside
+        cause = getattr(error, "last_exception", None) or error.__context__ or error
+        raise _storage_error(what, cause) from None
+
+
+def _storage_error(what: str, error: BaseException) -> StorageError:
+    from botocore.exceptions import ClientError, NoCredentialsError
+
+    if isinstance(error, NoCredentialsError):
+        return StorageError(
             f"{what}: no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and "
-            "AWS_ENDPOINT_URL for a server that is not Amazon's)."
-        ) from None
-    except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", "unknown"))
-        hint = {
-            "403": "the keys have no right to it",
-            "AccessDenied": "the keys have no right to it",
-            "SignatureDoesNotMatch": "the secret key is wrong",
-            "404": "it does not exist",
-            "NoSuchKey": "it does not exist",
-            "NoSuchBucket": "the bucket does not exist",
-            "412": "it changed during the transfer",
-            "PreconditionFailed": "it changed during the transfer",
-        }.get(code, redact(str(error)))
-        raise StorageError(f"{what}: {hint} ({code}).") from None
-    except BotoCoreError as error:
-        raise StorageError(f"{what}: {redact(str(error))}") from None
-
-
-def ensure_bucket(name: str, client: Any = None) -> None:
-    """Create the bucket if it is missing."""
-    client = client or make_client()
-    present = guard(client.list_buckets, "S3")["Buckets"]
-    if name not in {bucket["Name"] for bucket in present}:
-        guard(lambda: client.create_bucket(Bucket=name), f"s3://{name}")
+            "AWS_ENDPOINT_URL for a server other than Amazon's)."
+        )
+    if not isinstance(error, ClientError):
+        return StorageError(f"{what}: {redact(str(error))}")
+    code = str(error.response.get("Error", {}).get("Code", "unknown"))
+    kind = NotFoundError if code in MISSING else StorageError
+    return kind(f"{what}: {HINTS.get(code, redact(str(error)))} ({code}).")
 
 
 def head(uri: str, client: Any = None) -> dict[str, Any]:
@@ -124,7 +134,7 @@ def _sha_of(answer: dict[str, Any]) -> str | None:
 
 
 class Listed(NamedTuple):
-    """One object of a listing; the ETag is another one as soon as the content is."""
+    """One object of a listing; the ETag changes whenever the content does."""
 
     address: str
     size: int
@@ -132,7 +142,7 @@ class Listed(NamedTuple):
 
 
 def list_objects(uri: str, client: Any = None) -> Iterator[Listed]:
-    """Every object under a prefix, folder markers left out."""
+    """Every object under a prefix except folder markers."""
     address = Address.parse(uri)
     client = client or make_client()
     prefix = address.key.rstrip("/") + "/"
@@ -145,7 +155,7 @@ def list_objects(uri: str, client: Any = None) -> Iterator[Listed]:
 
 
 def on_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> None:
-    """Run `work` for every item on a few threads; the first error stops what has not begun."""
+    """Run `work` for every item on a few threads; the first error cancels what has not started."""
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             for _ in pool.map(work, items):
@@ -156,10 +166,10 @@ def on_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> None:
 
 
 def list_versions(uri: str, client: Any = None) -> list[tuple[str, str]]:
-    """(address, ETag) of every object below `uri`, sorted: a cheap name of a prefix's content.
+    """Sorted (address, ETag) of every object below `uri`: identifies the content of a prefix.
 
-    Like `flows.storage.objects.fetch`, an address of one object means that object. Raises StorageError
-    when nothing is there.
+    As in `flows.storage.prefixes.fetch`, the address of one object means that object. Raises
+    NotFoundError if there is nothing.
     """
     client = client or make_client()
     found = sorted((item.address, item.etag) for item in list_objects(uri, client))

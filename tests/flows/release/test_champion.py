@@ -393,7 +393,10 @@ def test_unknown_versions_and_models_are_named(registry: Registry) -> None:
         rollback(registry, reason="r", by="b")
 
 
-def test_secrets_do_not_reach_tags(registry: Registry, tmp_path: Path) -> None:
+def test_secrets_do_not_reach_tags(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPANY_API_KEY", SECRET)
     three(registry)
     registry.set_tags(1, {"lineage.remote": f"https://u:{SECRET}@host/r", "api_key": SECRET})
     promote(registry, 1, reason=f"token={SECRET}", by="ada")

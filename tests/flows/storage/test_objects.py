@@ -1,20 +1,21 @@
-"""Transfers against a real S3 server: resume, checksums, folders, errors, no secret in a text."""
+"""Transfers with a real S3 server: interruptions, checksums, folders, errors without secrets."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from flows.storage import objects
 from flows.storage import s3 as s3_module
 from flows.storage.objects import download, upload
-from flows.storage.prefixes import download_tree, fetch, upload_tree
+from flows.storage.prefixes import download_tree, fetch, inside, upload_tree
 from flows.storage.s3 import (
+    NotFoundError,
     StorageError,
-    ensure_bucket,
     head,
     list_objects,
     list_versions,
@@ -26,24 +27,22 @@ from tests.flows.servers import S3Server
 MIB = 1 << 20
 
 
+class Broken(Exception):
+    """The connection of a test breaks."""
+
+
 class Faulty:
-    """A real client that breaks at the n-th call of one method and counts all of them."""
+    """A real client that breaks at the n-th request of one kind, and counts these requests."""
 
-    def __init__(self, method: str, break_at: int = 10**9) -> None:
-        self.client, self.method, self.break_at, self.calls = make_client(), method, break_at, 0
+    def __init__(self, operation: str, break_at: int = 10**9) -> None:
+        self.break_at, self.calls = break_at, 0
+        self.client = make_client()
+        self.client.meta.events.register(f"before-call.s3.{operation}", self._on_request)
 
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(self.client, name)
-        if name != self.method:
-            return real
-
-        def call(**arguments: Any) -> Any:
-            self.calls += 1
-            if self.calls >= self.break_at:
-                raise KeyboardInterrupt
-            return real(**arguments)
-
-        return call
+    def _on_request(self, **_: Any) -> None:
+        self.calls += 1
+        if self.calls >= self.break_at:
+            raise Broken
 
 
 @pytest.fixture
@@ -68,45 +67,60 @@ def test_a_file_comes_back_equal_and_carries_its_checksum(s3: S3Server, tmp_path
     assert [path.name for path in back.parent.iterdir()] == ["b.bin"]
 
 
-def test_an_interrupted_download_goes_on_with_the_missing_parts(
+def test_an_interrupted_download_leaves_the_old_file(
     s3: S3Server, tmp_path: Path, big: Path
 ) -> None:
     upload(big, "s3://data/big.bin", progress=False)
     target = tmp_path / "out" / "big.bin"
-    with pytest.raises(KeyboardInterrupt):
-        download("s3://data/big.bin", target, progress=False, client=Faulty("get_object", 3))
-    assert not target.exists()
-    counting = Faulty("get_object")
-    download("s3://data/big.bin", target, progress=False, client=counting)
-    assert counting.calls == 3  # of five parts, two were there
-    assert sha256_file(target) == sha256_file(big)
+    target.parent.mkdir()
+    target.write_text("old")
+    with pytest.raises(Broken):
+        download("s3://data/big.bin", target, progress=False, client=Faulty("GetObject", 3).client)
     assert [path.name for path in target.parent.iterdir()] == ["big.bin"]
+    assert target.read_text() == "old"
+    download("s3://data/big.bin", target, progress=False)
+    assert sha256_file(target) == sha256_file(big)
 
 
-def test_an_interrupted_upload_goes_on_with_the_missing_parts(
-    s3: S3Server, tmp_path: Path, big: Path
-) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        upload(big, "s3://data/up.bin", progress=False, client=Faulty("upload_part", 3))
-    counting = Faulty("upload_part")
-    upload(big, "s3://data/up.bin", progress=False, client=counting)
-    assert counting.calls == 3
+def test_ctrl_c_ends_a_download(s3: S3Server, tmp_path: Path, big: Path) -> None:
+    upload(big, "s3://data/big.bin", progress=False)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("s3transfer.futures.TransferFuture.result", Mock(side_effect=interrupt))
+        download("s3://data/big.bin", tmp_path / "out" / "big.bin", progress=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_upload_leaves_no_object(s3: S3Server, tmp_path: Path, big: Path) -> None:
+    with pytest.raises(Broken):
+        upload(big, "s3://data/up.bin", progress=False, client=Faulty("UploadPart", 3).client)
+    with pytest.raises(NotFoundError):
+        head("s3://data/up.bin")
+    upload(big, "s3://data/up.bin", progress=False)
     assert head("s3://data/up.bin")["sha256"] == sha256_file(big)
     assert sha256_file(download("s3://data/up.bin", tmp_path / "again")) == sha256_file(big)
-    idle = Faulty("create_multipart_upload")
-    upload(big, "s3://data/up.bin", progress=False, client=idle)
+    idle = Faulty("CreateMultipartUpload")
+    upload(big, "s3://data/up.bin", progress=False, client=idle.client)
     assert idle.calls == 0
 
 
-def test_an_object_that_changed_since_starts_again(s3: S3Server, tmp_path: Path, big: Path) -> None:
+def test_an_object_that_changes_during_its_download_is_refused(
+    s3: S3Server, tmp_path: Path, big: Path
+) -> None:
     upload(big, "s3://data/c.bin", progress=False)
-    with pytest.raises(KeyboardInterrupt):
-        download("s3://data/c.bin", tmp_path / "c", progress=False, client=Faulty("get_object", 3))
-    big.write_bytes(os.urandom(23 * MIB))
-    upload(big, "s3://data/c.bin", progress=False)
-    assert sha256_file(download("s3://data/c.bin", tmp_path / "c", progress=False)) == sha256_file(
-        big
-    )
+    client, other = make_client(), make_client()
+    content = os.urandom(23 * MIB)
+
+    def change(**_: Any) -> None:
+        other.put_object(Bucket="data", Key="c.bin", Body=content)
+
+    client.meta.events.register_first("before-call.s3.GetObject", change)
+    with pytest.raises(StorageError):
+        download("s3://data/c.bin", tmp_path / "out" / "c", progress=False, client=client)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_wrong_checksum_is_refused_and_leaves_nothing(s3: S3Server, tmp_path: Path) -> None:
@@ -162,20 +176,20 @@ def test_a_folder_with_a_marker_object_is_a_folder(s3: S3Server, tmp_path: Path)
     assert (tmp_path / "set" / "a.txt").read_bytes() == b"a"
 
 
-def test_an_interrupted_folder_goes_on_only_with_what_is_still_there(
+def test_an_interrupted_folder_resumes_with_the_files_that_have_not_changed(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a.txt", "b.txt", "gone/c.txt", "z.txt"):
         put(f"moving/{name}", b"old")
     monkeypatch.setattr(s3_module, "THREADS", 1)
-    faulty = Faulty("get_object", 4)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("flows.storage.prefixes.make_client", lambda: faulty)
+    faulty = Faulty("GetObject", 4)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Broken):
+        patch.setattr("flows.storage.prefixes.make_client", lambda: faulty.client)
         download_tree("s3://data/moving", tmp_path / "set", progress=False)
     put("moving/b.txt", b"new")  # as long as before
     make_client().delete_object(Bucket="data", Key="moving/gone/c.txt")
-    counting = Faulty("get_object")
-    monkeypatch.setattr("flows.storage.prefixes.make_client", lambda: counting)
+    counting = Faulty("GetObject")
+    monkeypatch.setattr("flows.storage.prefixes.make_client", lambda: counting.client)
     target = download_tree("s3://data/moving", tmp_path / "set", progress=False)
     found = {p.relative_to(target).as_posix(): p.read_bytes() for p in target.rglob("*.*")}
     assert found == {"a.txt": b"old", "b.txt": b"new", "z.txt": b"old"}
@@ -198,7 +212,7 @@ def test_the_version_of_a_prefix_follows_its_own_objects_only(s3: S3Server) -> N
 
 @pytest.mark.parametrize("uri", ["s3://", "s3://bucket", "http://x/y", "s3://user:pw@b/"])
 def test_a_wrong_address_is_refused(uri: str) -> None:
-    with pytest.raises(StorageError, match="no address of the form") as caught:
+    with pytest.raises(StorageError, match="not an address of the form") as caught:
         head(uri, client=object())
     assert ":pw@" not in str(caught.value)
 
@@ -208,7 +222,7 @@ def test_errors_say_what_to_do_and_hold_no_secret(
 ) -> None:
     with pytest.raises(StorageError, match="does not exist"):
         head("s3://data/nothing")
-    with pytest.raises(StorageError, match="nothing is there"):
+    with pytest.raises(StorageError, match="is empty or does not exist"):
         fetch("s3://data/nothing", tmp_path / "x", progress=False)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret-value")
     with pytest.raises(StorageError, match=r"no right|secret key is wrong") as caught:
@@ -230,7 +244,15 @@ def test_missing_keys_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         head("s3://data/x")
 
 
-def test_a_bucket_is_made_once(s3: S3Server) -> None:
-    ensure_bucket("fresh-one")
-    ensure_bucket("fresh-one")
-    assert (s3.folder / "fresh-one").is_dir()
+@pytest.mark.parametrize("uri", ["s3://data/nothing", "s3://nobucket/x"])
+def test_what_does_not_exist_is_also_a_missing_file(s3: S3Server, uri: str) -> None:
+    with pytest.raises(NotFoundError):
+        head(uri)
+    assert issubclass(NotFoundError, FileNotFoundError)
+
+
+@pytest.mark.parametrize("name", ["../out.txt", "a/../../out.txt", "/etc/out.txt"])
+def test_a_name_from_outside_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StorageError, match="leads out of"):
+        inside(tmp_path / "set", name)
+    assert inside(tmp_path / "set", "a/b.txt") == tmp_path / "set" / "a" / "b.txt"
