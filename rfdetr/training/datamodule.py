@@ -1,4 +1,4 @@
-"""The datasets and loaders of a run (training specification, section 4)."""
+"""The datasets and loaders of a run."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ NAMED_FIRST = ("train", "val", "test")
 class RFDETRDataModule(pl.LightningDataModule):
     """Datasets and loaders for a model and a training configuration.
 
-    A split is read when it is first needed and then kept; building reads or changes no global
-    random state and writes nothing. There is no predict loader: hand one to `trainer.predict`.
-    Raises DatasetError that lists what is wrong with a split, and ConfigError when `class_names` of
-    the configuration are more or fewer than the data's classes.
+    A split is read when it is first needed and then kept; this neither uses nor changes global
+    random state and writes nothing. There is no predict loader: pass one to `trainer.predict`.
+    Raises DatasetError that lists what is wrong with a split, and ConfigError when the
+    configuration has another number of `class_names` than the data has classes.
     """
 
     def __init__(self, model_config: ModelConfig, train_config: TrainConfig) -> None:
@@ -53,24 +53,24 @@ class RFDETRDataModule(pl.LightningDataModule):
         self._splits: CocoSplits | YoloSplits | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the splits of "fit", "validate" or "test" that are not there yet."""
+        """Build the missing splits of "fit", "validate" or "test"."""
         for name in STAGES.get(stage or "", ()):
             self._dataset(name)
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names in label order, from the first split that was built; None before."""
+        """Names in label order, from the first available split; None before `setup`."""
         first = next((self._datasets[n] for n in NAMED_FIRST if n in self._datasets), None)
         return None if first is None else first.class_names
 
     @property
     def num_classes(self) -> int | None:
-        """What `ModelConfig.num_classes` must be at least; None before `setup`."""
+        """The minimum of `ModelConfig.num_classes` for this data; None before `setup`."""
         first = next((self._datasets[n] for n in NAMED_FIRST if n in self._datasets), None)
         return None if first is None else first.num_classes
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled, random views; an epoch has at least five accumulation windows."""
+        """Shuffled, with random views; an epoch has at least five accumulation windows."""
         dataset = self._dataset("train")
         replicas, rank = self._processes()
         sampler = EpochSampler(
@@ -96,15 +96,15 @@ class RFDETRDataModule(pl.LightningDataModule):
         return self._in_order("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The test split in order, or validation where there is no test split."""
+        """The test split in order, or the validation split if there is no test split."""
         return self._in_order("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """The seed of order and augmentation, so that a resumed run goes on with it."""
+        """The seed of order and augmentation, which a resumed run keeps."""
         return {"order_seed": self.order_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the seed of the run that is resumed, unless the configuration gives one."""
+        """Use the seed of the resumed run, unless the configuration sets one."""
         if self.train_config.seed is None:
             self._use_seed(int(state_dict["order_seed"]))
 
@@ -114,13 +114,13 @@ class RFDETRDataModule(pl.LightningDataModule):
             dataset.seed = seed
 
     def _common_seed(self) -> int:
-        """The seed of rank 0 in every process."""
+        """The seed of rank 0, in every process: all ranks shuffle alike."""
         if self.trainer is not None:
             self._use_seed(int(self.trainer.strategy.broadcast(self.order_seed)))
         return self.order_seed
 
     def _window(self) -> int:
-        """Micro-batches of one optimizer step."""
+        """Micro-batches per optimizer step."""
         if self.trainer is not None:
             return self.trainer.accumulate_grad_batches
         return self.train_config.grad_accum_steps
@@ -142,7 +142,7 @@ class RFDETRDataModule(pl.LightningDataModule):
     def _build(self, name: str) -> DetectionDataset:
         splits = self._source()
         if name == "test" and "test" not in splits.layout.splits:
-            silent = splits.layout.kind == "coco"  # whose test split has no annotations
+            silent = splits.layout.kind == "coco"  # its test split has no annotations by design
             return self._val_as_test("" if silent else "no test split")
         index = splits.index(name)
         if name == "test" and not len(index):
@@ -175,8 +175,8 @@ class RFDETRDataModule(pl.LightningDataModule):
         if given and len(given) != len(found):
             raise ConfigError(
                 f"class_names has {len(given)} names, {dataset.index.root} has {len(found)} "
-                f"classes ({', '.join(found)}). Give one name for each, in this order, or leave "
-                "class_names out."
+                f"classes ({', '.join(found)}). Give one name per class, in this order, or omit "
+                "class_names."
             )
 
     def _source(self) -> CocoSplits | YoloSplits:
@@ -214,12 +214,12 @@ class RFDETRDataModule(pl.LightningDataModule):
         dataset = self._dataset(name)
         replicas, rank = self._processes()
         sampler: DistributedSampler[Any] | None = None
-        if replicas > 1:  # padded by repeats, which evaluation removes by image id
+        if replicas > 1:  # pads with repeats, which evaluation removes by image id
             sampler = DistributedSampler(dataset, replicas, rank, shuffle=False)
         return DataLoader(dataset, sampler=sampler, **self._loading(dataset))
 
     def _loading(self, dataset: DetectionDataset) -> dict[str, Any]:
-        """Arguments that all loaders share; None in the configuration means the automatic value."""
+        """Arguments that all loaders share; None in the configuration means automatic."""
         self._check_classes(dataset)
         config = self.train_config
         workers = safe_workers(config.num_workers)
@@ -244,13 +244,13 @@ class RFDETRDataModule(pl.LightningDataModule):
 
 
 def _free_seed() -> int:
-    """Lightning's seed where one was set, else a random one; global generators stay untouched."""
+    """Lightning's seed if one was set, else a random one; global generators stay untouched."""
     given = os.environ.get("PL_GLOBAL_SEED", "")
     return int(given) if given.isdigit() else secrets.randbits(31)
 
 
 def _seed_worker(_worker: int) -> None:
-    """Give every worker its own streams of Python's and NumPy's global generators."""
+    """Seed the global generators of Python and NumPy, differently in every worker."""
     info = get_worker_info()
     assert info is not None
     random.seed(info.seed)

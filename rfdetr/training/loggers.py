@@ -1,4 +1,4 @@
-"""Loggers by configuration: CSV always, the others by flag (training specification, section 13)."""
+"""The loggers of a run: CSV always, the others by flag."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from rfdetr.training.history import HistoryCSVLogger
 
 
 def build_loggers(train_config: TrainConfig) -> list[Logger]:
-    """The loggers that `train_config` asks for.
+    """The loggers that `train_config` requests.
 
-    Raises MissingDependencyError when a logger that was asked for cannot be imported. TensorBoard,
-    which is on by default, is left out with a warning then, unless it was asked for explicitly.
+    Raises MissingDependencyError when a requested logger cannot be imported. TensorBoard, which is
+    on by default, is skipped with a warning then, unless it was requested explicitly.
     """
     output = train_config.output_dir
     loggers: list[Logger] = [HistoryCSVLogger(output)]
     if train_config.tensorboard:
-        asked = "tensorboard" in train_config.model_fields_set
-        loggers += _try("tensorboard", asked, lambda: TensorBoardLogger(output, "", ""))
+        requested = "tensorboard" in train_config.model_fields_set
+        loggers += _try("tensorboard", requested, lambda: TensorBoardLogger(output, "", ""))
     if train_config.wandb:
         loggers += _try(
             "wandb",
@@ -44,12 +44,12 @@ def build_loggers(train_config: TrainConfig) -> list[Logger]:
     return loggers
 
 
-def _try(package: str, asked: bool, make: Callable[[], Logger]) -> list[Logger]:
+def _try(package: str, requested: bool, make: Callable[[], Logger]) -> list[Logger]:
     try:
         return [make()]
     except (ImportError, AttributeError) as error:
-        text = f"The {package} logger cannot run ({error}). Install it: pip install {package}"
-        if asked:
+        text = f"The {package} logger is unavailable ({error}). Install it: pip install {package}"
+        if requested:
             raise MissingDependencyError(f"{text}, or set {package}=False.") from error
-        warnings.warn(f"{text}. Training goes on without it.", UserWarning, stacklevel=3)
+        warnings.warn(f"{text}. Training continues without it.", UserWarning, stacklevel=3)
         return []

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from rfdetr.checkpoints.pretrained import initialise_weights
@@ -19,11 +20,15 @@ from rfdetr.data.batch import NestedTensor
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
-from rfdetr.training import resume
 from rfdetr.training.callbacks.ema import RFDETREMACallback
+from rfdetr.training.callbacks.process_settings import ProcessSettings
+from rfdetr.training.lightning_adapter import attached_trainer, unscales_gradients
+from rfdetr.training.loaded_checkpoint import normalise_loaded
 from rfdetr.training.multi_scale import draw_size, multi_scale_sizes, resize_batch
 from rfdetr.training.non_finite import check_finite
-from rfdetr.training.optimizer import build_optimizer, lr_factor
+from rfdetr.training.optimizer import build_optimizer
+from rfdetr.training.resume import ResumeCallback
+from rfdetr.training.schedule import lr_factor, planned_steps
 from rfdetr.training.settings import (
     hyper_parameters,
     names_of_loader,
@@ -38,10 +43,10 @@ Batch = tuple[NestedTensor, Sequence[dict[str, Any]]]
 class RFDETRModule(pl.LightningModule):
     """Trains and evaluates one detector; `model` is the network.
 
-    Pretrained weights are loaded at construction (`load_report` says how); a `network` that is
-    given is trained as it is. Dictionaries, with the name of the configuration class as
-    `model_name`, are what checkpoints store: `load_from_checkpoint` needs no configurations.
-    Raises CheckpointError or DownloadError when weights that were asked for cannot be used.
+    Pretrained weights are loaded at construction (`load_report` says how); a given `network` is
+    trained as it is. Both configurations may be the dictionaries that checkpoints store, with the
+    name of the model's configuration class as `model_name`, so `load_from_checkpoint` needs no
+    arguments. Raises CheckpointError or DownloadError for requested weights that cannot be used.
     """
 
     def __init__(
@@ -58,13 +63,12 @@ class RFDETRModule(pl.LightningModule):
         self.train_config = train_config
         warn_ignored_settings(model_config, train_config)
         self.model = network or build_network(model_config)
-        self.model.train()  # a detector's network comes in eval mode, and Lightning keeps modes
+        # RFDETR passes its network in eval mode, and Lightning would leave it there
+        self.model.train()
         self.load_report = None if network else initialise_weights(self.model, model_config)
         self.criterion = build_criterion(model_config, train_config)
         self.postprocess = PostProcess(model_config.num_select)
-        self.legacy_ema_state: dict[str, Tensor] | None = None
-        self.resume_record: dict[str, Any] | None = None
-        self.stored_class_names: list[str] | None = None  # of a checkpoint that was loaded
+        self.stored_class_names: list[str] | None = None  # of the checkpoint that was loaded
         self.strict_loading = False  # on_load_checkpoint checks and reports
         if model_config.compile:
             self.model.compile()
@@ -80,7 +84,7 @@ class RFDETRModule(pl.LightningModule):
         return list(names) if names else None
 
     def _names_of_data(self) -> list[str] | None:
-        trainer = self._trainer
+        trainer = attached_trainer(self)
         if trainer is None:
             return None
         sources = [trainer.train_dataloader, trainer.val_dataloaders]
@@ -96,25 +100,31 @@ class RFDETRModule(pl.LightningModule):
 
     @property
     def _window(self) -> int:
-        """Micro-batches of one optimizer step."""
-        return 1 if self._trainer is None else self._trainer.accumulate_grad_batches
+        """Micro-batches per optimizer step."""
+        trainer = attached_trainer(self)
+        return 1 if trainer is None else trainer.accumulate_grad_batches
 
-    def setup(self, stage: str) -> None:
-        """Average before all other callbacks, so that checkpoints hold the average of their step.
+    def configure_callbacks(self) -> list[Callback]:
+        """Complete and order the trainer's callbacks, whatever list the user has given.
 
-        Callbacks that users add come last, behind those that write checkpoints.
+        The EMA callback runs first, so that a checkpoint contains the EMA weights of its own step.
+        The resume callback runs last: it restores the random number generators. Nothing is
+        returned, because Lightning would move the user's callbacks before those that save.
         """
-        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.sort(key=lambda callback: not isinstance(callback, RFDETREMACallback))
+        callbacks: list[Callback] = list(self.trainer.callbacks)  # type: ignore[attr-defined]
+        for kind in (ProcessSettings, ResumeCallback):
+            if not any(isinstance(callback, kind) for callback in callbacks):
+                callbacks.append(kind())
+        order = {RFDETREMACallback: 0, ProcessSettings: 1, ResumeCallback: 3}
+        callbacks.sort(key=lambda callback: order.get(type(callback), 2))
+        self.trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        return []
 
     def on_fit_start(self) -> None:
+        """Seed all generators if a seed is set, each rank differently."""
         if self.train_config.seed is not None:
             seed = (self.train_config.seed + self.global_rank) % 2**32
             pl.seed_everything(seed, workers=True)
-        resume.begin_history(self)
-
-    def on_train_start(self) -> None:
-        resume.start(self)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Resize the batch in place to the size drawn for this optimizer step."""
@@ -122,33 +132,35 @@ class RFDETRModule(pl.LightningModule):
         if config.multi_scale and not config.do_random_resize_via_padding:
             resize_batch(batch[0], draw_size(self._sizes, self.trainer.global_step))
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if self.resume_record is not None:
-            resume.add_epoch_sums(self)
-
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> tuple[Any, list[dict[str, Any]]]:
-        """Move images, mask and every tensor of every target; targets come back as a list."""
+        """Move images, mask and every tensor of every target; returns the targets as a list."""
         samples, targets = batch
         move = functools.partial(_to_device, device=device)
         moved = [{key: move(value) for key, value in target.items()} for target in targets]
         return move(samples), moved
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The weighted loss over the accumulation window; `backward` undoes that division.
+        """The weighted loss, divided by `accumulate_grad_batches`.
 
         Raises NonFiniteLossError, on all ranks together.
         """
         samples, targets = batch
         terms = self.criterion(self.model(samples, targets), targets)
         loss = self._weighted(terms)
-        check_finite(self, loss, terms, targets)
+        check_finite(loss, terms, targets, attached_trainer(self))
         self._log_training(loss, terms, len(targets))
         return loss / self._window
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Backward of the mean over the window: Lightning has divided by its length again."""
+        """Backward of the mean loss over the accumulation window, for a window of n micro-batches.
+
+        1. `training_step` returns loss / n: its documented result.
+        2. Lightning divides what `training_step` returns by n once more: loss / n^2 arrives here.
+        3. One factor n is multiplied back, so each micro-batch contributes the gradient of loss / n
+           and the sum over the window is the gradient of the mean.
+        """
         super().backward(loss * self._window, *args, **kwargs)
 
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
@@ -156,7 +168,7 @@ class RFDETRModule(pl.LightningModule):
         return torch.stack([terms[name] * weights[name] for name in terms if name in weights]).sum()
 
     def _log_training(self, loss: Tensor, terms: dict[str, Tensor], batch_size: int) -> None:
-        if self._trainer is None:
+        if attached_trainer(self) is None:
             return
         config = self.train_config
         values = {f"train/{name}": value.detach() for name, value in terms.items()}
@@ -181,7 +193,7 @@ class RFDETRModule(pl.LightningModule):
     ) -> dict[str, Any]:
         """{"results", "targets"} of one batch for COCOEvalCallback; logs val/loss.
 
-        Of several loaders the first is measured.
+        Only the first of several loaders is evaluated.
         """
         with_loss = self.train_config.compute_val_loss and dataloader_idx == 0
         return self._evaluate(batch, "val", with_loss)
@@ -214,7 +226,7 @@ class RFDETRModule(pl.LightningModule):
         return {"results": self.detect(outputs, targets), "targets": targets}
 
     def evaluation_forward(self, network: nn.Module, samples: Any) -> dict[str, Any]:
-        """Outputs of `network` (the live or the averaged one) in the precision of evaluation."""
+        """Outputs of `network` (live or EMA) in the precision of evaluation."""
         half = self.train_config.fp16_eval and self.device.type == "cuda"
         context: contextlib.AbstractContextManager[Any] = (
             torch.autocast("cuda", torch.float16) if half else contextlib.nullcontext()
@@ -232,11 +244,11 @@ class RFDETRModule(pl.LightningModule):
         return detections
 
     def configure_optimizers(self) -> Any:
-        """AdamW with layer-wise rates, and the schedule over the trainer's real step count."""
+        """AdamW with layer-wise rates, and the schedule over the trainer's actual step count."""
         optimizer = build_optimizer(
             self.model, self.model_config, self.train_config, fused=self._fused()
         )
-        total, per_epoch = resume.planned_steps(self.trainer)
+        total, per_epoch = planned_steps(self.trainer)
         factor = functools.partial(
             lr_factor, total_steps=total, steps_per_epoch=per_epoch, train_config=self.train_config
         )
@@ -247,11 +259,13 @@ class RFDETRModule(pl.LightningModule):
         }
 
     def _fused(self) -> bool:
-        """Fused AdamW: on CUDA in bf16 only (a gradient scaler forbids it), on CPU in float32."""
-        needed = {"cuda": "bf16-mixed", "cpu": "32-true"}
+        """Fused AdamW: on CUDA with bf16-mixed only, on the CPU with float32 only.
+
+        A gradient scaler (16-mixed) does not work with it under Lightning.
+        """
         kind = self.trainer.strategy.root_device.type
-        wanted = self.model_config.fused_optimizer and kind in needed
-        return wanted and str(self.trainer.precision) == needed[kind]
+        needed = {"cuda": "bf16-mixed", "cpu": "32-true"}.get(kind)
+        return self.model_config.fused_optimizer and str(self.trainer.precision) == needed
 
     def configure_gradient_clipping(
         self,
@@ -259,8 +273,8 @@ class RFDETRModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does; it refuses a fused optimizer, whose norm is clipped here."""
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        """Clip as Lightning does, and by norm for a fused optimizer too, which it refuses."""
+        fused = unscales_gradients(optimizer)
         by_norm = gradient_clip_algorithm in (None, "norm")
         if not fused or not by_norm or getattr(self.trainer.precision_plugin, "scaler", None):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -269,11 +283,15 @@ class RFDETRModule(pl.LightningModule):
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        resume.save(self, checkpoint)
+        """Add what identifies the model: its class and the names of its classes."""
+        checkpoint["model_name"] = type(self.model_config).__name__.removesuffix("Config")
+        checkpoint["class_names"] = self.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Accept our checkpoints and legacy dictionaries; CheckpointError on a misfit."""
-        resume.load(self, checkpoint)
+        """Accept full checkpoints and legacy dictionaries; CheckpointError if they do not fit."""
+        path = str(getattr(attached_trainer(self), "ckpt_path", None) or "The checkpoint")
+        names = normalise_loaded(checkpoint, self.model, self.model_config, path)
+        self.stored_class_names = names
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -1,11 +1,7 @@
-"""AdamW groups by name, the learning-rate schedule, and optimizer state that follows names.
-
-Group rule and schedule: training specification, sections 7.1 and 7.2.
-"""
+"""AdamW with layer-wise learning rates, and optimizer state that is loaded by parameter name."""
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -26,7 +22,11 @@ ParameterGroup = dict[str, Any]
 
 
 def learning_rate(name: str, model_config: ModelConfig, train_config: TrainConfig) -> float:
-    """Base learning rate of the parameter `name` (our names), before the schedule."""
+    """Base learning rate of the parameter `name`, before the schedule.
+
+    Encoder: `lr_encoder`, decayed per block from the last to the first, and by the component decay
+    squared. Decoder: `lr` times the component decay. Everything else: `lr`.
+    """
     if name.startswith(ENCODER):
         depth = model_config.out_feature_indexes[-1] + 1
         layer = train_config.lr_vit_layer_decay ** (depth + 1 - _layer_id(name, depth))
@@ -37,7 +37,10 @@ def learning_rate(name: str, model_config: ModelConfig, train_config: TrainConfi
 
 
 def weight_decay(name: str, train_config: TrainConfig) -> float:
-    """Weight decay of `name`: 0 for encoder biases, norms and embeddings, not for layer scales."""
+    """Weight decay of `name`: 0 for biases, norms and embeddings of the encoder.
+
+    UNDECAYED is matched against legacy names, in which layer scales are `lambda1`: they decay.
+    """
     undecayed = name.startswith(ENCODER) and any(w in legacy_name(name) for w in UNDECAYED)
     return 0.0 if undecayed else train_config.weight_decay
 
@@ -55,7 +58,7 @@ def parameter_groups(
     model_config: ModelConfig,
     train_config: TrainConfig,
 ) -> list[ParameterGroup]:
-    """Named trainable parameters in groups of equal (learning rate, weight decay).
+    """Trainable parameters in groups of equal (learning rate, weight decay).
 
     Order: everything outside encoder and decoder, the encoder by depth, the decoder. `params` holds
     (name, parameter) pairs, so that torch keeps the names in the optimizer's state.
@@ -75,7 +78,7 @@ def parameter_groups(
 def build_optimizer(
     network: nn.Module, model_config: ModelConfig, train_config: TrainConfig, *, fused: bool
 ) -> torch.optim.AdamW:
-    """AdamW over the groups above; loading its state goes by parameter name, never by position."""
+    """AdamW over `parameter_groups`; its state is loaded by parameter name, never by position."""
     groups = parameter_groups(network.named_parameters(), model_config, train_config)
     optimizer = torch.optim.AdamW(groups, lr=train_config.lr, fused=fused or None)
     optimizer.register_load_state_dict_pre_hook(_load_by_name)
@@ -83,10 +86,10 @@ def build_optimizer(
 
 
 def _load_by_name(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Moments of the saved state under this optimizer's own groups and options.
+    """The saved moments in this optimizer's own groups.
 
-    Learning rates and weight decays are those of the present configuration. A parameter whose
-    saved moments are absent or of another shape starts fresh, with one warning.
+    Learning rates and weight decays are those of the current configuration. Parameters whose saved
+    moments are missing or of another shape start fresh, with one warning.
     """
     saved = _moments_by_name(state)
     groups = optimizer.state_dict()["param_groups"]
@@ -124,21 +127,3 @@ def _moments_by_name(state: dict[str, Any]) -> dict[str, Any]:
 def _fits(moments: dict[str, Any], parameter: nn.Parameter) -> bool:
     average = moments.get("exp_avg")
     return isinstance(average, torch.Tensor) and average.shape == parameter.shape
-
-
-def lr_factor(
-    step: int, *, total_steps: int, steps_per_epoch: int, train_config: TrainConfig
-) -> float:
-    """Factor on every base rate after `step` optimizer steps of `total_steps`.
-
-    Linear warm-up, then half a cosine down to `lr_min_factor`, or one tenfold drop at `lr_drop`
-    epochs counted from the start of training.
-    """
-    warmup = int(steps_per_epoch * train_config.warmup_epochs)
-    if step < warmup:
-        return step / max(1, warmup)
-    if train_config.lr_scheduler == "cosine":
-        progress = (step - warmup) / max(1, total_steps - warmup)
-        low = train_config.lr_min_factor
-        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0 if step < train_config.lr_drop * steps_per_epoch else 0.1

@@ -1,4 +1,4 @@
-"""State of the random generators of one process, as values that any safe loader accepts."""
+"""State of the random number generators of one process, in types that any safe loader accepts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's generators (CPU and CUDA)."""
+    """State of the generators of Python, NumPy and torch (CPU and CUDA)."""
     version, numbers, gauss = random.getstate()
     legacy: Any = np.random.get_state(legacy=True)  # noqa: NPY002
     kind, keys, position, has_gauss, cached = legacy
@@ -24,7 +24,10 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], rank: int = 0) -> None:
-    """Put the generators back. Other ranks than 0 get seeds of their own, derived from `state`."""
+    """Restore the generators on rank 0; other ranks get new seeds, derived from `state`.
+
+    A checkpoint has the state of rank 0 only, so the other ranks do not resume bit by bit.
+    """
     if rank:
         seed = zlib.crc32(state["torch"].numpy().tobytes()) + rank
         random.seed(seed)

@@ -1,4 +1,4 @@
-"""Pictures of a validation: collect sample images, draw, hand the files to the loggers."""
+"""Sample images of a validation, and the plots that loggers receive."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ def take_samples(samples: Any, targets: Sequence[Mapping[str, Any]], wanted: int
             height, width = (int(side) for side in target["size"])
         image = tensor[:, :height, :width].detach().float().cpu()
         image = image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-        picture = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         rows, columns = (int(side) for side in target["orig_size"])
         image_id = int(torch.as_tensor(target["image_id"]).reshape(-1)[0])
-        taken.append(Sample(image_id, picture, (rows, columns)))
+        taken.append(Sample(image_id, pixels, (rows, columns)))
     return taken
 
 
-def send_pictures(
-    loggers: Iterable[Logger], pictures: Mapping[str, Path], prefix: str, step: int
+def send_plots(
+    loggers: Iterable[Logger], plots: Mapping[str, Path], prefix: str, step: int
 ) -> None:
-    """Hand `pictures` to every logger that takes some, as `prefix`/<name>.
+    """Send image files to every logger that accepts images, as `prefix`/<name>.
 
-    A logger that fails is warned about and skipped: a picture never ends a training.
+    A logger that fails is skipped with a warning: a plot never ends a training run.
     """
     for logger in loggers:
-        for name, path in pictures.items():
+        for name, path in plots.items():
             try:
                 _send(logger, f"{prefix}/{name}", path, step)
             except Exception as error:  # noqa: BLE001 - clients of servers raise anything
                 warnings.warn(
-                    f"{type(logger).__name__} did not take the picture {path.name}: {error}. "
-                    f"It is kept in {path.parent}.",
+                    f"{type(logger).__name__} did not accept the plot {path.name}: {error}. It is "
+                    f"still in {path.parent}.",
                     UserWarning,
                     stacklevel=2,
                 )

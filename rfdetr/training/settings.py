@@ -1,4 +1,4 @@
-"""What the two configurations say together: ignored settings, and the record of both."""
+"""The two configurations together: ignored settings, and how checkpoints store both."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, TrainConfig
 from rfdetr.errors import ConfigError
 
-# fields of TrainConfig that repeat the model's settings; the model's value acts
+# fields of TrainConfig that repeat the model's settings; the model's value is used
 REPEATED = ("group_detr", "ia_bce_loss", "num_select", "segmentation_head")
 
 
 def warn_ignored_settings(model_config: ModelConfig, train_config: TrainConfig) -> None:
-    """One UserWarning for settings given in `train_config` that differ from the model's."""
+    """One UserWarning for settings of `train_config` that differ from the model's."""
     ignored = [
         f"{name}={getattr(train_config, name)} (the model has {getattr(model_config, name)})"
         for name in REPEATED
@@ -40,23 +40,23 @@ def hyper_parameters(model_config: ModelConfig, train_config: TrainConfig) -> di
 
 
 def stored_model_config(value: ModelConfig | dict[str, Any], class_name: str) -> ModelConfig:
-    """The configuration that `hyper_parameters` recorded, without weights to start from.
+    """The configuration that `hyper_parameters` recorded, without pretrained weights.
 
-    A configuration comes back as it is. Raises ConfigError for a dictionary of unknown class.
+    A configuration is returned as it is. Raises ConfigError for a dictionary of an unknown class.
     """
     if isinstance(value, ModelConfig):
         return value
     classes = {cls.__name__: cls for cls in MODEL_CONFIGS.values()}
     if class_name not in classes:
         raise ConfigError(
-            f"model_name {class_name!r} is no configuration class; known: {', '.join(classes)}. "
-            "Or give model_config and train_config as configurations."
+            f"model_name {class_name!r} is not a configuration class; known: "
+            f"{', '.join(classes)}. Or pass model_config and train_config as configurations."
         )
     return classes[class_name](**{**value, "pretrain_weights": None})
 
 
 def stored_train_config(value: TrainConfig | dict[str, Any]) -> TrainConfig:
-    """As `stored_model_config`; the segmentation fields tell the class."""
+    """As `stored_model_config`; the segmentation fields determine the class."""
     if isinstance(value, TrainConfig):
         return value
     segmentation = value.keys() - TrainConfig.model_fields.keys()
@@ -65,14 +65,14 @@ def stored_train_config(value: TrainConfig | dict[str, Any]) -> TrainConfig:
 
 
 def names_of_loader(loaders: Any) -> Any:
-    """The class names of the data set behind a loader (the first of several), or None."""
+    """The class names of the dataset behind a loader (the first of several), or None."""
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
-    holder = getattr(loader, "dataset", None)
-    while holder is not None:
-        names = getattr(holder, "class_names", None)
+    dataset = getattr(loader, "dataset", None)
+    while dataset is not None:
+        names = getattr(dataset, "class_names", None)
         if names is not None:
             return names
-        holder = getattr(holder, "dataset", None)  # a Subset or another wrapper
+        dataset = getattr(dataset, "dataset", None)  # a Subset or another wrapper
     return None

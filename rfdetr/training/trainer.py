@@ -9,7 +9,6 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import CheckpointIO, Precision
 from pytorch_lightning.callbacks import Callback, RichProgressBar, TQDMProgressBar
-from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO
 from rfdetr.config import ModelConfig, TrainConfig
@@ -19,6 +18,7 @@ from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from rfdetr.training.callbacks.drop_path import DropPathCallback
 from rfdetr.training.callbacks.early_stopping import RFDETREarlyStopping
 from rfdetr.training.callbacks.ema import RFDETREMACallback
+from rfdetr.training.lightning_adapter import find_last_checkpoint_with
 from rfdetr.training.loggers import build_loggers
 
 SHARDED = ("fsdp", "deepspeed")
@@ -30,23 +30,6 @@ BAREBONES = {
     "log_every_n_steps": 0,
     "logger": False,
 }
-# what Lightning says about things that are meant to be so
-NOISE = (
-    "You have overridden `transfer_batch_to_device` in `LightningModule`",
-    r"The number of training batches \(\d+\) is smaller than the logging interval",
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-)
-
-
-class LastInFolder(_CheckpointConnector):
-    """Makes `ckpt_path="last"` the last.ckpt of our callback; Lightning asks its own one only."""
-
-    def _parse_ckpt_path(self, state_fn: Any, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if ckpt_path == "last":
-            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-            own = [c.output_dir / LAST for c in callbacks if isinstance(c, CheckpointCallback)]
-            ckpt_path = next((str(file) for file in own if file.is_file()), ckpt_path)
-        return super()._parse_ckpt_path(state_fn, ckpt_path, *args, **kwargs)
 
 
 def build_trainer(
@@ -54,11 +37,11 @@ def build_trainer(
 ) -> pl.Trainer:
     """A Trainer with the callbacks and loggers of the configurations.
 
-    Every argument of `pytorch_lightning.Trainer` can be given as a keyword and wins over the
-    configuration; `callbacks=` replaces the whole list, `barebones=True` leaves out loggers,
-    checkpoints and the progress bar. A sharded `strategy` trains without
-    averaged weights, with a UserWarning if the configuration asks for them. Raises
-    MissingDependencyError for a logger that was asked for and is not installed.
+    Every argument of `pytorch_lightning.Trainer` can be passed as a keyword and overrides the
+    configuration; `callbacks=` replaces the complete list, `barebones=True` disables loggers,
+    checkpoints and the progress bar. A sharded `strategy` trains without EMA, with a UserWarning if
+    the configuration requests it. Raises MissingDependencyError for a requested logger that is not
+    installed.
     """
     given = dict(trainer_kwargs)
     accelerator = given.get("accelerator", train_config.accelerator)
@@ -86,11 +69,16 @@ def build_trainer(
     if "logger" not in settings:
         settings["logger"] = build_loggers(train_config)
     settings["plugins"] = _with_checkpoint_io(given.get("plugins"))
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message=message)
     trainer = pl.Trainer(**settings)
-    trainer._checkpoint_connector = LastInFolder(trainer)
+    find_last_checkpoint_with(trainer, _last_checkpoint)
     return trainer
+
+
+def _last_checkpoint(trainer: pl.Trainer) -> str | None:
+    """The last.ckpt of the trainer's CheckpointCallback, if it exists."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    files = (c.output_dir / LAST for c in callbacks if isinstance(c, CheckpointCallback))
+    return next((str(file) for file in files if file.is_file()), None)
 
 
 def build_callbacks(
@@ -109,8 +97,9 @@ def build_callbacks(
     if train_config.drop_path > 0:
         if train_config.drop_mode == "early" and train_config.cutoff_epoch == 0:
             warnings.warn(
-                f"drop_path={train_config.drop_path} never acts: drop_mode='early' ends it at "
-                "cutoff_epoch, which is 0. Set cutoff_epoch to the number of epochs it shall last.",
+                f"drop_path={train_config.drop_path} has no effect: drop_mode='early' ends it at "
+                "cutoff_epoch, which is 0. Set cutoff_epoch to the number of epochs it should stay "
+                "active.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -153,7 +142,7 @@ def _checkpoints(
         cause = "enable_checkpointing=False" if off else "dont_save_weights=True"
         warnings.warn(
             f"run_test is ignored: with {cause} there is no file of the best weights to test. "
-            "Call trainer.test after the training to test the last weights.",
+            "Call trainer.test after training to test the last weights.",
             UserWarning,
             stacklevel=4,
         )
@@ -180,8 +169,8 @@ def _use_ema(train_config: TrainConfig, strategy: Any) -> bool:
     if not train_config.use_ema or not any(kind in name.lower() for kind in SHARDED):
         return train_config.use_ema
     warnings.warn(
-        f"Averaged weights are switched off: they do not work with the sharded strategy {name}. "
-        'Use strategy="ddp" or strategy="auto" to keep them.',
+        f"EMA is disabled: it does not work with the sharded strategy {name}. "
+        'Use strategy="ddp" or strategy="auto" to keep EMA active.',
         UserWarning,
         stacklevel=4,
     )
@@ -189,23 +178,23 @@ def _use_ema(train_config: TrainConfig, strategy: Any) -> bool:
 
 
 def choose_precision(model_config: ModelConfig, accelerator: Any, devices: Any) -> str:
-    """float32 without `amp` and on the CPU; bfloat16 where every chosen GPU computes it natively.
+    """float32 without `amp` and on the CPU; bfloat16 if every selected GPU supports it natively.
 
-    Capability counts, not `is_bf16_supported`, which is also true for emulation.
+    By capability, not by `is_bf16_supported`, which is also true for emulation.
     """
     kind = accelerator if isinstance(accelerator, str) else type(accelerator).__name__.lower()
     if not model_config.amp or "cpu" in kind:
         return "32-true"
     if torch.cuda.is_available() and kind not in ("mps", "tpu"):
-        chosen = _chosen_gpus(devices)
-        able = all(torch.cuda.get_device_capability(i) >= BF16_CAPABILITY for i in chosen)
-        return "bf16-mixed" if able else "16-mixed"
+        gpus = _selected_gpus(devices)
+        native = all(torch.cuda.get_device_capability(i) >= BF16_CAPABILITY for i in gpus)
+        return "bf16-mixed" if native else "16-mixed"
     if torch.backends.mps.is_available() and kind in ("auto", "mps", "gpu"):
         return "16-mixed"
     return "32-true"
 
 
-def _chosen_gpus(devices: Any) -> list[int]:
+def _selected_gpus(devices: Any) -> list[int]:
     present = torch.cuda.device_count()
     if isinstance(devices, str) and "," in devices:
         devices = [int(part) for part in devices.split(",") if part.strip()]
@@ -216,7 +205,7 @@ def _chosen_gpus(devices: Any) -> list[int]:
 
 
 def _with_checkpoint_io(plugins: Any) -> list[Any]:
-    """The user's plugins, and ours for checkpoints unless there is one of that kind."""
+    """The user's plugins, plus LegacyCheckpointIO unless one of them reads checkpoints."""
     several = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
     own = [plugin for plugin in several if plugin is not None]
     return own if any(isinstance(p, CheckpointIO) for p in own) else [*own, LegacyCheckpointIO()]

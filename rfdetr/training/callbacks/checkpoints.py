@@ -1,4 +1,4 @@
-"""`last.ckpt` and numbered checkpoints, and a checkpoint before a terminated run ends."""
+"""`last.ckpt`, numbered checkpoints, and a checkpoint when the run is terminated."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from rfdetr.training.lightning_adapter import repeat_validation
+
 LAST = "last.ckpt"
 TERMINATED = 128 + signal.SIGTERM
 
@@ -22,9 +24,9 @@ class CheckpointCallback(Checkpoint):
     """Writes full checkpoints into `output_dir`.
 
     `last.ckpt` at every epoch end, and inside long epochs at the first optimizer step after
-    `every_minutes` or at every `every_n_steps`-th one. `checkpoint_{epoch}.ckpt`, epoch counted
-    from 0, after each `interval` epochs. SIGTERM: the current optimizer step ends, `last.ckpt` is
-    written, and every rank leaves the fit; the main process exits with status 143.
+    `every_minutes` or at every `every_n_steps`-th one. `checkpoint_{epoch}.ckpt`, counted from 0,
+    after every `interval` epochs. On SIGTERM the current optimizer step ends, `last.ckpt` is
+    written and all ranks leave the fit; the main process exits with status 143.
     """
 
     def __init__(
@@ -41,23 +43,26 @@ class CheckpointCallback(Checkpoint):
         self._terminated = False
         self._handler: Any = None
         self._saved_at = 0.0
-        self._saved_step = -1
+        self._latest_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        """Start the clock and install the signal handler."""
+        self._saved_at, self._latest_step = time.monotonic(), trainer.global_step
         self._terminated = False
         if threading.current_thread() is threading.main_thread():
-            # instead of Lightning's handler, which enters a collective wherever the signal arrives
+            # replaces Lightning's handler, which enters a collective wherever the signal arrives
             self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, *_: Any) -> None:
         self._terminated = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save after an optimizer step if it is time to, or if the run is being terminated."""
         step = trainer.global_step
+        inside_window, self._latest_step = step == self._latest_step, step
         # a checkpoint after the last step would make the resumed run skip this epoch's validation
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if last or trainer.fit_loop._should_accumulate() or step == self._saved_step:
+        if last or inside_window:
             return
         stop = self._any_rank(trainer, self._terminated)
         if stop or self._due(trainer, step):
@@ -73,22 +78,16 @@ class CheckpointCallback(Checkpoint):
         return self._any_rank(trainer, by_time)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save and leave if the run is terminated during validation."""
         if self._handler is None or trainer.sanity_checking:
             return
         if self._any_rank(trainer, self._terminated):
-            self._repeat_validation(trainer)
+            repeat_validation(trainer)
             self._save(trainer, LAST)
             self._leave(trainer)
 
-    @staticmethod
-    def _repeat_validation(trainer: Any) -> None:
-        """Mark the validation as begun, so that a resumed run does all of it again."""
-        progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-        for part in (progress.total, progress.current):
-            part.ready = part.started = 1
-            part.processed = part.completed = 0
-
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save at the end of the epoch, after its validation."""
         if self._is_smoke_run(trainer):
             return
         self._save(trainer, LAST)
@@ -106,7 +105,7 @@ class CheckpointCallback(Checkpoint):
         if self._is_smoke_run(trainer):
             return
         trainer.save_checkpoint(self.output_dir / name, weights_only=False)
-        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._saved_at = time.monotonic()
 
     @staticmethod
     def _is_smoke_run(trainer: Any) -> bool:
@@ -117,8 +116,8 @@ class CheckpointCallback(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(flag, all=False)
 
     def _leave(self, trainer: pl.Trainer) -> None:
-        rank_zero_info(f"Terminated: the state of this run is in {self.output_dir / LAST}.")
-        # ranks that Lightning started must end well, or it kills the main process on the spot
+        rank_zero_info(f"Terminated; resume this run from {self.output_dir / LAST}.")
+        # ranks launched by Lightning must exit with 0, or it kills the main process at once
         raise SIGTERMException(TERMINATED if trainer.is_global_zero else 0)
 
     def _restore_handler(self) -> None:

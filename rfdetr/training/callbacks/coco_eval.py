@@ -1,4 +1,4 @@
-"""COCO metrics of every validation and test epoch (training specification, section 12)."""
+"""COCO metrics of every validation and test epoch."""
 
 from __future__ import annotations
 
@@ -14,30 +14,29 @@ import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
-from torch import nn
 
 from rfdetr.evaluation import report
 from rfdetr.evaluation.box_table import IouType
 from rfdetr.evaluation.evaluator import CocoEvaluator, EvaluationResult
 from rfdetr.evaluation.plots import Sample
 from rfdetr.training import sample_images
-from rfdetr.training.callbacks.ema import RFDETREMACallback
+from rfdetr.training.callbacks.ema import ema_network
 from rfdetr.training.settings import names_of_loader
 
 
 class COCOEvalCallback(Callback):
     """Logs AP, AR, F1 and per-class AP of what `validation_step` and `test_step` return.
 
-    The averaged weights of an `RFDETREMACallback` are evaluated on the same batches as
-    `val/ema_*`. In a fit, epochs with (epoch + 1) % `eval_interval` == 0 and the last one are
-    evaluated; `validate` and `test` always are. Values are equal on all ranks and the same as of a
-    single process; images that a sampler repeats count once. Without any ground truth nothing is
-    logged. Keys follow the metrics table of the training API; additions: `best_threshold`,
-    `ema_mAP_50`, `ema_mAP_75`, `ema_mAR`, `ema_segm_*`, and in tests `coco_*` at 100 detections.
+    The EMA weights of an `RFDETREMACallback` are evaluated on the same batches, as `val/ema_*`. In
+    a fit, epochs with (epoch + 1) % `eval_interval` == 0 and the last one are evaluated; `validate`
+    and `test` always are. Values are equal on all ranks and identical to those of a single process;
+    images that a sampler repeats count once. Without any ground truth nothing is logged. Beyond
+    the documented keys there are `best_threshold`, `ema_mAP_50`, `ema_mAP_75`, `ema_mAR`,
+    `ema_segm_*`, and in tests `coco_*` at 100 detections.
 
-    segmentation: evaluate masks too; None asks the module's configuration. output_dir: pictures go
-    to its folder `plots` when a fit reaches its best value so far and after a test; None asks the
-    module's configuration and, failing that, draws none.
+    segmentation: evaluate masks too; None follows the module's configuration. output_dir: images
+    are drawn in its folder `plots` when a fit reaches its best value so far and after a test; None
+    follows the module's configuration, and without one nothing is drawn.
     """
 
     def __init__(
@@ -57,15 +56,16 @@ class COCOEvalCallback(Callback):
         self.output_dir = output_dir
         self.pictures = pictures
         self.best = -math.inf
-        self.results: list[EvaluationResult] = []  # live weights, then averaged ones
+        self.results: list[EvaluationResult] = []  # of the live weights, then of the EMA weights
         self._live: CocoEvaluator | None = None
-        self._averaged: CocoEvaluator | None = None
+        self._ema: CocoEvaluator | None = None
         self._names: report.ClassNames | None = None
         self._samples: list[Sample] = []
         self._warned: set[str] = set()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._live = self._averaged = None
+        """Start the evaluation if this epoch is to be evaluated."""
+        self._live = self._ema = None
         self.results = []
         if not trainer.sanity_checking and self._due(trainer):
             self._start(trainer, pl_module)
@@ -86,9 +86,9 @@ class COCOEvalCallback(Callback):
             masks = bool(_setting(pl_module, "model_config", "segmentation_head"))
         types: tuple[IouType, ...] = ("bbox", "segm") if masks else ("bbox",)
         self._live = CocoEvaluator(types, self.max_dets)
-        self._averaged = None
-        if _averaged_model(trainer) is not None:
-            self._averaged = CocoEvaluator(types, self.max_dets)
+        self._ema = None
+        if ema_network(trainer) is not None:
+            self._ema = CocoEvaluator(types, self.max_dets)
         self._samples = []
 
     def on_validation_batch_end(  # noqa: PLR0917 - the signature of the hook
@@ -100,6 +100,7 @@ class COCOEvalCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Collect the detections of the live and of the EMA weights."""
         if self._live is None:
             return
         if dataloader_idx > 0:
@@ -107,8 +108,8 @@ class COCOEvalCallback(Callback):
             return
         results, targets = outputs["results"], outputs["targets"]
         self._live.update(results, targets)
-        if self._averaged is not None:
-            _add_averaged(self._averaged, trainer, pl_module, batch[0], targets)
+        if self._ema is not None:
+            _update_ema(self._ema, trainer, pl_module, batch[0], targets)
         missing = sample_images.SAMPLES - len(self._samples)
         if missing > 0 and self._plots_folder(trainer, pl_module) is not None:
             self._samples += sample_images.take_samples(batch[0], targets, missing)
@@ -123,7 +124,7 @@ class COCOEvalCallback(Callback):
         self._finish(trainer, pl_module, "test")
 
     def _evaluators(self) -> list[CocoEvaluator]:
-        return [e for e in (self._live, self._averaged) if e is not None]
+        return [e for e in (self._live, self._ema) if e is not None]
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         evaluators = self._evaluators()
@@ -139,8 +140,8 @@ class COCOEvalCallback(Callback):
         metrics = report.main_metrics(live) | report.sweep_metrics(live)
         if self.log_per_class_metrics:
             metrics |= report.class_metrics(live, self._names)
-        for averaged in self.results[1:]:
-            values = report.main_metrics(averaged)
+        for ema in self.results[1:]:
+            values = report.main_metrics(ema)
             metrics |= {f"ema_{name}": value for name, value in values.items()}
         if stage == "test":
             metrics |= report.standard_metrics(live)
@@ -148,20 +149,21 @@ class COCOEvalCallback(Callback):
         _log(trainer, pl_module, stage, metrics)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw images when this fit has reached its best value so far."""
         if self.results and trainer.state.fn == TrainerFn.FITTING:
             value = max(map(_monitored, self.results))
             if value > self.best:
                 self.best = value
                 self._draw(trainer, pl_module, "val")
-        self._live = self._averaged = None
+        self._live = self._ema = None
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.results:
             self._draw(trainer, pl_module, "test")
-        self._live = self._averaged = None
+        self._live = self._ema = None
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Pictures of the better of live and averaged weights, on rank 0."""
+        """Draw the better of live and EMA weights, on rank 0."""
         folder = self._plots_folder(trainer, pl_module)
         if folder is None:
             return
@@ -175,12 +177,12 @@ class COCOEvalCallback(Callback):
                 result, evaluator.state(), labels, self._samples, folder / stage
             )
         except OSError as error:
-            self._warn_once(f"Pictures cannot be written to {folder}: {error}")
+            self._warn_once(f"Cannot write plots to {folder}: {error}")
             return
-        sample_images.send_pictures(trainer.loggers, drawn, stage, trainer.global_step)
+        sample_images.send_plots(trainer.loggers, drawn, stage, trainer.global_step)
 
     def _plots_folder(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path | None:
-        """Where this rank draws: nowhere outside rank 0 and in a smoke run."""
+        """Where this rank draws; None on other ranks than 0 and in a smoke run."""
         folder = self.output_dir or _setting(pl_module, "train_config", "output_dir")
         smoke = getattr(trainer, "fast_dev_run", False)
         if not self.pictures or folder is None or smoke or not trainer.is_global_zero:
@@ -202,7 +204,7 @@ class COCOEvalCallback(Callback):
 def class_names(
     trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
 ) -> report.ClassNames | None:
-    """Names of the classes: of the loader's data set, else of the data module or the module."""
+    """Class names of the loader's dataset, else of the data module or of the module."""
     loaders = trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders
     names = names_of_loader(loaders)
     for source in (getattr(trainer, "datamodule", None), pl_module):
@@ -216,34 +218,27 @@ def _setting(pl_module: pl.LightningModule, config: str, name: str) -> Any:
 
 
 def _monitored(result: EvaluationResult) -> float:
-    """The value that selects the best epoch: mask AP where masks are evaluated."""
+    """The value that selects the best epoch: mask AP if masks are evaluated, else box AP."""
     part = result.segm or result.bbox
     return part.summary.ap if part is not None else -1.0
 
 
-def _averaged_model(trainer: pl.Trainer) -> nn.Module | None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, RFDETREMACallback):
-            return callback.averaged_model
-    return None
-
-
-def _add_averaged(
+def _update_ema(
     evaluator: CocoEvaluator,
     trainer: pl.Trainer,
     pl_module: Any,
     samples: Any,
     targets: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Add detections of the averaged model on a batch, under the precision of the live one.
+    """Add the EMA network's detections on a batch, in the precision of the live network.
 
-    Those with masks go image by image: beside the live model's masks, which the batch's outputs
-    hold in full size, only one image's masks are in memory.
+    Masks are processed one image at a time: the batch's outputs still hold the live network's masks
+    at full size, so only one more image's masks are in memory.
     """
-    model = _averaged_model(trainer)
-    assert model is not None
+    network = ema_network(trainer)
+    assert network is not None
     with trainer.precision_plugin.forward_context():
-        outputs = pl_module.evaluation_forward(model, samples)
+        outputs = pl_module.evaluation_forward(network, samples)
         if "segm" not in evaluator.iou_types:
             evaluator.update(pl_module.detect(outputs, targets), targets)
             return
@@ -253,7 +248,7 @@ def _add_averaged(
 
 
 def _share(trainer: pl.Trainer, evaluators: Sequence[CocoEvaluator]) -> None:
-    """Give every rank the images of all; one collective that each rank always enters."""
+    """Give every rank the images of all ranks; every rank always enters this collective."""
     if trainer.world_size == 1 or not dist.is_initialized():
         return
     gathered: list[Any] = [None] * trainer.world_size
@@ -270,8 +265,8 @@ def _log(
         number = torch.tensor(value, dtype=dtype, device=pl_module.device)
         pl_module.log(f"{stage}/{name}", number, prog_bar=name == "mAP_50_95", batch_size=1)
     with warnings.catch_warnings():
-        # Reading the values here lets Lightning give its advice to reduce them over the ranks
-        # where it can be dropped: they are equal on all ranks already.
+        # Reading the values here triggers Lightning's advice to reduce them over the ranks, which
+        # is dropped: they are equal on all ranks already.
         warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         _ = trainer.callback_metrics
 

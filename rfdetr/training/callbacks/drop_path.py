@@ -1,4 +1,4 @@
-"""Stochastic depth over the course of training (training specification, section 10)."""
+"""Stochastic depth (drop path) over the course of training; Huang et al. 2016."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from rfdetr.training.resume import planned_steps
+from rfdetr.training.schedule import planned_steps
 
 Mode = Literal["standard", "early", "late"]
 Schedule = Literal["constant", "linear"]
@@ -25,8 +25,8 @@ def drop_path_schedule(
 ) -> np.ndarray:
     """Drop rate at every optimizer step, (epochs * steps_per_epoch,).
 
-    `standard` acts throughout, `early` up to `cutoff_epoch`, `late` from it on. `linear` falls to
-    zero over the active part; with `late` it grows from zero.
+    `standard` covers the complete run, `early` ends at `cutoff_epoch`, `late` starts there.
+    `linear` falls to zero over the active part; with `late` it grows from zero.
     """
     total = epochs * steps_per_epoch
     cutoff = min(cutoff_epoch * steps_per_epoch, total)
@@ -48,8 +48,7 @@ def layer_rates(value: float, layers: int) -> list[float]:
 class DropPathCallback(Callback):
     """Sets the drop-path rates of the encoder blocks at the start of every training batch.
 
-    The default rate is constant over time, as in the reference; `mode`, `schedule` and
-    `cutoff_epoch` anneal it.
+    The rate is constant by default; `mode`, `schedule` and `cutoff_epoch` anneal it.
     """
 
     def __init__(
@@ -67,6 +66,7 @@ class DropPathCallback(Callback):
         self._current: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compute the rate of every optimizer step of this fit."""
         total, per_epoch = planned_steps(trainer)
         self.values = drop_path_schedule(
             self.rate,

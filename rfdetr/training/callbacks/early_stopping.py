@@ -1,4 +1,4 @@
-"""Early stopping on the better of the regular and the averaged metric (specification, 11.4)."""
+"""Early stopping on the better of the live and the EMA metric."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class RFDETREarlyStopping(Callback):
     """Ends training after `patience` evaluated epochs in a row without improvement.
 
     The monitored value is the larger of `monitor` and `monitor_ema`, or `monitor_ema` alone with
-    `use_ema` (the regular one where no average is evaluated). An improvement exceeds the best value
-    by more than `min_delta`, compared in float32; only an improvement moves the best value. Epochs
-    without a metric count for nothing.
+    `use_ema` (`monitor` if EMA is disabled). An improvement exceeds the best value by more than
+    `min_delta`, compared in float32; only an improvement changes the best value. Epochs without a
+    metric are ignored.
     """
 
     def __init__(
@@ -43,14 +43,15 @@ class RFDETREarlyStopping(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        """Note whether the state that is loaded next belongs to a fit."""
         self._fits = trainer.state.fn == TrainerFn.FITTING
 
-    def observe(self, regular: float | None, averaged: float | None) -> bool:
+    def observe(self, live: float | None, ema: float | None) -> bool:
         """Take the values of one evaluation; True when training should end."""
-        values = [value for value in (regular, averaged) if value is not None]
+        values = [value for value in (live, ema) if value is not None]
         if not values:
             return False
-        value = averaged if self.use_ema and averaged is not None else max(values)
+        value = ema if self.use_ema and ema is not None else max(values)
         if np.float32(value) - np.float32(self.min_delta) > np.float32(self.best):
             self.best, self.waited = value, 0
         else:
@@ -58,11 +59,12 @@ class RFDETREarlyStopping(Callback):
         return self.waited >= self.patience
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End a resumed run that had been stopped early already."""
         if self.waited >= self.patience:
             trainer.should_stop = True
             rank_zero_info(
-                f"Early stopping had ended this run: no gain for {self.waited} evaluations. Raise "
-                "early_stopping_patience to go on."
+                f"This run was stopped early (no improvement in {self.waited} evaluations). "
+                "Increase early_stopping_patience to continue."
             )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -71,21 +73,21 @@ class RFDETREarlyStopping(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        regular = self._metrics.read(trainer, self.monitor)
-        averaged = self._metrics.read(trainer, self.monitor_ema)
-        stop = trainer.strategy.reduce_boolean_decision(self.observe(regular, averaged), all=False)
+        live = self._metrics.read(trainer, self.monitor)
+        ema = self._metrics.read(trainer, self.monitor_ema)
+        stop = trainer.strategy.reduce_boolean_decision(self.observe(live, ema), all=False)
         if stop:
             trainer.should_stop = True
             rank_zero_info(
-                f"Early stopping: no gain above {self.min_delta} over {self.best:.4f} for "
-                f"{self.waited} evaluations."
+                f"Early stopping: no improvement of more than {self.min_delta} over "
+                f"{self.best:.4f} in {self.waited} evaluations."
             )
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": float(self.best), "waited": self.waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not self._fits:  # a checkpoint that is only evaluated is not the run of a later fit
+        if not self._fits:  # a checkpoint that is only evaluated must not affect a later fit
             return
         self.best = state_dict["best"]
         self.waited = state_dict["waited"]

@@ -1,4 +1,4 @@
-"""Exponential moving average of the network's weights (training specification, section 9)."""
+"""Exponential moving average (EMA) of the network's weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from rfdetr.checkpoints.convert import LEGACY_EMA_KEY
 
 State = dict[str, Any]
 
@@ -21,49 +24,64 @@ def effective_decay(update: int, decay: float, tau: float) -> float:
     return decay * (1 - math.exp(-update / tau)) if tau > 0 else decay
 
 
-class RFDETREMACallback(Callback):
-    """Keeps an averaged copy of `module.model` and hands it to the module when the fit ends.
+def ema_network(trainer: Any) -> nn.Module | None:
+    """The EMA network of the trainer's `RFDETREMACallback`, or None."""
+    callbacks = (c for c in trainer.callbacks if isinstance(c, RFDETREMACallback))
+    callback = next(callbacks, None)
+    return None if callback is None else callback.ema_model
 
-    The first update follows the formula. One update per optimizer step whose number is a multiple
-    of `update_interval`; float buffers are averaged, integer buffers copied. `averaged_model` is
-    the copy (eval mode, no gradients), None before the first fit. A test that restores a
-    checkpoint runs on the averaged weights of that checkpoint.
+
+class RFDETREMACallback(Callback):
+    """Keeps an EMA copy of `module.model`, and copies it into the module when the fit ends.
+
+    One update per optimizer step whose number is a multiple of `update_interval`, from the first
+    one on; float buffers are averaged, integer buffers copied. `ema_model` is the copy (eval mode,
+    no gradients), None before the first fit. A test that restores a checkpoint runs on the EMA
+    weights of that checkpoint.
     """
 
     def __init__(self, decay: float = 0.993, tau: float = 100, update_interval: int = 1) -> None:
         self.decay = decay
         self.tau = tau
         self.update_interval = update_interval
-        self.averaged_model: nn.Module | None = None
+        self.ema_model: nn.Module | None = None
         self.updates = 0
         self._latest_step = 0
         self._restored: dict[str, Tensor] | None = None
         self._live_weights: dict[str, Tensor] | None = None
-        self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._averaged: tuple[list[Tensor], list[Tensor]] = ([], [])  # EMA tensors, live tensors
         self._copied: list[tuple[Tensor, Tensor]] = []
         self._scale: float | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        self._restored = None  # of an earlier call: the checkpoint of this one is read next
+        """Forget the checkpoint of an earlier call; that of this one is loaded next."""
+        self._restored = None
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Start a fit from the EMA weights of a legacy checkpoint."""
+        if trainer.state.fn == TrainerFn.FITTING and checkpoint.get(LEGACY_EMA_KEY):
+            self._restored, self.updates = checkpoint[LEGACY_EMA_KEY], 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Build the EMA network from the restored weights, or from the live ones."""
         if self._restored is None:
             self.updates = 0
-            self._restored = getattr(pl_module, "legacy_ema_state", None)
-            pl_module.legacy_ema_state = None
-            if self._restored is None and trainer.ckpt_path is not None:
+            if trainer.ckpt_path is not None:
                 warnings.warn(
-                    f"{trainer.ckpt_path} holds no averaged weights: the average starts from the "
-                    "loaded weights.",
+                    f"{trainer.ckpt_path} contains no EMA weights; EMA starts from the loaded "
+                    "weights.",
                     UserWarning,
                     stacklevel=2,
                 )
-        self._build(pl_module)
+        self._build(pl_module.model)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._latest_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Update after an optimizer step that was taken."""
         step = trainer.global_step
         if step == self._latest_step:  # inside an accumulation window
             return
@@ -72,7 +90,7 @@ class RFDETREMACallback(Callback):
             self.update()
 
     def _scaler_skipped(self, trainer: pl.Trainer) -> bool:
-        """A gradient scaler that met infinite gradients lowers its scale and skips the step."""
+        """A gradient scaler that finds infinite gradients lowers its scale and skips the step."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is None:
             return False
@@ -81,40 +99,41 @@ class RFDETREMACallback(Callback):
 
     @torch.no_grad()
     def update(self) -> None:
-        """One averaging step from the live weights, in place."""
+        """One EMA update from the live weights, in place."""
         self.updates += 1
-        averaged, live = self._pairs
-        weight = 1 - effective_decay(self.updates, self.decay, self.tau)
-        torch._foreach_lerp_(averaged, live, weight)
+        average = get_ema_multi_avg_fn(effective_decay(self.updates, self.decay, self.tau))
+        average(*self._averaged, self.updates)
         for target, source in self._copied:
             target.copy_(source)
 
-    def _build(self, pl_module: Any) -> None:
+    def _build(self, live: nn.Module) -> None:
         """Copy the live network, load restored weights into the copy, pair up the tensors."""
-        live: nn.Module = pl_module.model
-        averaged = copy.deepcopy(live).eval().requires_grad_(False)
+        ema = copy.deepcopy(live).eval().requires_grad_(False)
         if self._restored is not None:
-            _load(averaged, self._restored)
+            _load(ema, self._restored)
             self._restored = None
-        self.averaged_model = averaged
-        pairs = list(zip(_tensors(averaged), _tensors(live), strict=True))
+        self.ema_model = ema
+        pairs = list(zip(_tensors(ema), _tensors(live), strict=True))
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._pairs = [a for a, _ in floats], [b.detach() for _, b in floats]
+        self._averaged = [target for target, _ in floats], [source for _, source in floats]
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """`trainer.validate(ckpt_path=...)` evaluates the EMA weights of the checkpoint too."""
         if trainer.state.fn == TrainerFn.VALIDATING and self._restored is not None:
-            self._build(pl_module)
+            self._build(pl_module.model)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Test the EMA weights of a restored checkpoint."""
         if self._restored is None:
             return
-        self._build(pl_module)
         network: nn.Module = pl_module.model
+        self._build(network)
         self._live_weights = copy.deepcopy(network.state_dict())
-        self.copy_to(network)
+        self._copy_to(network)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Give the module its live weights back."""
         if self._live_weights is not None:
             pl_module.model.load_state_dict(self._live_weights)
             self._live_weights = None
@@ -125,22 +144,15 @@ class RFDETREMACallback(Callback):
         self.on_test_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.averaged_model is not None:
-            self.copy_to(pl_module.model)
+        """Leave the EMA weights in the module."""
+        self._copy_to(pl_module.model)
 
-    @torch.no_grad()
-    def copy_to(self, network: nn.Module) -> None:
-        """Write the averaged weights into `network`."""
-        if self.averaged_model is not None:
-            for target, source in zip(
-                _tensors(network), _tensors(self.averaged_model), strict=True
-            ):
-                target.copy_(source)
+    def _copy_to(self, network: nn.Module) -> None:
+        if self.ema_model is not None:
+            network.load_state_dict(self.ema_model.state_dict())
 
     def state_dict(self) -> State:
-        weights = self._restored
-        if self.averaged_model is not None:
-            weights = self.averaged_model.state_dict()
+        weights = self._restored if self.ema_model is None else self.ema_model.state_dict()
         return {
             "average_model_state_dict": weights,
             "updates": self.updates,
@@ -161,7 +173,7 @@ def _load(network: nn.Module, weights: dict[str, Tensor]) -> None:
     report = network.load_state_dict(weights, strict=False)
     if report.missing_keys or report.unexpected_keys:
         warnings.warn(
-            f"Averaged weights in the checkpoint: missing {report.missing_keys}, unexpected "
+            f"EMA weights of the checkpoint: missing {report.missing_keys}, unexpected "
             f"{report.unexpected_keys}.",
             UserWarning,
             stacklevel=2,

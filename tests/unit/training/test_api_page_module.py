@@ -192,7 +192,7 @@ def test_on_load_checkpoint_converts_a_legacy_dictionary(run):
     checkpoint = {"model": to_legacy(state), "ema_model": to_legacy(state), "epoch": 3}
     run.module.on_load_checkpoint(checkpoint)
     assert checkpoint["state_dict"].keys() == {f"model.{name}" for name in state}
-    assert run.module.legacy_ema_state.keys() == state.keys()
+    assert checkpoint["legacy_ema_state_dict"].keys() == state.keys()
 
 
 def test_build_trainer_gives_a_trainer(run):

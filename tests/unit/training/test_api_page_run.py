@@ -106,7 +106,7 @@ def test_segmentation_keys(tmp_path):
     assert {"val/segm_mAP_50_95", "val/segm_mAP_50", "val/mAP_50_95"} <= set(run.metrics())
     assert {"train/loss_mask_ce", "train/loss_mask_dice"} <= set(run.metrics())
     best = next(c for c in run.trainer.callbacks if isinstance(c, BestModelCallback))
-    assert best.regular.metric == "val/segm_mAP_50_95"
+    assert best.live.metric == "val/segm_mAP_50_95"
 
 
 def test_validation_only(shapes, tmp_path):
@@ -159,7 +159,7 @@ def test_best_files_load_safely_and_say_what_they_are(finished):
 def test_module_has_the_averaged_weights_after_training(finished):
     average = next(c for c in finished.trainer.callbacks if isinstance(c, RFDETREMACallback))
     for name, value in finished.module.model.state_dict().items():
-        assert torch.equal(value, average.averaged_model.state_dict()[name])
+        assert torch.equal(value, average.ema_model.state_dict()[name])
 
 
 def legacy_file(path: Path, run: Run, epoch: int | None = 0, **extra) -> Path:
@@ -186,7 +186,7 @@ def test_resume_from_a_legacy_checkpoint(finished, shapes, tmp_path):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             ema = next(c for c in trainer.callbacks if isinstance(c, RFDETREMACallback))
             weights = module.model.class_embed.weight
-            difference = (ema.averaged_model.class_embed.weight - weights).mean().item()
+            difference = (ema.ema_model.class_embed.weight - weights).mean().item()
             lr = trainer.optimizers[0].param_groups[0]["lr"]
             seen.setdefault("first", (trainer.current_epoch, trainer.global_step, lr, difference))
 
@@ -218,7 +218,7 @@ def test_weights_without_an_epoch_start_at_epoch_0(finished, shapes, tmp_path):
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_finished_run_says_so_and_returns(finished, shapes, tmp_path, epochs):
     run = Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=epochs))
-    with pytest.warns(UserWarning, match="Nothing is left to do; raise epochs"):
+    with pytest.warns(UserWarning, match=f"2 epochs are done, epochs is {epochs}. Increase"):
         run.fit(finished.output / "last.ckpt")
     assert run.trainer.global_step == 10
     assert run.trainer.state.finished

@@ -185,7 +185,7 @@ def test_sharded_strategies_train_without_ema_and_warn(config, strategy):
     from rfdetr.training.trainer import build_callbacks
 
     settings = {"strategy": strategy, "enable_progress_bar": False}
-    with pytest.warns(UserWarning, match="Averaged weights are switched off"):
+    with pytest.warns(UserWarning, match="EMA is disabled"):
         callbacks = build_callbacks(config, tiny_model(), settings)
     assert not any(isinstance(callback, RFDETREMACallback) for callback in callbacks)
     config.use_ema = False
@@ -244,7 +244,7 @@ def test_missing_tensorboard_is_a_warning_when_nobody_asked_for_it(config, monke
     monkeypatch.setattr(module, "TensorBoardLogger", broken)
     config.tensorboard = True
     config.model_fields_set.discard("tensorboard")
-    with pytest.warns(UserWarning, match="Training goes on without it"):
+    with pytest.warns(UserWarning, match="Training continues without it"):
         assert len(built(config).loggers) == 1
 
 

@@ -1,4 +1,4 @@
-"""Which epoch sits in which best file (training specification, section 11.2)."""
+"""Which epoch is in which best file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rfdetr.training.callbacks import BestModelCallback
-from rfdetr.training.callbacks.best_model import EMA, REGULAR, Track, choose
+from rfdetr.training.callbacks.best_model import EMA, REGULAR, BestScore, better_of
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 
 
@@ -22,32 +22,32 @@ def cases():
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case["name"])
 def test_stored_epochs_equal_the_reference(case):
-    """Except that the average's first value always counts here: it starts at minus infinity."""
-    regular = Track("val/mAP_50_95", REGULAR, averaged=False)
-    averaged = Track("val/ema_mAP_50_95", EMA, averaged=True)
+    """Except that the first EMA value always counts here: the best starts at minus infinity."""
+    live = BestScore("val/mAP_50_95", REGULAR, averaged=False)
+    ema = BestScore("val/ema_mAP_50_95", EMA, averaged=True)
     stored = []
     values = zip(case["regular"], case["ema"] or [None] * len(case["regular"]), strict=True)
-    for epoch, (value, average) in enumerate(values):
+    for epoch, (live_value, ema_value) in enumerate(values):
         if epoch == case["result"]["epochs_run"]:
             break
-        regular.observe(value, epoch)
-        averaged.observe(average, epoch)
-        stored.append([regular.epoch, averaged.epoch])
+        live.observe(live_value, epoch)
+        ema.observe(ema_value, epoch)
+        stored.append([live.epoch, ema.epoch])
     expected = case["result"]["stored_epoch_after_each_epoch"]
     if case["name"] == "ema_never_positive":
         expected = [[0, 0], [1, 0]]
     assert stored == expected
-    chosen = choose(regular, averaged)
-    assert ("ema" if chosen.averaged else "regular") == case["result"]["best_total_source"]
+    best = better_of(live, ema)
+    assert ("ema" if best.averaged else "regular") == case["result"]["best_total_source"]
 
 
 def test_best_values_survive_a_resume(tmp_path):
     first = BestModelCallback(tmp_path)
-    first.regular.observe(0.4, 3)
-    first.averaged.observe(0.5, 2)
+    first.live.observe(0.4, 3)
+    first.ema.observe(0.5, 2)
     second = BestModelCallback(tmp_path)
     second.load_state_dict(first.state_dict())
-    assert (second.regular.value, second.averaged.epoch) == (0.4, 2)
+    assert (second.live.value, second.ema.epoch) == (0.4, 2)
     other = BestModelCallback(tmp_path, "val/segm_mAP_50_95", "val/ema_segm_mAP_50_95")
     other.load_state_dict(first.state_dict())
     assert other.best is None

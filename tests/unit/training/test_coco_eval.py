@@ -157,7 +157,7 @@ def test_averaged_weights_are_evaluated_on_the_same_batches_in_the_same_precisio
     loader = make_loader(pairs)
     trainer.fit(module, loader, loader)
     found = history.epochs[0][1]
-    averaged = trainer.callbacks[0].averaged_model.shift.item()
+    averaged = trainer.callbacks[0].ema_model.shift.item()
     assert 0 < averaged < 6
 
     def moved(by):

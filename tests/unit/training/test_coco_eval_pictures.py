@@ -88,7 +88,7 @@ def test_an_unwritable_folder_costs_only_the_pictures(tmp_path):
     _, _, pairs = make_job(0)
     (tmp_path / "plots").write_text("a file where the folder should be")
     trainer = make_trainer(COCOEvalCallback(output_dir=tmp_path))
-    with pytest.warns(UserWarning, match="cannot be written"):
+    with pytest.warns(UserWarning, match="Cannot write plots"):
         trainer.test(ReplayModule(pairs), make_loader(pairs), verbose=False)
     assert "test/mAP_50_95" in numbers(trainer)
 

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 
+from rfdetr.checkpoints.convert import LEGACY_EMA_KEY
 from rfdetr.training.callbacks.ema import RFDETREMACallback, effective_decay
 
 
@@ -20,8 +22,10 @@ class Net(nn.Module):
 
 
 def fake_trainer(step=0, ckpt_path=None, scaler=None):
-    plugin = SimpleNamespace(scaler=scaler)
-    return SimpleNamespace(global_step=step, ckpt_path=ckpt_path, precision_plugin=plugin)
+    plugin, state = SimpleNamespace(scaler=scaler), SimpleNamespace(fn=TrainerFn.FITTING)
+    return SimpleNamespace(
+        global_step=step, ckpt_path=ckpt_path, precision_plugin=plugin, state=state
+    )
 
 
 def started(callback, ckpt_path=None):
@@ -52,7 +56,7 @@ def test_sequences_equal_the_formula_from_the_first_update_on(parity: Path):
         ):
             module.model.weight.data.copy_(torch.tensor(live))
             callback.update()
-            assert torch.allclose(callback.averaged_model.weight, torch.tensor(expected), atol=1e-6)
+            assert torch.allclose(callback.ema_model.weight, torch.tensor(expected), atol=1e-6)
 
 
 def test_updates_follow_optimizer_steps_and_the_interval():
@@ -80,7 +84,7 @@ def test_average_is_frozen_in_eval_mode_with_integer_buffers_copied():
     module.model.count += 7
     module.model.scale += 1
     callback.update()
-    average = callback.averaged_model
+    average = callback.ema_model
     assert not average.training
     assert not any(parameter.requires_grad for parameter in average.parameters())
     assert average.count.item() == 7
@@ -107,21 +111,22 @@ def test_state_restores_weights_and_counter():
     second.load_state_dict(first.state_dict())
     started(second, ckpt_path="last.ckpt")
     assert second.updates == 1
-    assert torch.equal(second.averaged_model.weight, first.averaged_model.weight)
+    assert torch.equal(second.ema_model.weight, first.ema_model.weight)
 
 
 def test_resume_without_an_average_starts_from_live_weights_and_warns():
-    with pytest.warns(UserWarning, match="no averaged weights"):
+    with pytest.warns(UserWarning, match="no EMA weights"):
         started(RFDETREMACallback(), ckpt_path="other.ckpt")
 
 
-def test_legacy_average_is_taken_from_the_module():
+def test_ema_weights_of_a_legacy_checkpoint_start_the_fit():
     callback = RFDETREMACallback()
-    module = SimpleNamespace(
-        model=Net(), legacy_ema_state={**Net().state_dict(), "weight": torch.ones(3)}
-    )
-    callback.on_fit_start(fake_trainer(ckpt_path="checkpoint.pth"), module)
-    assert callback.averaged_model.weight.tolist() == [1.0, 1.0, 1.0]
+    module = SimpleNamespace(model=Net())
+    trainer = fake_trainer(ckpt_path="checkpoint.pth")
+    weights = {**Net().state_dict(), "weight": torch.ones(3)}
+    callback.on_load_checkpoint(trainer, module, {LEGACY_EMA_KEY: weights})
+    callback.on_fit_start(trainer, module)
+    assert callback.ema_model.weight.tolist() == [1.0, 1.0, 1.0]
     assert callback.updates == 0
 
 

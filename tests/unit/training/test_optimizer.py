@@ -10,7 +10,8 @@ from torch import nn
 
 from rfdetr.checkpoints.legacy_names import our_name
 from rfdetr.config import RFDETRBaseConfig, RFDETRNanoConfig, TrainConfig
-from rfdetr.training.optimizer import build_optimizer, lr_factor, parameter_groups
+from rfdetr.training.optimizer import build_optimizer, parameter_groups
+from rfdetr.training.schedule import lr_factor
 
 BUFFER = "backbone.0.encoder.mask_token"
 

@@ -142,7 +142,7 @@ def test_a_checkpoint_that_is_only_evaluated_leaves_the_next_fit_alone(
     assert best[0].state_dict() == best[1].state_dict()
     assert average[0].updates == average[1].updates
     for one, two in zip(
-        average[0].averaged_model.parameters(), average[1].averaged_model.parameters(), strict=True
+        average[0].ema_model.parameters(), average[1].ema_model.parameters(), strict=True
     ):
         assert torch.equal(one, two)
 

@@ -85,7 +85,7 @@ def old_yolo_file(path: Path, classes: int = 3, **args: Any) -> dict[str, torch.
 def test_old_yolo_trainings_go_on(shapes: Path, tmp_path: Path, args: dict[str, Any]) -> None:
     state = old_yolo_file(tmp_path / "old.pth", **args)
     run = Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=2, lr=0.0))
-    with pytest.warns(UserWarning, match="the surplus row of the present layout is added"):
+    with pytest.warns(UserWarning, match="the extra row of the current layout is added"):
         run.fit(tmp_path / "old.pth")
     assert run.trainer.current_epoch == 2
     bias = run.module.model.class_embed.bias.detach()

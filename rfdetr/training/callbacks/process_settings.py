@@ -1,0 +1,45 @@
+"""What a process needs while it trains or evaluates: its allocator and its warning filters."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from rfdetr.training.allocator import keep_freed_memory
+
+# what Lightning and torch warn about although it is intended
+EXPECTED = (
+    "You have overridden `transfer_batch_to_device` in `LightningModule`",
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+class ProcessSettings(Callback):
+    """Applies settings of the process when a trainer runs, never at import or at construction.
+
+    Warning filters last until the run ends. A fit also sets the allocator, for the rest of the
+    process. `RFDETRModule.configure_callbacks` adds this callback to every trainer.
+    """
+
+    def __init__(self) -> None:
+        self._filters = contextlib.ExitStack()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            keep_freed_memory()
+        self._filters.enter_context(warnings.catch_warnings())
+        for message in EXPECTED:
+            warnings.filterwarnings("ignore", message=message)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._filters.close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Lightning skips `teardown` after an exception."""
+        self._filters.close()
