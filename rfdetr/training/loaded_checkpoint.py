@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
 from rfdetr.checkpoints.adapt import add_silent_classes, fold_adapters
-from rfdetr.checkpoints.convert import LEGACY_EMA_KEY, LEGACY_MARKER
+from rfdetr.checkpoints.convert import LEGACY_EMA_KEY, LEGACY_MARKER, MODULE_PREFIX
 from rfdetr.checkpoints.pretrained import OPTIONAL_SUFFIXES
 from rfdetr.checkpoints.record import CheckpointRecord, parse_checkpoint
 from rfdetr.checkpoints.structure import structure_mismatch, warn_differing_settings
@@ -33,7 +33,7 @@ def normalise_loaded(
     record = fold_adapters(record, config)
     _check_fit(network, config, record, full=full)
     if "state_dict" not in checkpoint or record.has_legacy_names or record is not found:
-        checkpoint["state_dict"] = {f"model.{k}": v for k, v in record.weights.items()}
+        checkpoint["state_dict"] = {MODULE_PREFIX + k: v for k, v in record.weights.items()}
     if checkpoint.get("ema_model") or checkpoint.get(LEGACY_EMA_KEY):
         checkpoint[LEGACY_EMA_KEY] = record.ema
     return record.class_names

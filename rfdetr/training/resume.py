@@ -151,14 +151,15 @@ def _restore_data(trainer: pl.Trainer, state: dict[str, Any] | None) -> None:
     Making the iterator draws random numbers. The saved run made it after its checkpoint at the end
     of an epoch, but before a checkpoint inside one, so the generators are restored on that side.
     """
-    inside = trainer.fit_loop.restarted_mid_epoch
+    fit_loop: Any = trainer.fit_loop
+    inside = fit_loop.restarted_mid_epoch
     if state is not None and not inside:
         restore_random_state(state, trainer.global_rank)
     done = adapter.resumed_batches(trainer)
     for loader in adapter.train_loaders(trainer):
-        sampler = getattr(loader, "sampler", None)
+        sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
+            sampler.set_epoch(fit_loop.epoch_progress.current.processed)
         if hasattr(loader, "load_state_dict"):
             loader.load_state_dict({"batches": done})
     adapter.restart_train_iterator(trainer)

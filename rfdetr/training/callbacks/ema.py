@@ -101,7 +101,8 @@ class RFDETREMACallback(Callback):
     def update(self) -> None:
         """One EMA update from the live weights, in place."""
         self.updates += 1
-        average = get_ema_multi_avg_fn(effective_decay(self.updates, self.decay, self.tau))
+        decay = effective_decay(self.updates, self.decay, self.tau)
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         average(*self._averaged, self.updates)
         for target, source in self._copied:
             target.copy_(source)
