@@ -14,6 +14,7 @@ from flows.core.process import CommandFailed, run_streaming
 from flows.orchestration import artifacts
 from flows.orchestration.children import StageFailedError, cause, log_line
 from flows.orchestration.gpus import gpu_slot
+from flows.project.project import Project
 from flows.storage.s3 import is_s3
 from rfdetr.errors import ConfigError
 
@@ -36,9 +37,9 @@ def batch_predict(
             f"out is {out}, inside the worker's temporary folder: give an absolute folder or an "
             "s3:// prefix."
         )
-    root = Path.cwd()
-    with gpu_slot(root, 1):
-        found = detect(root, source, out, model, threshold, draw=draw)
+    project = Project(Path.cwd())
+    with gpu_slot(project, 1):
+        found = detect(project.root, source, out, model, threshold, draw=draw)
     artifacts.show_predictions(found)
     return found
 

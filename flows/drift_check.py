@@ -13,7 +13,6 @@ from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.states import Completed
 
-from flows.config.environment import Environment
 from flows.core.files import read_json
 from flows.core.process import CommandFailed, run_streaming
 from flows.inference import drift
@@ -22,6 +21,7 @@ from flows.orchestration import artifacts
 from flows.orchestration.children import StageFailedError, cause, log_line
 from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.notify import notify
+from flows.project.project import Project
 
 EVENT = "rfdetr.drift.detected"
 
@@ -37,18 +37,18 @@ def drift_check(
     `rfdetr.model.<name>`, on which an automation starts the deployment `retrain/manual`.
     """
     params = params or DriftParams()
-    source = source or Environment.read().recent_images
+    project = Project(Path.cwd())
+    source = source or project.env.recent_images
     if not source:
         text = "no images to look at: give a source, or set RFDETR_RECENT_IMAGES for the worker"
         return Completed(name="Skipped", message=text)
-    root = Path.cwd()
-    with contextlib.nullcontext() if params.device == "cpu" else gpu_slot(root, 1):
-        check = compare_images(root, source, params)
+    with contextlib.nullcontext() if params.device == "cpu" else gpu_slot(project, 1):
+        check = compare_images(project.root, source, params)
     if check.report is None:
         return Completed(name="Skipped", message=check.skipped)
-    artifacts.show_drift(root / drift.TEXT, root / drift.PICTURE)
+    artifacts.show_drift(project.root / drift.TEXT, project.root / drift.PICTURE)
     if check.drifted:
-        announce(check)
+        announce(project, check)
     return summary(check)
 
 
@@ -84,7 +84,7 @@ def summary(check: DriftCheck) -> dict[str, Any]:
     }
 
 
-def announce(check: DriftCheck) -> None:
+def announce(project: Project, check: DriftCheck) -> None:
     """Emit the event that automations wait for, and tell people."""
     facts = summary(check)
     resource = {
@@ -94,4 +94,5 @@ def announce(check: DriftCheck) -> None:
     }
     emit_event(EVENT, resource=resource, payload=facts)
     measures = ", ".join(facts["alarms"])
-    notify("drift detected", f"{check.source} differs from the training set in {measures}", facts)
+    text = f"{check.source} differs from the training set in {measures}"
+    notify(project.env, "drift detected", text, facts)

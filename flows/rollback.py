@@ -7,11 +7,12 @@ from typing import Any
 
 from prefect import flow
 
+from flows.project.project import Project
 from flows.release import steps
 
 
 @flow(name="rollback")
 def rollback(reason: str, name: str | None = None, to: int | None = None) -> dict[str, Any]:
     """Give `champion` back to its predecessor, or to version `to`; the reason goes on record."""
-    record = steps.roll_back(Path.cwd(), reason=reason, name=name, to=to)
+    record = steps.roll_back(Project(Path.cwd()), reason=reason, name=name, to=to)
     return record.model_dump(mode="json")

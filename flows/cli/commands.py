@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flows.config.environment import Environment
+from flows.config.environment import FIT_RETRY
 from flows.config.overrides import takes_null
 from flows.config.params import SECTIONS, unknown_name
+from flows.project.project import Project
 from rfdetr.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
@@ -44,17 +45,15 @@ def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
 
 def retrain_command(options: argparse.Namespace) -> int:
     """Start the flow in this process, unless there is nothing to do."""
-    from flows.config.environment import Environment
-    from flows.config.overrides import RetrainParams, write_overrides
-    from flows.config.params import load_params
+    from flows.config.overrides import RetrainParams
     from flows.project.dvc import configure_dvc
     from flows.project.plan import plan_stages
     from flows.project.workspace import pin_source
     from flows.release import freshness, steps
 
-    root = _root()
+    project = _project()
     changes = parse_changes(options.set)
-    load_params(root / "params.yaml")
+    _ = project.params  # a broken file is reported before the changes to it
     params = checked(
         RetrainParams,
         overrides=changes,
@@ -62,13 +61,13 @@ def retrain_command(options: argparse.Namespace) -> int:
         publish=options.publish,
         only_if_data_changed=options.only_if_data_changed,
     )
-    write_overrides(root, params.changes())
-    configure_dvc(root, Environment.read())
-    pin_source(root)
-    plans = plan_stages(root)
-    if all(p.state == "up to date" for p in plans) and freshness.is_released(root):
+    project.override(params.changes())
+    configure_dvc(project.root, project.env)
+    pin_source(project)
+    plans = plan_stages(project)
+    if all(p.state == "up to date" for p in plans) and freshness.is_released(project):
         print("nothing to do: data, parameters and code are those of the registered model")
-        print(steps.what_next(root))
+        print(steps.what_next(project))
         return OK
     for plan in plans:
         print(f"{plan.stage:10} {plan.state}")
@@ -84,24 +83,21 @@ def retrain_command(options: argparse.Namespace) -> int:
             f"Prefect: {error}. Start that server, or unset PREFECT_API_URL to use a temporary "
             "one; `dvc repro` runs the stages without any."
         ) from None
-    print(steps.what_next(root))
+    print(steps.what_next(project))
     return OK
 
 
 def plan_command(options: argparse.Namespace) -> int:
     """Print the stages and the release, changing nothing."""
-    from flows.config.environment import Environment
-    from flows.config.params import load_params
     from flows.project.dvc import configure_dvc
     from flows.project.plan import plan_stages
     from flows.release import freshness
 
-    root = _root()
-    load_params(root / "params.yaml")
-    if not (root / ".dvc/config.local").exists():  # a folder without git needs it
-        configure_dvc(root, Environment.read())
-    plans = plan_stages(root)
-    released = all(p.state == "up to date" for p in plans) and freshness.is_released(root)
+    project = _project()
+    if not (project.root / ".dvc/config.local").exists():  # a folder without git needs it
+        configure_dvc(project.root, project.env)
+    plans = plan_stages(project)
+    released = all(p.state == "up to date" for p in plans) and freshness.is_released(project)
     if options.json:
         data = {"stages": [p.model_dump() for p in plans], "released": released}
         print(json.dumps(data, indent=2))
@@ -116,17 +112,15 @@ def plan_command(options: argparse.Namespace) -> int:
 
 def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
-        from flows.config.params import load_params
-        from flows.fit_job.state import RETRY
         from flows.project.dvc import configure_dvc, dvc
         from flows.project.workspace import require_dataset
 
-        root = _root()
-        load_params(root / "params.yaml")
-        configure_dvc(root, Environment.read())
-        require_dataset(root, print)
-        variables = {RETRY: "1"} if getattr(options, "retry", False) else {}
-        dvc(root, "repro", stage, on_line=print, variables=variables)
+        project = _project()
+        _ = project.params  # one error with all mistakes, before DVC starts
+        configure_dvc(project.root, project.env)
+        require_dataset(project, print)
+        variables = {FIT_RETRY: "1"} if getattr(options, "retry", False) else {}
+        dvc(project.root, "repro", stage, on_line=print, variables=variables)
         return OK
 
     run.__doc__ = f"`dvc repro {stage}`: the stage and whatever it needs that is out of date."
@@ -138,14 +132,14 @@ def register_command(_options: argparse.Namespace) -> int:
     from flows.orchestration.limits import registry_slot
     from flows.release import steps
 
-    root = _root()
-    with registry_slot(root):
-        registered = steps.register(root)
-    verdict = steps.judge(root, registered.number)
+    project = _project()
+    with registry_slot(project):
+        registered = steps.register(project)
+    verdict = steps.judge(project, registered.number)
     print(verdict.to_markdown())
     if verdict.promote:
-        steps.promote_winner(root, registered.number, verdict)
-    print(steps.what_next(root))
+        steps.promote_winner(project, registered.number, verdict)
+    print(steps.what_next(project))
     return OK
 
 
@@ -154,7 +148,7 @@ def promote_command(options: argparse.Namespace) -> int:
     from flows.release import steps
 
     record = steps.promote_by_hand(
-        _root(), options.version, reason=options.reason, force=options.force
+        _project(), options.version, reason=options.reason, force=options.force
     )
     print("already champion" if record is None else f"version {record.version} is champion")
     return OK
@@ -164,7 +158,7 @@ def rollback_command(options: argparse.Namespace) -> int:
     """Move the alias back and write the audit record."""
     from flows.release import steps
 
-    record = steps.roll_back(_root(), reason=options.reason, to=options.to)
+    record = steps.roll_back(_project(), reason=options.reason, to=options.to)
     left = "" if record.previous is None else f"; version {record.previous} was left"
     print(f"version {record.version} serves again{left}")
     return OK
@@ -174,7 +168,7 @@ def history_command(options: argparse.Namespace) -> int:
     """Every promotion and rollback, oldest first."""
     from flows.release import steps
 
-    records = steps.audit(_root())
+    records = steps.audit(_project())
     if options.json:
         print(json.dumps([r.model_dump() for r in records], indent=2))
         return OK
@@ -195,7 +189,7 @@ def predict_command(options: argparse.Namespace) -> int:
 
     sources, out = [_place(source) for source in options.images], _place(options.out)
     found = predict_images(
-        _root(),
+        _project(),
         sources,
         out,
         model=options.model,
@@ -217,13 +211,13 @@ def predict_command(options: argparse.Namespace) -> int:
 def drift_command(options: argparse.Namespace) -> int:
     """The flow drift-check in this process: report, event, notification."""
     source = _place(options.source)
-    root = _root()
+    project = _project()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     from flows.drift_check import drift_check
     from flows.inference.drift import REPORT, DriftCheck, DriftParams
 
     drift_check(source, checked(DriftParams, hours=options.hours, limit=options.limit))
-    check = DriftCheck.model_validate_json((root / REPORT).read_text(encoding="utf-8"))
+    check = DriftCheck.model_validate_json((project.root / REPORT).read_text(encoding="utf-8"))
     print(check.to_markdown())
     return DRIFTED if options.exit_code and check.drifted else OK
 
@@ -257,10 +251,10 @@ def pack_command(options: argparse.Namespace) -> int:
 
 def sync_command(_options: argparse.Namespace) -> int:
     """Send every unsent journal."""
-    from flows.config.environment import default_tracking_uri
     from flows.tracking.run import sync
 
-    results = sync(Environment.read().state_dir, default_tracking_uri(_root()))
+    project = _project()
+    results = sync(project.env.state_dir, project.tracking_uri)
     for folder, problem in results.items():
         print(f"{folder}: {problem or 'sent'}")
     return FAILED if any(results.values()) else OK
@@ -270,8 +264,11 @@ def doctor_command(options: argparse.Namespace) -> int:
     """Print what was found; status 1 when something needs a person."""
     from flows.cli import doctor
 
-    _root()
-    return doctor.main(["--repair"] if options.repair else [])
+    findings = doctor.examine(_project(), repair=options.repair)
+    for finding in findings:
+        advice = f"  -> {finding.repair}" if finding.repair else ""
+        print(f"{finding.level:8} {finding.subject}: {finding.text}{advice}")
+    return FAILED if any(finding.level == "problem" for finding in findings) else OK
 
 
 def checked(kind: type[M], **fields: object) -> M:
@@ -291,11 +288,11 @@ def _mistake(item: Any) -> str:
     return f"{'.'.join(where or [first])}: {item['msg']} (found {item['input']!r})."
 
 
-def _root() -> Path:
-    """The project's root folder: where dvc.yaml is, upwards from here."""
+def _project() -> Project:
+    """The project around the current folder: where dvc.yaml is, here or above."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "dvc.yaml").exists():
             os.chdir(folder)
-            return folder
+            return Project(folder)
     raise ConfigError(f"{here} is not inside a project: no dvc.yaml here or above.")

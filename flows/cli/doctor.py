@@ -1,16 +1,14 @@
 """Looks for what goes wrong silently: versions, unsent records, held slots, leftovers on the disk.
 
-`rfdetr-pipeline doctor` only looks; `python -m flows.cli.doctor --repair` also mends what is safe to.
+`rfdetr-pipeline doctor` only reports; with `--repair` it also fixes what is safe to fix.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -20,11 +18,12 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
-from flows.config.environment import Environment, default_tracking_uri
+from flows.config.environment import Environment
 from flows.core.locks import StateError, locked
 from flows.core.redact import redact
 from flows.orchestration.limits import LEASE_SECONDS
 from flows.project.dvc import has_remote
+from flows.project.project import Project
 from flows.tracking.delivery import deliver
 from flows.tracking.journal import JOURNAL, Journal
 from flows.tracking.run import sync, unsent_journals
@@ -46,17 +45,17 @@ class Finding(BaseModel, frozen=True):
     repair: str | None = None
 
 
-def examine(root: Path, *, repair: bool = False) -> list[Finding]:
+def examine(project: Project, *, repair: bool = False) -> list[Finding]:
     """Look at everything; with `repair`, mend what can be mended without losing anything."""
-    env = Environment.read()
+    env, uri = project.env, project.tracking_uri
     looks: list[Callable[[], Iterator[Finding]]] = [
         _versions,
-        lambda: _unsent(env, root, repair=repair),
-        lambda: _cut_off(env, root, repair=repair),
+        lambda: _unsent(env, uri, repair=repair),
+        lambda: _cut_off(env, uri, repair=repair),
         lambda: _old_state(env, repair=repair),
         lambda: _old_copies(env, repair=repair),
-        lambda: _remote(root),
-        lambda: _registry(root),
+        lambda: _remote(project.root),
+        lambda: _registry(project),
         lambda: _prefect(repair=repair),
     ]
     findings: list[Finding] = []
@@ -87,11 +86,11 @@ def _versions() -> Iterator[Finding]:
     yield Finding(subject="packages", level=level, text="; ".join(wrong) or "as required")
 
 
-def _unsent(env: Environment, root: Path, *, repair: bool) -> Iterator[Finding]:
+def _unsent(env: Environment, uri: str, *, repair: bool) -> Iterator[Finding]:
     """Tracking records that did not reach the server."""
     waiting = unsent_journals(env.state_dir)
     if waiting and repair:
-        left = [p for p in sync(env.state_dir, default_tracking_uri(root)).values() if p]
+        left = [p for p in sync(env.state_dir, uri).values() if p]
         text = f"{len(waiting) - len(left)} journals sent, {len(left)} still wait"
         yield Finding(subject="journals", level="problem" if left else "ok", text=text)
     elif waiting:
@@ -105,7 +104,7 @@ def _unsent(env: Environment, root: Path, *, repair: bool) -> Iterator[Finding]:
         yield Finding(subject="journals", level="ok", text="everything was sent")
 
 
-def _cut_off(env: Environment, root: Path, *, repair: bool) -> Iterator[Finding]:
+def _cut_off(env: Environment, uri: str, *, repair: bool) -> Iterator[Finding]:
     """Trainings that a lost process left begun: MLflow says RUNNING until one goes on or is closed.
 
     A training that goes on later opens the same run again.
@@ -120,7 +119,7 @@ def _cut_off(env: Environment, root: Path, *, repair: bool) -> Iterator[Finding]
             if repair and journal.open:
                 journal.end("KILLED")
                 ended = True
-        left += ended and not _delivered(journal, default_tracking_uri(root))
+        left += ended and not _delivered(journal, uri)
     advice = "rfdetr-pipeline doctor --repair" if found and not repair else None
     text = f"{found} cut off and not gone on with" if found else "each at work or ended"
     if repair and found:
@@ -192,12 +191,11 @@ def _remote(root: Path) -> Iterator[Finding]:
     yield Finding(subject="dvc", level="ok" if has_remote(root) else "note", text=text)
 
 
-def _registry(root: Path) -> Iterator[Finding]:
+def _registry(project: Project) -> Iterator[Finding]:
     """The tracking server answers and its aliases point at versions that exist."""
-    from flows.config.params import load_params
     from flows.registry.registry import Registry
 
-    registry = Registry(load_params(root / "params.yaml").registry.name, default_tracking_uri(root))
+    registry = Registry(project.params.registry.name, project.tracking_uri)
     aliases = registry.aliases()
     numbers = {version.number for version in registry.versions()}
     lost = [f"{alias} -> {number}" for alias, number in aliases.items() if number not in numbers]
@@ -272,19 +270,3 @@ def _slots(client: Any, running: list[Any], *, repair: bool) -> Iterator[Finding
 def _held(client: Any) -> list[Any]:
     limits = client.read_global_concurrency_limits(limit=200, offset=0)
     return [limit for limit in limits if limit.active_slots]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; status 1 when a problem is left."""
-    parser = argparse.ArgumentParser(prog="python -m flows.cli.doctor", description=__doc__)
-    parser.add_argument("--repair", action="store_true", help="mend what is safe to mend")
-    options = parser.parse_args(arguments)
-    findings = examine(Path.cwd(), repair=options.repair)
-    for finding in findings:
-        advice = f"  -> {finding.repair}" if finding.repair else ""
-        print(f"{finding.level:8} {finding.subject}: {finding.text}{advice}")
-    return int(any(finding.level == "problem" for finding in findings))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

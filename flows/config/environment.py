@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+FIT_RETRY = "RFDETR_FIT_RETRY"  # set by `fit --retry`: DVC runs a stage's command as written
 
 
 class Environment(BaseModel, frozen=True):
@@ -22,6 +25,10 @@ class Environment(BaseModel, frozen=True):
     git_branch: str | None = None
     work_pool: str | None = None
     recent_images: str | None = None
+    actor: str | None = None
+    notify_block: str | None = None
+    notify_url: str | None = Field(None, repr=False)  # a webhook address can be a secret
+    fit_retry: bool = False
 
     @classmethod
     def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
@@ -36,15 +43,15 @@ class Environment(BaseModel, frozen=True):
             "git_branch": "RFDETR_GIT_BRANCH",
             "work_pool": "RFDETR_WORK_POOL",
             "recent_images": "RFDETR_RECENT_IMAGES",
+            "actor": "RFDETR_ACTOR",
+            "notify_block": "RFDETR_NOTIFY_BLOCK",
+            "notify_url": "RFDETR_NOTIFY_URL",
+            "fit_retry": FIT_RETRY,
         }
-        given = {field: env[name] for field, name in names.items() if env.get(name)}
+        given: dict[str, Any] = {f: env[name] for f, name in names.items() if env.get(name)}
+        given["fit_retry"] = "fit_retry" in given
         state = env.get("RFDETR_STATE_DIR")
         if not state:
             cache = env.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
             state = str(Path(cache) / "rfdetr-pipeline")
         return cls.model_validate({"state_dir": Path(state).expanduser().absolute(), **given})
-
-
-def default_tracking_uri(root: str | os.PathLike[str] = ".") -> str:
-    """MLFLOW_TRACKING_URI, else a SQLite file in the project folder `root`."""
-    return Environment.read().tracking_uri or f"sqlite:///{Path(root).absolute() / 'mlflow.db'}"

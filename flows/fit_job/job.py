@@ -101,8 +101,7 @@ def resolve_devices(runtime: RuntimeSettings) -> tuple[str, int]:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    seen = f"{gpus} GPU(s) are visible" + ("" if visible is None else " (CUDA_VISIBLE_DEVICES)")
+    seen = f"{gpus} GPU(s) are visible (CUDA_VISIBLE_DEVICES can hide some)"
     if runtime.accelerator == "gpu" and not gpus:
         raise ConfigError(
             f"runtime.accelerator is gpu, but {seen}. Start on a machine with a working CUDA "

@@ -20,7 +20,6 @@ from flows.core.locks import StateError
 from rfdetr.errors import RFDETRError
 
 MAX_ATTEMPTS = 3
-RETRY = "RFDETR_FIT_RETRY"  # set by `fit --retry`: DVC runs the stage's command as it is written
 TAIL_LINES = 30
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from flows.core.files import copy_atomic, read_json, write_json
 from flows.fit_job.job import FitJob, FitResult
-from flows.tracking.provenance import collect_provenance
+from flows.project.project import Project
+from flows.tracking.provenance import Provenance
 from rfdetr.errors import ConfigError
 from rfdetr.files import atomic_path, sha256_file
 
@@ -19,24 +20,26 @@ WEIGHTS, CARD = "model.pth", "model.json"
 CURVES = ("train/loss", "val/loss", "val/mAP_50_95", "val/mAP_50", "val/ema_mAP_50_95", "val/F1")
 
 
-def collect(state: Path, target: Path, metrics: Path, curves: Path, seconds: float) -> None:
+def collect(project: Project, state: Path, seconds: float) -> None:
     """Copy the result of the training in `state` to the outs of the stage, each complete."""
     job, result = FitJob.read(state), FitResult.read(state)
+    target = project.trained
     work = target.with_name(f".{target.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     copy_atomic(state / "checkpoint_best_total.pth", work / WEIGHTS)
     digest = sha256_file(work / WEIGHTS)
-    write_json(work / CARD, {**_card(job, result, digest), "fingerprint": state.name})
+    write_json(
+        work / CARD, {**_card(job, result, digest, project.provenance), "fingerprint": state.name}
+    )
     rows = list(epoch_rows(state / "metrics.csv"))
-    _write_curves(rows, curves)
-    write_json(metrics, _numbers(result, rows, seconds))
+    _write_curves(rows, project.fit_curves)
+    write_json(project.fit_metrics, _numbers(result, rows, seconds))
     shutil.rmtree(target, ignore_errors=True)
     work.replace(target)
 
 
-def _card(job: FitJob, result: FitResult, digest: str) -> dict[str, Any]:
-    made = collect_provenance()
+def _card(job: FitJob, result: FitResult, digest: str, made: Provenance) -> dict[str, Any]:
     source = read_json(Path(job.initial).with_name(CARD))
     return {
         "variant": job.model.variant,

@@ -70,7 +70,7 @@ class ProgressLines(Checkpoint):
         print(progress.line(), flush=True)
 
 
-def train(folder: Path) -> FitResult | None:
+def train(folder: Path, env: Environment) -> FitResult | None:
     """Run the job in `folder`; its result on rank 0. Raises SystemExit(143) when stopped."""
     job = FitJob.read(folder)
     kind = SegmentationTrainConfig if job.model.config().segmentation_head else TrainConfig
@@ -86,7 +86,7 @@ def train(folder: Path) -> FitResult | None:
     train_config = train_config.model_copy(update={"class_names": names})
     datamodule.model_config, datamodule.train_config = model_config, train_config
     module = RFDETRModule(model_config, train_config)
-    logger = _logger(job, folder)
+    logger = _logger(job, folder, env.tracking_uri)
     trainer = _trainer(job, train_config, model_config, logger)
     checkpoint, problems = newest_checkpoint(folder)
     for problem in problems:
@@ -117,15 +117,12 @@ def train(folder: Path) -> FitResult | None:
     )
 
 
-def _logger(job: FitJob, folder: Path) -> JournalLogger:
-    parent = os.environ.get("RFDETR_PARENT_JOURNAL")
+def _logger(job: FitJob, folder: Path, uri: str | None) -> JournalLogger:
     spec = RunSpec(
         experiment=f"rfdetr/{job.dataset['name']}",
         name=job.run_name,
         tags={"pipeline.stage": "fit", "fit.fingerprint": folder.name},
-        parent=Path(parent) if parent else None,
     )
-    uri = Environment.read().tracking_uri
     return JournalLogger(folder, spec, uri=uri, system_metrics_every=SYSTEM_METRICS_SECONDS)
 
 
@@ -155,7 +152,7 @@ def _stop_on_sigint() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """`torchrun ... -m flows.fit_job.worker FOLDER`: status 0 only when the training is finished."""
+    """`torchrun ... -m flows.fit_job.worker FOLDER`: status 0 only if the training finished."""
     if len(arguments) != 1 or not Path(arguments[0]).is_dir():
         print("usage: torchrun ... -m flows.fit_job.worker FOLDER, of a job", file=sys.stderr)
         return 2
@@ -165,7 +162,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     rank = int(os.environ.get("RANK", "0"))
     try:
-        result = train(folder)
+        result = train(folder, Environment.read())
     except SystemExit:
         if rank == 0:
             write_text_atomic(folder / STOPPED, "")

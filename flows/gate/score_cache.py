@@ -7,11 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.config.environment import Environment
-from flows.config.params import Params
-from flows.core.digest import digest_of, path_digest
+from flows.core.digest import digest_of
 from flows.core.files import read_json
 from flows.gate.verdict import Scores
+from flows.project.project import Project
 from flows.registry.registry import Registry, Version
 from rfdetr.errors import RFDETRError
 from rfdetr.files import sha256_file, write_text_atomic
@@ -22,17 +21,10 @@ if TYPE_CHECKING:
 KEPT_VERSION = 2  # counts up when the record of kept scores gains something that the gate needs
 
 
-def data_digest(root: Path, params: Params, env: Environment) -> str:
-    """Content hash of the dataset's folder."""
-    return path_digest(root / params.dataset.dir, env.state_dir / "digests.db")
-
-
-def champion_scores(
-    root: Path, params: Params, registry: Registry, champion: Version, digest: str
-) -> Scores:
+def champion_scores(project: Project, registry: Registry, champion: Version, digest: str) -> Scores:
     """Scores of the champion on today's test set; its weights come from the registry."""
     label = f"version {champion.number}"
-    kept = _kept(params, str(champion.weights_sha256), digest)
+    kept = _kept(project, str(champion.weights_sha256), digest)
     if kept.exists():
         return Scores.model_validate(read_json(kept)).model_copy(update={"model": label})
     with tempfile.TemporaryDirectory(prefix="rfdetr-champion-") as folder:
@@ -44,12 +36,12 @@ def champion_scores(
                 "artifact store, so nothing can be compared with it. Restore its artifacts, or "
                 "roll back to a version that still has them."
             )
-        return scores_of(root, params, weights, label, digest)
+        return scores_of(project, weights, label, digest)
 
 
-def scores_of(root: Path, params: Params, weights: Path, label: str, digest: str) -> Scores:
+def scores_of(project: Project, weights: Path, label: str, digest: str) -> Scores:
     """Scores of a weights file on today's test set, kept by content: nothing is scored twice."""
-    kept = _kept(params, sha256_file(weights), digest)
+    kept = _kept(project, sha256_file(weights), digest)
     if kept.exists():
         return Scores.model_validate(read_json(kept)).model_copy(update={"model": label})
 
@@ -58,29 +50,31 @@ def scores_of(root: Path, params: Params, weights: Path, label: str, digest: str
         open_dataset,  # seconds of imports, only when there is something to score
     )
 
+    params = project.params
     scored = score_model(
         weights,
-        open_dataset(root / params.dataset.dir, Environment.read().state_dir),
+        open_dataset(project.dataset_dir, project.env.state_dir),
         params.dataset,
         params.evaluate,
         accelerator=params.runtime.accelerator,
         num_workers=params.runtime.num_workers,
     )
-    return keep(params, scored, label, digest)
+    return keep(project, scored, label, digest)
 
 
-def keep(params: Params, scored: ScoredModel, label: str, digest: str) -> Scores:
+def keep(project: Project, scored: ScoredModel, label: str, digest: str) -> Scores:
     """Store the scores of a model on the test set with content `digest`."""
     scores = scored.scores(label, digest)
     text = scores.model_dump_json()
-    write_text_atomic(_kept(params, scored.weights_sha256, digest), text)
+    write_text_atomic(_kept(project, scored.weights_sha256, digest), text)
     return scores
 
 
-def _kept(params: Params, weights_sha256: str, digest: str) -> Path:
+def _kept(project: Project, weights_sha256: str, digest: str) -> Path:
     """The file of the scores; times are of one machine, which matters where they have a budget."""
+    params = project.params
     machine = platform.node() if params.gate.max_latency_ms is not None else None
     how = [params.evaluate.key(), params.evaluate.batch_size, params.dataset.layout]
     where = [params.runtime.accelerator, machine]
     key = digest_of([KEPT_VERSION, weights_sha256, digest, *how, *where])[:32]
-    return Environment.read().state_dir / "scores" / f"{key}.json"
+    return project.env.state_dir / "scores" / f"{key}.json"

@@ -14,13 +14,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.config.environment import default_tracking_uri
-from flows.config.params import load_params
 from flows.core.errors import explain
 from flows.core.process import die_with_parent, exit_on_sigterm
 from flows.core.redact import redact
 from flows.inference.images import Picture, fetch_picture, list_pictures, newest
 from flows.inference.predict import find_version, load_detector
+from flows.project.project import Project
 from flows.registry.image_profile import PROFILE
 from flows.registry.registry import Registry, Version, now
 from flows.storage.s3 import is_s3, make_client, on_threads
@@ -69,7 +68,7 @@ class DriftCheck(BaseModel, frozen=True):
         )
 
 
-def check_drift(root: Path, source: str, params: DriftParams | None = None) -> DriftCheck:
+def check_drift(project: Project, source: str, params: DriftParams | None = None) -> DriftCheck:
     """Compare the newest images of `source` with the model's stored profile.
 
     Writes reports/drift.json, drift.md and drift.png, and records the numbers on the model's MLflow
@@ -77,7 +76,8 @@ def check_drift(root: Path, source: str, params: DriftParams | None = None) -> D
     profile, DatasetError when the source does not exist or holds no image.
     """
     params = params or DriftParams()
-    registry = Registry(load_params(root / "params.yaml").registry.name, default_tracking_uri(root))
+    root = project.root
+    registry = Registry(project.params.registry.name, project.tracking_uri)
     version = find_version(registry, params.model)
     pictures = newest(list_pictures([source]), hours=params.hours, limit=params.limit)
     if len(pictures) < params.min_images:
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exit_on_sigterm()
     try:
         params = DriftParams.model_validate_json(options.params)
-        check = check_drift(Path.cwd(), options.source, params)
+        check = check_drift(Project(Path.cwd()), options.source, params)
     except Exception as error:  # noqa: BLE001 - the last line says what happened
         print(f"watch failed: {explain(error)}", file=sys.stderr)
         return 1

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.config.environment import Environment, default_tracking_uri
-from flows.config.params import load_params
 from flows.core.digest import digest_of
 from flows.core.locks import locked
 from flows.inference.coco_results import DATASET, PROGRESS, RESULTS, Progress, Row, write_coco
 from flows.inference.images import Picture, fetch_picture, list_pictures
+from flows.project.project import Project
 from flows.registry.registry import CHAMPION, Registry, Version
 from flows.storage.objects import download, upload
 from flows.storage.prefixes import upload_tree
@@ -48,7 +47,7 @@ class Predictions:
 
 
 def predict_images(
-    root: Path,
+    project: Project,
     sources: Sequence[str],
     out: str,
     *,
@@ -66,9 +65,9 @@ def predict_images(
     """
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold is a score from 0 to 1; got {threshold}.")
-    registry = Registry(load_params(root / "params.yaml").registry.name, default_tracking_uri(root))
+    registry = Registry(project.params.registry.name, project.tracking_uri)
     version = find_version(registry, model)
-    folder = _working_folder(out)
+    folder = _working_folder(out, project.env.state_dir)
     pictures = list_pictures(sources, leave_out=folder)
     header = {
         "model": registry.name,
@@ -127,10 +126,10 @@ def load_detector(artifacts: Path, **overrides: Any) -> RFDETR:
     return RFDETR.from_checkpoint(str(weights), **overrides)
 
 
-def _working_folder(out: str) -> Path:
+def _working_folder(out: str, state_dir: Path) -> Path:
     """Where results grow: `out`, or for an s3:// prefix a folder of the state."""
     if is_s3(out):
-        return Environment.read().state_dir / "predictions" / digest_of([out.rstrip("/")])[:24]
+        return state_dir / "predictions" / digest_of([out.rstrip("/")])[:24]
     return Path(out)
 
 

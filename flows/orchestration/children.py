@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, runtime
 
-from flows.config.params import load_params
 from flows.core.process import CommandFailed
 from flows.core.redact import redact
 from rfdetr.errors import RFDETRError
@@ -35,8 +33,3 @@ def cause(stage: str, error: CommandFailed) -> str:
     ends = [i for i, line in enumerate(words) if line.startswith("ERROR: failed to reproduce")]
     said = "\n".join(words[: ends[0]] if ends and ends[0] else words)
     return said if error.reason.startswith("failed") else f"it {error.reason}\n{said}"
-
-
-def stage_timeout(root: Path) -> float:
-    """Seconds that a child other than the training may take (fit watches its own)."""
-    return load_params(root / "params.yaml").runtime.stage_timeout_s

@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from flows.config.environment import Environment
-from flows.config.params import load_params
 from flows.config.sections import RuntimeSettings
 from flows.orchestration.limits import slot
+from flows.project.project import Project
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOOK_AGAIN_S = 1.0
@@ -115,13 +114,14 @@ def _present() -> int:
 
 
 @contextlib.contextmanager
-def gpu_slot(root: Path, devices: int | None = None) -> Iterator[None]:
+def gpu_slot(project: Project, devices: int | None = None) -> Iterator[None]:
     """Hold slots of the GPU limit and as many GPUs of this machine; other runs wait for them.
 
     `devices` is what params.yaml says unless given.
     """
-    settings = load_params(root / "params.yaml").runtime
+    settings = project.params.runtime
     wanted = wanted_slots(settings) if devices is None else devices
-    on_gpus = settings.accelerator not in {"cpu", "mps"}
-    with slot(settings.gpu_slot, wanted), claimed(wanted * on_gpus, Environment.read().state_dir):
+    gpus = 0 if settings.accelerator in {"cpu", "mps"} else wanted
+    state_dir = project.env.state_dir
+    with slot(settings.gpu_slot, wanted, state_dir), claimed(gpus, state_dir):
         yield

@@ -8,9 +8,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.config.environment import Environment
-from flows.config.params import load_params
 from flows.core.locks import locked
+from flows.project.project import Project
 from rfdetr.errors import RFDETRError
 
 LOGGER = logging.getLogger(__name__)
@@ -22,15 +21,16 @@ class SlotError(RFDETRError):
 
 
 @contextlib.contextmanager
-def registry_slot(root: Path, name: str | None = None) -> Iterator[None]:
+def registry_slot(project: Project, name: str | None = None) -> Iterator[None]:
     """One writer of the registered model `name` (default: params.yaml's) at a time."""
-    with slot(f"registry-{name or load_params(root / 'params.yaml').registry.name}", 1):
+    model = name or project.params.registry.name
+    with slot(f"registry-{model}", 1, project.env.state_dir):
         yield
 
 
 @contextlib.contextmanager
-def slot(name: str, occupy: int) -> Iterator[None]:
-    """A Prefect limit; a lock file while only a temporary server is there.
+def slot(name: str, occupy: int, state_dir: Path) -> Iterator[None]:
+    """A Prefect limit; a lock file in `state_dir` while only a temporary server is there.
 
     A temporary server never frees the slots of a run that was killed, a lock file does. A
     deployment needs its limit to exist, a local run makes it. A run that wants more slots than
@@ -41,7 +41,7 @@ def slot(name: str, occupy: int) -> Iterator[None]:
     from prefect.settings import PREFECT_API_URL
 
     if PREFECT_API_URL.value() is None:
-        with locked(Environment.read().state_dir / "slots" / name, wait=True):
+        with locked(state_dir / "slots" / name, wait=True):
             yield
         return
     limit = concurrency(

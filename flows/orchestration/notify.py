@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from flows.config.environment import Environment
 from flows.core.redact import redact
 from rfdetr.errors import ConfigError
 
@@ -21,11 +21,13 @@ LOGGER = logging.getLogger(__name__)
 SECONDS = 10.0
 
 
-def notify(subject: str, body: str, facts: Mapping[str, Any] | None = None) -> list[str]:
+def notify(
+    env: Environment, subject: str, body: str, facts: Mapping[str, Any] | None = None
+) -> list[str]:
     """Send one message everywhere it should go; the names of the channels that took it."""
     channels = {
-        "block": (os.environ.get("RFDETR_NOTIFY_BLOCK"), _send_to_block),
-        "webhook": (os.environ.get("RFDETR_NOTIFY_URL"), _post),
+        "block": (env.notify_block, _send_to_block),
+        "webhook": (env.notify_url, _post),
     }
     sent = []
     for name, (address, send) in channels.items():

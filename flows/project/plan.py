@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from flows.project.dvc import forget_dead_locks
+from flows.project.project import Project
 from flows.project.workspace import current_version, stage_names, used_source
 from rfdetr.errors import RFDETRError
 
@@ -29,7 +29,7 @@ class StagePlan(BaseModel):
     reasons: tuple[str, ...] = ()
 
 
-def plan_stages(root: Path) -> list[StagePlan]:
+def plan_stages(project: Project) -> list[StagePlan]:
     """The stages of a run in order. `may run`: a stage before it runs, its result may differ.
 
     Raises BusyError while another DVC process works in the folder.
@@ -37,6 +37,7 @@ def plan_stages(root: Path) -> list[StagePlan]:
     from dvc.lock import LockError
     from dvc.repo import Repo
 
+    root = project.root
     forget_dead_locks(root)
     with Repo(str(root)) as repo:
         try:
@@ -49,10 +50,10 @@ def plan_stages(root: Path) -> list[StagePlan]:
             if stage.addressing
         }
     plans: dict[str, StagePlan] = {}
-    for name in stage_names(root):
+    for name in stage_names(project):
         reasons = _reasons(status.get(name, []))
         if name.startswith("fetch@"):
-            reasons += _news(root)
+            reasons += _news(project)
         waiting = [
             p for p in upstream.get(name, ()) if p in plans and plans[p].state != "up to date"
         ]
@@ -62,9 +63,9 @@ def plan_stages(root: Path) -> list[StagePlan]:
     return list(plans.values())
 
 
-def _news(root: Path) -> list[str]:
+def _news(project: Project) -> list[str]:
     """What a run would find changed on S3. Raises StorageError when it does not answer."""
-    found = used_source(root)
+    found = used_source(project)
     if found is None or current_version(found[1]) == found[1].version:
         return []
     news = "has changed" if found[1].version else "has no version on record"

@@ -1,4 +1,4 @@
-"""The project folder of a process: its parameters, environment, and the paths of its outputs."""
+"""The project folder of a process: its parameters, its environment, and where its outputs are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from flows.config.environment import Environment
 from flows.config.overrides import write_overrides
@@ -15,14 +17,14 @@ from flows.tracking.provenance import Provenance, collect_provenance
 
 
 class Project:
-    """One project folder; made once at the command line and passed down.
+    """One project folder: made once per process, at the command line, and passed down.
 
-    Reads params.yaml, the environment and git on first use and keeps what it found. Every path is
-    absolute.
+    params.yaml, dvc.yaml and git are read on first use and kept. Paths start with `root`; a stage,
+    which DVC starts in the project folder, uses the relative root `Path()`.
     """
 
-    def __init__(self, root: Path | None = None, env: Environment | None = None) -> None:
-        self.root = (root or Path.cwd()).absolute()
+    def __init__(self, root: Path = Path(), env: Environment | None = None) -> None:
+        self.root = root
         self.env = env or Environment.read()
 
     @cached_property
@@ -30,37 +32,44 @@ class Project:
         """The checked params.yaml. Raises ConfigError that lists all mistakes."""
         return load_params(self.params_file)
 
-    def override(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write changes into params.yaml. Raises ConfigError and writes nothing if one is wrong."""
-        write_overrides(self.root, changes)
-        self.reload()
-
-    def reload(self) -> None:
-        """Forget the parameters and the git commit, after the files have changed."""
-        for name in ("params", "provenance"):
-            self.__dict__.pop(name, None)
+    @cached_property
+    def graph(self) -> dict[str, Any]:
+        """The stages of dvc.yaml."""
+        text = self.graph_file.read_text(encoding="utf-8")
+        stages: dict[str, Any] = yaml.safe_load(text)["stages"]
+        return stages
 
     @cached_property
     def provenance(self) -> Provenance:
         """Git commit, uncommitted changes, packages and hardware."""
         return collect_provenance(self.root)
 
+    def override(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write changes into params.yaml. Raises ConfigError and writes nothing if one is wrong."""
+        write_overrides(self.root, changes)
+        self.__dict__.pop("params", None)
+
+    def reload(self) -> None:
+        """Forget what was read, after a checkout has changed the files."""
+        for name in ("params", "graph", "provenance"):
+            self.__dict__.pop(name, None)
+
     @property
     def tracking_uri(self) -> str:
         """The MLflow server of the environment, else a SQLite file in the project folder."""
-        return self.env.tracking_uri or f"sqlite:///{self.root / 'mlflow.db'}"
+        return self.env.tracking_uri or f"sqlite:///{self.root.absolute() / 'mlflow.db'}"
 
     @property
     def dataset_dir(self) -> Path:
         return self.root / self.params.dataset.dir
 
     def dataset_digest(self) -> str:
-        """Content hash of the dataset folder; files that have not changed are not read again."""
+        """Content hash of the dataset folder; unchanged files are not read again."""
         return path_digest(self.dataset_dir, self.digests)
 
     @property
     def digests(self) -> Path:
-        """The database of file hashes that `flows.core.digest` keeps."""
+        """The database in which `flows.core.digest` keeps the hashes of files."""
         return self.env.state_dir / "digests.db"
 
     @property
@@ -86,10 +95,6 @@ class Project:
         return self.root / "models/trained"
 
     @property
-    def model_card(self) -> Path:
-        return self.trained / "model.json"
-
-    @property
     def fit_metrics(self) -> Path:
         return self.root / "metrics/fit.json"
 
@@ -106,11 +111,16 @@ class Project:
         return self.root / "reports"
 
     @property
+    def validation(self) -> Path:
+        """The dataset report; a Markdown and an HTML version lie beside it."""
+        return self.reports / "validation.json"
+
+    @property
     def registered(self) -> Path:
-        """The version that the last `register` made, as JSON."""
+        """The version that the last `register` created."""
         return self.reports / "registered.json"
 
     @property
     def verdict(self) -> Path:
-        """The gate's last verdict, as JSON."""
+        """The last verdict of the gate."""
         return self.reports / "verdict.json"

@@ -5,18 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from flows.config.environment import Environment
-from flows.config.overrides import write_overrides
-from flows.config.params import PARAMS_FILE, load_params
 from flows.config.sections import SourceSettings
 from flows.core.digest import digest_of
 from flows.core.process import CommandFailed, Line
 from flows.project.dvc import configure_dvc, dvc, has_remote
+from flows.project.project import Project
 from flows.storage.s3 import list_versions
 from rfdetr.errors import DatasetError
 
@@ -24,24 +19,24 @@ LISTING = "listing-"  # a source's version that `pin_source` wrote begins so
 
 
 def prepare_workspace(
-    root: Path, changes: Mapping[str, Mapping[str, Any]], env: Environment, on_line: Line
+    project: Project, changes: Mapping[str, Mapping[str, Any]], on_line: Line
 ) -> None:
-    """Make `root` ready: overrides, the version on S3, DVC settings, and what the remote has.
+    """Make the folder ready: overrides, the version on S3, DVC settings, and what the remote has.
 
     Raises DatasetError when the dataset is neither there, nor pulled, nor the product of a stage.
     """
-    write_overrides(root, changes)
-    pin_source(root)
-    configure_dvc(root, env)
-    if has_remote(root):
-        dvc(root, "pull", "--allow-missing", on_line=on_line)
-    require_dataset(root, on_line)
+    project.override(changes)
+    pin_source(project)
+    configure_dvc(project.root, project.env)
+    if has_remote(project.root):
+        dvc(project.root, "pull", "--allow-missing", on_line=on_line)
+    require_dataset(project, on_line)
 
 
-def require_dataset(root: Path, on_line: Line) -> None:
+def require_dataset(project: Project, on_line: Line) -> None:
     """Raise DatasetError unless the dataset is there, in DVC's cache, or the product of a stage."""
-    folder = load_params(root / PARAMS_FILE).dataset.dir
-    if not (root / folder).exists() and data_stage(root) is None:
+    root, folder = project.root, project.params.dataset.dir
+    if not (root / folder).exists() and data_stage(project) is None:
         pointer = root / f"{folder}.dvc"
         if pointer.exists():
             with contextlib.suppress(CommandFailed):
@@ -58,28 +53,28 @@ def require_dataset(root: Path, on_line: Line) -> None:
         )
 
 
-def pin_source(root: Path) -> None:
+def pin_source(project: Project) -> None:
     """Write what S3 holds now as the version of the dataset's source into params.yaml.
 
     The version is a DVC parameter: the stage `fetch` runs again when it is another one. Without a
     source, or with a version that a person wrote, nothing happens. Raises StorageError.
     """
-    found = used_source(root)
+    found = used_source(project)
     if found is None:
         return
     name, source = found
     version = current_version(source)
     if version != source.version:
         changed = {**source.model_dump(exclude_none=True), "version": version}
-        write_overrides(root, {"sources": {name: changed}})
+        project.override({"sources": {name: changed}})
 
 
-def used_source(root: Path) -> tuple[str, SourceSettings] | None:
+def used_source(project: Project) -> tuple[str, SourceSettings] | None:
     """Name and settings of the S3 source that the dataset is fetched from, if it is."""
-    stage, _, name = (data_stage(root) or "").partition("@")
+    stage, _, name = (data_stage(project) or "").partition("@")
     if stage != "fetch":
         return None
-    return name, load_params(root / PARAMS_FILE).sources[name]
+    return name, project.params.sources[name]
 
 
 def current_version(source: SourceSettings) -> str:
@@ -92,17 +87,16 @@ def current_version(source: SourceSettings) -> str:
     return LISTING + digest_of(list_versions(source.uri))[:32]
 
 
-def data_stage(root: Path) -> str | None:
+def data_stage(project: Project) -> str | None:
     """The DVC stage that makes `dataset.dir` (`demo`, `fetch@<name>`), or None for a user's own."""
-    params = load_params(root / PARAMS_FILE)
+    params = project.params
     folder = os.path.normpath(params.dataset.dir)
     makers = {os.path.normpath("data/demo"): "demo"}
     makers |= {os.path.normpath(f"data/{name}"): f"fetch@{name}" for name in params.sources}
     return makers.get(folder)
 
 
-def stage_names(root: Path) -> Sequence[str]:
+def stage_names(project: Project) -> Sequence[str]:
     """The stages of a run in their order: the one that makes the data, then those of dvc.yaml."""
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    first = data_stage(root)
-    return [*([first] if first else []), *(n for n in stages if n not in ("demo", "fetch"))]
+    first = data_stage(project)
+    return [*([first] if first else []), *(n for n in project.graph if n not in ("demo", "fetch"))]

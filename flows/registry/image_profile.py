@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flows.config.environment import Environment
-from flows.config.params import Params
 from flows.config.sections import DatasetSettings
 from flows.core.digest import digest_of
 from flows.storage.packs import open_dataset
@@ -14,16 +12,20 @@ from rfdetr.files import sha256_file
 PROFILE = "profile.npz"
 
 
-def profile_once(root: Path, params: Params, weights: Path, dataset_digest: str) -> Path:
-    """Profile a sample of every split into the state folder, or find the profile that is there."""
-    state = Environment.read().state_dir
-    key = digest_of([sha256_file(weights), dataset_digest])[:32]
-    file = state / "profiles" / key / PROFILE
+def profile_once(
+    data: Path, dataset: DatasetSettings, weights: Path, digest: str, state_dir: Path
+) -> Path:
+    """The profile of a sample of every split, kept in the state folder.
+
+    `data` is the dataset's folder, `digest` its content hash.
+    """
+    key = digest_of([sha256_file(weights), digest])[:32]
+    file = state_dir / "profiles" / key / PROFILE
     if not file.exists():
         from rfdetr import RFDETR
         from rfdetr.monitoring.profile import IMAGES, profile_images
 
-        splits = split_images(open_dataset(root / params.dataset.dir, state), params.dataset)
+        splits = split_images(open_dataset(data, state_dir), dataset)
         share = IMAGES // len(splits)
         sample = [path for paths in splits.values() for path in spread(paths, share)]
         detector = RFDETR.from_checkpoint(str(weights))

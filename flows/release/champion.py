@@ -53,9 +53,9 @@ class AuditRecord(BaseModel):
         return f"{AUDIT}{self.at.replace(':', '')}-{self.action}"
 
 
-def actor() -> str:
-    """Who acts: RFDETR_ACTOR, else user@host; a user without a name is `uid <number>`."""
-    if named := os.environ.get("RFDETR_ACTOR"):
+def actor(named: str | None = None) -> str:
+    """Who acts: `named`, else user@host; a user without a name is `uid <number>`."""
+    if named:
         return named
     try:
         user = getpass.getuser()

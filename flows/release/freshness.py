@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flows.config.environment import Environment, default_tracking_uri
-from flows.config.params import Params, load_params
+from flows.config.params import Params
 from flows.core.digest import digest_of
 from flows.core.files import read_json
-from flows.gate.score_cache import data_digest
+from flows.project.project import Project
 from flows.project.workspace import current_version, used_source
 from flows.registry.registry import CHAMPION, Registry, Version
 
 GATE_KEY = "gate.key"
-TRAINED = Path("models/trained")
 
 
-def registry_of(root: Path, name: str | None = None) -> Registry:
-    """The registered model `name` (default: params.yaml's) of the project `root`."""
-    known = name or load_params(root / "params.yaml").registry.name
-    return Registry(known, default_tracking_uri(root))
+def registry_of(project: Project, name: str | None = None) -> Registry:
+    """The registered model `name` (default: params.yaml's) of the project."""
+    return Registry(name or project.params.registry.name, project.tracking_uri)
 
 
-def judged_version(root: Path) -> Version | None:
+def judged_version(project: Project) -> Version | None:
     """The newest version that was trained on what the dataset holds now, and judged; or None.
 
     A refused or rolled back version counts: the same data would bring the same verdict again. A
     winner whose promotion is not on record does not, unless it is the champion.
     """
-    if not _has_registry(root):
+    if not _has_registry(project):
         return None
-    registry, data = registry_of(root), dataset_version(root, look=True)
+    registry, data = registry_of(project), dataset_version(project, look=True)
     champion = registry.aliases().get(CHAMPION)
     known = [
         v
@@ -41,7 +38,7 @@ def judged_version(root: Path) -> Version | None:
     return known[-1] if known else None
 
 
-def dataset_version(root: Path, *, look: bool = False) -> str:
+def dataset_version(project: Project, *, look: bool = False) -> str:
     """A cheap name of the dataset's content: pointer, version on S3, or the demo's settings.
 
     Nothing is downloaded and no image is read, unless the folder is under no version control. Of a
@@ -49,32 +46,31 @@ def dataset_version(root: Path, *, look: bool = False) -> str:
     """
     import yaml
 
-    params = load_params(root / "params.yaml")
-    pointer = root / f"{params.dataset.dir}.dvc"
+    params = project.params
+    pointer = project.root / f"{params.dataset.dir}.dvc"
     if pointer.exists():
         outs = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"]
         return f"dvc:{outs[0].get('md5') or outs[0].get('etag')}"
-    found = used_source(root)
+    found = used_source(project)
     if found is not None:
         source = found[1]
         pinned = None if look else source.version
         return f"s3:{digest_of([source.uri, pinned or current_version(source)])[:32]}"
     if Path(params.dataset.dir) == Path("data/demo"):
         return f"demo:{digest_of(params.demo.model_dump())[:32]}"
-    return f"content:{data_digest(root, params, Environment.read())}"
+    return f"content:{project.dataset_digest()}"
 
 
-def is_released(root: Path) -> bool:
+def is_released(project: Project) -> bool:
     """Whether the registry holds the trained model and the gate has judged it by today's rules."""
-    card_file = root / TRAINED / "model.json"
-    if not card_file.exists() or not _has_registry(root):
+    card_file = project.trained / "model.json"
+    if not card_file.exists() or not _has_registry(project):
         return False
-    params = load_params(root / "params.yaml")
     weights = read_json(card_file)["weights_sha256"]
-    key = gate_key(params, data_digest(root, params, Environment.read()))
+    key = gate_key(project.params, project.dataset_digest())
     return any(
         v.weights_sha256 == weights and v.tags.get(GATE_KEY) == key and _settled(v)
-        for v in registry_of(root).versions()
+        for v in registry_of(project).versions()
     )
 
 
@@ -89,7 +85,7 @@ def _settled(version: Version) -> bool:
     return not won or "promotion.action" in version.tags
 
 
-def _has_registry(root: Path) -> bool:
+def _has_registry(project: Project) -> bool:
     """False for a SQLite file that is not there yet; asking MLflow would make it."""
-    kind, _, path = default_tracking_uri(root).partition(":///")
+    kind, _, path = project.tracking_uri.partition(":///")
     return kind != "sqlite" or Path(path).exists()

@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.config.environment import Environment
 from flows.config.params import Params
 from flows.core.digest import digest_of
 from flows.core.files import read_json
 from flows.core.redact import redact, redact_mapping
+from flows.project.project import Project
 from flows.registry.registry import RegistryError
 from flows.tracking.delivery import experiment_id, tracking_client, valid_key
 from flows.tracking.journal import STATE, Journal
-from flows.tracking.provenance import collect_provenance
 from flows.tracking.run import sync
 from rfdetr.files import sha256_file
 
@@ -38,14 +37,14 @@ REPORTS = (
 )
 
 
-def complete_run(root: Path, params: Params, uri: str, tags: Mapping[str, Any]) -> str:
+def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
     """Send what is unsent, add metrics, reports and lineage to the fit's run; its id.
 
     A training that never reached a server gets its run now. Repeating changes nothing; a changed
     result (an evaluation with other settings) is added to the same run.
     """
-    env = Environment.read()
-    for journal, problem in sync(env.state_dir, uri).items():
+    root, params, uri = project.root, project.params, project.tracking_uri
+    for journal, problem in sync(project.env.state_dir, uri).items():
         if problem:
             LOGGER.warning("journal %s is still unsent: %s", journal, problem)
     missing = [name for name in NEEDED if not (root / name).is_file()]
@@ -55,19 +54,19 @@ def complete_run(root: Path, params: Params, uri: str, tags: Mapping[str, Any]) 
             "Run `rfdetr-pipeline retrain` or `dvc repro` first (a stage that was run by hand "
             "leaves no dvc.lock; `dvc commit -f` accepts its results)."
         )
-    card = read_json(root / "models/trained/model.json")
+    card = read_json(project.trained / "model.json")
     client = tracking_client(uri)
-    run_id = _known_run(client, card, env.state_dir) or _new_run(client, params, card, uri)
-    metrics = read_json(root / "metrics/test.json")
-    state = digest_of([sha256_file(root / "dvc.lock"), metrics])[:16]
+    run_id = _known_run(client, card, project.env.state_dir) or _new_run(client, params, card, uri)
+    metrics = read_json(project.test_metrics)
+    state = digest_of([sha256_file(project.lock_file), metrics])[:16]
     if client.get_run(run_id).data.tags.get(RECORDED) == state:
         return run_id
-    _add_numbers(client, run_id, root, params)
+    _add_numbers(client, run_id, project)
     for name in WRITTEN_BY_USERS:
         client.log_text(run_id, redact((root / name).read_text(encoding="utf-8")), name)
     for name, folder in REPORTS:
         _add_files(client, run_id, root / name, folder)
-    found = collect_provenance(root)
+    found = project.provenance
     if found.git_diff:
         client.log_text(run_id, found.git_diff, "git.diff")
     client.log_text(
@@ -121,14 +120,14 @@ def _new_run(client: MlflowClient, params: Params, card: Mapping[str, Any], uri:
     return str(run.info.run_id)
 
 
-def _add_numbers(client: MlflowClient, run_id: str, root: Path, params: Params) -> None:
+def _add_numbers(client: MlflowClient, run_id: str, project: Project) -> None:
     numbers = {
-        **{f"test/{k}": v for k, v in _flat(read_json(root / "metrics/test.json"))},
-        **{f"fit/{k}": v for k, v in _flat(read_json(root / "metrics/fit.json"))},
+        **{f"test/{k}": v for k, v in _flat(read_json(project.test_metrics))},
+        **{f"fit/{k}": v for k, v in _flat(read_json(project.fit_metrics))},
     }
-    price, seconds = params.runtime.price_per_hour, numbers.get("fit/seconds")
+    price, seconds = project.params.runtime.price_per_hour, numbers.get("fit/seconds")
     if price is not None and isinstance(seconds, int | float):
-        card = read_json(root / "models/trained/model.json")
+        card = read_json(project.trained / "model.json")
         devices = card["params"]["batch"]["world"]
         numbers["cost"] = seconds / 3600 * price * devices
     for key, value in numbers.items():

@@ -1,7 +1,7 @@
 """From a trained model to a champion: register, judge, promote. Every step may be repeated.
 
-`python -m flows.release.steps register | judge VERSION` run as children of the flow, so that no network
-and no GPU memory lives in the flow's process.
+`python -m flows.release.steps register | judge VERSION` run as children of the flow, so that no
+network and no GPU memory lives in the flow's process.
 """
 
 from __future__ import annotations
@@ -13,24 +13,21 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from flows.config.environment import Environment
-from flows.config.params import load_params
 from flows.core.errors import explain
 from flows.core.files import read_json, write_json
 from flows.core.process import die_with_parent, exit_on_sigterm
 from flows.core.quiet import quiet_libraries
 from flows.core.redact import redact
 from flows.gate.decide import decide
-from flows.gate.score_cache import champion_scores, data_digest, scores_of
+from flows.gate.score_cache import champion_scores, scores_of
 from flows.gate.verdict import GatePolicy, Verdict
 from flows.orchestration.limits import registry_slot
 from flows.orchestration.notify import notify
+from flows.project.project import Project
 from flows.release import champion
 from flows.release.champion import AuditRecord
-from flows.release.freshness import GATE_KEY, TRAINED, dataset_version, gate_key, registry_of
+from flows.release.freshness import GATE_KEY, dataset_version, gate_key, registry_of
 from rfdetr.files import write_text_atomic
-
-REGISTERED, VERDICT = Path("reports/registered.json"), Path("reports/verdict.json")
 
 
 class Registered(BaseModel, frozen=True):
@@ -53,27 +50,33 @@ class Registered(BaseModel, frozen=True):
         return [("mlflow-run", run, "MLflow run"), ("model-version", version, text)]
 
 
-def register(root: Path, flow_run: str | None = None) -> Registered:
+def register(project: Project, flow_run: str | None = None) -> Registered:
     """Complete the MLflow run, log the model with its export, make a version of it, once."""
     from flows.registry.image_profile import profile_once
     from flows.registry.model_folder import ModelFiles
     from flows.registry.onnx_export import export_once
     from flows.release.run_record import complete_run
 
-    params, registry = load_params(root / "params.yaml"), registry_of(root)
-    card = read_json(root / TRAINED / "model.json")
-    lineage = _lineage(root, card, flow_run)
-    run_id = complete_run(root, params, registry.uri, lineage)
-    weights = root / TRAINED / card["weights"]
-    exported = export_once(weights, Environment.read().state_dir)
+    params, registry = project.params, registry_of(project)
+    card = read_json(project.trained / "model.json")
+    lineage = _lineage(project, card, flow_run)
+    run_id = complete_run(project, lineage)
+    weights = project.trained / card["weights"]
+    exported = export_once(weights, project.env.state_dir)
     files = ModelFiles(
         weights=weights,
-        card=root / TRAINED / "model.json",
+        card=project.trained / "model.json",
         onnx=exported.onnx,
         parity=exported.parity,
-        profile=profile_once(root, params, weights, card["dataset"]["digest"]),
+        profile=profile_once(
+            project.dataset_dir,
+            params.dataset,
+            weights,
+            card["dataset"]["digest"],
+            project.env.state_dir,
+        ),
     )
-    numbers = read_json(root / "metrics/test.json")
+    numbers = read_json(project.test_metrics)
     metrics = {f"test/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
     quiet_libraries()  # Lightning's import made them talk again
     model_id = registry.log_model(
@@ -96,100 +99,103 @@ def register(root: Path, flow_run: str | None = None) -> Registered:
         uri=redact(registry.uri),
         export_parity=exported.agrees,
     )
-    write_json(root / REGISTERED, registered.model_dump())
+    write_json(project.registered, registered.model_dump())
     return registered
 
 
-def judge(root: Path, number: int) -> Verdict:
+def judge(project: Project, number: int) -> Verdict:
     """Score champion and challenger on the same current test set and record the verdict."""
-    params, registry = load_params(root / "params.yaml"), registry_of(root)
-    env = Environment.read()
-    digest = data_digest(root, params, env)
-    card = read_json(root / TRAINED / "model.json")
-    weights = root / TRAINED / card["weights"]
-    challenger = scores_of(root, params, weights, f"version {number}", digest)
-    parity = Registered.model_validate(read_json(root / REGISTERED)).export_parity
+    params, registry = project.params, registry_of(project)
+    digest = project.dataset_digest()
+    card = read_json(project.trained / "model.json")
+    weights = project.trained / card["weights"]
+    challenger = scores_of(project, weights, f"version {number}", digest)
+    parity = Registered.model_validate(read_json(project.registered)).export_parity
     challenger = challenger.model_copy(update={"export_parity": parity})
     champion = registry.champion()
     old = None
     if champion is not None:
-        old = champion_scores(root, params, registry, champion, digest)
+        old = champion_scores(project, registry, champion, digest)
     tags = registry.version(number).tags
     taken_back = tags.get("promotion.rolled_back") == "true"
     why = tags.get("promotion.rolled_back_reason", "no reason on record") if taken_back else None
     verdict = decide(old, challenger, GatePolicy(**params.gate.model_dump(), rolled_back=why))
     registry.record_verdict(number, verdict)
     registry.set_tags(number, {GATE_KEY: gate_key(params, digest)})
-    write_text_atomic(root / VERDICT, verdict.model_dump_json(indent=2))
+    write_text_atomic(project.verdict, verdict.model_dump_json(indent=2))
     return verdict
 
 
-def last_verdict(root: Path) -> Verdict:
+def last_verdict(project: Project) -> Verdict:
     """The verdict that `judge` wrote last."""
-    return Verdict.model_validate(read_json(root / VERDICT))
+    return Verdict.model_validate(read_json(project.verdict))
 
 
-def promote_winner(root: Path, number: int, verdict: Verdict) -> AuditRecord | None:
+def promote_winner(project: Project, number: int, verdict: Verdict) -> AuditRecord | None:
     """Make the gate's winner champion. Raises ChampionChangedError when another took its place."""
     if not verdict.promote:
         return None
-    with registry_slot(root):
+    with registry_slot(project):
         record = champion.promote(
-            registry_of(root),
+            registry_of(project),
             number,
             reason=verdict.reason,
-            by=champion.actor(),
+            by=champion.actor(project.env.actor),
             expected_champion=verdict.champion_version,
         )
-    return record and _announce(record)
+    return record and _announce(project, record)
 
 
-def promote_by_hand(root: Path, number: int, *, reason: str, force: bool) -> AuditRecord | None:
+def promote_by_hand(
+    project: Project, number: int, *, reason: str, force: bool
+) -> AuditRecord | None:
     """A person's promotion; it also gives the approval that a gate waits for.
 
     Raises RegistryError for a version without a verdict, or with one against it, and
     ChampionChangedError when the verdict is about another champion, unless `force`.
     """
-    with registry_slot(root):
+    with registry_slot(project):
         record = champion.promote(
-            registry_of(root),
+            registry_of(project),
             number,
             reason=reason,
-            by=champion.actor(),
+            by=champion.actor(project.env.actor),
             expected_champion="judged",
             force=force,
         )
-    return record and _announce(record)
+    return record and _announce(project, record)
 
 
 def roll_back(
-    root: Path, *, reason: str, name: str | None = None, to: int | None = None
+    project: Project, *, reason: str, name: str | None = None, to: int | None = None
 ) -> AuditRecord:
     """Move `champion` of `name` (default: params.yaml's) back, with a reason on record."""
-    registry = registry_of(root, name)
-    with registry_slot(root, name):
-        record = champion.rollback(registry, reason=reason, by=champion.actor(), to=to)
-    return _announce(record)
+    registry = registry_of(project, name)
+    with registry_slot(project, name):
+        record = champion.rollback(
+            registry, reason=reason, by=champion.actor(project.env.actor), to=to
+        )
+    return _announce(project, record)
 
 
-def _announce(record: AuditRecord) -> AuditRecord:
+def _announce(project: Project, record: AuditRecord) -> AuditRecord:
     """Tell people of a move of the champion."""
     subject, text = "champion changed", f"version {record.version}: {record.reason}"
     if record.action == "rollback":
         subject = "champion rolled back"
         text = f"version {record.version} serves again: {record.reason}"
-    notify(subject, text, record.model_dump(mode="json"))
+    notify(project.env, subject, text, record.model_dump(mode="json"))
     return record
 
 
-def audit(root: Path) -> list[AuditRecord]:
+def audit(project: Project) -> list[AuditRecord]:
     """Every move of the champion, oldest first."""
-    return champion.history(registry_of(root))
+    return champion.history(registry_of(project))
 
 
-def summarise(root: Path, number: int, verdict: Verdict) -> dict[str, Any]:
+def summarise(project: Project, number: int, verdict: Verdict) -> dict[str, Any]:
     """What a run came to, as plain data."""
-    champion = registry_of(root).champion()
+    champion = registry_of(project).champion()
     return {
         "version": number,
         "outcome": verdict.outcome,
@@ -199,17 +205,17 @@ def summarise(root: Path, number: int, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def what_next(root: Path) -> str:
+def what_next(project: Project) -> str:
     """Where the results are, for a person at a terminal."""
-    registry = registry_of(root)
+    registry = registry_of(project)
     champion = registry.champion()
     serves = f"version {champion.number}" if champion else "nobody yet"
     return "\n".join(
         [
             f"champion of {registry.name}: {serves}",
-            f"  dataset report   {root / 'reports/validation.html'}",
-            f"  detections       {root / 'reports/pictures/samples.png'}",
-            f"  decision         {root / VERDICT}",
+            f"  dataset report   {project.validation.with_suffix('.html')}",
+            f"  detections       {project.reports / 'pictures/samples.png'}",
+            f"  decision         {project.verdict}",
             f"  experiments      mlflow ui --backend-store-uri {redact(registry.uri)}",
             "  flow runs        prefect server start",
             "  who and why      rfdetr-pipeline history",
@@ -217,16 +223,14 @@ def what_next(root: Path) -> str:
     )
 
 
-def _lineage(root: Path, card: dict[str, Any], flow_run: str | None) -> dict[str, Any]:
-    from flows.tracking.provenance import collect_provenance
-
-    made = collect_provenance(root)
+def _lineage(project: Project, card: dict[str, Any], flow_run: str | None) -> dict[str, Any]:
+    made = project.provenance
     return {
         "lineage.git_commit": made.git_commit,
         "lineage.git_dirty": made.git_dirty,
         "lineage.dvc_lock": made.dvc_lock_sha256,
         "lineage.data_digest": card["dataset"]["digest"],
-        "lineage.dataset_version": dataset_version(root),
+        "lineage.dataset_version": dataset_version(project),
         "lineage.flow_run": flow_run,
         "weights.sha256": card["weights_sha256"],
     }
@@ -246,20 +250,20 @@ def main(arguments: list[str] | None = None) -> int:
     exit_on_sigterm()
     quiet_libraries()
     try:
-        options.run(options)
+        options.run(Project(Path.cwd()), options)
     except Exception as error:  # noqa: BLE001 - the last line says what happened
         print(f"release failed: {explain(error)}", file=sys.stderr)
         return 1
     return 0
 
 
-def _register(options: argparse.Namespace) -> None:
-    registered = register(Path.cwd(), options.flow_run)
+def _register(project: Project, options: argparse.Namespace) -> None:
+    registered = register(project, options.flow_run)
     print(f"registered {registered.name} version {registered.number}", flush=True)
 
 
-def _judge(options: argparse.Namespace) -> None:
-    verdict = judge(Path.cwd(), options.version)
+def _judge(project: Project, options: argparse.Namespace) -> None:
+    verdict = judge(project, options.version)
     print(f"gate: {verdict.outcome}: {verdict.reason}", flush=True)
 
 

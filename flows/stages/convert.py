@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows.config.environment import Environment
-from flows.config.params import Params
 from flows.config.sections import ConvertSettings, ModelSettings
 from flows.core.digest import digest_of
 from flows.core.files import copy_atomic, write_json
+from flows.project.project import Project
 from flows.stages.runner import run_stage
 from flows.storage.objects import download
 from flows.storage.s3 import is_s3
@@ -22,18 +21,18 @@ from rfdetr.errors import CheckpointError
 from rfdetr.files import sha256_file
 
 SECTIONS = ["model", "convert"]
-INITIAL = Path("models/initial")
 WEIGHTS, CARD = "model.ckpt", "model.json"
 TRACKED = Path("weights")
 
 
-def convert(params: Params) -> None:
+def convert(project: Project) -> None:
     """Write models/initial/model.ckpt and model.json with the proof of the conversion.
 
     Raises CheckpointError for a file that is damaged, refused for safety, or of another network,
     DownloadError or StorageError for one that cannot be fetched.
     """
-    work = INITIAL.with_name(f".{INITIAL.name}.partial")
+    params, initial = project.params, project.initial
+    work = initial.with_name(f".{initial.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     target = work / WEIGHTS
@@ -41,21 +40,21 @@ def convert(params: Params) -> None:
     if source is None:
         card = _from_scratch(params.model, params.convert, target)
     else:
-        card = _from_file(_locate(source), source, params, target)
+        card = _from_file(_locate(source, project), source, project, target)
     card = {"weights": WEIGHTS, "weights_sha256": sha256_file(target), "source": source} | card
     write_json(work / CARD, card | {"variant": params.model.variant})
-    shutil.rmtree(INITIAL, ignore_errors=True)
-    work.replace(INITIAL)
-    print(f"{INITIAL / WEIGHTS}: {card['proof']['summary']}", flush=True)
+    shutil.rmtree(initial, ignore_errors=True)
+    work.replace(initial)
+    print(f"{initial / WEIGHTS}: {card['proof']['summary']}", flush=True)
 
 
-def _locate(source: str) -> Path:
+def _locate(source: str, project: Project) -> Path:
     """The local file of a path, an s3:// address or a published name."""
     from rfdetr.checkpoints.download import resolve_weights
 
     if is_s3(source):
         name = source.rsplit("/", 1)[-1]
-        target = Environment.read().state_dir / "downloads" / digest_of(source)[:16] / name
+        target = project.env.state_dir / "downloads" / digest_of(source)[:16] / name
         return download(source, target, progress=sys.stderr.isatty())
     path = Path(source)
     if path.exists() and TRACKED.resolve() not in path.resolve().parents:
@@ -70,9 +69,10 @@ def _locate(source: str) -> Path:
         raise CheckpointError(f"convert.source: {error}") from error
 
 
-def _from_file(path: Path, source: str, params: Params, target: Path) -> dict[str, Any]:
+def _from_file(path: Path, source: str, project: Project, target: Path) -> dict[str, Any]:
     from rfdetr.checkpoints.convert import convert_legacy_checkpoint
 
+    params = project.params
     old = read_checkpoint(path, mmap=True)
     problem = structure_mismatch(old, params.model.config())
     if problem:
@@ -91,7 +91,10 @@ def _from_file(path: Path, source: str, params: Params, target: Path) -> dict[st
             f"The converted weights compute something else: {report.summary} Accepted is "
             f"{params.convert.tolerance:g} (convert.tolerance)."
         )
-    facts = dataclasses.asdict(report) | {"old_path": source, "new_path": str(INITIAL / WEIGHTS)}
+    facts = dataclasses.asdict(report) | {
+        "old_path": source,
+        "new_path": str(project.initial / WEIGHTS),
+    }
     summary = report.summary.partition(": ")[2]
     return card | {"proof": facts | {"summary": summary}}
 

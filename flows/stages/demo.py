@@ -6,15 +6,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from flows.config.params import Params
+from flows.project.project import Project
 from flows.stages.runner import run_stage
 
 
-def demo(params: Params) -> None:
+def demo(project: Project) -> None:
     """Write data/demo; it appears only when it is complete."""
     from rfdetr.data.demo import build_demo
 
-    target, settings = Path("data/demo"), params.demo
+    target, settings = project.root / "data/demo", project.params.demo
     work = _empty(target)
     build_demo(
         work,

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.config.environment import Environment
-from flows.config.params import Params
 from flows.core.files import read_json, write_json
 from flows.gate import score_cache
 from flows.gate.scoring import ScoredModel, score_model
+from flows.project.project import Project
 from flows.stages.runner import run_stage
 from flows.storage.packs import open_dataset
 from rfdetr.errors import ConfigError
@@ -25,44 +24,43 @@ from rfdetr.evaluation.report import class_labels, standard_metrics
 from rfdetr.files import atomic_path, sha256_file
 
 SECTIONS = ["dataset", "evaluate"]
-TRAINED, METRICS = Path("models/trained"), Path("metrics/test.json")
-PER_CLASS, CURVES = Path("reports/per_class.csv"), Path("reports/curves")
-DETECTIONS, PICTURES = Path("reports/detections.json"), Path("reports/pictures")
 
 
-def evaluate(params: Params) -> None:
+def evaluate(project: Project) -> None:
     """Score models/trained and write metrics, tables, curves, detections and pictures.
 
     Raises ConfigError when the weights are not those that model.json describes.
     """
-    env = Environment.read()
-    digest = score_cache.data_digest(Path(), params, env)
+    params, reports = project.params, project.reports
+    digest = project.dataset_digest()
     scored = score_model(
-        trained_weights(TRAINED),
-        open_dataset(params.dataset.dir, env.state_dir),
+        trained_weights(project.trained),
+        open_dataset(project.dataset_dir, project.env.state_dir),
         params.dataset,
         params.evaluate,
         accelerator=params.runtime.accelerator,
         num_workers=params.runtime.num_workers,
     )
     threshold = params.evaluate.score_threshold
-    write_detections(scored, DETECTIONS, threshold)
-    _write_csv(PER_CLASS, list(scored.per_class()))
+    write_detections(scored, reports / "detections.json", threshold)
+    _write_csv(reports / "per_class.csv", list(scored.per_class()))
     names = class_labels(scored.class_names, scored.result.class_ids.tolist())
-    _replace(CURVES, lambda folder: write_curves(scored, names, folder))
+    _replace(reports / "curves", lambda folder: write_curves(scored, names, folder))
     _replace(
-        PICTURES,
+        reports / "pictures",
         lambda folder: draw_evaluation(
             scored.result, scored.columns, names, scored.samples, folder
         ),
     )
-    write_json(METRICS, numbers(scored))
-    score_cache.keep(params, scored, str(TRAINED), digest)  # the gate need not score it again
+    write_json(project.test_metrics, numbers(scored))
+    score_cache.keep(
+        project, scored, str(project.trained), digest
+    )  # the gate need not score it again
     main = scored.metrics()
     print(
         f"{params.evaluate.split} split, {scored.result.images} images: mAP "
         f"{main['map_50_95']:.4f}, mAP50 {main['map_50']:.4f}, F1 {main['f1']:.4f} at score "
-        f"{main['best_threshold']:.2f}; pictures in {PICTURES}",
+        f"{main['best_threshold']:.2f}; pictures in {reports / 'pictures'}",
         flush=True,
     )
 

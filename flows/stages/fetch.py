@@ -5,31 +5,29 @@ from __future__ import annotations
 import functools
 import shutil
 import sys
-from pathlib import Path
 
-from flows.config.params import Params
 from flows.config.sections import SourceSettings
+from flows.project.project import Project
 from flows.project.workspace import current_version
 from flows.stages.runner import run_stage
 from flows.storage.prefixes import fetch
 from flows.storage.s3 import StorageError
 from rfdetr.errors import ConfigError
 
-DATA = Path("data")
 
-
-def fetch_source(name: str, params: Params) -> None:
+def fetch_source(name: str, project: Project) -> None:
     """Fetch `sources.<name>` to data/<name>; an interrupted transfer goes on where it stopped.
 
     Raises StorageError, also when S3 holds another version than params.yaml names.
     """
-    if name not in params.sources:
-        known = ", ".join(params.sources) or "none"
+    sources, target = project.params.sources, project.root / "data" / name
+    if name not in sources:
+        known = ", ".join(sources) or "none"
         raise ConfigError(f"sources has no entry '{name}'. Known: {known}.")
-    source = params.sources[name]
+    source = sources[name]
     _check_version(source)
-    shutil.rmtree(DATA / name, ignore_errors=True)
-    fetch(source.uri, DATA / name)
+    shutil.rmtree(target, ignore_errors=True)
+    fetch(source.uri, target)
     _check_version(source)  # it may have changed during the transfer
 
 

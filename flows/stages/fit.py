@@ -1,7 +1,8 @@
 """The fit stage: training in a child process group, resumed where it stopped.
 
-`python -m flows.stages.fit` trains; `rfdetr-pipeline fit --retry` forgets earlier failed attempts first;
-`python -m flows.stages.fit --join` is what the other machines of a training on several nodes run.
+`python -m flows.stages.fit` trains; `rfdetr-pipeline fit --retry` forgets earlier failed attempts
+first; `python -m flows.stages.fit --join` runs on the other machines of a training on several
+nodes.
 """
 
 from __future__ import annotations
@@ -13,11 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flows.config.batch_plan import plan_batch
-from flows.config.environment import Environment
-from flows.config.params import Params
 from flows.core.digest import path_digest, paths_digest
 from flows.core.files import read_json
 from flows.core.locks import locked
@@ -27,8 +24,9 @@ from flows.fit_job import job as jobs
 from flows.fit_job.job import ERROR, STOPPED, FitJob, FitResult
 from flows.fit_job.mirror import Mirror
 from flows.fit_job.progress import parse_progress
-from flows.fit_job.state import RETRY, FitState
+from flows.fit_job.state import FitState
 from flows.fit_job.trained_model import collect
+from flows.project.project import Project
 from flows.stages.runner import run_stage
 from flows.stages.validate import require_valid
 from flows.storage.packs import open_dataset
@@ -38,8 +36,6 @@ from rfdetr.errors import RFDETRError
 from rfdetr.files import remove_cut_off
 
 SECTIONS = ["dataset", "model", "fit"]
-INITIAL = Path("models/initial/model.ckpt")
-TRAINED, METRICS, CURVES = Path("models/trained"), Path("metrics/fit.json"), Path("plots/fit.csv")
 JOIN_SECONDS = 600.0
 AFTERWARDS = {
     "flows/fit_job/trained_model.py"
@@ -50,36 +46,37 @@ class FitError(RFDETRError):
     """The training failed; the text is the trainer's own."""
 
 
-def fit(params: Params) -> None:
-    """Train with `params` and write models/trained, metrics/fit.json and plots/fit.csv.
+def fit(project: Project) -> None:
+    """Train with params.yaml and write models/trained, metrics/fit.json and plots/fit.csv.
 
     Raises ConfigError before any work, FitError with the trainer's reason, StateError when the
     same training runs already or keeps failing, Terminated when it was stopped on request.
     """
-    env = Environment.read()
-    require_valid(params)
-    job = plan(params, env)
-    state = FitState(env.state_dir, fingerprint(params, job, env))
+    env = project.env
+    require_valid(project)
+    job = plan(project)
+    state = FitState(env.state_dir, fingerprint(project, job))
     mirror = Mirror(state.folder, env.state_url)
     with locked(state.folder):
         for name in ("*.ckpt", "*.pth", "run.json", "job.json"):
             remove_cut_off(state.folder, name)
         if not state.done:
             mirror.fetch()
-        if os.environ.get(RETRY):
+        if env.fit_retry:
             state.update(attempts=0)
         if state.done:
             _say(f"already trained: {state.folder} is done")
         else:
-            _train(params, job, state, mirror)
-        collect(state.folder, TRAINED, METRICS, CURVES, state.read().seconds)
+            _train(project, job, state, mirror)
+        collect(project, state.folder, state.read().seconds)
 
 
-def plan(params: Params, env: Environment) -> FitJob:
+def plan(project: Project) -> FitJob:
     """Everything that the trainers need. Raises ConfigError for what this machine cannot do."""
+    params = project.params
     accelerator, devices = jobs.resolve_devices(params.runtime)
     batch = plan_batch(params.fit, devices * params.runtime.nodes)
-    data = open_dataset(params.dataset.dir, env.state_dir)
+    data = open_dataset(project.dataset_dir, project.env.state_dir)
     train: dict[str, Any] = {
         **params.fit.train_fields(),
         "dataset_dir": str(data.absolute()),
@@ -92,7 +89,7 @@ def plan(params: Params, env: Environment) -> FitJob:
     return FitJob(
         model=params.model,
         train=train,
-        initial=str(INITIAL.absolute()),
+        initial=str((project.initial / "model.ckpt").absolute()),
         precision=params.fit.precision,
         accelerator=accelerator,
         devices=devices,
@@ -101,45 +98,40 @@ def plan(params: Params, env: Environment) -> FitJob:
         run_name=f"fit {params.dataset.name}",
         dataset={
             "name": params.dataset.name,
-            "digest": path_digest(params.dataset.dir, _memory(env)),
-            "source": _source(params),
+            "digest": project.dataset_digest(),
+            "source": _source(project),
         },
     )
 
 
-def fingerprint(params: Params, job: FitJob, env: Environment) -> dict[str, Any]:
+def fingerprint(project: Project, job: FitJob) -> dict[str, Any]:
     """All that must be equal for a training to be continued and not begun anew."""
-    memory = _memory(env)
     return {
-        **params.snapshot(*SECTIONS),
+        **project.params.snapshot(*SECTIONS),
         "data": job.dataset["digest"],
-        "initial": path_digest(INITIAL, memory),
+        "initial": path_digest(job.initial, project.digests),
         "effective_batch": job.params["batch"]["effective"],
-        "code": paths_digest(Path(), code_of_stage("fit"), memory),
+        "code": paths_digest(project.root, code_of_stage(project, "fit"), project.digests),
     }
 
 
-def code_of_stage(name: str, root: Path = Path()) -> list[str]:
+def code_of_stage(project: Project, name: str) -> list[str]:
     """The code that dvc.yaml names as dependencies of a stage and that shapes the training."""
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    code = [dep for dep in stages[name]["deps"] if dep.startswith(("flows/", "rfdetr/"))]
+    code = [dep for dep in project.graph[name]["deps"] if dep.startswith(("flows/", "rfdetr/"))]
     return [path for path in code if path not in AFTERWARDS]
 
 
-def _memory(env: Environment) -> Path:
-    return env.state_dir / "digests.db"
-
-
-def _source(params: Params) -> str:
+def _source(project: Project) -> str:
+    params = project.params
     name = Path(params.dataset.dir).name
     return params.sources[name].uri if name in params.sources else params.dataset.dir
 
 
-def _train(params: Params, job: FitJob, state: FitState, mirror: Mirror) -> None:
+def _train(project: Project, job: FitJob, state: FitState, mirror: Mirror) -> None:
     state.begin_attempt()
     jobs.clear_answers(state.folder)
     job.write(state.folder)
-    runtime = params.runtime
+    runtime = project.params.runtime
     begun, before, parent = time.monotonic(), state.read().seconds, os.getppid()
     note = jobs.needed_space(state.folder, Path(job.initial))
     if note:
@@ -163,7 +155,7 @@ def _train(params: Params, job: FitJob, state: FitState, mirror: Mirror) -> None
         if (state.folder / ERROR).exists():
             told = read_json(state.folder / ERROR)
             raise FitError(f"rank {told['rank']}: {told['text']}") from error
-        _close_tracked_run(state)
+        _close_tracked_run(project, state)
         raise
     except (KeyboardInterrupt, Terminated):
         if os.getppid() == parent:  # a request; a parent that died is a crash, and counts
@@ -175,10 +167,10 @@ def _train(params: Params, job: FitJob, state: FitState, mirror: Mirror) -> None
     state.mark_done()
 
 
-def _close_tracked_run(state: FitState) -> None:
+def _close_tracked_run(project: Project, state: FitState) -> None:
     """A trainer that was killed could not say that its run failed; a resumed one opens it again."""
     if (state.folder / JOURNAL).exists():
-        close_run(state.folder, "FAILED", Environment.read().tracking_uri)
+        close_run(state.folder, "FAILED", project.env.tracking_uri)
 
 
 def _on_line(state: FitState, log: Any, line: str) -> None:
@@ -195,11 +187,11 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def join(params: Params) -> None:
+def join(project: Project) -> None:
     """Take part, on another machine, in the training that `fit` runs on the first node."""
-    env = Environment.read()
-    job = plan(params, env)
-    state = FitState(env.state_dir, fingerprint(params, job, env))
+    params = project.params
+    job = plan(project)
+    state = FitState(project.env.state_dir, fingerprint(project, job))
     if state.done:
         _say(f"the training in {state.folder} has ended; nothing to join")
         return

@@ -5,20 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from flows.config.params import PARAMS_FILE, Params, load_params
+from flows.config.params import PARAMS_FILE, load_params
 from flows.core.errors import INTERRUPTED, explain
 from flows.core.process import die_with_parent, exit_on_sigterm
 from flows.core.quiet import quiet_libraries
+from flows.project.project import Project
 from rfdetr.errors import ConfigError
 
 
 def run_stage(
     name: str,
     sections: Sequence[str],
-    body: Callable[[Params], None],
+    body: Callable[[Project], None],
     arguments: Sequence[str] = (),
 ) -> int:
-    """Run `body` with the checked parameters; the exit status of the process.
+    """Run `body` on the project in the current folder; the exit status of the process.
 
     A stage reads params.yaml alone: with `arguments` it says so and does nothing.
     `sections` are those that dvc.yaml tracks for the stage. They are compared with params.yaml
@@ -31,9 +32,9 @@ def run_stage(
     exit_on_sigterm()
     quiet_libraries()
     try:
-        params = load_params()
-        body(params)
-        check_unchanged(params, sections)
+        project = Project()
+        body(project)
+        check_unchanged(project, sections)
     except KeyboardInterrupt:
         print(f"{name}: interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -43,10 +44,10 @@ def run_stage(
     return 0
 
 
-def check_unchanged(params: Params, sections: Sequence[str]) -> None:
+def check_unchanged(project: Project, sections: Sequence[str]) -> None:
     """Raise ConfigError if params.yaml no longer holds the values that the stage used."""
-    now = load_params().snapshot(*sections)
-    used = params.snapshot(*sections)
+    now = load_params(project.params_file).snapshot(*sections)
+    used = project.params.snapshot(*sections)
     changed = [
         f"{section}.{field} was {value!r}, is {now[section].get(field)!r}"
         for section, fields in used.items()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from flows.config.environment import Environment
 from flows.config.params import Params
+from flows.project.project import Project
 from flows.stages.runner import run_stage
 from flows.storage.packs import open_dataset
 from rfdetr.checks import CheckConfig, DatasetReport, check_dataset
@@ -14,7 +14,6 @@ from rfdetr.errors import DatasetError
 from rfdetr.files import write_text_atomic
 
 SECTIONS = ["dataset", "model", "validate"]
-REPORT = Path("reports/validation.json")
 SHOWN = 10
 UNREADABLE = {
     "file-case",
@@ -27,7 +26,7 @@ UNREADABLE = {
 }
 
 
-def validate(params: Params) -> None:
+def validate(project: Project) -> None:
     """Check the dataset and write the report as JSON, Markdown and HTML, also when it fails.
 
     Raises DatasetError with the first findings when training must not start.
@@ -35,39 +34,39 @@ def validate(params: Params) -> None:
     from rfdetr.checks.html import write_html
     from rfdetr.checks.markdown import to_markdown
 
-    env = Environment.read()
+    params, env, file = project.params, project.env, project.validation
     config = CheckConfig(**params.validate.model_dump(include=set(CheckConfig.model_fields)))
-    data = open_dataset(params.dataset.dir, env.state_dir)
+    data = open_dataset(project.dataset_dir, env.state_dir)
     report = check_dataset(
         data,
         params.dataset.layout,
         config=config,
         model_config=params.model.config(),
-        previous=_previous(),
+        previous=_previous(file),
         cache_dir=env.state_dir / "checks",
         progress=sys.stderr.isatty(),
     )
-    report.write(REPORT)
-    write_text_atomic(REPORT.with_suffix(".md"), to_markdown(report))
-    write_html(report, REPORT.with_suffix(".html"), data)
+    report.write(file)
+    write_text_atomic(file.with_suffix(".md"), to_markdown(report))
+    write_html(report, file.with_suffix(".html"), data)
     problems = reasons_to_stop(report, params)
     images = sum(split.images for split in report.statistics.values())
     print(
         f"{params.dataset.name}: {images} images, {len(report.class_names)} classes, "
-        f"{report.errors} errors, {report.warnings} warnings; see {REPORT.with_suffix('.html')}",
+        f"{report.errors} errors, {report.warnings} warnings; see {file.with_suffix('.html')}",
         flush=True,
     )
     if problems:
-        raise DatasetError(_text(report, problems))
+        raise DatasetError(_text(report, problems, file))
 
 
-def _previous() -> Path | None:
+def _previous(file: Path) -> Path | None:
     """The last report, unless it is cut off or of another version."""
     try:
-        DatasetReport.read(REPORT)
+        DatasetReport.read(file)
     except DatasetError:
         return None
-    return REPORT
+    return file
 
 
 def reasons_to_stop(report: DatasetReport, params: Params) -> list[str]:
@@ -100,7 +99,7 @@ def reasons_to_stop(report: DatasetReport, params: Params) -> list[str]:
     return problems
 
 
-def _text(report: DatasetReport, problems: list[str]) -> str:
+def _text(report: DatasetReport, problems: list[str], file: Path) -> str:
     lines = [f"the dataset {report.dataset} is not fit for training: {'; '.join(problems)}."]
     errors = [finding for finding in report.findings if finding.severity == "error"]
     for finding in errors[:SHOWN]:
@@ -116,15 +115,15 @@ def _text(report: DatasetReport, problems: list[str]) -> str:
         )
         lines.append(f"- {finding.code} ({place}): {finding.message} {finding.advice}")
     if report.errors > SHOWN:
-        lines.append(f"- and {report.errors - SHOWN} more in {REPORT.with_suffix('.html')}")
+        lines.append(f"- and {report.errors - SHOWN} more in {file.with_suffix('.html')}")
     return "\n".join(lines)
 
 
-def require_valid(params: Params) -> None:
+def require_valid(project: Project) -> None:
     """Raise DatasetError unless the stage has passed the dataset."""
-    problems = reasons_to_stop(DatasetReport.read(REPORT), params)
+    problems = reasons_to_stop(DatasetReport.read(project.validation), project.params)
     if problems:
-        raise DatasetError(f"{REPORT} forbids training: {'; '.join(problems)}.")
+        raise DatasetError(f"{project.validation} forbids training: {'; '.join(problems)}.")
 
 
 if __name__ == "__main__":

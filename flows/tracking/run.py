@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from flows.config.environment import Environment, default_tracking_uri
+from flows.config.environment import Environment
 from flows.core.redact import redact
 from flows.tracking.delivery import Sender, deliver
 from flows.tracking.journal import JOURNAL, Journal, RunSpec, Status
@@ -138,11 +138,15 @@ def sync(state_dir: str | os.PathLike[str], uri: str) -> dict[Path, str | None]:
     return results
 
 
+def _default_uri() -> str:
+    return Environment.read().tracking_uri or f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of `python -m flows.tracking.run`; status 1 when something is still unsent."""
     parser = argparse.ArgumentParser(prog="python -m flows.tracking.run", description=__doc__)
     command = parser.add_subparsers(required=True).add_parser("sync", help="send unsent journals")
-    command.add_argument("--uri", default=default_tracking_uri(), help="MLflow tracking URI")
+    command.add_argument("--uri", default=_default_uri(), help="MLflow tracking URI")
     command.add_argument("--state-dir", type=Path, default=Environment.read().state_dir)
     options = parser.parse_args(arguments)
     results = sync(options.state_dir, options.uri)

@@ -69,7 +69,7 @@ def test_a_run_asks_for_no_more_slots_than_there_are(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(limits, "_warn_when_slow", lambda *_: contextlib.nullcontext())
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
         for wanted in (1, 4):
-            with limits.slot("gpu", wanted):
+            with limits.slot("gpu", wanted, Path()):
                 pass
     assert asked == [1, 2]
 

@@ -22,6 +22,7 @@ from prefect.server.events.schemas.events import ReceivedEvent
 from flows.config.overrides import RetrainParams
 from flows.drift_check import EVENT, drift_check
 from flows.inference.drift import PICTURE, REPORT, TEXT, DriftCheck, DriftParams, check_drift
+from flows.project.project import Project
 from flows.registry.registry import Registry
 from flows.storage.prefixes import upload_tree
 from infra.deploy import AUTOMATIONS
@@ -70,7 +71,7 @@ def registry(project: Path) -> Registry:
 
 
 def test_images_of_the_same_kind_are_no_drift(project: Path, registry: Registry) -> None:
-    check = check_drift(project, str(project / "same"), CPU)
+    check = check_drift(Project(project), str(project / "same"), CPU)
     assert check.report is not None
     assert (check.drifted, check.report.alarms) == (False, [])
     assert (check.report.reference_images, check.report.recent_images) == (100, 40)
@@ -80,7 +81,7 @@ def test_images_of_the_same_kind_are_no_drift(project: Path, registry: Registry)
 
 
 def test_drift_is_reported_and_recorded_on_the_champion(project: Path, registry: Registry) -> None:
-    check = check_drift(project, str(project / "dark"), CPU)
+    check = check_drift(Project(project), str(project / "dark"), CPU)
     assert check.report is not None
     assert {"brightness", "embedding"} <= set(check.report.alarms)
     version = registry.version(1)
@@ -99,8 +100,8 @@ def test_drift_is_reported_and_recorded_on_the_champion(project: Path, registry:
 
 def test_s3_prefix_gives_the_folders_numbers(project: Path, s3: S3Server) -> None:
     upload_tree(project / "same", "s3://data/recent", progress=False)
-    here = check_drift(project, str(project / "same"), CPU)
-    there = check_drift(project, "s3://data/recent", CPU)
+    here = check_drift(Project(project), str(project / "same"), CPU)
+    there = check_drift(Project(project), "s3://data/recent", CPU)
     assert here.report is not None and there.report is not None
     assert {m.name: m.value for m in there.report.measures} == pytest.approx(
         {m.name: m.value for m in here.report.measures}, abs=1e-9
@@ -111,8 +112,8 @@ def test_too_few_recent_images_are_not_judged(project: Path, tmp_path: Path) -> 
     folder = write_photos(tmp_path / "old", 35, seed=3, light=0.2)
     for file in list(folder.iterdir())[:20]:
         os.utime(file, (time.time() - 7200,) * 2)
-    assert check_drift(project, str(folder), CPU).drifted
-    check = check_drift(project, str(folder), DriftParams(device="cpu", hours=1))
+    assert check_drift(Project(project), str(folder), CPU).drifted
+    check = check_drift(Project(project), str(folder), DriftParams(device="cpu", hours=1))
     assert check.report is None
     assert check.skipped == "15 images of the last 1 hours; 30 are needed"
     assert "15 images" in (project / TEXT).read_text()
@@ -122,16 +123,18 @@ def test_what_cannot_be_checked_is_said(
     project: Path, tmp_path: Path, migrated_database: Path
 ) -> None:
     with pytest.raises(DatasetError, match="does not exist"):
-        check_drift(project, str(tmp_path / "nowhere"), CPU)
+        check_drift(Project(project), str(tmp_path / "nowhere"), CPU)
     with pytest.raises(ConfigError, match="Unknown measures"):
-        check_drift(project, str(project / "same"), DriftParams(thresholds={"colour": 1.0}))
+        check_drift(
+            Project(project), str(project / "same"), DriftParams(thresholds={"colour": 1.0})
+        )
     (tmp_path / "mlflow.db").write_bytes(migrated_database.read_bytes())
     write_params(tmp_path, registry={"name": "rfdetr-demo"})
     with pytest.raises(ConfigError, match="no version with the alias 'champion'"):
-        check_drift(tmp_path, str(project / "same"), CPU)
+        check_drift(Project(tmp_path), str(project / "same"), CPU)
     register_champion(f"sqlite:///{tmp_path / 'mlflow.db'}", write_model(tmp_path))
     with pytest.raises(CheckpointError, match="registered without a profile"):
-        check_drift(tmp_path, str(project / "same"), CPU)
+        check_drift(Project(tmp_path), str(project / "same"), CPU)
 
 
 def test_the_command_emits_the_event_that_automations_wait_for(

@@ -22,6 +22,7 @@ from flows.batch_predict import batch_predict
 from flows.inference.coco_results import PROGRESS
 from flows.inference.images import list_pictures, newest
 from flows.inference.predict import BATCH, Predictions, predict_images
+from flows.project.project import Project
 from flows.storage.prefixes import upload_tree
 from rfdetr import RFDETR
 from rfdetr.checkpoints.legacy_names import to_legacy
@@ -70,7 +71,7 @@ def whole(project: Path, photos: Path) -> Path:
 
 def predict(root: Path, source: Any, out: Any, **options: Any) -> Predictions:
     settings = {"threshold": 0.0, "draw": False, **options}
-    return predict_images(root, [str(source)], str(out), **settings)
+    return predict_images(Project(root), [str(source)], str(out), **settings)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from flows.config.environment import Environment
 from flows.orchestration.notify import notify
 
 
@@ -39,7 +40,7 @@ def test_webhook_gets_the_message_without_secrets(
     address, received = listener
     monkeypatch.setenv("RFDETR_NOTIFY_URL", address)
     body = "pull from s3://key:topsecret@host/bucket failed"
-    assert notify("retrain failed", body, {"run": "night"}) == ["webhook"]
+    assert notify(Environment.read(), "retrain failed", body, {"run": "night"}) == ["webhook"]
     assert received[0]["subject"] == "retrain failed"
     assert received[0]["run"] == "night"
     assert "topsecret" not in json.dumps(received)
@@ -49,13 +50,13 @@ def test_unreachable_channels_are_logged_and_passed_over(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("RFDETR_NOTIFY_URL", "http://127.0.0.1:9/hook")
-    assert notify("a", "b") == []
+    assert notify(Environment.read(), "a", "b") == []
     monkeypatch.setenv("RFDETR_NOTIFY_URL", "file:///etc/passwd")
-    assert notify("a", "b") == []
+    assert notify(Environment.read(), "a", "b") == []
     assert "https://" in caplog.text
 
 
 def test_nothing_is_sent_when_nothing_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RFDETR_NOTIFY_URL", raising=False)
     monkeypatch.delenv("RFDETR_NOTIFY_BLOCK", raising=False)
-    assert notify("a", "b") == []
+    assert notify(Environment.read(), "a", "b") == []

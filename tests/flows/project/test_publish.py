@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows.core.process import CommandFailed
+from flows.project.project import Project
 from flows.project.publish import publish_lock
 from tests.flows.projects import run
 
@@ -96,7 +97,7 @@ def test_without_a_dvc_remote_nothing_is_published(clone: Path) -> None:
 
     (clone / ".dvc").mkdir()
     (clone / "dvc.lock").write_text("new\n")
-    state = publish.fn(clone)
+    state = publish.fn(Project(clone))
     assert state.name == "Skipped"
     assert "no DVC remote" in str(state.message)
     assert set(branches(clone)) == {"main"}

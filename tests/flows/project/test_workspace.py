@@ -18,6 +18,7 @@ from flows.config.overrides import write_overrides
 from flows.config.params import load_params
 from flows.project.dvc import configure_dvc, dvc, forget_dead_locks, has_remote
 from flows.project.git import checkout
+from flows.project.project import Project
 from flows.project.workspace import data_stage, prepare_workspace, require_dataset, stage_names
 from flows.stages.runner import check_unchanged
 from rfdetr.errors import ConfigError, DatasetError
@@ -79,12 +80,13 @@ def test_a_parameter_that_changes_during_a_stage_is_an_error(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
-    params = load_params()
-    check_unchanged(params, ["fit"])
+    before = Project()
+    assert before.params.fit.lr == 0.001
+    check_unchanged(before, ["fit"])
     write_overrides(project, {"fit": {"lr": 0.5}, "gate": {"floor": 0.9}})
-    check_unchanged(params, ["evaluate"])
+    check_unchanged(before, ["evaluate"])
     with pytest.raises(ConfigError, match=r"fit.lr was 0.001, is 0.5"):
-        check_unchanged(params, ["fit"])
+        check_unchanged(before, ["fit"])
 
 
 def test_the_run_uses_the_shared_cache_and_the_remote_of_the_environment(
@@ -119,9 +121,9 @@ def test_the_run_uses_the_shared_cache_and_the_remote_of_the_environment(
         AWS_ENDPOINT_URL=s3.url,
     )
     changes = {"dataset": {"name": "mine", "dir": "data/mine"}}
-    prepare_workspace(copy, changes, other, quiet)
+    prepare_workspace(Project(copy, other), changes, quiet)
     assert (copy / "data" / "mine" / "a.txt").read_text() == "content"
-    assert stage_names(copy) == ["validate", "convert", "fit", "evaluate"]
+    assert stage_names(Project(copy)) == ["validate", "convert", "fit", "evaluate"]
 
 
 def test_without_git_dvc_works_too(project: Path, tmp_path: Path) -> None:
@@ -136,18 +138,18 @@ def test_without_git_dvc_works_too(project: Path, tmp_path: Path) -> None:
 def test_a_missing_dataset_is_named_with_the_way_to_add_it(project: Path, tmp_path: Path) -> None:
     changes = {"dataset": {"name": "mine", "dir": "data/mine"}}
     with pytest.raises(DatasetError, match="run `dvc add data/mine`"):
-        prepare_workspace(project, changes, environment(tmp_path), quiet)
+        prepare_workspace(Project(project, environment(tmp_path)), changes, quiet)
 
 
 def test_the_stage_that_makes_the_data_follows_the_settings(project: Path) -> None:
-    assert stage_names(project) == ["demo", "validate", "convert", "fit", "evaluate"]
+    assert stage_names(Project(project)) == ["demo", "validate", "convert", "fit", "evaluate"]
     text = (project / "params.yaml").read_text()
     text = text.replace("sources: {}", 'sources: {mine: {uri: "s3://data/sets/one"}}')
     (project / "params.yaml").write_text(text)
     write_overrides(project, {"dataset": {"dir": "data/mine"}})
-    assert data_stage(project) == "fetch@mine"
+    assert data_stage(Project(project)) == "fetch@mine"
     listed = run(project, "dvc", "stage", "list", "--name-only").split()
-    assert set(stage_names(project)) <= set(listed)
+    assert set(stage_names(Project(project))) <= set(listed)
 
 
 def test_the_order_of_stages_is_a_topological_order_of_the_graph(project: Path) -> None:
@@ -214,8 +216,8 @@ def test_a_missing_dataset_comes_from_the_cache_or_is_explained(project: Path) -
     write_overrides(project, {"dataset": {"name": "mine", "dir": "data/mine"}})
     (project / "data/mine/a.txt").unlink()
     (project / "data/mine").rmdir()
-    require_dataset(project, quiet)
+    require_dataset(Project(project), quiet)
     assert (project / "data/mine/a.txt").read_text() == "a"
     write_overrides(project, {"dataset": {"dir": "data/nobody"}})
     with pytest.raises(DatasetError, match=r"data/nobody is missing.*run `dvc add data/nobody`"):
-        require_dataset(project, quiet)
+        require_dataset(Project(project), quiet)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from flows.config.params import Params, load_params
 from flows.config.sections import DatasetSettings
 from flows.registry.image_profile import profile_once, split_images, spread
 from flows.registry.model_folder import ModelFiles
@@ -16,7 +15,6 @@ from rfdetr.errors import RFDETRError
 from rfdetr.monitoring.profile import Profile
 from tests.datasets import make_coco, make_roboflow, make_yolo
 from tests.flows.models import register_champion, write_model
-from tests.flows.projects import write_params
 
 
 @pytest.fixture
@@ -25,22 +23,21 @@ def model(tmp_path: Path) -> ModelFiles:
     return write_model(tmp_path / "model")
 
 
-def params_of(root: Path, folder: str) -> Params:
-    write_params(root, dataset={"name": "shapes", "dir": folder})
-    return load_params(root / "params.yaml")
+def profile_of(root: Path, folder: str, model: ModelFiles, digest: str) -> Path:
+    dataset = DatasetSettings(name="shapes", dir=folder)
+    return profile_once(root / folder, dataset, model.weights, digest, root / "state")
 
 
 def test_profile_is_made_once_and_again_for_other_data(tmp_path: Path, model: ModelFiles) -> None:
     make_roboflow(tmp_path / "data", splits={"train": 4, "valid": 3, "test": 2})
-    params = params_of(tmp_path, "data")
-    first = profile_once(tmp_path, params, model.weights, "digest-1")
+    first = profile_of(tmp_path, "data", model, "digest-1")
     made = first.stat().st_mtime_ns
     profile = Profile.load(first)
     assert len(profile) == 9
     assert profile.held_out.tolist() == 4 * [False] + 5 * [True]
-    assert profile_once(tmp_path, params, model.weights, "digest-1") == first
+    assert profile_of(tmp_path, "data", model, "digest-1") == first
     assert first.stat().st_mtime_ns == made
-    assert profile_once(tmp_path, params, model.weights, "digest-2") != first
+    assert profile_of(tmp_path, "data", model, "digest-2") != first
 
 
 def test_profile_of_a_packed_dataset_is_that_of_its_files(
@@ -49,8 +46,7 @@ def test_profile_of_a_packed_dataset_is_that_of_its_files(
     make_roboflow(tmp_path / "data", splits={"train": 4, "valid": 3, "test": 2})
     pack(tmp_path / "data", tmp_path / "packed", progress=False)
     plain, packed = (
-        Profile.load(profile_once(tmp_path, params_of(tmp_path, name), model.weights, name))
-        for name in ("data", "packed")
+        Profile.load(profile_of(tmp_path, name, model, name)) for name in ("data", "packed")
     )
     assert plain.files == packed.files
     assert (plain.embeddings == packed.embeddings).all()
@@ -78,14 +74,14 @@ def test_a_sample_spreads_over_the_whole_split() -> None:
 
 def test_missing_dataset_is_named(tmp_path: Path, model: ModelFiles) -> None:
     with pytest.raises(RFDETRError, match="does not exist"):
-        profile_once(tmp_path, params_of(tmp_path, "nowhere"), model.weights, "digest")
+        profile_of(tmp_path, "nowhere", model, "digest")
 
 
 def test_profile_travels_with_the_registered_model(
     tmp_path: Path, model: ModelFiles, tracking_uri: str
 ) -> None:
     make_roboflow(tmp_path / "data", splits={"train": 4, "valid": 3, "test": 2})
-    profile = profile_once(tmp_path, params_of(tmp_path, "data"), model.weights, "digest")
+    profile = profile_of(tmp_path, "data", model, "digest")
     files = model.model_copy(update={"profile": profile})
     registry = register_champion(tracking_uri, files)
     champion = registry.champion()

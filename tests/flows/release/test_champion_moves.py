@@ -17,6 +17,7 @@ from flows.cli.main import main
 from flows.gate.decide import decide
 from flows.gate.verdict import GatePolicy, Scores, Verdict
 from flows.orchestration.limits import registry_slot
+from flows.project.project import Project
 from flows.registry.registry import CHAMPION, Registry
 from flows.release import steps
 from flows.release.champion import ChampionChangedError, history, promote
@@ -147,10 +148,10 @@ def test_a_rollback_waits_for_a_promotion_that_has_begun(
 
     monkeypatch.setattr("flows.release.champion.promote", slow)
     verdict = judged(2, champion=1)
-    promotion = threading.Thread(target=steps.promote_winner, args=(root, 2, verdict))
+    promotion = threading.Thread(target=steps.promote_winner, args=(Project(root), 2, verdict))
     promotion.start()
     assert begun.wait(20)
-    back = threading.Thread(target=steps.roll_back, args=(root,), kwargs={"reason": "bad"})
+    back = threading.Thread(target=steps.roll_back, args=(Project(root),), kwargs={"reason": "bad"})
     back.start()
     back.join(1)
     assert back.is_alive()
@@ -169,7 +170,7 @@ def test_commands_wait_for_the_registry(
     for name in ("steps.register", "champion.promote", "champion.rollback"):
         monkeypatch.setattr(f"flows.release.{name}", lambda *_, **__: done.set())
     arguments = [*command.split(), *([] if command == "register" else ["--reason", "r"])]
-    with registry_slot(root):
+    with registry_slot(Project(root)):
         thread = threading.Thread(target=main, args=(arguments,))
         thread.start()
         assert not done.wait(1)
@@ -183,18 +184,19 @@ def test_the_verdict_of_a_second_look_is_the_one_that_is_told(
     promote(registry, 3, reason="in between", by="ada")
     second = judged(2, champion=3, values=(0.6, 0.7))
     monkeypatch.setattr(retrain, "_judge", lambda *_: second)
-    state = retrain.promote.fn(root, 2, judged(2, champion=1), allowed=True)
+    state = retrain.promote.fn(Project(root), 2, judged(2, champion=1), allowed=True)
     assert (state.name, state.message) == ("Kept", f"refuse: {second.reason}")
     assert registry.aliases()[CHAMPION] == 3
     with pytest.raises(ChampionChangedError):
-        steps.promote_winner(root, 2, judged(2, champion=1))
+        steps.promote_winner(Project(root), 2, judged(2, champion=1))
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from flows.orchestration.limits import registry_slot
-with registry_slot(Path(sys.argv[1]), "shared"):
+from flows.project.project import Project
+with registry_slot(Project(Path(sys.argv[1])), "shared"):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
     print(time.time(), flush=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.fit_job.state import RETRY
+from flows.config.environment import FIT_RETRY
 from tests.flows.mlflow_fixtures import runs
 from tests.flows.projects import environment, make_project, run, write_params
 
@@ -185,7 +185,7 @@ def test_a_person_can_retry_what_failed_too_often(ready: Path, tmp_path: Path) -
     record.write_text(json.dumps({**json.loads(record.read_text()), "attempts": 3}))
     refused = run(root, "python", "-m", "flows.stages.fit", check=False)
     assert "run `rfdetr-pipeline fit --retry`" in refused.stderr
-    assert run(root, "python", "-m", "flows.stages.fit", **{RETRY: "1"}).returncode == 0
+    assert run(root, "python", "-m", "flows.stages.fit", **{FIT_RETRY: "1"}).returncode == 0
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 
 from flows.config.params import load_params
 from flows.project.plan import plan_stages
+from flows.project.project import Project
 from flows.project.workspace import pin_source
 from flows.release.freshness import dataset_version, judged_version, registry_of
 from flows.storage.s3 import make_client
@@ -44,36 +45,36 @@ def version(root: Path) -> str | None:
 
 
 def test_a_run_pins_what_s3_holds(folder: Path, key: str) -> None:
-    pin_source(folder)
+    pin_source(Project(folder))
     first, text = version(folder), (folder / "params.yaml").read_text()
     assert first is not None
     assert "# where it comes from" in text
-    pin_source(folder)
+    pin_source(Project(folder))
     assert (folder / "params.yaml").read_text() == text
     put(f"{key}/b.txt", b"two")
     assert version(folder) == first
-    pin_source(folder)
+    pin_source(Project(folder))
     assert version(folder) not in (None, first)
 
 
 def test_a_version_that_a_person_wrote_stands(folder: Path, key: str) -> None:
     file = folder / "params.yaml"
     file.write_text(file.read_text().replace('KEY"}', 'KEY"').replace('"}', '", version: June}'))
-    before, known = file.read_text(), dataset_version(folder, look=True)
+    before, known = file.read_text(), dataset_version(Project(folder), look=True)
     put(f"{key}/b.txt", b"two")
-    pin_source(folder)
+    pin_source(Project(folder))
     assert file.read_text() == before
-    assert dataset_version(folder, look=True) == known == dataset_version(folder)
+    assert dataset_version(Project(folder), look=True) == known == dataset_version(Project(folder))
 
 
 def test_both_sides_of_the_comparison_agree(folder: Path, key: str) -> None:
     """The version that a run records is the one that the next look finds, until data changes."""
-    found = dataset_version(folder, look=True)
-    pin_source(folder)
-    assert dataset_version(folder) == found == dataset_version(folder, look=True)
+    found = dataset_version(Project(folder), look=True)
+    pin_source(Project(folder))
+    assert dataset_version(Project(folder)) == found == dataset_version(Project(folder), look=True)
     put(f"{key}/b.txt", b"two")
-    assert dataset_version(folder) == found
-    assert dataset_version(folder, look=True) != found
+    assert dataset_version(Project(folder)) == found
+    assert dataset_version(Project(folder), look=True) != found
 
 
 @pytest.mark.parametrize(
@@ -96,18 +97,18 @@ def test_data_that_was_judged_starts_nothing(
     known: bool,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
-    pin_source(folder)
-    registry = registry_of(folder, "rfdetr-demo")
+    pin_source(Project(folder))
+    registry = registry_of(Project(folder), "rfdetr-demo")
     client: Any = registry.client
     client.create_registered_model("rfdetr-demo")
     for version_tags in ({"lineage.dataset_version": "s3:other"}, tags):
-        lineage = {"lineage.dataset_version": dataset_version(folder)}
+        lineage = {"lineage.dataset_version": dataset_version(Project(folder))}
         client.create_model_version("rfdetr-demo", "s3://data/model", tags=lineage | version_tags)
     client.set_registered_model_alias("rfdetr-demo", "champion", "2" if champion else "1")
-    found = judged_version(folder)
+    found = judged_version(Project(folder))
     assert (found.number if found else None) == (2 if known else None)
     put(f"{key}/b.txt", b"two")
-    assert judged_version(folder) is None
+    assert judged_version(Project(folder)) is None
 
 
 def test_dvc_fetches_what_has_changed_and_plan_says_so(
@@ -116,14 +117,14 @@ def test_dvc_fetches_what_has_changed_and_plan_says_so(
     root = make_project(tmp_path / "project", dataset={"name": "mine", "dir": "data/mine"},
                         sources={"mine": {"uri": f"s3://data/{key}"}})  # fmt: skip
     run(root, "dvc", "config", "--local", "core.no_scm", "true")
-    pin_source(root)
+    pin_source(Project(root))
     run(root, "dvc", "repro", "fetch@mine")
     put(f"{key}/a.txt", b"new")
     before = (root / "params.yaml").read_text()
-    (plan,) = [plan for plan in plan_stages(root) if plan.stage == "fetch@mine"]
+    (plan,) = [plan for plan in plan_stages(Project(root)) if plan.stage == "fetch@mine"]
     assert (plan.state, plan.reasons) == ("runs", (f"s3://data/{key} has changed",))
     assert (root / "params.yaml").read_text() == before
-    pin_source(root)
+    pin_source(Project(root))
     run(root, "dvc", "repro", "fetch@mine")
     assert (root / "data/mine/a.txt").read_bytes() == b"new"
     put(f"{key}/a.txt", b"later")

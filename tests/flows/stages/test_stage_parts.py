@@ -12,7 +12,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from flows.config.params import Params, parse_params
+from flows.config.params import parse_params
 from flows.config.sections import DatasetSettings, EvaluateSettings, RuntimeSettings
 from flows.core.digest import path_digest
 from flows.core.errors import explain
@@ -24,6 +24,7 @@ from flows.gate.decide import decide
 from flows.gate.score_cache import _kept
 from flows.gate.scoring import label_table, relabel, score_model
 from flows.gate.verdict import GatePolicy
+from flows.project.project import Project
 from flows.registry.registry import RegistryError
 from flows.release import run_record
 from flows.stages import convert as convert_stage
@@ -49,7 +50,7 @@ def test_stages_compare_the_sections_that_dvc_tracks() -> None:
     ):  # fmt: skip
         assert stages[name]["params"] == module.SECTIONS
         assert f"flows/stages/{name}.py" in stages[name]["deps"]
-    assert all((ROOT / path).exists() for path in code_of_stage("fit", ROOT))
+    assert all((ROOT / path).exists() for path in code_of_stage(Project(ROOT), "fit"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
@@ -154,7 +155,9 @@ def test_times_with_a_budget_are_those_of_this_machine(
 def kept_file(**changes: dict) -> Path:
     dataset = {"name": "demo", "dir": "data/demo", "layout": "roboflow"}
     sections = {"dataset": {**dataset, **changes.pop("dataset", {})}, **changes}
-    return _kept(parse_params(sections), "weights", "digest")
+    project = Project()
+    project.params = parse_params(sections)
+    return _kept(project, "weights", "digest")
 
 
 def test_rows_of_steps_and_epochs_become_one_row_per_epoch(tmp_path: Path) -> None:
@@ -225,7 +228,7 @@ def test_images_that_cannot_be_read_are_never_tolerated(code: str) -> None:
 def test_a_stage_with_arguments_does_nothing(
     stage: str, argument: str, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called: list[Params] = []
+    called: list[Project] = []
     assert run_stage(stage, [], called.append, [argument]) == status
     assert f"python -m flows.{stage}" in capsys.readouterr().out
     assert not called
@@ -245,7 +248,8 @@ def test_numbers_of_classes_with_punctuation_are_recorded(tmp_path: Path) -> Non
     write_json(tmp_path / "metrics/fit.json", {"seconds": 3.0})
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     run_id = client.create_run(client.create_experiment("e")).info.run_id
-    run_record._add_numbers(client, run_id, tmp_path, parse_params({}))
+    (tmp_path / "params.yaml").write_text("")
+    run_record._add_numbers(client, run_id, Project(tmp_path))
     assert client.get_run(run_id).data.metrics == {
         "test/mAP50": 1.0,
         "test/per_class.bolt _ nut": 0.25,
@@ -256,8 +260,9 @@ def test_numbers_of_classes_with_punctuation_are_recorded(tmp_path: Path) -> Non
 
 
 def test_recording_needs_finished_stages(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("")
     with pytest.raises(RegistryError, match=r"dvc\.lock, models/trained/model\.json"):
-        run_record.complete_run(tmp_path, parse_params({}), f"sqlite:///{tmp_path / 'm.db'}", {})
+        run_record.complete_run(Project(tmp_path), {})
 
 
 def test_a_cycle_of_causes_ends() -> None:
