@@ -51,9 +51,8 @@ def retrain_command(options: argparse.Namespace) -> int:
     from flows.project.workspace import pin_source
     from flows.release import freshness, steps
 
-    project = _project()
+    project = _checked_project()
     changes = parse_changes(options.set)
-    _ = project.params  # a broken file is reported before the changes to it
     params = checked(
         RetrainParams,
         overrides=changes,
@@ -93,7 +92,7 @@ def plan_command(options: argparse.Namespace) -> int:
     from flows.project.plan import plan_stages
     from flows.release import freshness
 
-    project = _project()
+    project = _checked_project()
     if not (project.root / ".dvc/config.local").exists():  # a folder without git needs it
         configure_dvc(project.root, project.env)
     plans = plan_stages(project)
@@ -115,8 +114,7 @@ def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
         from flows.project.dvc import configure_dvc, dvc
         from flows.project.workspace import require_dataset
 
-        project = _project()
-        _ = project.params  # one error with all mistakes, before DVC starts
+        project = _checked_project()
         configure_dvc(project.root, project.env)
         require_dataset(project, print)
         variables = {FIT_RETRY: "1"} if getattr(options, "retry", False) else {}
@@ -286,6 +284,13 @@ def _mistake(item: Any) -> str:
         known: Any = SECTIONS if len(where) == 1 else SECTIONS[where[0]].model_fields
         return unknown_name(where[-1], "".join(f"{part}." for part in where[:-1]), known)
     return f"{'.'.join(where or [first])}: {item['msg']} (found {item['input']!r})."
+
+
+def _checked_project() -> Project:
+    """The project; every mistake of params.yaml is reported before DVC or an override meets one."""
+    project = _project()
+    _ = project.params
+    return project
 
 
 def _project() -> Project:

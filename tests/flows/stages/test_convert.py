@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.config.params import Params, parse_params
+from flows.config.params import parse_params
+from flows.project.project import Project
 from flows.stages.convert import convert
 from flows.storage.objects import upload
 from rfdetr.checkpoints.best_file import best_payload
@@ -22,15 +23,18 @@ from tests.flows.servers import S3Server
 CHECKPOINTS = Path(__file__).parents[2] / "parity" / "training" / "checkpoints"
 
 
-def params(source: str | None, **model: object) -> Params:
-    return parse_params({"model": {**TINY["model"], **model}, "convert": {"source": source}})
+def project(source: str | None, **model: object) -> Project:
+    made = Project()
+    sections = {"model": {**TINY["model"], **model}, "convert": {"source": source}}
+    made.params = parse_params(sections)
+    return made
 
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A legacy file of the tiny model, in a project folder that is the current one."""
     monkeypatch.chdir(tmp_path)
-    config = params(None).model.config(num_classes=3)
+    config = project(None).params.model.config(num_classes=3)
     payload = best_payload(build_network(config).state_dict(), config, class_names=["a", "b", "c"])
     Path("weights").mkdir()
     save_file(payload, "weights/start.pth")
@@ -42,7 +46,7 @@ def card() -> dict:
 
 
 def test_a_legacy_file_is_converted_with_proof(start: Path) -> None:
-    convert(params(str(start)))
+    convert(project(str(start)))
     found = card()
     assert found["proof"]["compared"] == "outputs"
     assert found["proof"]["max_abs_difference"] == 0
@@ -50,31 +54,31 @@ def test_a_legacy_file_is_converted_with_proof(start: Path) -> None:
     new, old = read_checkpoint("models/initial/model.ckpt"), read_checkpoint(start)
     assert new.kind == "lightning"
     assert all((new.weights[name] == old.weights[name]).all() for name in old.weights)
-    convert(params("models/initial/model.ckpt"))
+    convert(project("models/initial/model.ckpt"))
     assert "copied as it is" in card()["proof"]["summary"]
 
 
 def test_from_scratch_the_seed_decides(start: Path) -> None:
-    convert(params(None))
+    convert(project(None))
     first = card()["weights_sha256"]
-    convert(params(None))
+    convert(project(None))
     assert card()["weights_sha256"] == first
     assert card()["kind"] == "scratch"
 
 
 def test_weights_come_from_s3(start: Path, s3: S3Server) -> None:
     upload(start, "s3://data/weights/start.pth", progress=False)
-    convert(params("s3://data/weights/start.pth"))
+    convert(project("s3://data/weights/start.pth"))
     assert card()["source"] == "s3://data/weights/start.pth"
 
 
 @pytest.mark.parametrize("name", ["evil_reduce_in_args", "evil_reduce_inside_namespace"])
 def test_a_malicious_file_is_refused_and_the_old_result_stays(start: Path, name: str) -> None:
-    convert(params(str(start)))
+    convert(project(str(start)))
     before = card()
     shutil.copy(CHECKPOINTS / f"{name}.pth", "weights/evil.pth")
     with pytest.raises(CheckpointError, match=r"weights/evil\.pth"):
-        convert(params("weights/evil.pth"))
+        convert(project("weights/evil.pth"))
     assert card() == before
 
 
@@ -82,12 +86,12 @@ def test_a_malicious_file_is_refused_and_the_old_result_stays(start: Path, name:
 def test_a_damaged_file_is_one_clear_error(start: Path, name: str) -> None:
     shutil.copy(CHECKPOINTS / f"{name}.pth", f"weights/{name}.pth")
     with pytest.raises(CheckpointError, match=name):
-        convert(params(f"weights/{name}.pth"))
+        convert(project(f"weights/{name}.pth"))
     assert not Path("models/initial").exists()
 
 
 def test_weights_of_another_network_and_missing_files_are_named(start: Path) -> None:
     with pytest.raises(CheckpointError, match="does not fit the model section"):
-        convert(params(str(start), patch_size=8, resolution=64))
+        convert(project(str(start), patch_size=8, resolution=64))
     with pytest.raises((RFDETRError, FileNotFoundError), match="nothing"):
-        convert(params("weights/nothing.pth"))
+        convert(project("weights/nothing.pth"))
