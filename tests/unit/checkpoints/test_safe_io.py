@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import concurrent.futures
 import fractions
 import pathlib
 import pickle
 import random
+import threading
 import types
 import zipfile
 from pathlib import Path
@@ -75,6 +78,68 @@ def test_globals_registered_elsewhere_do_not_widen_the_list(tmp_path: Path) -> N
     before = set(torch.serialization.get_safe_globals())
     load_file(_saved(tmp_path, argparse.Namespace(a=1)))
     assert set(torch.serialization.get_safe_globals()) == before
+
+
+@pytest.mark.parametrize("zip_container", [True, False])
+def test_python_2_names_of_registered_functions_are_refused(
+    tmp_path: Path, zip_container: bool
+) -> None:
+    """Pickle protocol 2 writes `__builtin__` for `builtins`."""
+    file, target = tmp_path / "evil.pth", tmp_path / "touched"
+    content = {"x": _Call(eval, f"__import__('pathlib').Path({str(target)!r}).touch()")}
+    torch.save(content, file, _use_new_zipfile_serialization=zip_container)
+    registered = torch.serialization.safe_globals([(eval, "builtins.eval")])
+    with registered, pytest.raises(CheckpointError, match=r"evil\.pth is refused.*eval"):
+        load_file(file)
+    assert not target.exists()
+
+
+def test_loads_in_other_threads_are_not_disturbed(tmp_path: Path) -> None:
+    """torch keeps one list of safe classes for all threads; ours needs additions to it."""
+    ours, theirs = tmp_path / "ours.pth", tmp_path / "theirs.pth"
+    save_file({"args": argparse.Namespace(path=tmp_path)}, ours)
+    torch.save({"x": _Call(fractions.Fraction, 1, 2)}, theirs)
+    stop, errors, loads = threading.Event(), [], 0
+
+    def keep_loading() -> None:
+        nonlocal loads
+        while not stop.is_set():
+            try:
+                torch.load(theirs, weights_only=True)
+                loads += 1
+            except Exception as error:
+                errors.append(error)
+
+    with torch.serialization.safe_globals([fractions.Fraction]):
+        before = set(torch.serialization.get_safe_globals())
+        thread = threading.Thread(target=keep_loading)
+        thread.start()
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            read = list(pool.map(load_file, [ours] * 200))
+        stop.set()
+        thread.join()
+        assert set(torch.serialization.get_safe_globals()) == before
+    assert errors == []
+    assert loads > 0
+    assert all(content["args"].path == pathlib.PurePosixPath(tmp_path) for content in read)
+
+
+def test_a_class_that_others_registered_stays_registered(tmp_path: Path) -> None:
+    content = {"args": argparse.Namespace(a=1), "types": [torch.float32, torch.Size([1]), {1}]}
+    file = _saved(
+        tmp_path,
+        content
+        | {
+            "model": collections.OrderedDict(a=torch.nn.Parameter(torch.ones(2))),
+            "device": torch.device(0),
+        },
+    )
+    registered = [argparse.Namespace, (pathlib.PurePath, "pathlib.PosixPath"), set, torch.device]
+    registered += [torch.Size, torch.Tensor, torch.FloatStorage, collections.OrderedDict]
+    registered += [torch.nn.Parameter, torch._utils._rebuild_tensor_v2]
+    with torch.serialization.safe_globals(registered):
+        load_file(file)
+        assert torch.load(file, weights_only=True)["args"].a == 1
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 5000, -1, -40, -400])
