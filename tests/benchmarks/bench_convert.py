@@ -2,11 +2,11 @@
 
     python tests/benchmarks/bench_convert.py --variant nano --ema
 
-Prints one JSON object. `ratio` is the median time over that of torch.load(weights_only=True) +
-torch.save, both warm and in this process, `cpu_ratio` the same of processor time (it does not see
-that conversion uses two cores, nor what else the machine does). `memory_ratio` is the growth of
-resident memory at its peak over the size of the file, in a process that has converted a small file
-before: libraries are loaded once.
+Prints one JSON object. `ratio` is the median time divided by that of torch.load(weights_only=True)
++ torch.save, both warm and in this process; `cpu_ratio` is the same for processor time, which
+ignores that conversion uses two cores and what else the machine does. `memory_ratio` is the peak
+growth of resident memory divided by the size of the file, in a process that has converted a small
+file before, so that loading libraries does not count.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SMALL = {"encoder_dim": 48, "encoder_depth": 2, "encoder_heads": 3, "out_feature
 
 
 def legacy_file(path: Path, variant: str, *, ema: bool, optimizer: bool, **changes: Any) -> None:
-    """A file as the old training loop wrote it: weights, Namespace, optimizer, averaged weights."""
+    """A file as the legacy training loop wrote it: weights, Namespace, optimizer, EMA weights."""
     config = MODEL_CONFIGS[variant](pretrain_weights=None, **changes)
     network = build_network(config)
     content: dict[str, Any] = {"model": to_legacy(network.state_dict()), "epoch": 3}
@@ -83,7 +83,7 @@ def seconds(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Write the file, convert it, and relate time and memory to the plain round trip."""
+    """Write the file, convert it, and compare time and memory with the plain round trip."""
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         names = ("old.pth", "new.ckpt", "copy.pth", "small.pth")

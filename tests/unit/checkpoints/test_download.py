@@ -1,8 +1,9 @@
-"""Downloads against a local HTTP server: resume, checksums, refusals, several processes."""
+"""Downloads from a local HTTP server: resume, checksums, refusals, several processes."""
 
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import http.server
 import multiprocessing
@@ -39,7 +40,6 @@ class Behaviour:
     cuts: list[int] = field(default_factory=list)
     ranges: bool = True
     status: int = 200
-    pinned: str | None = None
     requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
 
 
@@ -50,9 +50,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         plan = self.behaviour
-        if self.path.endswith(".sha256"):
-            self._answer(200 if plan.pinned else 404, (plan.pinned or "").encode(), {}, None)
-            return
         wanted, condition = self.headers.get("Range"), self.headers.get("If-Range")
         plan.requests.append((self.path, wanted, condition))
         cut = plan.cuts.pop(0) if plan.cuts else None
@@ -107,7 +104,7 @@ def test_a_name_is_fetched_once_and_then_cached(
     assert path.read_bytes() == BODY
     assert resolve_weights(NAME) == path
     assert [r[0] for r in server.requests] == [f"/weights/{NAME}"]
-    assert _cache(tmp_path) == [NAME]
+    assert _cache(tmp_path) == [NAME, NAME + ".sha256"]
     assert NAME in capfd.readouterr().err  # the progress bar
 
 
@@ -122,12 +119,12 @@ def test_an_interrupted_transfer_goes_on_where_it_stopped(
 
 def test_the_next_call_resumes_what_an_earlier_one_left(server: Behaviour, tmp_path: Path) -> None:
     server.cuts = [1_000_000, 0]
-    with pytest.raises(DownloadError, match=r"\.part is kept; the next call goes on"):
+    with pytest.raises(DownloadError, match=r"\.part is kept; the next call resumes"):
         resolve_weights(NAME)
-    assert _cache(tmp_path) == [NAME + ".part", NAME + ".part.json"]
+    assert _cache(tmp_path) == [NAME + ".part", NAME + ".part.etag"]
     assert resolve_weights(NAME).read_bytes() == BODY
     assert server.requests[-1][1] == "bytes=1000000-"
-    assert _cache(tmp_path) == [NAME]
+    assert _cache(tmp_path) == [NAME, NAME + ".sha256"]
 
 
 def test_a_server_without_ranges_starts_again(server: Behaviour) -> None:
@@ -145,16 +142,16 @@ def test_a_file_that_changed_meanwhile_is_fetched_from_the_start(server: Behavio
     assert resolve_weights(NAME).read_bytes() == server.body
 
 
-def test_without_a_validator_the_checksum_decides_and_a_stale_part_is_thrown_away(
-    server: Behaviour,
+@pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"abc"'}])
+def test_without_a_strong_etag_a_transfer_restarts(
+    server: Behaviour, headers: dict[str, str]
 ) -> None:
-    server.headers, server.cuts = {}, [1_000_000, 0]
+    server.headers, server.cuts = headers, [1_000_000, 0]
     with pytest.raises(DownloadError):
         resolve_weights(NAME)
     server.body = BODY[::-1]
-    server.pinned = hashlib.sha256(server.body).hexdigest() + "  " + NAME
     assert resolve_weights(NAME).read_bytes() == server.body
-    assert [r[1] for r in server.requests[-2:]] == ["bytes=1000000-", None]
+    assert [r[1] for r in server.requests] == [None, None, None]
 
 
 def test_a_complete_part_file_needs_no_bytes(server: Behaviour, tmp_path: Path) -> None:
@@ -165,42 +162,78 @@ def test_a_complete_part_file_needs_no_bytes(server: Behaviour, tmp_path: Path) 
     assert resolve_weights(NAME).read_bytes() == BODY
 
 
-MD5 = base64.b64encode(hashlib.md5(b"other").digest()).decode()
+MD5 = {"x-goog-hash": f"crc32c=AAAAAA==,md5={base64.b64encode(bytes(16)).decode()}"}
 
 
-@pytest.mark.parametrize(
-    ("headers", "pinned", "source"),
-    [
-        ({"ETag": f'"{hashlib.md5(b"other").hexdigest()}"'}, None, "ETag"),
-        ({"Content-MD5": MD5}, None, "Content-MD5"),
-        ({"x-goog-hash": f"crc32c=AAAAAA==,md5={MD5}"}, None, "x-goog-hash"),
-        ({}, hashlib.sha256(b"other").hexdigest(), "sha256"),
-    ],
-)
-def test_a_wrong_checksum_is_an_error_that_leaves_nothing(
-    server: Behaviour, tmp_path: Path, headers: dict[str, str], pinned: str | None, source: str
+def test_content_that_differs_from_the_checksum_of_the_server_is_discarded(
+    server: Behaviour, tmp_path: Path
 ) -> None:
-    server.headers, server.pinned = headers, pinned
-    with pytest.raises(DownloadError, match=f"differs from .* given by .*{source}"):
+    server.headers |= MD5
+    with pytest.raises(DownloadError, match="does not match the MD5"):
         resolve_weights(NAME)
     assert _cache(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"ETag": 'W/"abc"'},
-        {"ETag": '"5f-123"'},
-        {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"},
-    ],
-)
-def test_servers_without_a_checksum_are_accepted_by_size(
-    server: Behaviour, headers: dict[str, str], caplog: pytest.LogCaptureFixture
-) -> None:
-    server.headers = headers
+def test_a_matching_checksum_of_the_server_is_accepted(server: Behaviour) -> None:
+    digest = base64.b64encode(hashlib.md5(BODY).digest()).decode()
+    server.headers |= {"x-goog-hash": f"crc32c=AAAAAA==,md5={digest}"}
     assert resolve_weights(NAME).read_bytes() == BODY
-    assert "no checksum" in caplog.text
+
+
+def test_a_known_digest_is_required_from_every_server(
+    server: Behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(download.SHA256, NAME, hashlib.sha256(BODY).hexdigest())
+    server.body = BODY[::-1]
+    with pytest.raises(DownloadError, match=r"SHA-256 .* not .*published.* discarded"):
+        resolve_weights(NAME)
+    assert _cache(tmp_path) == []
+    server.body = BODY
+    path = resolve_weights(NAME)
+    assert _cache(tmp_path) == [NAME]
+    path.write_bytes(b"other")
+    with pytest.raises(DownloadError, match=f"SHA-256 .* Delete .*{NAME}"):
+        resolve_weights(NAME)
+
+
+def test_the_digest_of_the_first_download_is_required_from_then_on(
+    server: Behaviour, tmp_path: Path
+) -> None:
+    path = resolve_weights(NAME)
+    record = tmp_path / "cache" / (NAME + ".sha256")
+    assert record.read_text() == f"{hashlib.sha256(BODY).hexdigest()}  {NAME}\n"
+    path.write_bytes(b"replaced")
+    with pytest.raises(
+        DownloadError, match=rf"recorded in .*{record.name}.*replaced it on purpose"
+    ):
+        resolve_weights(NAME)
+    path.unlink()
+    server.body = BODY[::-1]
+    with pytest.raises(DownloadError, match=r"SHA-256 .* not .*discarded"):
+        resolve_weights(NAME)
+    assert _cache(tmp_path) == [record.name]
+    record.unlink()
+    assert resolve_weights(NAME).read_bytes() == server.body
+
+
+def test_a_file_that_the_user_put_into_the_cache_is_recorded(
+    server: Behaviour, tmp_path: Path
+) -> None:
+    path = tmp_path / "cache" / NAME
+    path.parent.mkdir()
+    path.write_bytes(b"mine")
+    assert resolve_weights(NAME) == path
+    assert _cache(tmp_path) == [NAME, NAME + ".sha256"]
+    assert server.requests == []
+
+
+def test_a_full_disk_is_named(server: Behaviour, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(response: Any, part: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download, "_receive", full)
+    with pytest.raises(DownloadError, match=r"No space left.*RF_HOME .* enough space"):
+        resolve_weights(NAME)
 
 
 @pytest.mark.parametrize("status", [404, 403, 500])
