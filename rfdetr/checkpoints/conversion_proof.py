@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,10 +48,6 @@ class ConversionReport:
     compared: Compared
     max_abs_difference: float
     reason: str = ""
-
-    def to_json(self) -> str:
-        """The report as one JSON object."""
-        return json.dumps(dataclasses.asdict(self))
 
     @property
     def summary(self) -> str:

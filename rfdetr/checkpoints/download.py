@@ -16,19 +16,24 @@ import logging
 import os
 import re
 import ssl
-import time
 import urllib.error
 import urllib.request
 from email.message import Message
 from pathlib import Path
-from typing import Any
 
 import filelock
 from tqdm.auto import tqdm
 
 from rfdetr.checkpoints.safe_io import StrPath
 from rfdetr.errors import DownloadError
-from rfdetr.files import CHUNK_BYTES, sha256_file, to_disk, user_cache_folder, write_text_atomic
+from rfdetr.files import (
+    CHUNK_BYTES,
+    atomic_path,
+    remove_cut_off,
+    sha256_file,
+    user_cache_folder,
+    write_text_atomic,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +60,7 @@ SHA256: dict[str, str] = {}
 TIMEOUT_S = 10.0  # without any data
 ATTEMPTS = 3
 LOCK_TIMEOUT_S = 3600.0
-_NETWORK_ERRORS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    ConnectionError,
-    TimeoutError,
-    ssl.SSLError,
-)
+_INTERRUPTIONS = (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
 def cache_folder() -> Path:
@@ -99,22 +98,17 @@ def resolve_weights(name_or_path: StrPath) -> Path:
     return target
 
 
-def weights_url(name: str) -> str:
-    """The address of a published file, on the mirror if `RF_WEIGHTS_URL` is set."""
+def _download_once(name: str, target: Path) -> None:
+    """Download under a lock, so that several processes fetch the file once."""
     mirror = os.environ.get("RF_WEIGHTS_URL")
     url = f"{mirror.rstrip('/')}/{name}" if mirror else f"{STORAGE}/{PUBLISHED[name]}"
     if not url.startswith(("http://", "https://")):
         raise DownloadError(f"RF_WEIGHTS_URL must start with http:// or https://; got {url}.")
-    return url
-
-
-def _download_once(name: str, target: Path) -> None:
-    """Download under a lock, so that several processes fetch the file once."""
-    url = weights_url(name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S):
             if not target.is_file():
+                remove_cut_off(target.parent, target.name)  # of a killed process
                 _download(url, target)
     except DownloadError:
         raise
@@ -130,80 +124,40 @@ def _download_once(name: str, target: Path) -> None:
 
 
 def _download(url: str, target: Path) -> None:
-    """Fetch `url`, check it, and let it appear complete at `target`.
-
-    After an interruption, `<name>.part` and its ETag stay beside `target` for the next call.
-    """
-    part = target.with_name(f"{target.name}.part")
-    tag_file = target.with_name(f"{target.name}.part.etag")
-    try:
-        headers = _fetch(url, part, tag_file)
-    except _NETWORK_ERRORS as error:
-        status = f"{error.code} " if isinstance(error, urllib.error.HTTPError) else ""
-        reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-        kept = f" {part} is kept; the next call resumes it." if tag_file.exists() else ""
-        raise DownloadError(
-            f"Cannot download {url}: {status}{reason}.{kept} Without network access, put the file "
-            f"at {target}, or set RF_WEIGHTS_URL to a mirror."
-        ) from error
-    tag_file.unlink(missing_ok=True)
-    problem = _md5_problem(part, headers) or _digest_problem(part, target)
-    if problem:
-        part.unlink()
-        raise DownloadError(
-            f"{url}: {problem} The download was discarded. Retry, or report it to the "
-            "administrator of the server."
-        )
-    to_disk(part)
-    part.replace(target)
-
-
-def _fetch(url: str, part: Path, tag_file: Path) -> Message:
-    """Write the content of `url` to `part` and return the last headers.
-
-    Resumes what is in `part`, if the file on the server still has the ETag in `tag_file`.
-    """
-    attempt = 1
-    while True:
-        received = part.stat().st_size if part.exists() and tag_file.exists() else 0
-        # identity: a compressed response would have another size and checksum
-        headers = {"Accept-Encoding": "identity"}
-        if received:
-            headers |= {"Range": f"bytes={received}-", "If-Range": tag_file.read_text()}
-        request = urllib.request.Request(url, headers=headers)  # noqa: S310
+    """Fetch `url`, check it, and let it appear complete at `target`; retry if interrupted."""
+    for attempt in range(1, ATTEMPTS + 1):
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
-                tag = response.headers.get("ETag", "")
-                tag_file.unlink(missing_ok=True)
-                if tag.startswith('"'):  # a weak tag (W/) does not promise equal bytes
-                    tag_file.write_text(tag)
-                _receive(response, part)
-                return response.headers  # type: ignore[no-any-return]
-        except _NETWORK_ERRORS as error:
-            if isinstance(error, urllib.error.HTTPError) and received:
-                part.unlink()  # the server refuses to resume: start again
-                continue
-            progressed = part.exists() and part.stat().st_size > received
-            if attempt == ATTEMPTS or not progressed:
-                raise
+            with atomic_path(target) as part:
+                headers = _fetch(url, part, target.name)
+                problem = _md5_problem(part, headers) or _digest_problem(part, target)
+                if problem:
+                    raise DownloadError(f"{url}: {problem} The download was discarded.")
+            return
+        except (urllib.error.URLError, *_INTERRUPTIONS) as error:
+            if attempt == ATTEMPTS or isinstance(error, urllib.error.URLError):
+                raise DownloadError(
+                    f"Cannot download {url}: {str(error) or type(error).__name__}. Without network "
+                    f"access, put the file at {target}, or set RF_WEIGHTS_URL to a mirror."
+                ) from error
             logger.warning("%s was interrupted (%s); retrying.", url, error)
-            time.sleep(0.2 * attempt)
-            attempt += 1
 
 
-def _receive(response: Any, part: Path) -> None:
-    resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
-    start = part.stat().st_size if resumed else 0
-    length = response.headers.get("Content-Length", "")
-    total = start + int(length) if length.isdigit() else None
-    name = part.name.removesuffix(".part")
-    bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=name, leave=False)
-    with bar, open(part, "ab" if resumed else "wb") as stream:
-        while chunk := response.read(CHUNK_BYTES):
-            stream.write(chunk)
-            bar.update(len(chunk))
-    if total is not None and part.stat().st_size != total:
-        raise http.client.IncompleteRead(b"", total - part.stat().st_size)
+def _fetch(url: str, part: Path, name: str) -> Message:
+    """Write the content of `url` to `part` and return the headers of the response."""
+    # identity: a compressed response would have another size and checksum
+    request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
+        headers: Message = response.headers
+        size = int(headers.get("Content-Length", 0))
+        bar = tqdm(total=size or None, unit="B", unit_scale=True, desc=name, leave=False)
+        with bar, open(part, "wb") as stream:
+            while chunk := response.read(CHUNK_BYTES):
+                stream.write(chunk)
+                bar.update(len(chunk))
+    missing = size - part.stat().st_size
+    if size and missing:
+        raise http.client.IncompleteRead(b"", missing)
+    return headers
 
 
 def _md5_problem(file: Path, headers: Message) -> str | None:
@@ -215,7 +169,7 @@ def _md5_problem(file: Path, headers: Message) -> str | None:
         actual = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
     if base64.b64encode(actual.digest()).decode() == sent.group(1):
         return None
-    return "the content does not match the MD5 that the server sent (x-goog-hash)."
+    return "The content does not match the MD5 that the server sent (x-goog-hash). Retry."
 
 
 def _digest_file(target: Path) -> Path:
@@ -228,10 +182,11 @@ def _digest_problem(file: Path, target: Path) -> str | None:
     recorded = record.read_text().split()[:1] if record.is_file() else []
     known = SHA256.get(target.name) or "".join(recorded)
     if not known:
+        known = actual
         with contextlib.suppress(OSError):  # a shared cache folder may be read-only
             write_text_atomic(record, f"{actual}  {target.name}\n")
             logger.info("%s: SHA-256 %s recorded in %s.", target.name, actual, record)
-    if known in ("", actual):
+    if known == actual:
         return None
     source = "the published one" if target.name in SHA256 else f"recorded in {record}"
-    return f"{file.name} has SHA-256 {actual}, not {known} ({source})."
+    return f"{target.name} has SHA-256 {actual}, not {known} ({source})."

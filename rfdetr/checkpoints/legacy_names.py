@@ -15,7 +15,6 @@ from torch import Tensor
 
 ENCODER_PREFIX = "backbone.0.encoder."
 LEGACY_ENCODER_PREFIX = "backbone.0.encoder.encoder."
-QKV = ("query", "key", "value")
 # How tensor names of RF-DETR begin in every generation, without prefixes of wrappers.
 TENSOR_NAME_PREFIXES = (
     "backbone.0.encoder.",
@@ -29,54 +28,42 @@ TENSOR_NAME_PREFIXES = (
     "segmentation_head.",
 )
 
-# legacy name -> our name, after the prefixes
+# Our names -> legacy names, both after the encoder's prefix; {} is the number of a block.
 _TENSORS = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.mask_token": "mask_token",
-    "embeddings.register_tokens": "reg_token",
-    "embeddings.position_embeddings": "pos_embed",
+    "cls_token": "embeddings.cls_token",
+    "mask_token": "embeddings.mask_token",
+    "reg_token": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings",
+    "blocks.{}.ls1.gamma": "encoder.layer.{}.layer_scale1.lambda1",
+    "blocks.{}.ls2.gamma": "encoder.layer.{}.layer_scale2.lambda1",
 }
-_MODULES = {
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "layernorm": "norm",
+_MODULES = {  # with a weight and a bias
+    "patch_embed.proj": ("embeddings.patch_embeddings.projection",),
+    "norm": ("layernorm",),
+    "blocks.{}.norm1": ("encoder.layer.{}.norm1",),
+    "blocks.{}.norm2": ("encoder.layer.{}.norm2",),
+    "blocks.{}.mlp.fc1": ("encoder.layer.{}.mlp.fc1",),
+    "blocks.{}.mlp.fc2": ("encoder.layer.{}.mlp.fc2",),
+    "blocks.{}.attn.proj": ("encoder.layer.{}.attention.output.dense",),
+    "blocks.{}.attn.qkv": tuple(
+        f"encoder.layer.{{}}.attention.attention.{part}" for part in ("query", "key", "value")
+    ),
 }
-_BLOCK_MODULES = {
-    "norm1": "norm1",
-    "attention.output.dense": "attn.proj",
-    "norm2": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
+_TO_LEGACY = {ours: (legacy,) for ours, legacy in _TENSORS.items()} | {
+    f"{ours}.{kind}": tuple(f"{name}.{kind}" for name in legacy)
+    for ours, legacy in _MODULES.items()
+    for kind in ("weight", "bias")
 }
-_BLOCK_TENSORS = {"layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma"}
-_LEGACY_BLOCK = re.compile(r"encoder\.layer\.(\d+)\.(.+)$")
-_OUR_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)$")
-_LEGACY_QKV = re.compile(r"attention\.attention\.(query|key|value)\.(weight|bias)$")
-_OUR_QKV = re.compile(r"attn\.qkv\.(weight|bias)$")
-
-
-def _both(modules: Mapping[str, str]) -> dict[str, str]:
-    return {f"{a}.{k}": f"{b}.{k}" for a, b in modules.items() for k in ("weight", "bias")}
-
-
-_TO_OURS = {**_TENSORS, **_both(_MODULES)}
-_TO_LEGACY = {ours: legacy for legacy, ours in _TO_OURS.items()}
-_BLOCK_TO_OURS = {**_BLOCK_TENSORS, **_both(_BLOCK_MODULES)}
-_BLOCK_TO_LEGACY = {ours: legacy for legacy, ours in _BLOCK_TO_OURS.items()}
+_TO_OURS = {legacy: ours for ours, parts in _TO_LEGACY.items() for legacy in parts}
+_BLOCK = re.compile(r"^(blocks|encoder\.layer)\.(\d+)\.")
 
 
 def legacy_names(name: str) -> tuple[str, ...]:
-    """Legacy names that hold our tensor `name`: three for a fused qkv tensor, otherwise one."""
-    if not name.startswith(ENCODER_PREFIX):
+    """Legacy names that contain our tensor `name`: three for a fused qkv tensor, otherwise one."""
+    tail, block = _split_block(name, ENCODER_PREFIX)
+    if tail not in _TO_LEGACY:
         return (name,)
-    tail = name[len(ENCODER_PREFIX) :]
-    block = _OUR_BLOCK.match(tail)
-    if block is None:
-        return (LEGACY_ENCODER_PREFIX + _TO_LEGACY[tail],) if tail in _TO_LEGACY else (name,)
-    prefix, tail = f"{LEGACY_ENCODER_PREFIX}encoder.layer.{block.group(1)}.", block.group(2)
-    fused = _OUR_QKV.match(tail)
-    if fused is not None:
-        return tuple(f"{prefix}attention.attention.{part}.{fused.group(1)}" for part in QKV)
-    return (prefix + _BLOCK_TO_LEGACY[tail],) if tail in _BLOCK_TO_LEGACY else (name,)
+    return tuple(LEGACY_ENCODER_PREFIX + part.format(block) for part in _TO_LEGACY[tail])
 
 
 def legacy_name(name: str) -> str:
@@ -85,18 +72,16 @@ def legacy_name(name: str) -> str:
 
 
 def our_name(name: str) -> str:
-    """Our name of the tensor that holds the legacy entry `name`; other names are unchanged."""
-    if not name.startswith(LEGACY_ENCODER_PREFIX):
-        return name
-    tail = name[len(LEGACY_ENCODER_PREFIX) :]
-    block = _LEGACY_BLOCK.match(tail)
-    if block is None:
-        return ENCODER_PREFIX + _TO_OURS[tail] if tail in _TO_OURS else name
-    prefix, tail = f"{ENCODER_PREFIX}blocks.{block.group(1)}.", block.group(2)
-    part = _LEGACY_QKV.match(tail)
-    if part is not None:
-        return f"{prefix}attn.qkv.{part.group(2)}"
-    return prefix + _BLOCK_TO_OURS[tail] if tail in _BLOCK_TO_OURS else name
+    """Our name of the tensor that contains the legacy entry `name`; other names are unchanged."""
+    tail, block = _split_block(name, LEGACY_ENCODER_PREFIX)
+    return ENCODER_PREFIX + _TO_OURS[tail].format(block) if tail in _TO_OURS else name
+
+
+def _split_block(name: str, prefix: str) -> tuple[str, str]:
+    """(name after `prefix` with {} for the block number, that number); empty for other names."""
+    tail = name.removeprefix(prefix) if name.startswith(prefix) else ""
+    block = _BLOCK.match(tail)
+    return _BLOCK.sub(r"\1.{}.", tail), block.group(2) if block else ""
 
 
 def to_legacy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,10 +108,9 @@ def _legacy_entries(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]
 def _split_qkv(state: Mapping[str, Tensor], weight: str) -> Iterator[tuple[str, Tensor]]:
     """Weight and bias of the query, then of the key, then of the value: the legacy order."""
     pair = [n for n in (weight, weight.removesuffix("weight") + "bias") if n in state]
-    parts = {name: state[name].chunk(len(QKV)) for name in pair}
-    for i in range(len(QKV)):
-        for name in pair:
-            yield legacy_names(name)[i], parts[name][i]
+    parts = [zip(legacy_names(n), state[n].chunk(3), strict=True) for n in pair]
+    for entries in zip(*parts, strict=True):
+        yield from entries
 
 
 def from_legacy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from rfdetr.errors import CheckpointError
 Weights = dict[str, Tensor]
 Kind = Literal["engine", "weights", "lightning"]
 
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPER_PREFIXES = re.compile(r"^(model\.|module\.|_orig_mod\.)+")
 _IGNORED = ("_kp_active_mask",)  # an empty entry of newer releases
 _CLASS_HEADS = ("class_embed.bias", "transformer.enc_out_class_embed.0.bias")
 _EMA_KEYS = ("average_model_state_dict", "averaged_state_dict", "ema_state_dict")
@@ -120,13 +121,7 @@ def clean_weights(raw: Mapping[str, Tensor]) -> Weights:
 
 def strip_prefixes(name: str) -> str:
     """`name` without `model.`, `module.` and `_orig_mod.`, which wrappers add."""
-    while True:
-        for prefix in ("model.", *_WRAPPERS):
-            if name.startswith(prefix):
-                name = name.removeprefix(prefix)
-                break
-        else:
-            return name.replace("._orig_mod.", ".")
+    return _WRAPPER_PREFIXES.sub("", name).replace("._orig_mod.", ".")
 
 
 def head_classes(weights: Mapping[str, Tensor]) -> int | None:

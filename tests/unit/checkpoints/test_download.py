@@ -1,4 +1,4 @@
-"""Downloads from a local HTTP server: resume, checksums, refusals, several processes."""
+"""Downloads from a local HTTP server: retries, checksums, refusals, several processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import errno
 import hashlib
 import http.server
 import multiprocessing
-import re
 import threading
 import time
 import warnings
@@ -38,9 +37,8 @@ class Behaviour:
     body: bytes = BODY
     headers: dict[str, str] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)
-    ranges: bool = True
     status: int = 200
-    requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -50,20 +48,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         plan = self.behaviour
-        wanted, condition = self.headers.get("Range"), self.headers.get("If-Range")
-        plan.requests.append((self.path, wanted, condition))
+        plan.requests.append(self.path)
         cut = plan.cuts.pop(0) if plan.cuts else None
-        match = re.match(r"bytes=(\d+)-", wanted or "")
-        start = int(match.group(1)) if match and plan.ranges else 0
-        if condition and condition != plan.headers.get("ETag"):
-            start = 0
         if plan.status != 200:
             self._answer(plan.status, b"no", {}, None)
-        elif start >= len(plan.body):
-            self._answer(416, b"", {}, None)
-        elif start:
-            span = {"Content-Range": f"bytes {start}-{len(plan.body) - 1}/{len(plan.body)}"}
-            self._answer(206, plan.body[start:], plan.headers | span, cut)
         else:
             self._answer(200, plan.body, plan.headers, cut)
 
@@ -81,7 +69,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Behaviour]:
-    behaviour = Behaviour(headers={"ETag": f'"{hashlib.md5(BODY).hexdigest()}"'})
+    behaviour = Behaviour()
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, behaviour))
     threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("RF_WEIGHTS_URL", f"http://127.0.0.1:{httpd.server_port}/weights/")
@@ -103,63 +91,32 @@ def test_a_name_is_fetched_once_and_then_cached(
     assert path == tmp_path / "cache" / NAME
     assert path.read_bytes() == BODY
     assert resolve_weights(NAME) == path
-    assert [r[0] for r in server.requests] == [f"/weights/{NAME}"]
+    assert server.requests == [f"/weights/{NAME}"]
     assert _cache(tmp_path) == [NAME, NAME + ".sha256"]
     assert NAME in capfd.readouterr().err  # the progress bar
 
 
-def test_an_interrupted_transfer_goes_on_where_it_stopped(
-    server: Behaviour, tmp_path: Path
-) -> None:
+def test_an_interrupted_transfer_is_retried(server: Behaviour) -> None:
     server.cuts = [1_000_000, 2_000_000]
     assert resolve_weights(NAME).read_bytes() == BODY
-    assert [r[1] for r in server.requests] == [None, "bytes=1000000-", "bytes=3000000-"]
-    assert {r[2] for r in server.requests[1:]} == {server.headers["ETag"]}
+    assert len(server.requests) == 3
 
 
-def test_the_next_call_resumes_what_an_earlier_one_left(server: Behaviour, tmp_path: Path) -> None:
-    server.cuts = [1_000_000, 0]
-    with pytest.raises(DownloadError, match=r"\.part is kept; the next call resumes"):
-        resolve_weights(NAME)
-    assert _cache(tmp_path) == [NAME + ".part", NAME + ".part.etag"]
-    assert resolve_weights(NAME).read_bytes() == BODY
-    assert server.requests[-1][1] == "bytes=1000000-"
-    assert _cache(tmp_path) == [NAME, NAME + ".sha256"]
-
-
-def test_a_server_without_ranges_starts_again(server: Behaviour) -> None:
-    server.cuts, server.ranges = [1_000_000], False
-    assert resolve_weights(NAME).read_bytes() == BODY
-    assert len(server.requests) == 2
-
-
-def test_a_file_that_changed_meanwhile_is_fetched_from_the_start(server: Behaviour) -> None:
-    server.cuts = [1_000_000, 0]
-    with pytest.raises(DownloadError):
-        resolve_weights(NAME)
-    server.body = BODY[::-1]
-    server.headers = {"ETag": f'"{hashlib.md5(server.body).hexdigest()}"'}
-    assert resolve_weights(NAME).read_bytes() == server.body
-
-
-@pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"abc"'}])
-def test_without_a_strong_etag_a_transfer_restarts(
-    server: Behaviour, headers: dict[str, str]
+def test_a_transfer_that_is_always_interrupted_fails_and_leaves_nothing(
+    server: Behaviour, tmp_path: Path
 ) -> None:
-    server.headers, server.cuts = headers, [1_000_000, 0]
-    with pytest.raises(DownloadError):
+    server.cuts = [1_000_000] * download.ATTEMPTS
+    with pytest.raises(DownloadError, match=r"IncompleteRead.*RF_WEIGHTS_URL"):
         resolve_weights(NAME)
-    server.body = BODY[::-1]
-    assert resolve_weights(NAME).read_bytes() == server.body
-    assert [r[1] for r in server.requests] == [None, None, None]
-
-
-def test_a_complete_part_file_needs_no_bytes(server: Behaviour, tmp_path: Path) -> None:
-    server.cuts = [1_000_000, 0]
-    with pytest.raises(DownloadError):
-        resolve_weights(NAME)
-    (tmp_path / "cache" / (NAME + ".part")).write_bytes(BODY)
+    assert _cache(tmp_path) == []
     assert resolve_weights(NAME).read_bytes() == BODY
+
+
+def test_what_a_killed_process_left_is_removed(server: Behaviour, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / f".{NAME}.0123456789ab.tmp").write_bytes(b"part")
+    resolve_weights(NAME)
+    assert _cache(tmp_path) == [NAME, NAME + ".sha256"]
 
 
 MD5 = {"x-goog-hash": f"crc32c=AAAAAA==,md5={base64.b64encode(bytes(16)).decode()}"}
@@ -228,10 +185,10 @@ def test_a_file_that_the_user_put_into_the_cache_is_recorded(
 
 
 def test_a_full_disk_is_named(server: Behaviour, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(response: Any, part: Path) -> None:
+    def full(url: str, part: Path, name: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(download, "_receive", full)
+    monkeypatch.setattr(download, "_fetch", full)
     with pytest.raises(DownloadError, match=r"No space left.*RF_HOME .* enough space"):
         resolve_weights(NAME)
 
