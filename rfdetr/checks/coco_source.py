@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,16 @@ from rfdetr.arrays import Integers, find_rows
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.polygons import Segmentations, measure_segmentations, rle_problem
 from rfdetr.checks.table import NO_ID, CategoryRow, SplitTable
-from rfdetr.data.coco_json import UNKNOWN, CocoFile, Problem, parse_segmentation, read_coco
-from rfdetr.data.coco_rows import Lines, byte_offset, outline, section_rows
+from rfdetr.data.coco_entries import ProblemCode
+from rfdetr.data.coco_json import UNKNOWN, CocoFile, parse_segmentation, read_coco
+from rfdetr.data.coco_problems import (
+    MAX_PROBLEMS,
+    LineCounter,
+    Problem,
+    byte_offset,
+    outline,
+    section_entries,
+)
 
 TAIL = 64  # a newline this close to the end may only terminate a file of one line
 
@@ -34,7 +42,7 @@ def read_coco_split(
     table = _table(name, folder, images_dir, coco)
     table.readable = all(problem.section != "file" for problem in coco.problems)
     table.broken_names = _broken_names(coco)
-    _report_problems(coco.problems, table, collector)
+    _report_problems([*coco.problems, *_missing_values(coco)], table, collector)
     _report_image_records(table, coco, collector)
     _report_links(table, coco, collector)
     _add_segmentations(table, measured, collector)
@@ -84,9 +92,9 @@ def _line_finder(
             return [1] * len(rows)
         if not offsets:
             values, text, _ = outline(data)
-            entries, _ = section_rows(values, section)
+            entries, _ = section_entries(values, section)
             offsets.append(np.array([byte_offset(entry, text) for entry in entries], np.int64))
-        lines = Lines(data)
+        lines = LineCounter(data)
         order = sorted(range(len(rows)), key=lambda i: rows[i])
         found: list[int | None] = [None] * len(rows)
         for i in order:
@@ -98,14 +106,29 @@ def _line_finder(
 
 def _broken_names(coco: CocoFile) -> frozenset[str]:
     """File names of the image records that could not be read."""
-    rows = {p.row for p in coco.problems if p.section == "images" and p.fatal and p.row is not None}
+    rows = {p.row for p in coco.problems if p.section == "images" and p.row is not None}
     if not rows:
         return frozenset()
     values, _, _ = outline(coco.data)
-    entries, _ = section_rows(values, "images")
+    entries, _ = section_entries(values, "images")
     records = (parse_segmentation(bytes(entries[row])) for row in sorted(rows))
     names = (record.get("file_name") for record in records if isinstance(record, dict))
     return frozenset(name for name in names if isinstance(name, str))
+
+
+def _missing_values(coco: CocoFile) -> Iterator[Problem]:
+    """Sizes and annotation ids that the file does not give, which training can do without."""
+    images, annotations = coco.images, coco.annotations
+    columns: tuple[tuple[ProblemCode, str, str, Integers, Integers, Integers], ...] = (
+        ("image-size-invalid", "images", "width", images.widths, images.rows, images.ids),
+        ("image-size-invalid", "images", "height", images.heights, images.rows, images.ids),
+        ("key-missing", "annotations", "id", annotations.ids, annotations.rows, annotations.ids),
+    )
+    for code, section, key, values, records, ids in columns:
+        for row in np.flatnonzero(values == UNKNOWN)[:MAX_PROBLEMS]:
+            own_id = None if ids[row] == UNKNOWN else int(ids[row])
+            reason = "the key is missing"
+            yield Problem(code, section, int(records[row]), key, "", reason, id=own_id)
 
 
 def _report_problems(problems: Sequence[Problem], table: SplitTable, collector: Collector) -> None:

@@ -15,7 +15,7 @@ from rfdetr.arrays import Floats, Integers
 from rfdetr.checks.inspection import process_context, usable_cores
 from rfdetr.checks.table import PolygonExtents
 from rfdetr.data.coco_json import parse_segmentation
-from rfdetr.data.coco_rows import FAILURES
+from rfdetr.data.coco_problems import FAILURES
 from rfdetr.data.masks import decode_counts
 from rfdetr.errors import DatasetError
 

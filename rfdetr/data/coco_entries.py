@@ -1,4 +1,8 @@
-"""What an entry of a COCO file must hold: typed for the fast reading, key by key for the slow."""
+"""What an entry of a COCO file must contain.
+
+Typed structs for the fast reading, rules per key for the slow reading (`coco_problems.py`).
+Format: https://cocodataset.org/#format-data
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-# What is wrong with an entry or a file; the dataset checks report findings under the same codes.
+# What is wrong with a file or an entry; the dataset checks report findings under the same codes.
 ProblemCode = Literal[
     "json-malformed",
     "json-structure",
@@ -28,7 +32,7 @@ Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 NO_BYTES = Raw(b"")
 
 
-class ImageRow(msgspec.Struct, gc=False):
+class ImageEntry(msgspec.Struct, gc=False):
     """An entry of "images"."""
 
     id: Int64
@@ -37,8 +41,8 @@ class ImageRow(msgspec.Struct, gc=False):
     height: Int64 | None = None
 
 
-class AnnotationRow(msgspec.Struct, gc=False):
-    """An entry of "annotations"; the segmentation stays text."""
+class AnnotationEntry(msgspec.Struct, gc=False):
+    """An entry of "annotations"; the segmentation stays JSON text."""
 
     image_id: Int64
     category_id: Int64
@@ -49,7 +53,7 @@ class AnnotationRow(msgspec.Struct, gc=False):
     segmentation: Raw = NO_BYTES
 
 
-class CategoryRow(msgspec.Struct, gc=False):
+class CategoryEntry(msgspec.Struct, gc=False):
     """An entry of "categories"."""
 
     id: Int64
@@ -58,15 +62,15 @@ class CategoryRow(msgspec.Struct, gc=False):
 
 
 class Document(msgspec.Struct, gc=False):
-    """A well-formed file in one pass."""
+    """A valid file, decoded in one pass."""
 
-    images: list[ImageRow]
-    annotations: list[AnnotationRow]
-    categories: list[CategoryRow]
+    images: list[ImageEntry]
+    annotations: list[AnnotationEntry]
+    categories: list[CategoryEntry]
 
 
 class SegmentationText(msgspec.Struct, gc=False):
-    """The segmentation of an entry whose other values are wrong."""
+    """The segmentation alone, of an entry that is not valid as it is."""
 
     segmentation: Raw = NO_BYTES
 
@@ -108,14 +112,14 @@ def _flag(value: Any) -> int:
 
 
 KINDS: dict[str, type[msgspec.Struct]] = {
-    "images": ImageRow,
-    "annotations": AnnotationRow,
-    "categories": CategoryRow,
+    "images": ImageEntry,
+    "annotations": AnnotationEntry,
+    "categories": CategoryEntry,
 }
 
 
 class FieldRule(NamedTuple):
-    """What the slow reading requires of one key."""
+    """What the slow reading requires of one key; `convert` raises for a value that it refuses."""
 
     convert: Callable[[Any], Any]
     expected: str
@@ -124,13 +128,13 @@ class FieldRule(NamedTuple):
 
 
 FIELDS: dict[type[msgspec.Struct], dict[str, FieldRule]] = {
-    ImageRow: {
+    ImageEntry: {
         "id": FieldRule(_integer, "an integer", required=True),
-        "file_name": FieldRule(_text, "a text", required=True, code="file-name-invalid"),
+        "file_name": FieldRule(_text, "a string", required=True, code="file-name-invalid"),
         "width": FieldRule(_integer, "an integer", code="image-size-invalid"),
         "height": FieldRule(_integer, "an integer", code="image-size-invalid"),
     },
-    AnnotationRow: {
+    AnnotationEntry: {
         "image_id": FieldRule(_integer, "an integer", required=True),
         "category_id": FieldRule(_integer, "an integer", required=True),
         "bbox": FieldRule(
@@ -140,16 +144,16 @@ FIELDS: dict[type[msgspec.Struct], dict[str, FieldRule]] = {
         "area": FieldRule(_number, "a finite number"),
         "iscrowd": FieldRule(_flag, "0 or 1", code="iscrowd-invalid"),
     },
-    CategoryRow: {
+    CategoryEntry: {
         "id": FieldRule(_integer, "an integer", required=True),
-        "name": FieldRule(_text, "a text", required=True, code="category-name-invalid"),
-        "supercategory": FieldRule(_any_text, "a text"),
+        "name": FieldRule(_text, "a string", required=True, code="category-name-invalid"),
+        "supercategory": FieldRule(_any_text, "a string"),
     },
 }
 
 
 def value_code(key: str, value: Any, rule: FieldRule) -> ProblemCode:
-    """The code of a value that the rule of its key refuses."""
+    """The code of a value that its rule refuses."""
     return _box_code(value) if key == "bbox" else rule.code
 
 

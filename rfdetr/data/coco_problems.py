@@ -1,4 +1,9 @@
-"""The slow reading of a COCO file: entry by entry, with what is wrong with each."""
+"""The slow reading of a COCO file: entry by entry, with the problems of each.
+
+It runs when the fast reading refuses a file: it accepts what Python's JSON accepts and COCO tools
+write (NaN, 7.0 as an integer, null for a missing value), and says where and what is wrong with
+every other entry.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +19,13 @@ import numpy as np
 from rfdetr.data.coco_entries import (
     FIELDS,
     KINDS,
-    AnnotationRow,
+    AnnotationEntry,
     ProblemCode,
     Raw,
     SegmentationText,
     value_code,
 )
 
-UNKNOWN = -(2**63)  # an id, width or height that the file does not give
 MAX_PROBLEMS = 10_000  # of one section; the rest is counted
 SECTIONS = ("images", "annotations", "categories")
 
@@ -30,7 +34,7 @@ FAILURES = (ValueError, RecursionError)  # msgspec's errors and UnicodeDecodeErr
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in an annotation file. A `fatal` one keeps its entry out of the tables."""
+    """Something wrong in an annotation file. An entry with a problem is not in the tables."""
 
     code: ProblemCode
     section: str  # "file", "images", "annotations" or "categories"
@@ -38,7 +42,6 @@ class Problem:
     key: str | None
     value: str
     reason: str
-    fatal: bool = True
     id: int | None = None
     line: int | None = None
 
@@ -53,24 +56,26 @@ class Problem:
         return f"{place}: {self.reason}{found}"
 
 
-class Rows(NamedTuple):
-    """Entries of one section that could be read, and their positions in the file's list."""
+class Section(NamedTuple):
+    """The valid entries of one list of the file, and their positions in that list."""
 
     entries: list[Any]
     numbers: Sequence[int]
 
 
 def byte_offset(raw: msgspec.Raw, data: bytes) -> int:
-    """Where the bytes of `raw` begin in the buffer that it was decoded from."""
+    """The position of `raw` in the buffer that it was decoded from, which it points into."""
     here = np.frombuffer(raw, np.uint8).ctypes.data
-    return int(here - np.frombuffer(data, np.uint8).ctypes.data)
+    offset = int(here - np.frombuffer(data, np.uint8).ctypes.data)
+    assert 0 <= offset < len(data)
+    return offset
 
 
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"|-?Infinity|NaN', re.DOTALL)
 
 
 def quote_constants(data: bytes) -> bytes:
-    """NaN and Infinity, which Python writes and JSON forbids, as texts of the same length."""
+    """Put quotes around NaN and Infinity, which JSON forbids, keeping the length of the text."""
 
     def quoted(match: re.Match[bytes]) -> bytes:
         token = match.group()
@@ -80,7 +85,7 @@ def quote_constants(data: bytes) -> bytes:
 
 
 def outline(data: bytes) -> tuple[dict[str, msgspec.Raw], bytes, list[Problem]]:
-    """The top-level values as text, the buffer that they lie in, and what is wrong."""
+    """The top-level values as JSON text, the buffer that they point into, and the problems."""
     try:
         return _top_level(data), data, []
     except msgspec.ValidationError:
@@ -116,18 +121,18 @@ def _syntax_problem(data: bytes, message: str) -> Problem:
     column = offset - (data.rfind(b"\n", 0, offset) + 1) + 1
     reason = f"{re.sub(r' *.byte .*', '', message)} at column {column}"
     return Problem(
-        "json-malformed", "file", None, None, repr(near), reason, line=Lines(data).at(offset)
+        "json-malformed", "file", None, None, repr(near), reason, line=LineCounter(data).at(offset)
     )
 
 
-class Lines:
-    """Line numbers, from 1, of bytes; cheap when asked in ascending order."""
+class LineCounter:
+    """Line numbers, from 1, of byte positions; fast in ascending order."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._offset, self._line = data, 0, 1
 
     def at(self, offset: int) -> int:
-        """The line that holds the byte."""
+        """The line of the byte at `offset`."""
         if offset < self._offset:
             self._offset, self._line = 0, 1
         self._line += self._data.count(b"\n", self._offset, offset)
@@ -135,27 +140,27 @@ class Lines:
         return self._line
 
 
-def read_rows(data: bytes) -> tuple[dict[str, Rows], bytes, list[Problem]]:
-    """Every entry that can be read, the text that it was read from, and what is wrong with others.
+def read_entries(data: bytes) -> tuple[dict[str, Section], bytes, list[Problem]]:
+    """The valid entries by section, the buffer they were decoded from, and all problems.
 
-    The text has the length of `data`; constants that JSON forbids are quoted in it.
+    The buffer is `data`, or a copy of equal length with NaN and Infinity quoted.
     """
     values, text, problems = outline(data)
-    sections = {name: Rows([], []) for name in SECTIONS}
+    sections = {name: Section([], []) for name in SECTIONS}
     if problems:
         return sections, text, problems
     for name in SECTIONS:
-        raws, wrong = section_rows(values, name)
+        raws, wrong = section_entries(values, name)
         problems += wrong
         sections[name], wrong = _check_section(name, raws, data, text)
         problems += wrong
     return sections, text, problems
 
 
-def section_rows(
+def section_entries(
     values: dict[str, msgspec.Raw], name: str
 ) -> tuple[list[msgspec.Raw], list[Problem]]:
-    """The entries of one section as text."""
+    """The entries of one section as JSON text."""
     if name not in values:
         keys = ", ".join(sorted(values)[:10]) or "nothing"
         reason = f"the key is missing; the file has {keys}"
@@ -169,10 +174,10 @@ def section_rows(
 
 def _check_section(
     name: str, raws: Sequence[msgspec.Raw], data: bytes, text: bytes
-) -> tuple[Rows, list[Problem]]:
+) -> tuple[Section, list[Problem]]:
     kind = KINDS[name]
     decoder = msgspec.json.Decoder(kind)
-    lines = Lines(data)
+    lines = LineCounter(data)
     entries: list[msgspec.Struct] = []
     numbers, left_out = [], 0
     problems: list[Problem] = []
@@ -194,7 +199,7 @@ def _check_section(
     if left_out:
         reason = f"{left_out} further problems"
         problems.append(Problem("json-structure", name, None, None, "", reason))
-    return Rows(entries, numbers), problems
+    return Section(entries, numbers), problems
 
 
 class _Place(NamedTuple):
@@ -212,7 +217,7 @@ class _Place(NamedTuple):
 def _examine(
     kind: type[msgspec.Struct], text: bytes, raw: msgspec.Raw, place: _Place
 ) -> tuple[msgspec.Struct | None, list[Problem]]:
-    """One entry that the typed decoder refused: as Python reads it, or what is wrong with it."""
+    """One entry that the typed decoder refused: as Python reads it, or its problems."""
     try:
         entry = json.loads(text)
     except FAILURES as error:
@@ -235,7 +240,7 @@ def _examine(
             problems.append(place.problem("key-missing", key, "", reason, own_id))
     if problems:
         return None, problems
-    if kind is AnnotationRow:
+    if kind is AnnotationEntry:
         values["segmentation"] = msgspec.json.decode(raw, type=SegmentationText).segmentation
     return kind(**values), []
 
