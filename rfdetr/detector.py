@@ -96,16 +96,16 @@ class RFDETR:
         from rfdetr.variants import BY_CONFIG
 
         file = resolve_weights(path)
-        container = read_checkpoint(file, mmap=True)
-        sized = cls if cls is not RFDETR else BY_CONFIG[infer_config_class(container)]
-        _check_size(container, sized)
+        record = read_checkpoint(file, mmap=True)
+        sized = cls if cls is not RFDETR else BY_CONFIG[infer_config_class(record)]
+        _check_size(record, sized)
         settings = {"pretrain_weights": os.fspath(file), **overrides}
-        config = infer_config(container, sized.config_class, **settings)
+        config = infer_config(record, sized.config_class, **settings)
         if "num_classes" not in overrides:
             config.infer_num_classes(config.num_classes)
         detector = sized.__new__(sized)
         network = build_network(config)
-        detector._begin(network, config, load_record(network, config, container))
+        detector._begin(network, config, load_record(network, config, record))
         return detector
 
     @property
@@ -280,14 +280,14 @@ class RFDETR:
         return export_onnx(self.model.model, output_dir, **options)
 
 
-def _check_size(container: CheckpointRecord, sized: type[RFDETR]) -> None:
+def _check_size(record: CheckpointRecord, sized: type[RFDETR]) -> None:
     """CheckpointError for a file whose own record names another size."""
-    own = f"{container.model_name}".removesuffix("Config")
+    own = f"{record.model_name}".removesuffix("Config")
     known = {cls.__name__.removesuffix("Config") for cls in MODEL_CONFIGS.values()}
     wanted = sized.config_class.__name__.removesuffix("Config")
     if own in known and own != wanted:
         raise CheckpointError(
-            f"{container.path} is a checkpoint of {own}, not of {wanted}. Load it with "
+            f"{record.path} is a checkpoint of {own}, not of {wanted}. Load it with "
             f"{own}.from_checkpoint, or with RFDETR.from_checkpoint for whatever it holds."
         )
 

@@ -136,8 +136,8 @@ def score_model(
     CheckpointError or DatasetError.
     """
     quiet_libraries()
-    container = read_checkpoint(weights, mmap=True)
-    model_config = infer_config(container, pretrain_weights=str(weights))
+    record = read_checkpoint(weights, mmap=True)
+    model_config = infer_config(record, pretrain_weights=str(weights))
     train_config = TrainConfig.model_validate(
         {
             "dataset_dir": str(dataset_dir),
@@ -155,7 +155,7 @@ def score_model(
     columns = collector.evaluator.state()
     if not len(columns.truth):
         raise DatasetError(f"The {settings.split} split of {dataset_dir} has no boxes to score by.")
-    table = label_table(container, names)
+    table = label_table(record, names)
     columns = relabel(columns, table)
     types: tuple[IouType, ...] = ("bbox", "segm") if model_config.segmentation_head else ("bbox",)
     labels = [*report.named_labels(names), *columns.truth.label.tolist()]
@@ -164,7 +164,7 @@ def score_model(
         weights_sha256=sha256_file(weights),
         size_mb=round(Path(weights).stat().st_size / 1e6, 3),
         class_names=names,
-        model_class_names=list(container.class_names or names),
+        model_class_names=list(record.class_names or names),
         result=result,
         columns=columns,
         samples=collector.samples,
@@ -174,20 +174,20 @@ def score_model(
     )
 
 
-def label_table(container: CheckpointRecord, names: list[str]) -> dict[int, int]:
+def label_table(record: CheckpointRecord, names: list[str]) -> dict[int, int]:
     """Model label -> dataset label, by name; unnamed models use the dataset's labels.
 
     Warns when they share no class: such a model scores 0, and it is for the gate to judge.
     """
-    own = container.class_names
+    own = record.class_names
     if not own:
         return {label: label for label in range(len(names))}
     known = {name: label for label, name in enumerate(names)}
-    offset = container.label_offset
+    offset = record.label_offset
     table = {i + offset: known[name] for i, name in enumerate(own) if name in known}
     if not table:
         warnings.warn(
-            f"{container.path} knows the classes {', '.join(own[:8])}; the dataset has "
+            f"{record.path} knows the classes {', '.join(own[:8])}; the dataset has "
             f"{', '.join(names[:8])}: none is common, every score is 0.",
             UserWarning,
             stacklevel=2,

@@ -126,12 +126,12 @@ def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path)
     }
 
 
-def _about(container: CheckpointRecord) -> dict[str, Any]:
+def _about(record: CheckpointRecord) -> dict[str, Any]:
     return {
-        "kind": container.kind,
-        "num_classes": container.num_classes,
-        "class_names": container.class_names,
-        "epoch": container.epoch,
+        "kind": record.kind,
+        "num_classes": record.num_classes,
+        "class_names": record.class_names,
+        "epoch": record.epoch,
     }
 
 

@@ -26,7 +26,7 @@ Weights = dict[str, Tensor]
 Kind = Literal["engine", "weights", "lightning"]
 
 _WRAPPER_PREFIXES = re.compile(r"^(model\.|module\.|_orig_mod\.)+")
-_IGNORED = ("_kp_active_mask",)  # an empty entry of newer releases
+_IGNORED = ("_kp_active_mask", "n_averaged")  # not weights: of newer releases, of AveragedModel
 _CLASS_HEADS = ("class_embed.bias", "transformer.enc_out_class_embed.0.bias")
 _EMA_KEYS = ("average_model_state_dict", "averaged_state_dict", "ema_state_dict")
 
@@ -86,45 +86,39 @@ def parse_checkpoint(content: Any, path: str) -> CheckpointRecord:
             f"{path} contains a {type(content).__name__}, not a checkpoint dictionary with the "
             "key 'model'."
         )
-    if "model" in content or "state_dict" not in content:
-        raw, kind = _legacy_weights(content, path)
-    else:
-        raw, kind = _tensors(content["state_dict"], "state_dict", path), "lightning"
+    key = "model" if "model" in content else "state_dict"
+    if key not in content:
+        raise CheckpointError(
+            f"{path} has no key 'model' (nor 'state_dict'); keys found: "
+            f"{', '.join(map(repr, content)) or 'none'}. It is not an RF-DETR checkpoint."
+        )
+    raw = _tensors(content[key], key, path)
+    weights = _under_our_names(raw)
+    epoch = _int_or_none(content.get("epoch"))
+    kind: Kind = "weights" if epoch is None else "engine"
     hyper = plain(content.get("hyper_parameters")) or {}
     args = plain(content.get("args")) or {**hyper, **_section(hyper, "train_config")}
     model_config = plain(content.get("model_config")) or _section(hyper, "model_config")
-    weights = clean_weights(raw)
     names = class_names_of(args.get("class_names") or content.get("class_names"))
-    num_classes = head_classes(weights)
+    num_classes = _class_count(weights)
     return CheckpointRecord(
         path=path,
-        kind=kind,
+        kind="lightning" if key == "state_dict" else kind,
         weights=weights,
         ema=_ema_weights(content, path),
         args=args,
         model_config=model_config,
         model_name=_str_or_none(content.get("model_name") or hyper.get("model_name")),
-        epoch=_int_or_none(content.get("epoch")),
+        epoch=epoch,
         global_step=_int_or_none(content.get("global_step")),
         class_names=names,
         num_classes=num_classes,
         label_offset=_label_offset(content.get("args"), names, num_classes),
-        has_legacy_names=any(strip_prefixes(n) not in weights for n in raw if not _is_ignored(n)),
+        has_legacy_names=any(_without_wrappers(name) not in weights for name in raw),
     )
 
 
-def clean_weights(raw: Mapping[str, Tensor]) -> Weights:
-    """Weights under our names, without prefixes of wrappers and without unused entries."""
-    bare = {strip_prefixes(name): value for name, value in raw.items()}
-    return from_legacy({name: value for name, value in bare.items() if not _is_ignored(name)})
-
-
-def strip_prefixes(name: str) -> str:
-    """`name` without `model.`, `module.` and `_orig_mod.`, which wrappers add."""
-    return _WRAPPER_PREFIXES.sub("", name).replace("._orig_mod.", ".")
-
-
-def head_classes(weights: Mapping[str, Tensor]) -> int | None:
+def _class_count(weights: Mapping[str, Tensor]) -> int | None:
     """Rows of the class head minus the surplus row; None for a file without a head."""
     for name in _CLASS_HEADS:
         if name in weights:
@@ -155,37 +149,35 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _legacy_weights(content: Mapping[str, Any], path: str) -> tuple[Weights, Kind]:
-    if "model" not in content:
-        keys = ", ".join(map(repr, content)) or "none"
-        raise CheckpointError(
-            f"{path} has no key 'model' (nor 'state_dict'); keys found: {keys}. It is not an "
-            "RF-DETR checkpoint."
-        )
-    weights = _tensors(content["model"], "model", path)
-    return weights, "weights" if content.get("epoch") is None else "engine"
-
-
 def _tensors(value: Any, key: str, path: str) -> Weights:
+    """The tensors of an entry of the file, under the names in the file."""
     if not isinstance(value, Mapping) or not value:
         raise CheckpointError(f"{path}: '{key}' is not a dictionary of tensors.")
     wrong = [str(name) for name, item in value.items() if not isinstance(item, Tensor)]
     if wrong:
         raise CheckpointError(f"{path}: '{key}' has entries that are not tensors: {wrong[:5]}.")
-    return dict(value)
+    return {name: item for name, item in value.items() if not name.endswith(_IGNORED)}
+
+
+def _under_our_names(tensors: Mapping[str, Tensor]) -> Weights:
+    return from_legacy({_without_wrappers(name): value for name, value in tensors.items()})
+
+
+def _without_wrappers(name: str) -> str:
+    """`name` without `model.`, `module.` and `_orig_mod.`, which wrapping modules add."""
+    return _WRAPPER_PREFIXES.sub("", name).replace("._orig_mod.", ".")
 
 
 def _ema_weights(content: Mapping[str, Any], path: str) -> Weights | None:
     """The EMA weights, wherever each generation stores them."""
     for key in ("ema_model", "legacy_ema_state_dict"):
         if content.get(key):
-            return clean_weights(_tensors(content[key], key, path))
+            return _under_our_names(_tensors(content[key], key, path))
     callbacks = content.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         for key in _EMA_KEYS if isinstance(state, Mapping) else ():
             if state.get(key):
-                tensors = _tensors(state[key], key, path)
-                return clean_weights({k: v for k, v in tensors.items() if k != "n_averaged"})
+                return _under_our_names(_tensors(state[key], key, path))
     return None
 
 
@@ -194,10 +186,6 @@ def _label_offset(args: Any, names: list[str] | None, num_classes: int | None) -
     if not isinstance(args, argparse.Namespace) or names is None:
         return 0
     return int(num_classes == len(names) and vars(args).get("dataset_file") != "yolo")
-
-
-def _is_ignored(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in _IGNORED
 
 
 def _section(values: Mapping[str, Any], key: str) -> dict[str, Any]:
