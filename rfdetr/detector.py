@@ -23,7 +23,7 @@ from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
 from rfdetr.data.image_input import ImageLike, height_and_width, read_image
 from rfdetr.data.transforms import EvalTransform, preprocess
 from rfdetr.errors import CheckpointError, ConfigError, InputError
-from rfdetr.export.frozen import FINAL, Optimized
+from rfdetr.export.frozen import FINAL_OUTPUTS, FrozenNetwork
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
 
@@ -48,7 +48,7 @@ class Holder:
         self.class_names: list[str] | None = None
         self.label_offset = 0
         self.square = True  # False where the weights were trained on images of any aspect ratio
-        self.optimized: Optimized | None = None
+        self.optimized: FrozenNetwork | None = None
 
     @property
     def device(self) -> torch.device:
@@ -206,7 +206,7 @@ class RFDETR:
         outputs = run(self._inputs(pictures, sizes))
         found = []
         for i, size in enumerate(sizes):  # one at a time: masks have the size of the image
-            own = {name: outputs[name][i : i + 1] for name in FINAL if name in outputs}
+            own = {name: outputs[name][i : i + 1] for name in FINAL_OUTPUTS if name in outputs}
             target = torch.tensor([size], device=holder.device)
             (result,) = holder.postprocess(own, target, threshold)
             found.append(self._detections(result))
@@ -265,7 +265,7 @@ class RFDETR:
                 UserWarning,
                 stacklevel=2,
             )
-        self.model.optimized = Optimized(
+        self.model.optimized = FrozenNetwork(
             self.model.model, self.model.resolution, batch_size, dtype, trace=compile
         )
 

@@ -1,10 +1,10 @@
-"""A fixed copy of a network for repeated inference."""
+"""Copies of a network for inference at one resolution."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from rfdetr.errors import InputError
 from rfdetr.model.network import RFDETRNetwork
 
-FINAL = ("pred_boxes", "pred_logits", "pred_masks")
+FINAL_OUTPUTS = ("pred_boxes", "pred_logits", "pred_masks")
 
 
 class FinalOutputs(nn.Module):
-    """The final outputs of a network as a tuple: boxes, logits, and masks if there are any."""
+    """The predictions of the last layer as a tuple, in the order of FINAL_OUTPUTS."""
 
     def __init__(self, network: RFDETRNetwork) -> None:
         super().__init__()
         self.network = network
-        self.names = FINAL if network.segmentation_head is not None else FINAL[:2]
+        self.names = FINAL_OUTPUTS if network.segmentation_head is not None else FINAL_OUTPUTS[:2]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        found: dict[str, Any] = self.network(images)
-        return tuple(found[name] for name in self.names)
+        """Images (B, 3, H, W) to boxes (B, Q, 4), logits (B, Q, K), masks (B, Q, H/4, W/4)."""
+        outputs = self.network(images)
+        return tuple(outputs[name] for name in self.names)
 
 
 def frozen_copy(
@@ -34,17 +35,18 @@ def frozen_copy(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> FinalOutputs:
-    """An eval copy without gradients whose position table fits images of (height, width)."""
+    """A copy in eval mode without gradients, with position embeddings for (height, width)."""
     model = copy.deepcopy(network).to(device=device, dtype=dtype).eval().requires_grad_(False)
     height, width = size
     model.fix_resolution(height, width)
     return FinalOutputs(model).eval()
 
 
-class Optimized:
+class FrozenNetwork:
     """A copy of a network for one resolution, batch size and number format.
 
-    Called with (batch_size, 3, R, R) it returns the same dictionary of final outputs.
+    Called with images (batch_size, 3, resolution, resolution), it returns pred_boxes, pred_logits
+    and pred_masks like the network.
     """
 
     def __init__(
@@ -63,23 +65,23 @@ class Optimized:
         self.dtype = dtype
         frozen = frozen_copy(network, (resolution, resolution), dtype=dtype)
         self.names = frozen.names
-        self._model: Any = frozen
+        self._model: Callable[[Tensor], tuple[Tensor, ...]] = frozen
         if trace:
             device = next(network.parameters()).device
             example = torch.zeros(batch_size, 3, resolution, resolution, dtype=dtype, device=device)
             with torch.inference_mode(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # notes about constants that are meant
-                trace_module: Any = torch.jit.trace
-                self._model = trace_module(frozen, example, check_trace=False)
+                warnings.simplefilter("ignore")  # about sizes that become constants, as intended
+                self._model = torch.jit.trace(frozen, example, check_trace=False)
 
     def check(self, images: int, resolution: int) -> None:
-        """Raise InputError unless the images fill whole batches at the same resolution."""
+        """Raise InputError unless the images fill batches of this size at this resolution."""
         if resolution != self.resolution or images % self.batch_size:
             raise InputError(
                 f"The optimized model takes batches of {self.batch_size} at {self.resolution} "
                 f"pixels; got {images} images at {resolution}. Call remove_optimized_model(), or "
-                "optimize_for_inference() with these numbers."
+                "optimize_for_inference() with the new sizes."
             )
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Predict for normalised images, converted to the copy's number format."""
         return dict(zip(self.names, self._model(images.to(self.dtype)), strict=True))

@@ -1,8 +1,8 @@
-"""ONNX export with a parity check: the exported graph is run and compared before it is handed out.
+"""ONNX export with a parity check: the exported graph is run and compared with the network.
 
-Input `input` (B, 3, H, W), normalised as `rfdetr.data.transforms.preprocess` does. Outputs `dets`
-(B, Q, 4) cxcywh as fractions, `labels` (B, Q, K) logits, and for segmentation `masks`
-(B, Q, H/4, W/4) logits.
+Input `input` (B, 3, H, W), normalised like the result of `rfdetr.data.transforms.preprocess`.
+Outputs `dets` (B, Q, 4) cxcywh as fractions, `labels` (B, Q, K) logits, and for segmentation
+`masks` (B, Q, H/4, W/4) logits.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rfdetr.checkpoints.safe_io import StrPath
+from rfdetr.config import ModelConfig
 from rfdetr.errors import InputError, MissingDependencyError
 from rfdetr.export.frozen import FinalOutputs, frozen_copy
 from rfdetr.files import atomic_path
@@ -26,22 +26,22 @@ from rfdetr.model.network import RFDETRNetwork
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "inference_model.onnx"
-NAMES = ("dets", "labels", "masks")
-TOLERANCE = 1e-3
-SAFE_GAP = 1e-4
-PROBES = 8
+OUTPUT_NAMES = ("dets", "labels", "masks")
+TOLERANCE = 1e-3  # largest difference without a warning
+SAFE_GAP = 1e-4  # between the scores of consecutive proposals
+PROBES = 8  # random batches to try
 
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """An exported file; `max_difference` is the largest absolute one to the network, if checked."""
+    """An exported file; `max_difference` is the largest absolute difference from the network."""
 
     path: Path
     opset: int
-    shape: tuple[int, int]
-    batch_size: int | None
+    shape: tuple[int, int]  # height, width in pixels
+    batch_size: int | None  # None: any
     outputs: tuple[str, ...]
-    max_difference: float | None
+    max_difference: float | None  # None: not checked
 
 
 def export_onnx(
@@ -54,11 +54,12 @@ def export_onnx(
     opset: int = 17,
     check: bool = True,
 ) -> OnnxExport:
-    """Write `output_dir`/inference_model.onnx from a copy of `network`, which stays as it is.
+    """Write `output_dir`/inference_model.onnx from a copy of `network`.
 
-    `shape` is (height, width), default the configured resolution. `check=True` runs the file with
-    onnxruntime. Raises InputError for a shape that is no pair or does not divide into blocks,
-    MissingDependencyError when onnx or onnxruntime is not installed.
+    `shape` is (height, width), by default the configured resolution. `check=True` runs the file
+    with onnxruntime and warns about a difference above TOLERANCE. Raises InputError for a shape
+    that is not a pair of multiples of the block size, MissingDependencyError if onnx or
+    onnxruntime is not installed.
     """
     _require("onnx", *(["onnxruntime"] if check else []))
     config = network.config
@@ -91,7 +92,7 @@ def _require(*packages: str) -> None:
         )
 
 
-def _checked_shape(shape: tuple[int, int], config: Any) -> tuple[int, int]:
+def _checked_shape(shape: tuple[int, int], config: ModelConfig) -> tuple[int, int]:
     if not isinstance(shape, list | tuple) or len(shape) != 2:
         raise InputError(f"shape must be (height, width), for example (384, 384); got {shape!r}.")
     height, width = shape
@@ -108,13 +109,13 @@ def _checked_shape(shape: tuple[int, int], config: Any) -> tuple[int, int]:
 def _probe(model: FinalOutputs, height: int, width: int, batch: int) -> tuple[Tensor, list[Tensor]]:
     """Images and the network's outputs for them, with proposals that rounding cannot reorder.
 
-    The ranking of proposals is a discrete choice: a near tie may fall either way in two correct
-    programs. Of a few random batches, the first with clear gaps is taken, else the clearest.
+    The order of two proposals with nearly equal scores may differ between two correct programs.
+    Takes the first of a few random batches with clear gaps, or else the one with the largest gap.
     """
     best: tuple[float, Tensor] | None = None
     for seed in range(PROBES):
-        draw = torch.Generator().manual_seed(seed)
-        images = torch.randn(batch, 3, height, width, generator=draw)
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(batch, 3, height, width, generator=generator)
         with torch.inference_mode():
             scores = model.network(images)["enc_outputs"]["pred_logits"].amax(-1)
         gap = float((scores[:, :-1] - scores[:, 1:]).min()) if scores.shape[1] > 1 else SAFE_GAP
@@ -128,7 +129,7 @@ def _probe(model: FinalOutputs, height: int, width: int, batch: int) -> tuple[Te
 
 
 def _names(model: FinalOutputs) -> tuple[str, ...]:
-    return NAMES[: len(model.names)]
+    return OUTPUT_NAMES[: len(model.names)]
 
 
 def _write(
@@ -136,7 +137,7 @@ def _write(
 ) -> None:
     names = ["input", *_names(model)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracer notes about constants that are meant
+        warnings.simplefilter("ignore")  # about sizes that become constants, as intended
         torch.onnx.export(
             model,
             (probe,),

@@ -8,26 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
+from rfdetr.export.frozen import FinalOutputs
 from rfdetr.model.criterion import build_criterion
-from rfdetr.model.network import RFDETRNetwork
 from tests.unit.model.parity_case import config, network
 from tests.unit.model.small import images, small_network, targets, weighted
-
-NAMES = ("pred_boxes", "pred_logits", "pred_masks")
-
-
-class Outputs(nn.Module):
-    """The final outputs as a tuple, as a graph needs them."""
-
-    def __init__(self, network: RFDETRNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        found: dict[str, Any] = self.network(image)
-        return tuple(found[name] for name in NAMES if name in found)
 
 
 def _largest_difference(found: Any, wanted: Any) -> float:
@@ -37,7 +22,7 @@ def _largest_difference(found: Any, wanted: Any) -> float:
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_whole_forward_is_one_graph(masks: bool) -> None:
-    model = Outputs(small_network(masks=masks)).eval()
+    model = FinalOutputs(small_network(masks=masks)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert _largest_difference(compiled(images()), model(images())) < 1e-5
@@ -45,7 +30,7 @@ def test_whole_forward_is_one_graph(masks: bool) -> None:
 
 @pytest.mark.slow
 def test_compiled_code_computes_the_same() -> None:
-    model = Outputs(network("tiny")).eval()
+    model = FinalOutputs(network("tiny")).eval()
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         image = images(2, 128)
@@ -69,7 +54,7 @@ def test_onnx_agrees_for_any_batch(variant: str, dynamo: bool, tmp_path: Path) -
     side = config(variant).resolution
     inner = network(variant)
     inner.fix_resolution(side, side)
-    model = Outputs(inner).eval()
+    model = FinalOutputs(inner).eval()
     names = ["dets", "labels", *(["masks"] if inner.segmentation_head is not None else [])]
     axes: dict[str, Any] = {"dynamic_axes": {name: {0: "batch"} for name in ["input", *names]}}
     if dynamo:
@@ -110,6 +95,6 @@ def test_training_step_under_bfloat16_autocast(masks: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_network_of_another_precision(dtype: torch.dtype) -> None:
-    model = Outputs(small_network(masks=True)).eval().to(dtype)
+    model = FinalOutputs(small_network(masks=True)).eval().to(dtype)
     with torch.no_grad():
         assert {out.dtype for out in model(images().to(dtype))} == {dtype}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -18,7 +19,7 @@ from rfdetr.model.network import RFDETRNetwork
 from tests.unit.model.parity_case import config, manifest
 from tests.unit.model.small import images, small_config, small_network, targets, weighted
 
-# model specification, section 1: total, encoder, state-dict entries; mask token included
+# parameters of the network and of its encoder, mask token included; entries of a legacy file
 COUNTS = {
     "nano": (30_467_298, 21_821_184, 465),
     "small": (32_111_170, 21_993_216, 487),
@@ -139,17 +140,17 @@ def _gradients(model: RFDETRNetwork, counts: tuple[int, ...] = (2, 1)) -> dict[s
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
-    plain, thrifty = (
+    plain, checkpointed = (
         _gradients(small_network()),
         _gradients(small_network(gradient_checkpointing=True)),
     )
-    assert all(torch.allclose(plain[name], thrifty[name], atol=1e-5) for name in plain)
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-5) for name in plain)
 
 
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("counts", [(2, 1), (0, 3), (0, 0)])
 def test_every_trainable_parameter_gets_a_gradient(masks: bool, counts: tuple[int, ...]) -> None:
-    """Plain DDP waits for ever for a parameter without one."""
+    """DDP without find_unused_parameters hangs on a parameter without one."""
     model = small_network(masks=masks)
     grads = _gradients(model, counts)
     assert [name for name, grad in grads.items() if grad is None] == []
@@ -176,6 +177,34 @@ def test_adapters_start_as_identity_and_train_alone_in_the_encoder() -> None:
     assert trained == {"lora_a", "lora_b", "magnitude"}
     grads = _gradients(adapted)
     assert grads["backbone.0.encoder.blocks.0.attn.qkv.lora_b"].abs().sum() > 0
+
+
+def test_weights_without_adapters_reset_the_adapters_of_a_copy() -> None:
+    plain = small_network().eval()
+    adapted = copy.deepcopy(small_network(backbone_lora=True)).eval()
+    for block in adapted.encoder.blocks:
+        nn.init.normal_(block.attn.qkv.lora_b, std=0.1)
+    adapted.load_state_dict(plain.state_dict(), strict=False)
+    image = images()
+    assert torch.allclose(plain.encoder(image)[-1], adapted.encoder(image)[-1], atol=1e-5)
+    for block in adapted.encoder.blocks:
+        nn.init.normal_(block.attn.qkv.lora_b, std=0.1)
+    copied = copy.deepcopy(adapted)
+    copied.load_state_dict(adapted.state_dict(), strict=True)
+    assert torch.equal(copied.encoder(image)[-1], adapted.encoder(image)[-1])
+
+
+def test_selection_heads_are_registered_under_their_legacy_names_only() -> None:
+    """The selection module is not in the registry: its heads must stay those of the transformer."""
+    model = copy.deepcopy(small_network())
+    model.resize_head(9)
+    model.to(torch.float64)
+    transformer, selection = model.transformer, model.transformer.selection
+    assert not any("selection" in name for name, _ in model.named_modules())
+    for name, heads in selection.named_children():
+        assert getattr(transformer, name) is heads
+    assert {p.dtype for p in selection.parameters()} == {torch.float64}
+    assert selection.enc_out_class_embed[2].out_features == 9
 
 
 def test_merged_adapter_equals_the_adapted_layer() -> None:
