@@ -1,0 +1,1 @@
+"""Copies of a network for inference elsewhere: ONNX files and frozen PyTorch modules."""

@@ -1,0 +1,1 @@
+"""The network, its losses, and post-processing. docs/model.md describes what they compute."""

@@ -17,8 +17,9 @@ class DoRALinear(nn.Module):
     """A frozen linear layer of `parts` stacked projections, each with its own rank-16 adapter.
 
     `weight` and `bias` keep their names, so that checkpoints without adapters load; the magnitude
-    is then computed from the loaded weight. The row norm of the weight is detached, as in section
-    4.3 of the paper. `out_features` must be a multiple of `parts`.
+    is then computed from the loaded weight. The row norm of the weight is treated as a constant in
+    the gradient, which saves memory (proposed in the paper). `out_features` must be a multiple of
+    `parts`.
     """
 
     def __init__(self, in_features: int, out_features: int, *, parts: int) -> None:

@@ -36,6 +36,7 @@ from rfdetr.config import MODEL_CONFIGS, ModelConfig
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
+from rfdetr.training.allocator import keep_freed_memory
 from rfdetr.variants import BY_CONFIG
 
 
@@ -122,31 +123,36 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     rate = matmul_rate(args)
     result: dict[str, Any] = {"variant": args.variant, "batch": args.batch, "device": args.device}
     result |= {"threads": args.threads, "amp": args.amp, "matmul_gflops": round(rate / 1e9, 1)}
+    result |= predict_figures(config, args)
     result |= network_figures(config, rate, args)
-    detector = BY_CONFIG[type(config)](pretrain_weights=None, device=args.device)
-    picture = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
-    result["predict"] = measure(lambda: detector.predict(picture, threshold=0.3), 1, args)
     result["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     if args.device != "cpu":
         result["peak_device_mib"] = torch.cuda.max_memory_allocated() // 2**20
     return result
 
 
+def predict_figures(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """predict() on one image."""
+    detector = BY_CONFIG[type(config)](pretrain_weights=None, device=args.device)
+    image = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
+    return {"predict": measure(lambda: detector.predict(image, threshold=0.3), 1, args)}
+
+
 def network_figures(config: ModelConfig, rate: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Training step, eval forward and postprocess."""
-    model = build_network(config).to(args.device)
+    """Eval forward, postprocess, and then the training step with the allocator as a fit sets it."""
+    model = build_network(config).to(args.device).eval()
     images = torch.randn(args.batch, 3, config.resolution, config.resolution, device=args.device)
-    targets = make_targets(config, args.batch, args.objects, args.device)
-    step = training_step(model.train(), images, targets, args)
-    result = {"train_step": measure(step, args.batch, args, operations(step), rate)}
-    model.eval()
     one, size = images[:1], torch.tensor([[480, 640]], device=args.device)
     with torch.no_grad():
         work = operations(lambda: model(one))
     with torch.inference_mode(), torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-        result["eval_forward"] = measure(lambda: model(one), 1, args, work, rate)
+        result = {"eval_forward": measure(lambda: model(one), 1, args, work, rate)}
         outputs, postprocess = model(one), PostProcess(config.num_select)
         result["postprocess"] = measure(lambda: postprocess(outputs, size), 1, args)
+    keep_freed_memory()
+    targets = make_targets(config, args.batch, args.objects, args.device)
+    step = training_step(model.train(), images, targets, args)
+    result["train_step"] = measure(step, args.batch, args, operations(step), rate)
     return result
 
 
