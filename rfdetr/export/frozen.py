@@ -71,7 +71,7 @@ class FrozenNetwork:
             example = torch.zeros(batch_size, 3, resolution, resolution, dtype=dtype, device=device)
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about sizes that become constants, as intended
-                self._model = torch.jit.trace(frozen, example, check_trace=False)
+                self._model = torch.jit.trace(frozen, example, check_trace=False)  # type: ignore[no-untyped-call]
 
     def check(self, images: int, resolution: int) -> None:
         """Raise InputError unless the images fill batches of this size at this resolution."""

@@ -98,7 +98,7 @@ class HungarianMatcher(nn.Module):
         return [_assign(_finite(layer), targets.counts, num_groups) for layer in table]
 
     def _class_and_box_cost(self, logits: Tensor, boxes: Tensor, targets: FlatTargets) -> Tensor:
-        """(L, T, G*Q) cost of every target with the queries of its own image."""
+        """(L, T, G*Q) cost of every target with the queries of its image."""
         labels = targets.labels.clamp(0, logits.shape[-1] - 1)
         z = logits[:, targets.batch_idx, :, labels].transpose(0, 1)  # (T, L, G*Q) -> (L, T, G*Q)
         score = z.sigmoid()

@@ -36,8 +36,8 @@ def test_the_file_has_the_documented_interface(build: Any, tmp_path: Path) -> No
     assert [o.name for o in graph.graph.output] == names == list(result.outputs)
     side = detector.model.resolution
     shapes = [[d.dim_value for d in o.type.tensor_type.shape.dim] for o in graph.graph.output]
-    wanted = [[1, 10, 4], [1, 10, 4], [1, 10, side // 4, side // 4]]
-    assert shapes == wanted[: len(names)]
+    expected = [[1, 10, 4], [1, 10, 4], [1, 10, side // 4, side // 4]]
+    assert shapes == expected[: len(names)]
     assert result.max_difference is not None
     assert result.max_difference < 1e-4
     assert [p.name for p in (tmp_path / "out").iterdir()] == [FILE_NAME]
@@ -50,10 +50,10 @@ def test_a_dynamic_batch_takes_any_number(tmp_path: Path) -> None:
     for count in (1, 3):
         images = torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(count))
         with torch.no_grad():
-            wanted = detector.model.model(images)
+            expected = detector.model.model(images)
         boxes, logits = _run(result.path, images)
-        torch.testing.assert_close(boxes, wanted["pred_boxes"], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(logits, wanted["pred_logits"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(boxes, expected["pred_boxes"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits, expected["pred_logits"], atol=1e-4, rtol=1e-4)
 
 
 def test_another_shape_is_exported_with_its_own_position_table(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_another_shape_is_exported_with_its_own_position_table(tmp_path: Path) -
     ]  # fmt: skip
 
 
-def test_the_network_stays_as_it_was_and_can_train(tmp_path: Path) -> None:
+def test_the_network_is_unchanged_and_can_train(tmp_path: Path) -> None:
     network = small(num_classes=3).model.model.train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     export_onnx(network, tmp_path)
@@ -83,7 +83,7 @@ def test_a_shape_that_does_not_divide_is_refused(shape: tuple[int, int], tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_shape_that_is_no_pair_is_refused(tmp_path: Path) -> None:
+def test_a_shape_that_is_not_a_pair_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"shape must be \(height, width\).*; got 64\."):
         small().export(tmp_path, shape=64)
 

@@ -52,7 +52,7 @@ def config(variant: str) -> ModelConfig:
 
 
 def network(variant: str) -> RFDETRNetwork:
-    """A network that holds the reference weights of the variant."""
+    """A network with the reference weights of the variant."""
     with torch.device("meta"):
         model = RFDETRNetwork(config(variant))
     state = from_legacy(fill.state_dict(manifest(variant)))
@@ -65,7 +65,7 @@ def samples(case: dict[str, Any]) -> NestedTensor:
 
 
 def run(model: RFDETRNetwork, case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Outputs of the network, and its inner values under the names of the reference."""
+    """Outputs of the network, and its intermediate values under the names of the reference."""
     inner: dict[str, Tensor] = {}
     handles = []
 

@@ -15,13 +15,13 @@ from tests.unit.model.parity_case import config, network
 from tests.unit.model.small import images, small_network, targets, weighted
 
 
-def _largest_difference(found: Any, wanted: Any) -> float:
-    pairs = zip(found, wanted, strict=True)
+def _largest_difference(found: Any, expected: Any) -> float:
+    pairs = zip(found, expected, strict=True)
     return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_whole_forward_is_one_graph(masks: bool) -> None:
+def test_the_forward_is_one_graph(masks: bool) -> None:
     model = FinalOutputs(small_network(masks=masks)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_compiled_code_computes_the_same() -> None:
 )
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_onnx_agrees_for_any_batch(variant: str, dynamo: bool, tmp_path: Path) -> None:
-    """tiny-ms has a position table of another size: fix_resolution takes the resampling out."""
+    """tiny-ms has a position table of another size: fix_resolution removes the resampling."""
     onnxruntime = pytest.importorskip("onnxruntime")
     side = config(variant).resolution
     inner = network(variant)
@@ -74,8 +74,8 @@ def test_onnx_agrees_for_any_batch(variant: str, dynamo: bool, tmp_path: Path) -
     for count in (1, 3):
         image = images(count, side)
         with torch.no_grad():
-            wanted = model(image)
-        assert _largest_difference(session.run(None, {"input": image.numpy()}), wanted) < 1e-4
+            expected = model(image)
+        assert _largest_difference(session.run(None, {"input": image.numpy()}), expected) < 1e-4
 
 
 @pytest.mark.parametrize("masks", [False, True])

@@ -22,7 +22,7 @@ def _tensors(rows: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 @pytest.mark.parametrize("rows", [1, 3, 5])
-def test_gradients_over_several_pieces(
+def test_gradients_over_several_chunks(
     act: Activation, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feedforward, "_CPU_ROWS", 4)
@@ -40,7 +40,7 @@ def test_gradients_over_several_pieces(
         assert torch.allclose(mine, theirs)
 
 
-def test_frozen_layers_still_pass_the_gradient_on() -> None:
+def test_frozen_layers_still_propagate_the_gradient() -> None:
     x, w1, b1, w2, b2 = _tensors(3)
     for frozen in (w1, b1, w2, b2):
         frozen.requires_grad_(False)

@@ -42,7 +42,7 @@ def test_a_batch_of_equal_images_is_known_to_be_unpadded(network: RFDETRNetwork)
         assert torch.allclose(masked[name], plain[name], atol=1e-5)
 
 
-def test_padding_does_not_depend_on_the_pixels_beside_the_mask(network: RFDETRNetwork) -> None:
+def test_the_mask_changes_the_selected_boxes(network: RFDETRNetwork) -> None:
     image = images()
     image[:, :, :, 64:] = 0
     mask = torch.zeros(2, 96, 96, dtype=torch.bool)
@@ -114,13 +114,13 @@ def test_every_wrong_target_is_named_at_once(network: RFDETRNetwork) -> None:
 
 
 def test_the_surplus_output_is_a_valid_label(network: RFDETRNetwork) -> None:
-    """Files with COCO ids use row 90 of 91; only labels behind the last row are refused."""
+    """Files with COCO ids use row 90 of 91; only labels above that are refused."""
     made = _change("labels", torch.tensor([0, 5]))
     losses = build_criterion(small_config()).eval()(network(images()), made)
     assert losses["loss_ce"].isfinite()
 
 
-def test_masks_are_asked_for() -> None:
+def test_missing_masks_are_reported() -> None:
     model = small_network(masks=True).eval()
     with pytest.raises(InputError, match="segmentation model needs masks"):
         build_criterion(model.config).eval()(model(images()), targets())

@@ -228,7 +228,7 @@ def test_merged_adapters_leave_a_plain_network() -> None:
     assert torch.allclose(plain.encoder(image)[-1], adapted.encoder(image)[-1], atol=1e-5)
 
 
-def test_fewer_cells_than_queries() -> None:
+def test_fewer_tokens_than_queries() -> None:
     model = small_network(num_queries=50).eval()
     outputs = model(images())
     assert outputs["pred_logits"].shape == (2, 50, 6)
@@ -236,8 +236,8 @@ def test_fewer_cells_than_queries() -> None:
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_training_with_fewer_cells_than_queries(masks: bool) -> None:
-    """The proposals are then fewer than the queries; both get their losses and a gradient."""
+def test_training_with_fewer_tokens_than_queries(masks: bool) -> None:
+    """With fewer proposals than queries, both have losses and gradients."""
     model = small_network(masks=masks, num_queries=60, num_select=60).train()
     criterion = build_criterion(model.config).train()
     losses = criterion(model(images()), targets(masks=masks))

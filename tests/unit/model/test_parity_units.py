@@ -59,7 +59,7 @@ def test_large_grid_drops_its_outer_ring() -> None:
 
 @pytest.mark.parametrize("side", [49, 50, 51])
 def test_skipping_the_ring_check_changes_nothing(side: int) -> None:
-    """Grids that are declared safe have no cell outside the limits, with either path."""
+    """Unpadded grids up to 49 cells per side have no token outside the limits, with either path."""
     boxes, dropped = make_proposals([(side, side)], None, torch.zeros(1))
     padding = [torch.zeros(1, side, side, dtype=torch.bool)]
     with_mask, same = make_proposals([(side, side)], padding, torch.zeros(1))
@@ -105,7 +105,7 @@ def test_iou_and_giou() -> None:
     assert torch.allclose(xyxy_to_cxcywh(cxcywh_to_xyxy(a)), a, atol=1e-6)
 
 
-def test_class_head_is_tiled_or_cut() -> None:
+def test_class_head_is_tiled_or_truncated() -> None:
     weight, bias = unit("class_head/in/weight"), unit("class_head/in/bias")
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.load_state_dict({"weight": weight, "bias": bias})
