@@ -1,31 +1,26 @@
-"""The detector as one object: train, predict, export (training specification, section 15)."""
+"""The detector as one object: train, predict, export. One class per size."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
 
+from rfdetr import config as configs
 from rfdetr.checkpoints.download import resolve_weights
 from rfdetr.checkpoints.pretrained import LoadReport, initialise_weights, load_record
 from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
 from rfdetr.checkpoints.safe_io import StrPath
 from rfdetr.checkpoints.structure import infer_config, infer_config_class
 from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, TrainConfig
-from rfdetr.data.batch import pad_images
-from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
-from rfdetr.data.image_input import ImageLike, height_and_width, read_image
-from rfdetr.data.transforms import EvalTransform, preprocess
 from rfdetr.errors import CheckpointError, ConfigError, InputError
-from rfdetr.export.frozen import FINAL_OUTPUTS, FrozenNetwork
+from rfdetr.export.frozen import FrozenNetwork
 from rfdetr.model.network import RFDETRNetwork, build_network
-from rfdetr.model.postprocess import PostProcess
+from rfdetr.prediction import DetectorState, eval_mode
 
 if TYPE_CHECKING:
     import supervision
@@ -35,32 +30,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 IMAGES_AT_ONCE = 8
-ANY_NUMBER = 1_000_000  # classes; while a dataset is asked how many it has
-
-
-class Holder:
-    """What a detector works with; `model` is the network."""
-
-    def __init__(self, network: RFDETRNetwork, config: ModelConfig) -> None:
-        self.model = network
-        self.postprocess = PostProcess(config.num_select)
-        self.resolution = config.resolution
-        self.class_names: list[str] | None = None
-        self.label_offset = 0
-        self.square = True  # False where the weights were trained on images of any aspect ratio
-        self.optimized: FrozenNetwork | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.model.parameters()).device
+ANY_NUMBER = 1_000_000  # of classes, until the dataset has been read
 
 
 class RFDETR:
     """A detector of one size. Keywords are the fields of its configuration class.
 
     Raises ValueError for an unknown keyword, CheckpointError or DownloadError for weights that
-    cannot be used. Use a sized class (`RFDETRNano` ...) or `RFDETR.from_checkpoint`.
+    cannot be used. Use a sized class (`RFDETRNano`, ...) or `RFDETR.from_checkpoint`.
     """
 
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
@@ -78,7 +55,7 @@ class RFDETR:
         self, network: RFDETRNetwork, config: ModelConfig, report: LoadReport | None
     ) -> None:
         self.model_config = config
-        self.model = Holder(network.to(_device(config.device)).eval(), config)
+        self.model = DetectorState(network.to(_device(config.device)).eval(), config)
         if report is not None and report.class_names:
             self.model.class_names = list(report.class_names)
             self.model.label_offset = report.label_offset
@@ -87,17 +64,15 @@ class RFDETR:
 
     @classmethod
     def from_checkpoint(cls, path: StrPath, **overrides: Any) -> RFDETR:
-        """The detector that a checkpoint of any generation holds, with its classes.
+        """The detector in a checkpoint of any generation, with its classes.
 
-        On `RFDETR` the size follows the file; on a sized class the file must fit it. `overrides`
+        On `RFDETR` the size follows the file; on a sized class the file must match it. `overrides`
         are configuration fields, for example device or num_classes. Raises CheckpointError,
         FileNotFoundError or ValueError.
         """
-        from rfdetr.variants import BY_CONFIG
-
         file = resolve_weights(path)
         record = read_checkpoint(file, mmap=True)
-        sized = cls if cls is not RFDETR else BY_CONFIG[infer_config_class(record)]
+        sized = cls if cls is not RFDETR else DETECTOR_CLASSES[infer_config_class(record)]
         _check_size(record, sized)
         settings = {"pretrain_weights": os.fspath(file), **overrides}
         config = infer_config(record, sized.config_class, **settings)
@@ -110,19 +85,15 @@ class RFDETR:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes: of the data or the weights, else the 80 names of COCO."""
-        if self.model.class_names:
-            return list(self.model.class_names)
-        if self.model_config.num_classes == COCO_CLASSES:
-            return list(COCO_NAMES)
-        return [str(label) for label in range(self.model_config.num_classes)]
+        """Names of the classes: of the data or the weights, else COCO's 80, else numbers."""
+        return self.model.names()
 
     def train(self, **settings: Any) -> None:
         """Train on a dataset; keywords are the fields of TrainConfig.
 
-        Also takes `device` ("cpu", "cuda:1" ...) and `callbacks` (a list, added to the default
-        ones). Afterwards this object predicts and exports with the trained (averaged) weights.
-        Raises ValueError for an unknown keyword, and the errors of dataset and training.
+        Also takes `device` ("cpu", "cuda:1", ...) and `callbacks` (a list, added to the default
+        ones). Afterwards this object predicts and exports with the trained (EMA) weights. Raises
+        ValueError for an unknown keyword, and the errors of dataset and training.
         """
         from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 
@@ -151,19 +122,19 @@ class RFDETR:
         return self.model_config.model_copy(update={"num_classes": ANY_NUMBER})
 
     def _take_classes(self, found: int | None) -> None:
-        """Give the network the dataset's class count, unless the user chose one that is enough."""
+        """Give the network the dataset's class count, unless the user chose a sufficient one."""
         config = self.model_config
         if found is None or found == config.num_classes:
             return
         if config.num_classes_is_explicit:
             if found > config.num_classes:
                 raise ConfigError(
-                    f"The dataset has {found} classes, num_classes is {config.num_classes}: leave "
-                    f"num_classes out or set it to {found}."
+                    f"The dataset has {found} classes, num_classes is {config.num_classes}: omit "
+                    f"num_classes or set it to {found}."
                 )
             warnings.warn(
-                f"num_classes is {config.num_classes}, the dataset has {found}: the surplus "
-                "outputs stay unused.",
+                f"num_classes is {config.num_classes}, the dataset has {found}: the extra outputs "
+                "stay unused.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -181,11 +152,11 @@ class RFDETR:
         (3, H, W) in 0..1, or a list of these; a list gives a list. `class_id` are the labels of
         the network, `data["class_name"]` their names, `mask` (N, H, W) for segmentation. Weights
         trained with square_resize_div_64=False see images as in validation: at their own aspect
-        ratio, padded to the largest of the batch. Raises InputError or FileNotFoundError for what
-        is no image.
+        ratio, padded to the largest of the batch. Raises InputError or FileNotFoundError for
+        anything that is not an image.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size must be a whole number of at least 1; got {batch_size}.")
+            raise InputError(f"batch_size must be an integer of at least 1; got {batch_size}.")
         single = not isinstance(images, list | tuple)
         sources: Sequence[Any] = [images] if single else images
         optimized = self.model.optimized
@@ -193,70 +164,19 @@ class RFDETR:
             optimized.check(len(sources), self.model.resolution)
             batch_size = optimized.batch_size
         found: list[supervision.Detections] = []
-        with torch.inference_mode(), _in_eval_mode(self.model.model):
+        with torch.inference_mode(), eval_mode(self.model.model):
             for start in range(0, len(sources), batch_size):
-                found += self._detect(sources[start : start + batch_size], threshold)
+                found += self.model.detect(sources[start : start + batch_size], threshold)
         return found[0] if single else found
-
-    def _detect(self, sources: Sequence[Any], threshold: float) -> list[supervision.Detections]:
-        holder = self.model
-        pictures = [read_image(source) for source in sources]
-        sizes = [height_and_width(picture) for picture in pictures]
-        run = holder.model if holder.optimized is None else holder.optimized
-        outputs = run(self._inputs(pictures, sizes))
-        found = []
-        for i, size in enumerate(sizes):  # one at a time: masks have the size of the image
-            own = {name: outputs[name][i : i + 1] for name in FINAL_OUTPUTS if name in outputs}
-            target = torch.tensor([size], device=holder.device)
-            (result,) = holder.postprocess(own, target, threshold)
-            found.append(self._detections(result))
-        return found
-
-    def _inputs(self, pictures: Sequence[ImageLike], sizes: Sequence[tuple[int, int]]) -> Any:
-        """The batch as validation builds it: a tensor of squares, or padded with a mask."""
-        holder = self.model
-        square = holder.square or holder.optimized is not None
-        transform = EvalTransform(holder.resolution, square=square)
-        views = [transform.view(height, width) for height, width in sizes]
-        images = [
-            preprocess(picture, (view.out_height, view.out_width))
-            for picture, view in zip(pictures, views, strict=True)
-        ]
-        if square:
-            return torch.stack(images).to(holder.device)
-        return pad_images(images, self.model_config.block_size).to(holder.device)
-
-    def _detections(self, result: dict[str, Tensor]) -> supervision.Detections:
-        import numpy as np
-        import supervision
-
-        kept = {name: value.cpu().numpy() for name, value in result.items()}
-        names = np.array([self._name_of(int(label)) for label in kept["labels"]], dtype=str)
-        return supervision.Detections(
-            xyxy=kept["boxes"],
-            confidence=kept["scores"],
-            class_id=kept["labels"].astype(int),
-            mask=kept["masks"][:, 0] if "masks" in kept else None,
-            data={"class_name": names},
-        )
-
-    def _name_of(self, label: int) -> str:
-        names = self.model.class_names
-        coco = self.model_config.num_classes == COCO_CLASSES
-        if coco and (not names or names == COCO_NAMES):
-            return COCO_CATEGORIES.get(label, str(label))
-        names = names or self.class_names
-        index = label - self.model.label_offset
-        return names[index] if 0 <= index < len(names) else str(label)
 
     def optimize_for_inference(
         self, compile: bool = True, batch_size: int = 1, dtype: torch.dtype = torch.float32
     ) -> None:
         """Predict with a fixed copy: traced if `compile`, in `dtype`, for `batch_size` images.
 
-        Afterwards another number of images or another resolution raises ValueError, until
-        `remove_optimized_model`. Images become squares; a warning says so where the weights were
-        trained with square_resize_div_64=False.
+        Until `remove_optimized_model`, another number of images or another resolution raises
+        ValueError. Images are resized to squares, with a warning if the weights were trained with
+        square_resize_div_64=False.
         """
         if not self.model.square:
             warnings.warn(
@@ -281,14 +201,14 @@ class RFDETR:
 
 
 def _check_size(record: CheckpointRecord, sized: type[RFDETR]) -> None:
-    """CheckpointError for a file whose own record names another size."""
+    """CheckpointError for a file that records another size."""
     own = f"{record.model_name}".removesuffix("Config")
     known = {cls.__name__.removesuffix("Config") for cls in MODEL_CONFIGS.values()}
-    wanted = sized.config_class.__name__.removesuffix("Config")
-    if own in known and own != wanted:
+    expected = sized.config_class.__name__.removesuffix("Config")
+    if own in known and own != expected:
         raise CheckpointError(
-            f"{record.path} is a checkpoint of {own}, not of {wanted}. Load it with "
-            f"{own}.from_checkpoint, or with RFDETR.from_checkpoint for whatever it holds."
+            f"{record.path} is a checkpoint of {own}, not of {expected}. Load it with "
+            f"{own}.from_checkpoint, or with RFDETR.from_checkpoint for any size."
         )
 
 
@@ -305,20 +225,8 @@ def _device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-@contextmanager
-def _in_eval_mode(network: RFDETRNetwork) -> Iterator[None]:
-    training = network.training
-    if training:
-        network.eval()
-    try:
-        yield
-    finally:
-        if training:
-            network.train()
-
-
 def _take_retired(settings: dict[str, Any]) -> list[Any]:
-    """Translate `device`, drop what no longer acts with a warning, and return extra callbacks."""
+    """Translate `device`, drop arguments without an effect with a warning, return callbacks."""
     device = settings.pop("device", None)
     if device is not None:
         kind, _, index = str(device).partition(":")
@@ -332,8 +240,91 @@ def _take_retired(settings: dict[str, Any]) -> list[Any]:
         callbacks = []
     if retired:
         warnings.warn(
-            f"Ignored in train(): {', '.join(retired)}. Use resume= to go on from a checkpoint.",
+            f"Ignored in train(): {', '.join(retired)}. Use resume= to continue from a checkpoint.",
             UserWarning,
             stacklevel=3,
         )
     return list(callbacks)
+
+
+class RFDETRNano(RFDETR):
+    """Detection, 384 pixels."""
+
+    config_class = configs.RFDETRNanoConfig
+
+
+class RFDETRSmall(RFDETR):
+    """Detection, 512 pixels."""
+
+    config_class = configs.RFDETRSmallConfig
+
+
+class RFDETRMedium(RFDETR):
+    """Detection, 576 pixels."""
+
+    config_class = configs.RFDETRMediumConfig
+
+
+class RFDETRBase(RFDETR):
+    """Detection, 560 pixels, patch 14."""
+
+    config_class = configs.RFDETRBaseConfig
+
+
+class RFDETRLarge(RFDETR):
+    """Detection, 704 pixels."""
+
+    config_class = configs.RFDETRLargeConfig
+
+
+class RFDETRLargeDeprecated(RFDETR):
+    """Detection, 560 pixels, the first large model."""
+
+    config_class = configs.RFDETRLargeDeprecatedConfig
+
+
+class RFDETRSegPreview(RFDETR):
+    """Segmentation, 432 pixels, the preview."""
+
+    config_class = configs.RFDETRSegPreviewConfig
+
+
+class RFDETRSegNano(RFDETR):
+    """Segmentation, 312 pixels."""
+
+    config_class = configs.RFDETRSegNanoConfig
+
+
+class RFDETRSegSmall(RFDETR):
+    """Segmentation, 384 pixels."""
+
+    config_class = configs.RFDETRSegSmallConfig
+
+
+class RFDETRSegMedium(RFDETR):
+    """Segmentation, 432 pixels."""
+
+    config_class = configs.RFDETRSegMediumConfig
+
+
+class RFDETRSegLarge(RFDETR):
+    """Segmentation, 504 pixels."""
+
+    config_class = configs.RFDETRSegLargeConfig
+
+
+class RFDETRSegXLarge(RFDETR):
+    """Segmentation, 624 pixels."""
+
+    config_class = configs.RFDETRSegXLargeConfig
+
+
+class RFDETRSeg2XLarge(RFDETR):
+    """Segmentation, 768 pixels."""
+
+    config_class = configs.RFDETRSeg2XLargeConfig
+
+
+DETECTOR_CLASSES: dict[type[ModelConfig], type[RFDETR]] = {
+    cls.config_class: cls for cls in RFDETR.__subclasses__()
+}

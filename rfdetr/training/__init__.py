@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rfdetr.installation import warn_about_public_distribution
+
 if TYPE_CHECKING:
     from rfdetr.checkpoints.convert import convert_legacy_checkpoint
     from rfdetr.training.callbacks import (
@@ -41,6 +43,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_about_public_distribution()
     home = importlib.import_module(_HOMES.get(name, "rfdetr.training.callbacks"))
     return getattr(home, name)
 

@@ -33,11 +33,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rfdetr.config import MODEL_CONFIGS, ModelConfig
+from rfdetr.detector import DETECTOR_CLASSES
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
 from rfdetr.training.allocator import keep_freed_memory
-from rfdetr.variants import BY_CONFIG
 
 
 class Operations(TorchDispatchMode):
@@ -133,7 +133,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 def predict_figures(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     """predict() on one image."""
-    detector = BY_CONFIG[type(config)](pretrain_weights=None, device=args.device)
+    detector = DETECTOR_CLASSES[type(config)](pretrain_weights=None, device=args.device)
     image = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
     return {"predict": measure(lambda: detector.predict(image, threshold=0.3), 1, args)}
 

@@ -15,12 +15,14 @@ import pytorch_lightning as pl
 import torch
 
 import rfdetr
+import rfdetr.training
 from rfdetr.checkpoints.best_file import best_payload
 from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.config import MODEL_CONFIGS
+from rfdetr.detector import DETECTOR_CLASSES
 from rfdetr.errors import CheckpointError, ConfigError
-from rfdetr.variants import BY_CONFIG
+from rfdetr.installation import warn_about_public_distribution
 from tests.datasets import make_roboflow, make_yolo
 from tests.unit.detector.small import SMALL, pixels, small, small_segmentation
 
@@ -32,11 +34,11 @@ TRAIN: dict[str, Any] = {
 
 
 def test_every_variant_has_its_class() -> None:
-    assert set(BY_CONFIG) == set(MODEL_CONFIGS.values())
-    for config_class, detector_class in BY_CONFIG.items():
+    assert set(DETECTOR_CLASSES) == set(MODEL_CONFIGS.values())
+    for config_class, detector_class in DETECTOR_CLASSES.items():
         assert config_class.__name__ == f"{detector_class.__name__}Config"
         assert getattr(rfdetr, detector_class.__name__) is detector_class
-    assert {cls.__name__ for cls in BY_CONFIG.values()} | {"RFDETR"} == set(rfdetr.__all__)
+    assert {cls.__name__ for cls in DETECTOR_CLASSES.values()} | {"RFDETR"} == set(rfdetr.__all__)
     assert set(rfdetr.__all__) <= set(dir(rfdetr))
 
 
@@ -56,11 +58,11 @@ def test_an_unknown_device_lists_the_known_ones() -> None:
         small(device="gpu")
 
 
-def test_the_holder_has_what_users_read() -> None:
-    holder = small(num_classes=3).model
-    assert (holder.resolution, holder.device.type, holder.model.training) == (64, "cpu", False)
-    assert isinstance(holder.model, torch.nn.Module)
-    assert holder.postprocess.num_select == 10
+def test_the_state_has_what_users_read() -> None:
+    state = small(num_classes=3).model
+    assert (state.resolution, state.device.type, state.model.training) == (64, "cpu", False)
+    assert isinstance(state.model, torch.nn.Module)
+    assert state.postprocess.num_select == 10
 
 
 @pytest.mark.parametrize("build", [small, small_segmentation])
@@ -228,17 +230,27 @@ def test_importing_the_package_is_light() -> None:
     assert not [name for name in heavy if f"'{name}'" in output.stdout]
 
 
-def test_the_public_distribution_beside_ours_is_told(
+def test_the_public_distribution_beside_ours_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "rfdetr_pipeline-0.1.0.dist-info").mkdir()
+    def metadata(name: str, version: str) -> None:
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}")
+
     monkeypatch.setattr(sys, "path", [str(tmp_path), "/does/not/exist"])
+    metadata("rfdetr_pipeline", "0.1.0")
+    warn_about_public_distribution.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rfdetr._warn_about_other_distribution()
-    (tmp_path / "rfdetr-1.6.0.dist-info").mkdir()
-    with pytest.warns(RuntimeWarning, match=r"rfdetr-1\.6\.0.*pip uninstall"):
-        rfdetr._warn_about_other_distribution()
+        assert rfdetr.RFDETRNano
+    metadata("rfdetr", "1.6.0")
+    warn_about_public_distribution.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"rfdetr 1\.6\.0.*pip uninstall") as caught:
+        assert rfdetr.RFDETRNano
+        assert rfdetr.training.RFDETRModule
+    assert [Path(w.filename).name for w in caught] == ["test_detector.py"]
+    warn_about_public_distribution.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore")
