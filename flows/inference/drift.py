@@ -109,7 +109,7 @@ def _measure(
 ) -> DriftReport:
     from rfdetr.monitoring.drift import compare
     from rfdetr.monitoring.drift_plot import draw_drift
-    from rfdetr.monitoring.profile import Profile, profile_images
+    from rfdetr.monitoring.image_profile import ImageProfile, profile_images
 
     with tempfile.TemporaryDirectory(prefix="rfdetr-drift-") as temporary:
         artifacts = registry.fetch(version, Path(temporary)) / "artifacts"
@@ -118,7 +118,7 @@ def _measure(
                 f"{registry.name} version {version.number} was registered without a profile of its "
                 "images. Retrain and promote a new version, then check again."
             )
-        reference = Profile.load(artifacts / PROFILE)
+        reference = ImageProfile.load(artifacts / PROFILE)
         detector = load_detector(artifacts, device=params.device)
         files = _fetch(pictures, Path(temporary) / "pictures")
         recent = profile_images(detector, files, limit=params.limit, threshold=reference.threshold)

@@ -1,4 +1,4 @@
-"""One small picture of a drift report: every histogram, reference against recent."""
+"""The plot of a drift report: the histogram of every measure, reference against recent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from rfdetr.files import atomic_path
 from rfdetr.monitoring.drift import values_of
 from rfdetr.monitoring.drift_report import DriftReport
-from rfdetr.monitoring.profile import Profile
+from rfdetr.monitoring.image_profile import ImageProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,9 @@ COLUMNS, BINS = 4, 20
 QUIET, ALARM = "#4c78a8", "#e45756"
 
 
-def draw_drift(reference: Profile, recent: Profile, report: DriftReport, path: Path) -> None:
+def draw_drift(
+    reference: ImageProfile, recent: ImageProfile, report: DriftReport, path: Path
+) -> None:
     """Write a PNG; the recent images are red where a measure alarms. Needs matplotlib."""
     from matplotlib.figure import Figure
 
@@ -36,7 +38,9 @@ def draw_drift(reference: Profile, recent: Profile, report: DriftReport, path: P
         figure.savefig(temporary, format="png", dpi=80)
 
 
-def _histogram(axes: Axes, name: str, reference: Profile, recent: Profile, colour: str) -> None:
+def _histogram(
+    axes: Axes, name: str, reference: ImageProfile, recent: ImageProfile, colour: str
+) -> None:
     values = [values_of(name, profile)[0] for profile in (reference, recent)]
     edges = np.histogram_bin_edges(np.concatenate(values), BINS)
     for part, shade, filled in zip(values, ("#999999", colour), (True, False), strict=True):

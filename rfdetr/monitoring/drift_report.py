@@ -1,4 +1,4 @@
-"""What a comparison of image profiles came to; `rfdetr.monitoring.drift` makes it."""
+"""The result of comparing image profiles, as computed by `rfdetr.monitoring.drift`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pydantic import BaseModel
 
 
 class Measure(BaseModel, frozen=True):
-    """One comparison. `reference` and `recent` are means, for a person; None where none exists.
+    """One comparison.
 
-    `value` is the relative energy distance of embeddings (0 equal, 1 apart), or the population
-    stability index of a histogram, each less its mean under chance. `noise` is what chance stays
-    below in 999 of 1000 cases. Without a `threshold` the measure never alarms.
+    `value` is the relative energy distance of embeddings (0 equal, 1 apart) or the population
+    stability index of a histogram, minus its mean over shuffled images. `noise` is the level that
+    999 of 1000 shuffles stay below. Without a `threshold` the measure never alarms. `reference`
+    and `recent` are mean values to display, None where there is no mean.
     """
 
     name: str
@@ -23,7 +24,7 @@ class Measure(BaseModel, frozen=True):
 
 
 class DriftReport(BaseModel, frozen=True):
-    """All measures, and the recent images that are least like the reference, farthest first."""
+    """All measures, and the recent images least like the reference, the farthest first."""
 
     drifted: bool
     measures: tuple[Measure, ...]
@@ -34,11 +35,11 @@ class DriftReport(BaseModel, frozen=True):
 
     @property
     def alarms(self) -> list[str]:
-        """Names of the measures that are past their threshold."""
+        """Names of the measures that alarm."""
         return [measure.name for measure in self.measures if measure.drifted]
 
     def to_markdown(self) -> str:
-        """A sentence and a table, for a person."""
+        """A summary sentence and a table."""
         verdict = f"Drift: {', '.join(self.alarms)}." if self.drifted else "No drift."
         lines = [
             f"**{verdict}** {self.recent_images} recent images against {self.reference_images} "

@@ -12,7 +12,7 @@ from flows.registry.image_profile import profile_once, split_images, spread
 from flows.registry.model_folder import ModelFiles
 from flows.storage.packs import pack
 from rfdetr.errors import RFDETRError
-from rfdetr.monitoring.profile import Profile
+from rfdetr.monitoring.image_profile import ImageProfile
 from tests.datasets import make_coco, make_roboflow, make_yolo
 from tests.flows.models import register_champion, write_model
 
@@ -32,7 +32,7 @@ def test_profile_is_made_once_and_again_for_other_data(tmp_path: Path, model: Mo
     make_roboflow(tmp_path / "data", splits={"train": 4, "valid": 3, "test": 2})
     first = profile_of(tmp_path, "data", model, "digest-1")
     made = first.stat().st_mtime_ns
-    profile = Profile.load(first)
+    profile = ImageProfile.load(first)
     assert len(profile) == 9
     assert profile.held_out.tolist() == 4 * [False] + 5 * [True]
     assert profile_of(tmp_path, "data", model, "digest-1") == first
@@ -46,7 +46,7 @@ def test_profile_of_a_packed_dataset_is_that_of_its_files(
     make_roboflow(tmp_path / "data", splits={"train": 4, "valid": 3, "test": 2})
     pack(tmp_path / "data", tmp_path / "packed", progress=False)
     plain, packed = (
-        Profile.load(profile_of(tmp_path, name, model, name)) for name in ("data", "packed")
+        ImageProfile.load(profile_of(tmp_path, name, model, name)) for name in ("data", "packed")
     )
     assert plain.files == packed.files
     assert (plain.embeddings == packed.embeddings).all()

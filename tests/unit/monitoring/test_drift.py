@@ -14,10 +14,10 @@ from PIL import Image, ImageFilter
 
 from rfdetr.detector import RFDETR
 from rfdetr.errors import ConfigError, InputError
-from rfdetr.monitoring.drift import THRESHOLDS, compare
+from rfdetr.monitoring.drift import ALARM_THRESHOLDS, compare
 from rfdetr.monitoring.drift_plot import draw_drift
 from rfdetr.monitoring.drift_report import DriftReport
-from rfdetr.monitoring.profile import Profile, embedded, profile_images
+from rfdetr.monitoring.image_profile import ImageProfile, embedded_images, profile_images
 from tests.datasets import scenes
 from tests.unit.detector.small import small
 
@@ -38,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def reference(detector: RFDETR, files: list[Path]) -> Profile:
+def reference(detector: RFDETR, files: list[Path]) -> ImageProfile:
     return profile_images(detector, files)
 
 
@@ -52,7 +52,7 @@ def write(
     return paths
 
 
-def synthetic(seed: int, images: int = 200, **shift: Any) -> Profile:
+def synthetic(seed: int, images: int = 200, **shift: Any) -> ImageProfile:
     """A profile as a trained model would give it; every shift is a change of one distribution."""
     rng = np.random.default_rng(seed)
     counts = rng.poisson(shift.get("boxes", 3.0), images)
@@ -67,14 +67,14 @@ def synthetic(seed: int, images: int = 200, **shift: Any) -> Profile:
         "best_score": rng.beta(8, 2, images),
         "boxes_per_image": counts,
     }
-    return Profile(
+    return ImageProfile(
         files=tuple(f"{i}.jpg" for i in range(images)),
         features={name: np.asarray(values, np.float32) for name, values in features.items()},
         owner=np.repeat(np.arange(images, dtype=np.int32), counts),
         scores=scores.astype(np.float16),
         sizes=rng.gamma(4, shift.get("size", 0.05), total).astype(np.float16),
         labels=rng.choice(3, total, p=shift.get("classes", (0.5, 0.3, 0.2))).astype(np.int32),
-        embeddings=rng.normal(shift.get("mean", 0.0), 1, (len(embedded(images)), 32)).astype(
+        embeddings=rng.normal(shift.get("mean", 0.0), 1, (len(embedded_images(images)), 32)).astype(
             np.float16
         ),
         held_out=np.ones(images, dtype=bool),
@@ -82,10 +82,10 @@ def synthetic(seed: int, images: int = 200, **shift: Any) -> Profile:
     )
 
 
-def test_a_profile_survives_its_file(reference: Profile, tmp_path: Path) -> None:
+def test_a_profile_survives_its_file(reference: ImageProfile, tmp_path: Path) -> None:
     reference.save(tmp_path / "profile.npz")
-    loaded = Profile.load(tmp_path / "profile.npz")
-    for field in dataclasses.fields(Profile):
+    loaded = ImageProfile.load(tmp_path / "profile.npz")
+    for field in dataclasses.fields(ImageProfile):
         one, two = getattr(reference, field.name), getattr(loaded, field.name)
         if isinstance(one, np.ndarray):
             np.testing.assert_array_equal(one, two)
@@ -139,7 +139,7 @@ def test_detections_are_those_of_predict(detector: RFDETR, files: list[Path]) ->
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_fresh_images_of_the_same_kind_give_no_alarm(
-    detector: RFDETR, reference: Profile, tmp_path: Path, seed: int
+    detector: RFDETR, reference: ImageProfile, tmp_path: Path, seed: int
 ) -> None:
     recent = profile_images(detector, write(tmp_path, 40, seed=seed))
     assert compare(reference, recent).alarms == []
@@ -156,14 +156,14 @@ def test_fresh_images_of_the_same_kind_give_no_alarm(
     ids=["dark", "blurred", "large", "upright"],
 )
 def test_other_looking_images_alarm(
-    detector: RFDETR, reference: Profile, tmp_path: Path, change: Change, expected: set[str]
+    detector: RFDETR, reference: ImageProfile, tmp_path: Path, change: Change, expected: set[str]
 ) -> None:
     recent = profile_images(detector, write(tmp_path, 40, seed=1, change=change))
     assert expected <= set(compare(reference, recent).alarms)
 
 
 def test_other_objects_on_the_same_background_alarm(
-    detector: RFDETR, reference: Profile, tmp_path: Path
+    detector: RFDETR, reference: ImageProfile, tmp_path: Path
 ) -> None:
     """Yellow and purple shapes, of which the reference has none; the encoder is not trained."""
     scenes_ = [s for s in scenes(150, 5, seed=1) if s.shapes and min(x.label for x in s.shapes) > 2]
@@ -212,7 +212,7 @@ def test_equal_profiles_give_equal_reports_that_survive_json() -> None:
     measure = next(m for m in report.measures if m.name == "brightness")
     assert measure.reference == pytest.approx(0.5, abs=0.05)
     assert measure.recent == pytest.approx(0.2, abs=0.05)
-    assert {m.name for m in report.measures} == set(THRESHOLDS)
+    assert {m.name for m in report.measures} == set(ALARM_THRESHOLDS)
 
 
 def test_thresholds_are_the_users() -> None:
@@ -280,7 +280,7 @@ def test_the_largest_profile_is_small(tmp_path: Path) -> None:
     assert (tmp_path / "profile.npz").stat().st_size < 1_000_000
 
 
-def test_files_that_are_no_images_are_passed_over(
+def test_files_that_are_not_images_are_skipped(
     detector: RFDETR, files: list[Path], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.jpg"
@@ -288,10 +288,10 @@ def test_files_that_are_no_images_are_passed_over(
     found = profile_images(detector, [broken, *files[:3], tmp_path / "missing.png"])
     assert found.files == tuple(file.name for file in files[:3])
     assert found.unreadable == ("broken.jpg", "missing.png")
-    with pytest.raises(InputError, match="None of 1 files"):
+    with pytest.raises(InputError, match="None of the 1 files"):
         profile_images(detector, [broken])
-    with pytest.raises(InputError, match="no profile"):
-        Profile.load(broken)
+    with pytest.raises(InputError, match="not an image profile"):
+        ImageProfile.load(broken)
 
 
 def test_a_large_set_is_sampled_evenly(detector: RFDETR, files: list[Path]) -> None:

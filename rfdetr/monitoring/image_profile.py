@@ -1,7 +1,7 @@
-"""What a detector sees in a set of images, small enough to be kept beside its weights.
+"""A summary of a set of images as a detector sees them, small enough to store with its weights.
 
-The profile of the dataset that a model was trained with is the reference; `rfdetr.monitoring.drift`
-compares the profile of recent images with it.
+The profile of the training dataset is the reference; `rfdetr.monitoring.drift` compares the
+profile of recent images with it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rfdetr.data.image_input import height_and_width, read_image
+from rfdetr.arrays import Integers
+from rfdetr.data.image_input import ImageLike, height_and_width, read_image
 from rfdetr.data.transforms import MEAN, STD, preprocess
 from rfdetr.errors import InputError
 from rfdetr.files import atomic_path
 
 if TYPE_CHECKING:
-    from rfdetr.data.image_input import ImageLike
     from rfdetr.detector import RFDETR
     from rfdetr.model.network import RFDETRNetwork
 
@@ -35,27 +35,27 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FORMAT = 1
-IMAGES = 512  # of a profile
-EMBEDDINGS = 256  # kept of them
+IMAGES = 512  # of a profile, at most
+EMBEDDINGS = 256  # of a profile, at most
 BATCH_SIZE = 8
 THRESHOLD = 0.3  # score from which a detection counts as a box
 SCORE_FLOOR = 0.05  # score from which a detection is kept
-PER_IMAGE = 40  # detections that are kept
-LUMA = (0.299, 0.587, 0.114)
+PER_IMAGE = 40  # detections that are kept of an image
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 STEPS_PER_OCTAVE = 4  # of image sizes and shapes
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Facts of n images as the detector saw them.
+class ImageProfile:
+    """Features and detections of n images.
 
-    `features` hold one number per image: brightness, contrast and sharpness of the resized picture
-    in 0..1, image_size and image_shape as log2 of the side (root of width x height) and of width /
-    height, best_score, and boxes_per_image with a score of at least `threshold`. Detection k
-    belongs to image `owner[k]`; its size is the root of its share of the image's area.
-    `embeddings` (at most 256, D) are means of the last feature map, of the images `embedded(n)`.
-    `held_out` is False for images that the model was fitted to: their scores are better than those
-    of images that it sees for the first time.
+    `features` have one number per image: brightness, contrast and sharpness of the resized image
+    in 0..1; image_size, log2 of sqrt(width x height) in pixels; image_shape, log2 of width /
+    height; best_score; and boxes_per_image, the detections with a score of at least `threshold`.
+    Detection k belongs to image `owner[k]`; `sizes[k]` is the square root of its share of the
+    image's area. `embeddings` (at most 256, D) are means of the last feature map for the images
+    `embedded_images(n)`. `held_out` is False for images that the model was trained on, whose
+    scores are better than those of new images.
     """
 
     files: tuple[str, ...]
@@ -74,7 +74,7 @@ class Profile:
         return len(self.files)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one .npz file, well below a megabyte."""
+        """Write one .npz file, less than a megabyte."""
         facts = {
             "format": FORMAT,
             "files": self.files,
@@ -88,7 +88,7 @@ class Profile:
             np.savez_compressed(stream, facts=np.array(json.dumps(facts)), **arrays)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Profile:
+    def load(cls, path: str | os.PathLike[str]) -> ImageProfile:
         """Read what `save` wrote. Raises InputError for anything else."""
         try:
             with np.load(path, allow_pickle=False) as stored:
@@ -101,9 +101,11 @@ class Profile:
                     if name.startswith("feature.")
                 }
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise InputError(f"{path} is no profile of images: {error}.") from error
+            raise InputError(f"{path} is not an image profile: {error}.") from error
         if not known:
-            raise InputError(f"{path} is a profile of another version; register the model again.")
+            raise InputError(
+                f"{path} has another version of the profile format; register the model again."
+            )
         fields: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()
         }
@@ -113,13 +115,13 @@ class Profile:
 _ARRAYS = ("owner", "scores", "sizes", "labels", "embeddings", "held_out")
 
 
-def embedded(images: int) -> NDArray[np.int64]:
-    """Numbers of the images whose embedding a profile of `images` images keeps."""
+def embedded_images(images: int) -> Integers:
+    """Numbers of the images whose embeddings a profile of `images` images keeps."""
     return evenly(np.arange(images), EMBEDDINGS)
 
 
 def evenly(items: NDArray[T], limit: int) -> NDArray[T]:  # type: ignore[type-var]
-    """At most `limit` items, evenly spread."""
+    """At most `limit` items, evenly spaced."""
     count = min(len(items), limit)
     return items[np.linspace(0, max(0, len(items) - 1), count).round().astype(np.int64)]
 
@@ -132,28 +134,28 @@ def profile_images(
     batch_size: int = BATCH_SIZE,
     limit: int = IMAGES,
     threshold: float = THRESHOLD,
-) -> Profile:
-    """The profile of at most `limit` evenly spread `files`; `fitted` are those trained on.
+) -> ImageProfile:
+    """The profile of at most `limit` evenly spaced `files`; `fitted` are training images.
 
-    Files that are no images are named in `unreadable` and passed over. Raises InputError when none
-    is left.
+    Files that cannot be read are listed in `unreadable` and skipped. Raises InputError if none can
+    be read.
     """
     chosen = [Path(files[i]) for i in evenly(np.arange(len(files)), limit)]
-    seen = _Seen({Path(file) for file in fitted})
+    collected = _Collected({Path(file) for file in fitted})
     network = detector.model.model.eval()
     with torch.inference_mode(), _last_maps(network) as maps:
         for start in range(0, len(chosen), batch_size):
-            pictures = list(_readable(chosen[start : start + batch_size], seen))
-            if pictures:
-                _look(detector, pictures, seen)
-                seen.embeddings.append(maps.pop().float().mean(dim=(2, 3)).cpu())
-    if not seen.files:
-        raise InputError(f"None of {len(chosen)} files is an image that can be read.")
-    return _finish(seen, tuple(detector.class_names), threshold)
+            images = list(_readable(chosen[start : start + batch_size], collected))
+            if images:
+                _detect(detector, images, collected)
+                collected.embeddings.append(maps.pop().float().mean(dim=(2, 3)).cpu())
+    if not collected.files:
+        raise InputError(f"None of the {len(chosen)} files is a readable image.")
+    return _profile(collected, tuple(detector.class_names), threshold)
 
 
-class _Seen:
-    """What has been gathered so far, one entry per image or per batch."""
+class _Collected:
+    """Values collected so far, one entry per image or per batch."""
 
     def __init__(self, fitted: set[Path]) -> None:
         self.fitted = fitted
@@ -166,22 +168,22 @@ class _Seen:
         self.embeddings: list[Tensor] = []
 
 
-def _readable(files: Sequence[Path], seen: _Seen) -> Iterator[ImageLike]:
+def _readable(files: Sequence[Path], collected: _Collected) -> Iterator[ImageLike]:
     for file in files:
         try:
-            picture = read_image(file)
+            image = read_image(file)
         except (InputError, OSError) as error:
-            log.warning("%s is passed over: %s", file, error)
-            seen.unreadable.append(file.name)
+            log.warning("Image skipped: %s", error)
+            collected.unreadable.append(file.name)
         else:
-            seen.files.append(file.name)
-            seen.held_out.append(file not in seen.fitted)
-            yield picture
+            collected.files.append(file.name)
+            collected.held_out.append(file not in collected.fitted)
+            yield image
 
 
 @contextmanager
 def _last_maps(network: RFDETRNetwork) -> Iterator[list[Tensor]]:
-    """The encoder's last feature map (B, D, h, w) of each pass, as long as the block runs."""
+    """A list that receives the encoder's last feature map (B, D, h, w) of each forward pass."""
     maps: list[Tensor] = []
     handle = network.encoder.register_forward_hook(lambda _m, _i, levels: maps.append(levels[-1]))
     try:
@@ -190,21 +192,21 @@ def _last_maps(network: RFDETRNetwork) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _look(detector: RFDETR, pictures: Sequence[ImageLike], seen: _Seen) -> None:
-    holder = detector.model
-    inputs = torch.stack([preprocess(picture, holder.resolution) for picture in pictures])
-    outputs = holder.model(inputs.to(holder.device))
+def _detect(detector: RFDETR, images: Sequence[ImageLike], collected: _Collected) -> None:
+    state = detector.model
+    inputs = torch.stack([preprocess(image, state.resolution) for image in images])
+    outputs = state.model(inputs.to(state.device))
     outputs.pop("pred_masks", None)
-    unit = torch.ones(len(pictures), 2, device=holder.device)  # boxes as shares of the sides
-    for result in holder.postprocess(outputs, unit):
+    unit = torch.ones(len(images), 2, device=state.device)  # boxes as fractions of the image
+    for result in state.postprocess(outputs, unit):
         count = min(PER_IMAGE, int((result["scores"] >= SCORE_FLOOR).sum()))
         best = result["scores"][:1].cpu().numpy()
         kept = {name: value[:count].cpu().numpy() for name, value in result.items()}
-        seen.found.append({**kept, "best": best})
-    seen.pixels.append(_pixel_features(inputs))
-    for picture in pictures:
-        height, width = height_and_width(picture)
-        seen.geometry.append((math.log2(math.sqrt(width * height)), math.log2(width / height)))
+        collected.found.append({**kept, "best": best})
+    collected.pixels.append(_pixel_features(inputs))
+    for image in images:
+        height, width = height_and_width(image)
+        collected.geometry.append((math.log2(math.sqrt(width * height)), math.log2(width / height)))
 
 
 def _pixel_features(inputs: Tensor) -> Tensor:
@@ -220,33 +222,33 @@ def _pixel_features(inputs: Tensor) -> Tensor:
     return torch.stack([luma.mean(dim=(1, 2)), luma.std(dim=(1, 2)), sharpness], dim=1)
 
 
-def _finish(seen: _Seen, class_names: tuple[str, ...], threshold: float) -> Profile:
-    brightness, contrast, sharpness = torch.cat(seen.pixels).T.numpy()
-    geometry = np.round(np.array(seen.geometry) * STEPS_PER_OCTAVE) / STEPS_PER_OCTAVE
-    counts = [int((found["scores"] >= threshold).sum()) for found in seen.found]
-    boxes = np.concatenate([found["boxes"] for found in seen.found])
+def _profile(collected: _Collected, class_names: tuple[str, ...], threshold: float) -> ImageProfile:
+    brightness, contrast, sharpness = torch.cat(collected.pixels).T.numpy()
+    geometry = np.round(np.array(collected.geometry) * STEPS_PER_OCTAVE) / STEPS_PER_OCTAVE
+    counts = [int((found["scores"] >= threshold).sum()) for found in collected.found]
+    boxes = np.concatenate([found["boxes"] for found in collected.found])
     features = {
         "brightness": brightness,
         "contrast": contrast,
         "sharpness": sharpness,
         "image_size": geometry[:, 0],
         "image_shape": geometry[:, 1],
-        "best_score": np.array([found["best"].max(initial=0) for found in seen.found]),
+        "best_score": np.array([found["best"].max(initial=0) for found in collected.found]),
         "boxes_per_image": np.array(counts),
     }
-    kept = [len(found["scores"]) for found in seen.found]
+    kept = [len(found["scores"]) for found in collected.found]
     sides = (boxes[:, 2:] - boxes[:, :2]).clip(min=0)
-    embeddings = torch.cat(seen.embeddings).numpy()[embedded(len(seen.files))]
-    return Profile(
-        files=tuple(seen.files),
+    embeddings = torch.cat(collected.embeddings).numpy()[embedded_images(len(collected.files))]
+    return ImageProfile(
+        files=tuple(collected.files),
         features={name: values.astype(np.float32) for name, values in features.items()},
         owner=np.repeat(np.arange(len(kept), dtype=np.int32), kept),
-        scores=np.concatenate([f["scores"] for f in seen.found]).astype(np.float16),
+        scores=np.concatenate([f["scores"] for f in collected.found]).astype(np.float16),
         sizes=np.sqrt(sides.prod(axis=1)).astype(np.float16),
-        labels=np.concatenate([f["labels"] for f in seen.found]).astype(np.int32),
+        labels=np.concatenate([f["labels"] for f in collected.found]).astype(np.int32),
         embeddings=embeddings.astype(np.float16),
-        held_out=np.array(seen.held_out),
+        held_out=np.array(collected.held_out),
         class_names=class_names,
         threshold=threshold,
-        unreadable=tuple(seen.unreadable),
+        unreadable=tuple(collected.unreadable),
     )
