@@ -1,4 +1,4 @@
-"""The error hierarchy. Every message says what was found, where, and what to do about it."""
+"""The error hierarchy. Every message says what was found, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class CheckpointError(RFDETRError, ValueError):
 
 
 class DownloadError(RFDETRError, OSError):
-    """Published weights that could not be fetched."""
+    """Published weights that could not be downloaded."""
 
 
 class DatasetError(RFDETRError, ValueError):
-    """A dataset folder or annotation file that cannot be read as asked."""
+    """A dataset folder or annotation file that cannot be read as requested."""
 
 
 class InputError(RFDETRError, ValueError):
-    """An image, batch or target that the network cannot take."""
+    """An image, batch or target that the network cannot process."""
 
 
 class NonFiniteLossError(RFDETRError, ValueError):

@@ -21,7 +21,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` on success and is removed on failure.
 
     The parent folder is created; the caller creates the temporary file by opening it for writing.
-    Readers see the old file or the complete new one, never a part.
+    Readers see the old file or the complete new one, never a partial one.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -35,15 +35,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until the content of `path` is on the disk."""
+    """Flush the content of `path` to the disk."""
     with open(path, "rb") as written:
         os.fsync(written.fileno())
 
 
-def remove_cut_off(folder: Path, name: str = "*", *, idle_s: float = 0.0) -> None:
-    """Remove what killed writers of `name` left in `folder`, if untouched for `idle_s` seconds.
+def remove_leftovers(folder: Path, name: str = "*", *, idle_s: float = 0.0) -> None:
+    """Remove temporary files of killed writers of `name`, if unmodified for `idle_s` seconds.
 
-    Only for a caller who knows that nobody writes these files now, or that writing them is shorter.
+    Only safe when no process is writing these files, or when writing takes less than `idle_s`.
     """
     for left in folder.glob(f".{name}.{'?' * TAG}.tmp"):
         with contextlib.suppress(FileNotFoundError):

@@ -19,7 +19,7 @@ from typing import Self
 from flows.core.redact import redact
 from flows.storage.objects import download, upload
 from flows.storage.s3 import DamagedError, NotFoundError, StorageError, list_objects
-from rfdetr.files import remove_cut_off
+from rfdetr.files import remove_leftovers
 
 EVERY_SECONDS = 10.0
 # Weights first, the counters that refer to them last.
@@ -53,7 +53,7 @@ class Mirror:
         """
         if self.url is None or (self.folder / LAST).exists():
             return
-        remove_cut_off(self.folder, f".{LAST}.fetched")
+        remove_leftovers(self.folder, f".{LAST}.fetched")
         try:
             self._fetch_all()
         except StorageError as error:

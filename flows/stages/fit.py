@@ -33,7 +33,7 @@ from flows.storage.packs import open_dataset
 from flows.tracking.journal import JOURNAL
 from flows.tracking.run import close_run
 from rfdetr.errors import RFDETRError
-from rfdetr.files import remove_cut_off
+from rfdetr.files import remove_leftovers
 
 SECTIONS = ["dataset", "model", "fit"]
 JOIN_SECONDS = 600.0
@@ -59,7 +59,7 @@ def fit(project: Project) -> None:
     mirror = Mirror(state.folder, env.state_url)
     with locked(state.folder):
         for name in ("*.ckpt", "*.pth", "run.json", "job.json"):
-            remove_cut_off(state.folder, name)
+            remove_leftovers(state.folder, name)
         if not state.done:
             mirror.fetch()
         if env.fit_retry:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flows.core.redact import redact, redact_mapping
 from rfdetr.errors import ConfigError
-from rfdetr.files import remove_cut_off, write_text_atomic
+from rfdetr.files import remove_leftovers, write_text_atomic
 
 log = logging.getLogger(__name__)
 JOURNAL, STATE = "journal.jsonl", "journal.json"
@@ -66,7 +66,7 @@ class Journal:
         self._lock = threading.Lock()
         self._warned = False
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_cut_off(self.folder, STATE, idle_s=LONGEST_WRITE_S)
+        remove_leftovers(self.folder, STATE, idle_s=LONGEST_WRITE_S)
         state = self._read_state()
         if state is None:
             if spec is None:

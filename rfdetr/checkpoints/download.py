@@ -29,7 +29,7 @@ from rfdetr.errors import DownloadError
 from rfdetr.files import (
     CHUNK_BYTES,
     atomic_path,
-    remove_cut_off,
+    remove_leftovers,
     sha256_file,
     user_cache_folder,
     write_text_atomic,
@@ -108,7 +108,7 @@ def _download_once(name: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S):
             if not target.is_file():
-                remove_cut_off(target.parent, target.name)  # of a killed process
+                remove_leftovers(target.parent, target.name)  # of a killed process
                 _download(url, target)
     except DownloadError:
         raise

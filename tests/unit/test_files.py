@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rfdetr.files import atomic_path, remove_cut_off
+from rfdetr.files import atomic_path, remove_leftovers
 
 
-def cut_off(target: Path) -> Path:
+def leftover(target: Path) -> Path:
     """The temporary file of a writer that was killed."""
     with pytest.raises(FileNotFoundError), atomic_path(target) as temporary:
         temporary.write_text("half")
@@ -19,14 +19,14 @@ def cut_off(target: Path) -> Path:
     return kept.rename(temporary)
 
 
-def test_cut_off_files_of_a_name_are_removed(tmp_path: Path) -> None:
-    left = cut_off(tmp_path / "run.json")
-    other = cut_off(tmp_path / "last.ckpt")
+def test_leftovers_of_a_name_are_removed(tmp_path: Path) -> None:
+    left = leftover(tmp_path / "run.json")
+    other = leftover(tmp_path / "last.ckpt")
     (tmp_path / "run.json").write_text("whole")
-    remove_cut_off(tmp_path, "run.json", idle_s=60)
+    remove_leftovers(tmp_path, "run.json", idle_s=60)
     assert left.exists(), "it may be written right now"
     os.utime(left, (time.time() - 90, time.time() - 90))
-    remove_cut_off(tmp_path, "run.json", idle_s=60)
+    remove_leftovers(tmp_path, "run.json", idle_s=60)
     assert sorted(tmp_path.iterdir()) == sorted([other, tmp_path / "run.json"])
-    remove_cut_off(tmp_path)
+    remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "run.json"]

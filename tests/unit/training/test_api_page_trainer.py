@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 
 from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO
 from rfdetr.errors import MissingDependencyError
-from rfdetr.training import build_trainer
+from rfdetr.training import RFDETRDataModule, build_trainer
 from rfdetr.training.callbacks import (
     BestModelCallback,
     CheckpointCallback,
@@ -60,11 +61,6 @@ def test_gradient_clipping_is_0_1_by_default(config):
 def test_sync_batch_norm(config):
     config.sync_bn = True
     assert built(config, strategy="ddp", devices=2).strategy._layer_sync is not None
-
-
-def test_accelerator_is_auto_by_default(config):
-    assert type(config).model_fields["accelerator"].default == "auto"
-    assert built(config).strategy.root_device.type == "cpu"
 
 
 def test_devices_default_to_one(config):
@@ -120,6 +116,7 @@ def test_precision_is_decided_by_the_chosen_devices_only(monkeypatch):
 
 
 def test_precision_on_the_cpu_and_by_keyword(config):
+    assert config.accelerator == "cpu"
     assert built(config).precision == "32-true"
     assert built(config, precision="bf16-mixed").precision == "bf16-mixed"
 
@@ -200,10 +197,24 @@ def test_ddp_keeps_ema(config):
         assert RFDETREMACallback in kinds(built(config, strategy="ddp", devices=2))
 
 
-def test_effective_batch_size(config):
-    config.batch_size, config.grad_accum_steps = 4, 2
-    trainer = built(config, strategy="ddp", devices=2)
-    assert config.batch_size * trainer.accumulate_grad_batches * trainer.world_size == 16
+@pytest.mark.parametrize(("devices", "grad_accum_steps"), [(1, 4), (2, 2), (4, 1)])
+def test_effective_batch_size(config, devices, grad_accum_steps):
+    """The training page's table: batch 4, always 16 images per optimizer step."""
+    config.batch_size, config.grad_accum_steps = 4, grad_accum_steps
+    trainer = built(config, strategy="ddp", devices=devices)
+    data = RFDETRDataModule(tiny_model(), config)
+    images = 0
+    for rank in range(devices):
+        data.trainer = SimpleNamespace(
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            world_size=trainer.world_size,
+            global_rank=rank,
+            strategy=SimpleNamespace(broadcast=lambda seed: seed, root_device=torch.device("cpu")),
+        )
+        loader = data.train_dataloader()
+        images += loader.batch_size * trainer.accumulate_grad_batches
+        assert len(loader) == 5 * grad_accum_steps  # the small dataset repeats to five windows
+    assert images == 16
 
 
 def test_csv_logger_always_and_others_by_flag(config, monkeypatch):

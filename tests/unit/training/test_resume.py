@@ -1,4 +1,4 @@
-"""A resumed run equals an uninterrupted one, bit by bit (training specification, section 14.4)."""
+"""A resumed run equals an uninterrupted one, bit by bit."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ def options(**fields):
     }
 
 
-def interrupted(dataset: Path, output: Path, step: int, every: int | None, **fields) -> Path:
-    """Train until a crash after `step` steps; the checkpoint that is left."""
+def interrupted(
+    dataset: Path, output: Path, step: int, every: int | None, start: Path | None = None, **fields
+) -> Path:
+    """Train, from `start` on, until a crash after `step` steps; the checkpoint that is left."""
     run = Run(tiny_model(), tiny_run(dataset, output, **options(**fields)))
     for callback in run.trainer.callbacks:
         if hasattr(callback, "every_n_steps"):
             callback.every_n_steps = every
     run.trainer.callbacks.append(StopAt(step))
     with pytest.raises(RuntimeError, match="stopped by the test"):
-        run.fit()
+        run.fit(start)
     return output / "last.ckpt"
 
 
@@ -91,3 +93,13 @@ def test_resumed_equals_uninterrupted(dataset, tmp_path, step, every, workers):
     assert saved == (BATCHES if every is None else BATCHES + 3)
     Run(tiny_model(), tiny_run(dataset, tmp_path / "parts", **options(**fields))).fit(last)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_interrupted_again_right_after_a_resume(dataset, tmp_path):
+    """The second checkpoint has the epoch's sums from before the first interruption too."""
+    Run(tiny_model(), tiny_run(dataset, tmp_path / "whole", **options())).fit()
+    parts = tmp_path / "parts"
+    first = interrupted(dataset, parts, BATCHES + 2, 1)
+    second = interrupted(dataset, parts, BATCHES + 3, 1, first)
+    Run(tiny_model(), tiny_run(dataset, parts, **options())).fit(second)
+    assert_same_end(tmp_path / "whole", parts)
