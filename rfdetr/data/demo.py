@@ -1,7 +1,8 @@
 """The demo dataset: real handwritten digits drawn on real photos, built in seconds.
 
 Digits: scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits" test set.
-Photos: scikit-learn's two, "china" by danielbuechele and "flower" by vultilion (CC BY 2.0).
+Photos: the two of scikit-learn, "china" and "flower", both attributed there to danielbuechele
+(CC BY 2.0); the source link of "flower" leads to vultilion on Flickr.
 Splits share neither a digit nor a part of a photo. `python -m rfdetr.data.demo FOLDER` builds it.
 """
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from rfdetr.errors import DatasetError, MissingDependencyError
 
+DESCRIPTION = "The embedded demo dataset: real handwritten digits drawn on real photos, in seconds."
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "valid", "test")
 PHOTO_SHARES = {"train": (0.0, 0.6), "valid": (0.6, 0.8), "test": (0.8, 1.0)}
@@ -163,7 +165,7 @@ def _write_split(
                 }
             )
     document = {
-        "info": {"description": __doc__.splitlines()[0] if __doc__ else ""},
+        "info": {"description": DESCRIPTION},
         "licenses": [
             {"id": 1, "name": "CC BY 2.0", "url": "https://creativecommons.org/licenses/by/2.0/"}
         ],

@@ -1,6 +1,7 @@
 """The layout of a dataset folder: where the images and annotations of each split are.
 
-COCO exports of Roboflow, plain COCO 2017 and YOLO (https://docs.ultralytics.com/datasets/detect).
+Recognises COCO exports as Roboflow writes them, plain COCO 2017, and YOLO
+(https://docs.ultralytics.com/datasets/detect).
 """
 
 from __future__ import annotations
