@@ -43,7 +43,8 @@ def parameters() -> str:
         "`params.yaml` has one section per stage or subject. A section or field that is left out "
         "has its default. An unknown name is an error that lists the known ones.",
     ]
-    for name, kind in {**SECTIONS, "sources.<name>": SourceSettings}.items():
+    sections: dict[str, type[BaseModel]] = {**SECTIONS, "sources.<name>": SourceSettings}
+    for name, kind in sections.items():
         parts += [f"## `{name}`", _summary(kind), _fields(kind)]
     parts += [
         "## Variants",
