@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import orjson
+import msgspec
 from PIL import __version__ as pillow_version
 
 from rfdetr.checks.image_probe import PROBE_VERSION, ImageFacts
@@ -27,6 +27,9 @@ CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime INT
 CREATE TABLE IF NOT EXISTS facts (hash TEXT, probe TEXT, size INTEGER, row BLOB,
                                   PRIMARY KEY (hash, probe));
 """
+
+
+_decoder = msgspec.json.Decoder(ImageFacts)
 
 
 class FileStamp(NamedTuple):
@@ -59,70 +62,62 @@ class FactsCache:
             "WHERE path = ? AND files.size = ? AND mtime = ? AND probe = ?"
         )
         found: dict[str, Inspected] = {}
-        try:
-            with closing(self._open()) as database:
-                for stamp in stamps:
-                    answer = database.execute(query, (*stamp, self._probe)).fetchone()
-                    if answer is not None:
-                        found[stamp.path] = Inspected(answer[0], _facts(answer[1]))
-        except (sqlite3.Error, OSError, ValueError, TypeError) as error:
-            self._warn(error)
+        with self._tolerated(), self._database() as database:
+            for stamp in stamps:
+                answer = database.execute(query, (*stamp, self._probe)).fetchone()
+                if answer is not None:
+                    found[stamp.path] = Inspected(answer[0], _decoder.decode(answer[1]))
         return found
 
     def known_sizes(self) -> frozenset[int]:
         """Sizes of all files with known facts; a file of another size cannot be known."""
-        try:
-            with closing(self._open()) as database:
-                query = "SELECT DISTINCT size FROM facts WHERE probe = ?"
-                return frozenset(row[0] for row in database.execute(query, (self._probe,)))
-        except (sqlite3.Error, OSError) as error:
-            self._warn(error)
-            return frozenset()
+        sizes: set[int] = set()
+        with self._tolerated(), self._database() as database:
+            query = "SELECT DISTINCT size FROM facts WHERE probe = ?"
+            sizes.update(row[0] for row in database.execute(query, (self._probe,)))
+        return frozenset(sizes)
 
     def known_contents(self, hashes: Iterable[str]) -> dict[str, ImageFacts]:
         """Facts by content hash."""
         query = "SELECT row FROM facts WHERE hash = ? AND probe = ?"
         found: dict[str, ImageFacts] = {}
-        try:
-            with closing(self._open()) as database:
-                for content in hashes:
-                    answer = database.execute(query, (content, self._probe)).fetchone()
-                    if answer is not None:
-                        found[content] = _facts(answer[0])
-        except (sqlite3.Error, OSError, ValueError, TypeError) as error:
-            self._warn(error)
+        with self._tolerated(), self._database() as database:
+            for content in hashes:
+                answer = database.execute(query, (content, self._probe)).fetchone()
+                if answer is not None:
+                    found[content] = _decoder.decode(answer[0])
         return found
 
     def store(self, results: Iterable[tuple[FileStamp, Inspected]]) -> None:
         """Store the results of the files that could be read."""
         kept = [(stamp, found) for stamp, found in results if found.hash]
-        try:
-            with closing(self._open()) as database, database:
-                database.executemany(
-                    "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
-                    [(*stamp, found.hash) for stamp, found in kept],
-                )
-                database.executemany(
-                    "INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?)",
-                    [
-                        (found.hash, self._probe, stamp.size, orjson.dumps(found.facts.to_row()))
-                        for stamp, found in kept
-                    ],
-                )
-        except (sqlite3.Error, OSError, UnicodeError) as error:
-            self._warn(error)
+        with self._tolerated(), self._database() as database:
+            database.executemany(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
+                [(*stamp, found.hash) for stamp, found in kept],
+            )
+            database.executemany(
+                "INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?)",
+                [
+                    (found.hash, self._probe, stamp.size, msgspec.json.encode(found.facts))
+                    for stamp, found in kept
+                ],
+            )
 
-    def _open(self) -> sqlite3.Connection:
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        """The database, in one transaction."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(self._file, timeout=30)
-        database.executescript(SCHEMA)
-        return database
+        with closing(sqlite3.connect(self._file, timeout=30)) as database, database:
+            database.executescript(SCHEMA)
+            yield database
 
-    def _warn(self, error: Exception) -> None:
-        if not self._warned:
-            logger.warning("%s: the cache of image checks is not used (%s).", self._file, error)
-        self._warned = True
-
-
-def _facts(blob: bytes) -> ImageFacts:
-    return ImageFacts.from_row(orjson.loads(blob))
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        """Failures inside end the block with a warning, once."""
+        try:
+            yield
+        except (sqlite3.Error, OSError, ValueError) as error:
+            if not self._warned:
+                logger.warning("%s: the image check cache is not used (%s).", self._file, error)
+            self._warned = True

@@ -9,7 +9,7 @@ import numpy as np
 from rfdetr.arrays import Bools, Floats, Integers
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.options import CheckConfig
-from rfdetr.checks.table import NO_ID, SplitTable
+from rfdetr.checks.table import NO_ID, SplitTable, repeated_rows
 from rfdetr.config import ModelConfig
 
 MAX_LAG = 256  # successors each box is compared with; more in one place are duplicates anyway
@@ -123,12 +123,11 @@ def _check_ids(table: SplitTable, collector: Collector) -> None:
         np.flatnonzero(ids == 0),
         lambda _row: "annotation id is 0",
     )
-    order = np.argsort(ids, kind="stable")
-    again = (ids[order][1:] == ids[order][:-1]) & (ids[order][1:] != NO_ID)
+    again = repeated_rows(ids)
     collector.add_annotations(
         table,
         "annotation-id-duplicate",
-        np.sort(order[1:][again]),
+        again[ids[again] != NO_ID],
         lambda row: f"annotation id {ids[row]} is already used",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -92,7 +92,9 @@ def find_files(table: SplitTable, collector: Collector) -> SplitFiles:
     _report_names(table, collector)
     used |= table.broken_names
     if table.readable:
-        _report_unreferenced(table, [name for name in present if name not in used], collector)
+        for name in present:
+            if name not in used:
+                _report_stray(table, table.images_dir / name, collector)
     return SplitFiles(table, paths, [None] * len(paths))
 
 
@@ -137,49 +139,41 @@ def _report_names(table: SplitTable, collector: Collector) -> None:
         name = table.file_names[row]
         found = sorted(set(name) - PLAIN_CHARACTERS)
         text = f"'{name}' has {', '.join(map(repr, found[:5]))}"
-        details = table.image_details(row)
-        place = {**table.image_place(row), "file": details["image"], "line": None}
-        collector.note("file-name-portability", text, details=details, **place)
+        collector.note("file-name-portability", text, **table.file_place(row))
 
 
-def _report_unreferenced(table: SplitTable, names: Sequence[str], collector: Collector) -> None:
-    for name in names:
-        path = PurePosixPath(name)
-        where = {"split": table.name, "file": table.show(table.images_dir / name)}
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            text = "no annotation file lists this image"
-            collector.add("file-unreferenced", text, **where)
-        elif not _is_service(path):
-            collector.add("file-stray", "neither an image nor an annotation file", **where)
+def _report_stray(table: SplitTable, path: Path, collector: Collector) -> None:
+    """Report a file that no record names, unless it belongs to a tool or to the dataset."""
+    where = {"split": table.name, "file": table.show(path)}
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        source = "annotation file" if table.label_files is None else "split"
+        collector.add("file-unreferenced", f"no {source} lists this image", **where)
+    elif not _is_service(path):
+        collector.add("file-stray", "neither an image nor an annotation file", **where)
 
 
-def _is_service(path: PurePosixPath) -> bool:
+def _is_service(path: Path) -> bool:
     hidden = path.name.startswith(".") or path.name.lower().startswith("readme")
     return hidden or path.name in SERVICE_FILES or path.suffix.lower() in SERVICE_SUFFIXES
 
 
 def _report_yolo_strays(table: SplitTable, collector: Collector) -> None:
     """Report label files without an image and other files next to the images."""
-    known = {table.folder / label for label in table.label_files or ()}
+    labels = {table.folder / label for label in table.label_files or ()}
     images = {table.images_dir / name for name in table.file_names}
-    for folder in sorted({path.parent for path in images}):
-        for name in list_folder(folder):
-            path = folder / name
+    for path in _files_beside(images):
+        if path not in images and path not in labels and path.suffix.lower() != ".txt":
+            _report_stray(table, path, collector)
+    for path in _files_beside(labels):
+        if path.suffix == ".txt" and path not in labels and not _is_service(path):
             where = {"split": table.name, "file": table.show(path)}
-            if path in images or path in known or path.parent != folder:
-                continue
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                collector.add("file-unreferenced", "no split lists this image", **where)
-            elif path.suffix.lower() != ".txt" and not _is_service(PurePosixPath(name)):
-                collector.add("file-stray", "neither an image nor a label file", **where)
-    for folder in sorted({path.parent for path in known}):
-        for name in list_folder(folder):
-            path = folder / name
-            if path.suffix == ".txt" and path not in known and path.parent == folder:
-                if _is_service(PurePosixPath(name)):
-                    continue
-                where = {"split": table.name, "file": table.show(path)}
-                collector.add("label-unreferenced", "this label file has no image", **where)
+            collector.add("label-unreferenced", "this label file has no image", **where)
+
+
+def _files_beside(paths: Collection[Path]) -> list[Path]:
+    """All files in the folders of `paths`."""
+    folders = sorted({path.parent for path in paths})
+    return [folder / name for folder in folders for name in list_folder(folder) if "/" not in name]
 
 
 def check_files(files: SplitFiles, collector: Collector) -> None:
@@ -188,18 +182,10 @@ def check_files(files: SplitFiles, collector: Collector) -> None:
         path = files.paths[row]
         if found is None or path is None:
             continue
-        place = {
-            **files.table.image_place(row),
-            "file": files.table.show(Path(path)),
-            "line": None,
-            "details": {
-                **files.table.image_details(row),
-                "image": files.table.show(Path(path)),
-            },
-        }
+        place = files.table.file_place(row, files.table.show(Path(path)))
         facts = found.facts
         if facts.status != "ok":
-            text = facts.detail or f"{files.table.file_names[row]}"
+            text = facts.detail or files.table.file_names[row]
             collector.add(STATUS_CODES[facts.status], text, **place)
         if facts.format and facts.status not in ("missing", "empty"):
             _check_header(files.table, row, facts, collector, place)

@@ -61,14 +61,9 @@ def _check_exact(splits: Sequence[SplitFiles], collector: Collector) -> None:
 def _note(
     collector: Collector, code: str, member: _Member, twin: _Member, how: str = "is the same image"
 ) -> None:
-    place = member.split.table.image_place(member.row)
-    details = {
-        **member.split.table.image_details(member.row),
-        "other_file": twin.file,
-        "other_split": twin.split.table.name,
-    }
-    text = f"{member.file} {how} as {twin.file}"
-    collector.add(code, text, **{**place, "file": member.file, "line": None}, details=details)
+    place = member.split.table.file_place(member.row)
+    place["details"] |= {"other_file": twin.file, "other_split": twin.split.table.name}
+    collector.add(code, f"{member.file} {how} as {twin.file}", **place)
 
 
 def _check_near(
@@ -77,13 +72,11 @@ def _check_near(
     left, right = first.usable(), second.usable()
     if not left or not right:
         return
-    hashes = [_hashes(side) for side in (left, right)]
-    thumbs = [_thumbs(side) for side in (left, right)]
     queries, matches, correlation = near_pairs(
-        hashes[0],
-        thumbs[0],
-        hashes[1],
-        thumbs[1],
+        _hashes(left),
+        _thumbs(left),
+        _hashes(right),
+        _thumbs(right),
         max_bits=config.near_duplicate_bits,
         min_correlation=config.near_duplicate_correlation,
     )

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from rfdetr.arrays import Integers, find_rows
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.polygons import Segmentations, measure_segmentations, rle_problem
-from rfdetr.checks.table import NO_ID, CategoryRow, SplitTable
+from rfdetr.checks.table import NO_ID, CategoryRow, SplitTable, repeated_rows
 from rfdetr.data.coco_entries import ProblemCode
 from rfdetr.data.coco_json import UNKNOWN, CocoFile, parse_segmentation, read_coco
 from rfdetr.data.coco_problems import (
@@ -178,22 +176,15 @@ def _report_image_records(table: SplitTable, coco: CocoFile, collector: Collecto
     collector.add_images(
         table,
         "image-id-duplicate",
-        _repeated(table.image_ids),
+        repeated_rows(table.image_ids),
         lambda row: f"image id {table.image_ids[row]} is already used",
     )
     collector.add_images(
         table,
         "file-repeated",
-        _repeated(np.array(names, object)),
+        repeated_rows(np.array(names, object)),
         lambda row: f"file name {names[row]} is already used",
     )
-
-
-def _repeated(values: npt.NDArray[Any]) -> Integers:
-    """Positions whose value occurs earlier, ascending."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    return np.sort(order[1:][ordered[1:] == ordered[:-1]])
 
 
 def _report_links(table: SplitTable, coco: CocoFile, collector: Collector) -> None:

@@ -8,16 +8,17 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from PIL import Image, UnidentifiedImageError
 
 from rfdetr.data.decode import to_rgb
 
-PROBE_VERSION = 2  # part of the cache key: increase it when a field or its meaning changes
+PROBE_VERSION = 3  # part of the cache key: increase it when a field or its meaning changes
 THUMB_SIDE = 16
 MAX_PIXELS = 89_478_485  # Pillow's own warning limit
 
@@ -38,8 +39,7 @@ Status = Literal["ok", "missing", "empty", "unreadable", "truncated", "bomb"]
 _limit_lock = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class ImageFacts:
+class ImageFacts(msgspec.Struct, frozen=True, array_like=True):
     """Everything the checks need to know about one image; sizes are before EXIF rotation.
 
     `dhash` is a 64-bit difference hash, `thumb` 16 x 16 gray bytes, `mean` the RGB mean in 0..255;
@@ -57,20 +57,6 @@ class ImageFacts:
     dhash: int = 0
     thumb: bytes = b""
     mean: tuple[float, float, float] | None = None
-
-    def to_row(self) -> list[Any]:
-        """A list of JSON values, for the cache."""
-        values = [getattr(self, name) for name in self.__slots__]
-        values[self.__slots__.index("thumb")] = self.thumb.hex()
-        return values
-
-    @classmethod
-    def from_row(cls, row: list[Any]) -> ImageFacts:
-        """The record that `to_row` wrote."""
-        fields = dict(zip(cls.__slots__, row, strict=True))
-        fields["thumb"] = bytes.fromhex(fields["thumb"])
-        fields["mean"] = tuple(fields["mean"]) if fields["mean"] else None
-        return cls(**fields)
 
 
 def read_content(path: str) -> tuple[bytes, str, ImageFacts | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from rfdetr.arrays import Bools, Floats, Integers
 
@@ -115,6 +116,12 @@ class SplitTable:
             "image_id": identifier(self.image_ids[row]),
         }
 
+    def file_place(self, row: int, file: str | None = None) -> dict[str, Any]:
+        """Location of an image file, with details; `file` is its path if not the record's."""
+        file = file or self.image_file(row)
+        details = {**self.image_details(row), "image": file}
+        return {**self.image_place(row), "file": file, "line": None, "details": details}
+
     def image_details(self, row: int) -> dict[str, Any]:
         """What thumbnails and repairs need to know about an image record."""
         record = None if self.image_records is None else int(self.image_records[row])
@@ -175,6 +182,13 @@ class SplitTable:
         known = (np.isfinite(self.sizes) & (self.sizes > 0)).all(axis=1, keepdims=True)
         sizes = np.where(known, self.sizes, np.nan)
         return np.asarray(np.vstack([sizes, [np.nan, np.nan]])[self.image_rows])
+
+
+def repeated_rows(values: npt.NDArray[Any]) -> Integers:
+    """Positions whose value occurs earlier, ascending."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    return np.sort(order[1:][ordered[1:] == ordered[:-1]])
 
 
 def identifier(value: np.int64 | int) -> int | None:

@@ -71,7 +71,7 @@ def test_a_broken_cache_costs_a_warning_not_a_result(
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "images.sqlite").write_bytes(b"not a database" * 200)
     assert facts_of(images, tmp_path / "bad", workers=1) == expected
-    assert "cache of image checks is not used" in caplog.text
+    assert "image check cache is not used" in caplog.text
 
 
 def die_on_nine(paths: Paths, max_pixels: int) -> list[Inspected]:
