@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,8 @@ from rfdetr.arrays import Integers, find_rows
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.polygons import Segmentations, measure_segmentations, rle_problem
 from rfdetr.checks.table import NO_ID, CategoryRow, SplitTable, repeated_rows
-from rfdetr.data.coco_entries import ProblemCode
 from rfdetr.data.coco_json import UNKNOWN, CocoFile, parse_segmentation, read_coco
 from rfdetr.data.coco_problems import (
-    MAX_PROBLEMS,
     LineCounter,
     Problem,
     byte_offset,
@@ -40,7 +38,8 @@ def read_coco_split(
     table = _table(name, folder, images_dir, coco)
     table.readable = all(problem.section != "file" for problem in coco.problems)
     table.broken_names = _broken_names(coco)
-    _report_problems([*coco.problems, *_missing_values(coco)], table, collector)
+    _report_problems(coco.problems, table, collector)
+    _report_missing(table, coco, collector)
     _report_image_records(table, coco, collector)
     _report_links(table, coco, collector)
     _add_segmentations(table, measured, collector)
@@ -114,54 +113,32 @@ def _broken_names(coco: CocoFile) -> frozenset[str]:
     return frozenset(name for name in names if isinstance(name, str))
 
 
-def _missing_values(coco: CocoFile) -> Iterator[Problem]:
-    """Sizes and annotation ids that the file does not give, which training can do without."""
-    images, annotations = coco.images, coco.annotations
-    columns: tuple[tuple[ProblemCode, str, str, Integers, Integers, Integers], ...] = (
-        ("image-size-invalid", "images", "width", images.widths, images.rows, images.ids),
-        ("image-size-invalid", "images", "height", images.heights, images.rows, images.ids),
-        ("key-missing", "annotations", "id", annotations.ids, annotations.rows, annotations.ids),
-    )
-    for code, section, key, values, records, ids in columns:
-        for row in np.flatnonzero(values == UNKNOWN)[:MAX_PROBLEMS]:
-            own_id = None if ids[row] == UNKNOWN else int(ids[row])
-            reason = "the key is missing"
-            yield Problem(code, section, int(records[row]), key, "", reason, id=own_id)
-
-
 def _report_problems(problems: Sequence[Problem], table: SplitTable, collector: Collector) -> None:
     for problem in problems:
-        image = annotation = None
-        if problem.section == "images":
-            image = problem.id
-        elif problem.section == "annotations":
-            annotation = problem.id
-        line = problem.line
-        if line is None and problem.row is not None:
-            line = _line_of_record(table, problem)
         repair = {} if problem.row is not None else {"repair": ""}
         collector.add(
             problem.code,
             str(problem),
             split=table.name,
             file=table.source,
-            line=line,
-            image_id=image,
-            annotation_id=annotation,
+            line=problem.line,
+            image_id=problem.id if problem.section == "images" else None,
+            annotation_id=problem.id if problem.section == "annotations" else None,
             details={"section": problem.section, "record": problem.row, "key": problem.key},
             **repair,
         )
 
 
-def _line_of_record(table: SplitTable, problem: Problem) -> int | None:
-    """Line of a record that is in the table but lacks a value."""
-    finder, records = table.annotation_lines, table.annotation_records
-    if problem.section == "images":
-        finder, records = table.image_lines, table.image_records
-    if records is None or problem.section == "categories":
-        return None
-    found = np.flatnonzero(records == problem.row)
-    return finder([int(found[0])])[0] if len(found) else None
+def _report_missing(table: SplitTable, coco: CocoFile, collector: Collector) -> None:
+    """Report absent sizes and annotation ids, which training can do without."""
+    no_width, no_height, no_id = (
+        np.flatnonzero(values == UNKNOWN)
+        for values in (coco.images.widths, coco.images.heights, coco.annotations.ids)
+    )
+    code = "image-size-invalid"
+    collector.add_images(table, code, no_width, lambda _row: "width is missing")
+    collector.add_images(table, code, no_height, lambda _row: "height is missing")
+    collector.add_annotations(table, "key-missing", no_id, lambda _row: "id is missing")
 
 
 def _report_image_records(table: SplitTable, coco: CocoFile, collector: Collector) -> None:
