@@ -116,7 +116,7 @@ class StrictConfig(BaseModel):
         return f"{cls.__name__} has no field {', '.join(parts)}.{extra} Known fields: {known}."
 
 
-def optional_fields(config_class: type[BaseModel], *names: str) -> dict[str, tuple[Any, None]]:
+def optional_fields(config_class: type[BaseModel], *names: str) -> dict[str, Any]:
     """Definitions of the named fields for `pydantic.create_model`, with None for "not set".
 
     Types and constraints are those of `config_class`.

@@ -1,4 +1,4 @@
-"""What the subcommands of `rfdetr-pipeline` do. Each takes the parsed options, gives a status."""
+"""The subcommands of `rfdetr-pipeline`: each takes the parsed options and returns a status."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from flows.config.environment import FIT_RETRY
 from flows.config.overrides import takes_null
 from flows.config.params import SECTIONS, unknown_name
+from flows.core.errors import FAILED, OK
+from flows.core.files import parse_yaml
 from flows.project.project import Project
 from rfdetr.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
-OK, FAILED, DRIFTED = 0, 1, 3
+DRIFTED = 3
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
-    """`section.field=value` texts as nested data; values are YAML."""
+    """Parse `section.field=value` texts, whose values are YAML, into nested data."""
     changes: dict[str, dict[str, object]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         section, dot, field = name.partition(".")
         if not (equals and dot and section and field):
             raise ConfigError(f"--set {text}: write it as section.field=value, e.g. fit.epochs=20.")
-        try:
-            changes.setdefault(section, {})[field] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            why = getattr(error, "problem", None) or str(error)
-            raise ConfigError(f"--set {text}: '{value}' is no valid YAML ({why}).") from None
+        changes.setdefault(section, {})[field] = parse_yaml(
+            value, origin=f"--set {text}: '{value}'"
+        )
         known = section in SECTIONS and field in SECTIONS[section].model_fields
         if changes[section][field] is None and known and not takes_null(section, field):
             raise ConfigError(f"--set {text}: {name} cannot be empty or null; give it a value.")
@@ -44,7 +43,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
 
 
 def retrain_command(options: argparse.Namespace) -> int:
-    """Start the flow in this process, unless there is nothing to do."""
+    """Run the flow in this process, unless there is nothing to do."""
     from flows.config.overrides import RetrainParams
     from flows.project.dvc import configure_dvc
     from flows.project.plan import plan_stages
@@ -87,7 +86,7 @@ def retrain_command(options: argparse.Namespace) -> int:
 
 
 def plan_command(options: argparse.Namespace) -> int:
-    """Print the stages and the release, changing nothing."""
+    """Print which stages would run, without running any."""
     from flows.project.dvc import configure_dvc
     from flows.project.plan import plan_stages
     from flows.release import freshness
@@ -110,6 +109,8 @@ def plan_command(options: argparse.Namespace) -> int:
 
 
 def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
+    """`dvc repro STAGE`: the stage, and the earlier ones that are out of date."""
+
     def run(options: argparse.Namespace) -> int:
         from flows.project.dvc import configure_dvc, dvc
         from flows.project.workspace import require_dataset
@@ -121,12 +122,11 @@ def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
         dvc(project.root, "repro", stage, on_line=print, variables=variables)
         return OK
 
-    run.__doc__ = f"`dvc repro {stage}`: the stage and whatever it needs that is out of date."
     return run
 
 
 def register_command(_options: argparse.Namespace) -> int:
-    """Register models/trained and let the gate decide, without Prefect."""
+    """Register models/trained and run the gate, without Prefect."""
     from flows.orchestration.limits import registry_slot
     from flows.release import steps
 
@@ -142,7 +142,7 @@ def register_command(_options: argparse.Namespace) -> int:
 
 
 def promote_command(options: argparse.Namespace) -> int:
-    """A person's decision: also the approval that `gate.manual_approval` waits for."""
+    """Make a version champion by hand; this also gives the approval of `gate.manual_approval`."""
     from flows.release import steps
 
     record = steps.promote_by_hand(
@@ -153,7 +153,7 @@ def promote_command(options: argparse.Namespace) -> int:
 
 
 def rollback_command(options: argparse.Namespace) -> int:
-    """Move the alias back and write the audit record."""
+    """Make an earlier version champion again."""
     from flows.release import steps
 
     record = steps.roll_back(_project(), reason=options.reason, to=options.to)
@@ -163,7 +163,7 @@ def rollback_command(options: argparse.Namespace) -> int:
 
 
 def history_command(options: argparse.Namespace) -> int:
-    """Every promotion and rollback, oldest first."""
+    """Print every promotion and rollback, oldest first."""
     from flows.release import steps
 
     records = steps.audit(_project())
@@ -182,7 +182,7 @@ def history_command(options: argparse.Namespace) -> int:
 
 
 def predict_command(options: argparse.Namespace) -> int:
-    """Detections of a registered model: COCO files and one drawn picture per image."""
+    """Run a registered model on images: COCO files, and the detections drawn on each image."""
     from flows.inference.predict import predict_images
 
     sources, out = [_place(source) for source in options.images], _place(options.out)
@@ -202,12 +202,12 @@ def predict_command(options: argparse.Namespace) -> int:
         f"{found.version}: {found.out}/detections.json"
     )
     if found.unreadable:
-        print(f"{found.unreadable} files are no images; detections.json names them")
+        print(f"{found.unreadable} files are not images; detections.json names them")
     return OK
 
 
 def drift_command(options: argparse.Namespace) -> int:
-    """The flow drift-check in this process: report, event, notification."""
+    """Run the flow drift-check in this process: report, event, notification."""
     source = _place(options.source)
     project = _project()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
@@ -221,14 +221,14 @@ def drift_command(options: argparse.Namespace) -> int:
 
 
 def _place(text: str) -> str:
-    """A path of the person's current folder as an absolute one; an s3:// address as it is."""
+    """Make a path absolute, before the current folder changes; an s3:// address stays as it is."""
     from flows.storage.s3 import is_s3
 
     return text if is_s3(text) else str(Path(text).absolute())
 
 
 def demo_command(options: argparse.Namespace) -> int:
-    """Digits on photos, with boxes, in Roboflow's COCO layout."""
+    """Build the demo dataset: digits on photographs, in Roboflow's COCO layout."""
     from rfdetr.data.demo import build_demo
 
     print(build_demo(options.folder, progress=sys.stderr.isatty()))
@@ -248,7 +248,7 @@ def pack_command(options: argparse.Namespace) -> int:
 
 
 def sync_command(_options: argparse.Namespace) -> int:
-    """Send every unsent journal."""
+    """Send every unsent journal to MLflow."""
     from flows.tracking.run import sync
 
     project = _project()
@@ -259,7 +259,7 @@ def sync_command(_options: argparse.Namespace) -> int:
 
 
 def doctor_command(options: argparse.Namespace) -> int:
-    """Print what was found; status 1 when something needs a person."""
+    """Print the findings; status 1 if one is a problem."""
     from flows.cli import doctor
 
     findings = doctor.examine(_project(), repair=options.repair)
@@ -270,7 +270,7 @@ def doctor_command(options: argparse.Namespace) -> int:
 
 
 def checked(kind: type[M], **fields: object) -> M:
-    """Build a pydantic model; ConfigError with one line per mistake."""
+    """Build a pydantic model. Raises ConfigError with one line per mistake."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -287,14 +287,14 @@ def _mistake(item: Any) -> str:
 
 
 def _checked_project() -> Project:
-    """The project; every mistake of params.yaml is reported before DVC or an override meets one."""
+    """The project. Raises ConfigError with every mistake in params.yaml, before DVC starts."""
     project = _project()
     _ = project.params
     return project
 
 
 def _project() -> Project:
-    """The project around the current folder: where dvc.yaml is, here or above."""
+    """The project of the current folder: dvc.yaml is here or above."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "dvc.yaml").exists():

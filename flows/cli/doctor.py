@@ -1,11 +1,10 @@
-"""Looks for what goes wrong silently: versions, unsent records, held slots, leftovers on the disk.
+"""Finds silent faults: versions, unsent records, leaked slots, leftovers on the disk.
 
-`rfdetr-pipeline doctor` only reports; with `--repair` it also fixes what is safe to fix.
+With `--repair`, what can be repaired without losing anything is repaired.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
@@ -19,7 +18,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel
 
 from flows.config.environment import Environment
-from flows.core.locks import StateError, locked
+from flows.core.locks import BusyError, locked
 from flows.core.redact import redact
 from flows.orchestration.limits import LEASE_SECONDS
 from flows.project.dvc import has_remote
@@ -31,13 +30,14 @@ from rfdetr.errors import ConfigError
 
 log = logging.getLogger(__name__)
 OLD_DAYS = 30
-COPIES = ("unpacked", "exports", "downloads")  # whoever uses one sets its time
-LEASES_ENDED_S = LEASE_SECONDS + 20  # the server looks for ended leases every 15 seconds
+REPAIR = "rfdetr-pipeline doctor --repair"
+COPIES = ("unpacked", "exports", "downloads")  # every use refreshes the mtime
+LEASES_ENDED_S = LEASE_SECONDS + 20  # the server checks for expired leases every 15 s
 LEASE_STORAGE = "prefect.server.concurrency.lease_storage.memory"
 
 
 class Finding(BaseModel, frozen=True):
-    """One thing that was looked at; `repair` says what --repair does about it."""
+    """The result of one check; `repair` is the command that repairs a fault."""
 
     subject: str
     level: Literal["ok", "note", "problem"]
@@ -46,12 +46,12 @@ class Finding(BaseModel, frozen=True):
 
 
 def examine(project: Project, *, repair: bool = False) -> list[Finding]:
-    """Look at everything; with `repair`, mend what can be mended without losing anything."""
+    """Run every check; with `repair`, repair what can be repaired without losing anything."""
     env, uri = project.env, project.tracking_uri
-    looks: list[Callable[[], Iterator[Finding]]] = [
+    checks: list[Callable[[], Iterator[Finding]]] = [
         _versions,
         lambda: _unsent(env, uri, repair=repair),
-        lambda: _cut_off(env, uri, repair=repair),
+        lambda: _interrupted(env, uri, repair=repair),
         lambda: _old_state(env, repair=repair),
         lambda: _old_copies(env, repair=repair),
         lambda: _remote(project.root),
@@ -59,10 +59,10 @@ def examine(project: Project, *, repair: bool = False) -> list[Finding]:
         lambda: _prefect(repair=repair),
     ]
     findings: list[Finding] = []
-    for look in looks:
+    for check in checks:
         try:
-            findings.extend(look())
-        except Exception as error:  # noqa: BLE001 - one dead server must not hide the rest
+            findings.extend(check())
+        except Exception as error:  # noqa: BLE001 - an unavailable server must not hide the rest
             text = redact(f"{type(error).__name__}: {error}").splitlines()[0]
             findings.append(Finding(subject="check", level="problem", text=text))
     return findings
@@ -91,7 +91,7 @@ def _unsent(env: Environment, uri: str, *, repair: bool) -> Iterator[Finding]:
     waiting = unsent_journals(env.state_dir)
     if waiting and repair:
         left = [p for p in sync(env.state_dir, uri).values() if p]
-        text = f"{len(waiting) - len(left)} journals sent, {len(left)} still wait"
+        text = f"{len(waiting) - len(left)} journals sent, {len(left)} unsent"
         yield Finding(subject="journals", level="problem" if left else "ok", text=text)
     elif waiting:
         yield Finding(
@@ -104,43 +104,53 @@ def _unsent(env: Environment, uri: str, *, repair: bool) -> Iterator[Finding]:
         yield Finding(subject="journals", level="ok", text="everything was sent")
 
 
-def _cut_off(env: Environment, uri: str, *, repair: bool) -> Iterator[Finding]:
-    """Trainings that a lost process left begun: MLflow says RUNNING until one goes on or is closed.
+def _interrupted(env: Environment, uri: str, *, repair: bool) -> Iterator[Finding]:
+    """Trainings whose process died before it closed the MLflow run, which still says RUNNING.
 
-    A training that goes on later opens the same run again.
+    A training that is resumed after the repair reopens its run.
     """
-    found, left = 0, 0
-    for file in (env.state_dir / "fit").glob(f"*/{JOURNAL}"):
-        ended = False
-        # A training at work holds the lock; it is not kept while a server is waited for.
-        with contextlib.suppress(StateError, ConfigError, OSError), locked(file.parent):
-            journal = Journal(file.parent)
-            found += journal.open
-            if repair and journal.open:
-                journal.end("KILLED")
-                ended = True
-        left += ended and not _delivered(journal, uri)
-    advice = "rfdetr-pipeline doctor --repair" if found and not repair else None
-    text = f"{found} cut off and not gone on with" if found else "each at work or ended"
-    if repair and found:
-        text += f"; {found - left} closed as KILLED in MLflow" + (f", {left} unsent" * bool(left))
-    level: Literal["ok", "note"] = "note" if found else "ok"
-    yield Finding(subject="trainings", level=level, text=text, repair=advice)
+    open_journals = list(_open_journals(env.state_dir, end=repair))
+    if not open_journals:
+        yield Finding(subject="trainings", level="ok", text="all running or finished")
+        return
+    text = f"{len(open_journals)} interrupted and not resumed"
+    if not repair:
+        yield Finding(subject="trainings", level="note", text=text, repair=REPAIR)
+        return
+    unsent = sum(not _delivered(journal, uri) for journal in open_journals)
+    text += f"; {len(open_journals) - unsent} closed as KILLED in MLflow"
+    text += f", {unsent} unsent" if unsent else ""
+    yield Finding(subject="trainings", level="note", text=text)
+
+
+def _open_journals(state_dir: Path, *, end: bool) -> Iterator[Journal]:
+    """Journals of trainings that were started, not closed, and do not run; with `end`, closed."""
+    for file in (state_dir / "fit").glob(f"*/{JOURNAL}"):
+        try:
+            with locked(file.parent):
+                journal = Journal(file.parent)
+                if not journal.open:
+                    continue
+                if end:
+                    journal.end("KILLED")
+        except (BusyError, ConfigError, OSError):  # it is running, or its journal is unreadable
+            continue
+        yield journal
 
 
 def _delivered(journal: Journal, uri: str) -> bool:
     try:
         deliver(journal, uri)
-    except Exception as error:  # noqa: BLE001 - `sync` tries again, the other journals go on
+    except Exception as error:  # noqa: BLE001 - the others are still sent; `sync` tries again
         log.warning("%s cannot be sent: %s", journal.folder, redact(str(error)))
         return False
     return True
 
 
 def _old_state(env: Environment, *, repair: bool) -> Iterator[Finding]:
-    """Resume state that nobody has touched for a month; only finished trainings are removed.
+    """Resume state not used for a month; only finished trainings are removed.
 
-    One whose records have not reached the server stays: its journal is the only copy.
+    One with unsent records is kept: its journal is the only copy.
     """
     old = _old(env.state_dir / "fit")
     waiting = [journal.folder for journal in unsent_journals(env.state_dir)]
@@ -154,7 +164,7 @@ def _old_state(env: Environment, *, repair: bool) -> Iterator[Finding]:
 
 
 def _old_copies(env: Environment, *, repair: bool) -> Iterator[Finding]:
-    """Unpacked datasets, exports and downloads that nobody has used for a month: made again."""
+    """Unpacked datasets, exports and downloads not used for a month; they can be made again."""
     for name in COPIES:
         old = _old(env.state_dir / name)
         text = f"{len(old)} not used for {OLD_DAYS} days, {_mebibytes(old)} MiB"
@@ -164,18 +174,18 @@ def _old_copies(env: Environment, *, repair: bool) -> Iterator[Finding]:
 def _prune(
     subject: str, text: str, old: list[Path], useless: list[Path], which: str, *, repair: bool
 ) -> Finding:
-    """What is old; with `repair` the useless part of it is removed."""
+    """Report what is old; with `repair`, remove `useless`."""
     if repair:
         for path in useless:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if repair and useless:
         text += f"; {len(useless)} {which} removed"
-    advice = "rfdetr-pipeline doctor --repair" if useless and not repair else None
+    advice = REPAIR if useless and not repair else None
     return Finding(subject=subject, level="note" if old else "ok", text=text, repair=advice)
 
 
 def _old(folder: Path) -> list[Path]:
-    """What lies in `folder` and was last used a month ago; locks stay."""
+    """What is in `folder` and was last used over a month ago, except locks."""
     limit = time.time() - OLD_DAYS * 86400
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted(p for p in paths if p.suffix != ".lock" and p.stat().st_mtime < limit)
@@ -192,7 +202,7 @@ def _remote(root: Path) -> Iterator[Finding]:
 
 
 def _registry(project: Project) -> Iterator[Finding]:
-    """The tracking server answers and its aliases point at versions that exist."""
+    """Whether the tracking server answers and its aliases point to existing versions."""
     from flows.registry.registry import Registry
 
     registry = Registry(project.params.registry.name, project.tracking_uri)
@@ -209,7 +219,7 @@ def _registry(project: Project) -> Iterator[Finding]:
 
 
 def _prefect(*, repair: bool) -> Iterator[Finding]:
-    """Server reachable, leases on disk, no slot held without a live run."""
+    """Whether the server is reachable, keeps leases on disk, and leaked no slot."""
     if not os.environ.get("PREFECT_API_URL"):
         yield Finding(subject="prefect", level="ok", text="no server: flows use a temporary one")
         return
@@ -220,7 +230,9 @@ def _prefect(*, repair: bool) -> Iterator[Finding]:
         if problem is not None:
             raise problem
         running = _running(client)
-        yield Finding(subject="prefect", level="ok", text=f"reachable, {len(running)} runs alive")
+        yield Finding(
+            subject="prefect", level="ok", text=f"reachable, {len(running)} flow runs active"
+        )
         settings = client.request("GET", "/admin/settings").json()
         storage = settings.get("server", {}).get("concurrency", {}).get("lease_storage")
         if storage == LEASE_STORAGE:
@@ -237,10 +249,10 @@ def _running(client: Any) -> list[Any]:
 
 
 def _slots(client: Any, running: list[Any], *, repair: bool) -> Iterator[Finding]:
-    """Slots that are held although no run is alive: the leak of a restart.
+    """Slots that are held although no flow run is active; a server restart can leak them.
 
-    A killed run's lease gives its slot back by itself, also when that was freed by hand and belongs
-    to another run by then; so the repair waits until no lease is left.
+    The expiry of a killed run's lease frees a slot, even one that was freed by hand and now belongs
+    to another run. So the repair first waits until every lease has expired.
     """
     if running:
         return
@@ -248,7 +260,7 @@ def _slots(client: Any, running: list[Any], *, repair: bool) -> Iterator[Finding
     while (held := _held(client)) and time.monotonic() < until:
         time.sleep(1)
     if held and repair and _running(client):
-        text = "a run has started meanwhile; try again when none is alive"
+        text = "a flow run has started; try again when none is active"
         yield Finding(subject="limits", level="problem", text=text)
         return
     for limit in held:
@@ -261,9 +273,9 @@ def _slots(client: Any, running: list[Any], *, repair: bool) -> Iterator[Finding
         yield Finding(
             subject=f"limit {limit.name}",
             level="note" if repair else "problem",
-            text=f"{limit.active_slots} slots held without a live run"
+            text=f"{limit.active_slots} slots held without an active flow run"
             + ("; freed" if repair else ""),
-            repair=None if repair else "rfdetr-pipeline doctor --repair",
+            repair=None if repair else REPAIR,
         )
 
 

@@ -8,39 +8,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows.cli import commands as run
-from flows.core.errors import explain
+from flows.core.errors import FAILED, INTERRUPTED, explain
 
 STAGES = ("validate", "convert", "fit", "evaluate")
-INTERRUPTED = 130
 
 EXAMPLES = """examples:
-  rfdetr-pipeline retrain                       the whole pipeline on params.yaml
+  rfdetr-pipeline retrain                       the complete pipeline
   rfdetr-pipeline retrain --set fit.epochs=20   with a changed parameter
   rfdetr-pipeline plan                          what would run, and why
   rfdetr-pipeline validate                      one stage
   rfdetr-pipeline predict photo.jpg --out found the champion on images
-  rfdetr-pipeline drift incoming/               are recent images like the training set's
+  rfdetr-pipeline drift incoming/               do recent images resemble the training set
   rfdetr-pipeline rollback --reason "misses small parts"
   rfdetr-pipeline history
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status. Errors are one readable text on standard error."""
+    """Run one command and return the exit status. Errors are one message on standard error."""
     options = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.run
     try:
         return command(options)
-    except Exception as error:  # noqa: BLE001 - one readable text, without secrets
+    except Exception as error:  # noqa: BLE001 - a message instead of a traceback
         print(f"error: {explain(error)}", file=sys.stderr)
-        return run.FAILED
+        return FAILED
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return INTERRUPTED
 
 
 def parser() -> argparse.ArgumentParser:
-    """The commands with their options."""
+    """The parser of all commands."""
     root = argparse.ArgumentParser(
         prog="rfdetr-pipeline",
         description="Retrain, gate and register RF-DETR detectors.",
@@ -49,35 +48,43 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(required=True, metavar="command")
 
-    retrain = _add(commands, "retrain", run.retrain_command, "the whole pipeline as a Prefect flow")
+    retrain = _add(commands, "retrain", run.retrain_command, "run the pipeline as a Prefect flow")
     _changes(retrain)
     retrain.add_argument(
         "--no-promote", action="store_true", help="register, but keep the champion"
     )
     retrain.add_argument("--publish", action="store_true", help="push dvc.lock to a branch")
     retrain.add_argument(
-        "--only-if-data-changed", action="store_true", help="stop if this data was judged before"
+        "--only-if-data-changed",
+        action="store_true",
+        help="do nothing if this data was judged before",
     )
-    plan = _add(commands, "plan", run.plan_command, "what would run and what is up to date")
-    plan.add_argument("--json", action="store_true", help="for programs")
+    plan = _add(commands, "plan", run.plan_command, "what would run, and why")
+    plan.add_argument("--json", action="store_true", help="print JSON")
     stages = {
-        stage: _add(commands, stage, run.stage_command(stage), f"stage {stage}, with what it needs")
+        stage: _add(
+            commands, stage, run.stage_command(stage), f"run the stage {stage} and what it needs"
+        )
         for stage in STAGES
     }
     stages["fit"].add_argument("--retry", action="store_true", help="forget failed attempts first")
-    _add(commands, "register", run.register_command, "register the trained model and ask the gate")
-    back = _add(commands, "rollback", run.rollback_command, "give champion back to its predecessor")
+    _add(commands, "register", run.register_command, "register the trained model and run the gate")
+    back = _add(
+        commands, "rollback", run.rollback_command, "make an earlier version champion again"
+    )
     back.add_argument("--reason", required=True, help="goes into the audit record")
     back.add_argument("--to", type=int, help="a version number (default: the previous champion)")
     approve = _add(commands, "promote", run.promote_command, "make a version champion by hand")
     approve.add_argument("version", type=int)
     approve.add_argument("--reason", required=True, help="goes into the audit record")
     approve.add_argument("--force", action="store_true", help="overrule the gate or a rollback")
-    history = _add(commands, "history", run.history_command, "who promoted what, why and when")
-    history.add_argument("--json", action="store_true", help="for programs")
-    predict = _add(commands, "predict", run.predict_command, "the champion on images")
+    history = _add(
+        commands, "history", run.history_command, "who promoted which version, when and why"
+    )
+    history.add_argument("--json", action="store_true", help="print JSON")
+    predict = _add(commands, "predict", run.predict_command, "run the champion on images")
     _predict_options(predict)
-    drift = _add(commands, "drift", run.drift_command, "recent images against the champion's")
+    drift = _add(commands, "drift", run.drift_command, "compare recent images with the champion's")
     drift.add_argument("source", help="folder or s3:// prefix")
     drift.add_argument("--hours", type=float, help="only images newer than this")
     drift.add_argument("--limit", type=int, default=512, help="the newest images (default: 512)")
@@ -88,9 +95,11 @@ def parser() -> argparse.ArgumentParser:
     pack.add_argument("folder", type=Path, metavar="FOLDER", help="the small files")
     pack.add_argument("pack", type=Path, metavar="PACK", help="the folder of the shards")
     pack.add_argument("--unpack", action="store_true", help="write PACK's files to a new FOLDER")
-    _add(commands, "sync", run.sync_command, "send tracking records that could not be sent")
-    doctor = _add(commands, "doctor", run.doctor_command, "look for leftovers and dead slots")
-    doctor.add_argument("--repair", action="store_true", help="mend what is safe to mend")
+    _add(commands, "sync", run.sync_command, "send unsent tracking records to MLflow")
+    doctor = _add(
+        commands, "doctor", run.doctor_command, "find unsent records, leaked slots and leftovers"
+    )
+    doctor.add_argument("--repair", action="store_true", help="apply safe repairs")
     return root
 
 
@@ -110,8 +119,8 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="predictions", help="folder (default) or s3:// prefix")
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--model", help="alias or version number (default: champion)")
-    parser.add_argument("--no-draw", action="store_true", help="no pictures, only the numbers")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--no-draw", action="store_true", help="do not draw the detections")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _changes(parser: argparse.ArgumentParser) -> None:

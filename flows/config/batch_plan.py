@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import (
-    BaseModel,
-)
+from pydantic import BaseModel
 
 from flows.config.sections import FitSettings
 from rfdetr.config import TrainConfig
@@ -12,7 +10,7 @@ from rfdetr.errors import ConfigError
 
 
 class BatchPlan(BaseModel, frozen=True):
-    """Images per step: `batch_size * grad_accum_steps * world == effective`."""
+    """Images per optimizer step: `batch_size * grad_accum_steps * world == effective`."""
 
     batch_size: int
     grad_accum_steps: int
@@ -23,8 +21,8 @@ class BatchPlan(BaseModel, frozen=True):
 def plan_batch(fit: FitSettings, world: int) -> BatchPlan:
     """Micro-batch and accumulation for `world` devices.
 
-    With `effective_batch_size` the largest micro-batch up to `batch_size` that divides it is
-    taken. Raises ConfigError that names a possible combination when there is none.
+    With `effective_batch_size`, uses the largest micro-batch up to `batch_size` that divides it.
+    If there is none, raises ConfigError that suggests a possible combination.
     """
     plan = _find_plan(fit, world)
     if plan is None:

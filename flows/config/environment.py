@@ -13,7 +13,7 @@ FIT_RETRY = "RFDETR_FIT_RETRY"  # set by `fit --retry`: DVC runs a stage's comma
 
 
 class Environment(BaseModel, frozen=True):
-    """What belongs to the machine and not to the project. Keys and passwords are not read here."""
+    """Settings of the machine rather than of the project. Keys and passwords are not read here."""
 
     state_dir: Path
     state_url: str | None = None
@@ -32,7 +32,7 @@ class Environment(BaseModel, frozen=True):
 
     @classmethod
     def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
-        """The settings of `env`; an empty value counts as not set."""
+        """Read the settings from `env`; an empty value counts as not set."""
         names = {
             "state_url": "RFDETR_STATE_URL",
             "dvc_cache": "RFDETR_DVC_CACHE",

@@ -1,20 +1,18 @@
-"""What a run changes in params.yaml."""
+"""Changes to params.yaml, from Prefect's form or the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from ruamel.yaml import YAML
 
 from flows.config.params import PARAMS_FILE, SECTIONS, parse_params
-from flows.config.sections import (
-    NumberChecks,
-)
-from rfdetr.config import StrictConfig
+from flows.config.sections import NumberChecks
+from flows.core.files import read_yaml
+from rfdetr.config import optional_fields
 from rfdetr.files import atomic_path
 
 
@@ -22,42 +20,31 @@ class _Partial(NumberChecks):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-def _optional_fields(kind: type[StrictConfig]) -> type[BaseModel]:
-    fields: dict[str, Any] = {}
-    for name, field in kind.model_fields.items():
-        annotation: Any = field.annotation
-        for extra in field.metadata:
-            annotation = Annotated[annotation, extra]
-        fields[name] = (Optional[annotation], None)  # noqa: UP045
-    doc = f"Fields of {kind.__name__} that a run changes; an empty one keeps params.yaml's value."
-    return create_model(
-        kind.__name__.replace("Settings", "Overrides"),
-        __base__=_Partial,
-        __doc__=doc,
-        **fields,
-    )
+def overrides_model() -> type[BaseModel]:
+    """A model with all sections and fields of params.yaml, each optional, for Prefect's form."""
+    sections: dict[str, Any] = {}
+    for name, kind in SECTIONS.items():
+        partial = create_model(
+            kind.__name__.replace("Settings", "Overrides"),
+            __base__=_Partial,
+            __doc__=f"Fields of {kind.__name__} to change; an empty one keeps params.yaml's value.",
+            **optional_fields(kind, *kind.model_fields),
+        )
+        # A field called `validate` would hide a method of BaseModel, so it has an alias.
+        field = f"{name}_" if name == "validate" else name
+        sections[field] = (partial, Field(default_factory=partial, alias=name))
+    config = ConfigDict(extra="forbid", protected_namespaces=(), populate_by_name=True)
+    return create_model("Overrides", __config__=config, **sections)
 
 
 if TYPE_CHECKING:
-
-    class Overrides(BaseModel):
-        """Sections with the fields that a run changes."""
+    Overrides = BaseModel
 else:
-    Overrides = create_model(
-        "Overrides",
-        __config__=ConfigDict(extra="forbid", protected_namespaces=(), populate_by_name=True),
-        **{
-            f"{name}_" if name == "validate" else name: (
-                _optional_fields(kind),
-                Field(default_factory=_optional_fields(kind), alias=name),
-            )
-            for name, kind in SECTIONS.items()
-        },
-    )
+    Overrides = overrides_model()
 
 
 class RetrainParams(BaseModel):
-    """What a person may choose when starting the pipeline."""
+    """What a user can choose when starting the flow `retrain`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -70,11 +57,11 @@ class RetrainParams(BaseModel):
     promote: bool = Field(default=True, description="Let the gate's winner become champion")
     publish: bool = Field(default=False, description="Push dvc.lock and params.yaml to a branch")
     only_if_data_changed: bool = Field(
-        default=False, description="Do nothing when a model of this dataset was judged already"
+        default=False, description="Do nothing if a model of this dataset was judged before"
     )
 
     def changes(self) -> dict[str, dict[str, Any]]:
-        """The given fields per section: an empty field that cannot be null is left out."""
+        """The given fields per section, without empty fields whose value cannot be null."""
         given: dict[str, dict[str, Any]] = {}
         for name, section in self.overrides.model_dump(exclude_unset=True, by_alias=True).items():
             fields = {k: v for k, v in section.items() if v is not None or takes_null(name, k)}
@@ -84,7 +71,7 @@ class RetrainParams(BaseModel):
 
 
 def takes_null(section: str, field: str) -> bool:
-    """Whether null is a value of the field, and not only a form's way to leave it out."""
+    """Whether null is a valid value of the field; a form also uses it for 'not set'."""
     annotation: Any = SECTIONS[section].model_fields[field].annotation
     try:
         TypeAdapter(annotation).validate_python(None)
@@ -94,16 +81,17 @@ def takes_null(section: str, field: str) -> bool:
 
 
 def write_overrides(root: Path, changes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write a run's changes into params.yaml of `root`; comments and order stay.
+    """Write changes into params.yaml of `root`, keeping comments and order.
 
-    The result is checked first: one ConfigError lists every mistake, and nothing is written.
+    The result is checked first: if it has mistakes, one ConfigError lists them all and nothing is
+    written.
     """
     if not changes:
         return
     file = root / PARAMS_FILE
     editor = YAML()
     editor.preserve_quotes = True
-    editor.width = 1 << 16  # lines stay whole
+    editor.width = 1 << 16  # do not wrap lines
     with open(file, encoding="utf-8") as stream:
         data = editor.load(stream) or {}
     for section, fields in changes.items():
@@ -113,4 +101,4 @@ def write_overrides(root: Path, changes: Mapping[str, Mapping[str, Any]]) -> Non
     with atomic_path(file) as temporary:
         with open(temporary, "w", encoding="utf-8") as stream:
             editor.dump(data, stream)
-        parse_params(yaml.safe_load(temporary.read_text(encoding="utf-8")), origin=str(file))
+        parse_params(read_yaml(temporary), origin=str(file))

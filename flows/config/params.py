@@ -1,4 +1,4 @@
-"""Reads params.yaml with all of its mistakes at once, the overrides of a run, the environment."""
+"""Reads and checks params.yaml; all of its mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from pydantic import ValidationError
 
 from flows.config.batch_plan import plan_batch
 from flows.config.sections import (
+    SET_ELSEWHERE,
     SOURCE_NAME,
     ConvertSettings,
     DatasetSettings,
@@ -29,6 +29,7 @@ from flows.config.sections import (
     SourceSettings,
     ValidateSettings,
 )
+from flows.core.files import read_yaml
 from rfdetr.config import StrictConfig
 from rfdetr.errors import ConfigError
 
@@ -37,7 +38,7 @@ PARAMS_FILE = "params.yaml"
 
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """All of params.yaml. A section that the file leaves out has its defaults."""
+    """All of params.yaml. A section that is missing in the file has its defaults."""
 
     demo: DemoSettings
     dataset: DatasetSettings
@@ -52,7 +53,7 @@ class Params:
     sources: dict[str, SourceSettings] = dataclasses.field(default_factory=dict)
 
     def snapshot(self, *sections: str) -> dict[str, Any]:
-        """The named sections (default: all but `sources`) as plain data, in their fields' order."""
+        """The named sections (default: all but `sources`) as plain data."""
         names = sections or tuple(SECTIONS)
         known = [name for name in names if name != "sources"]
         plain = {name: getattr(self, name).model_dump(mode="json") for name in known}
@@ -69,42 +70,19 @@ SECTIONS: dict[str, type[StrictConfig]] = {
 def load_params(path: str | os.PathLike[str] = PARAMS_FILE) -> Params:
     """Read and check params.yaml. Raises one ConfigError that lists every mistake of the file.
 
-    What the dvc.yaml beside it needs must be written out: DVC does not know the defaults.
+    Sections and fields that the dvc.yaml beside it uses must be present: DVC does not know the
+    defaults.
     """
     file = Path(path)
     graph = file.with_name("dvc.yaml")
-    needed = _names_in(_read_yaml(graph)) if graph.exists() else ()
-    return parse_params(_read_yaml(file), origin=str(file), needed=needed)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, as YAML does; PyYAML takes the last one."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in lines:
-                    text = f"the key '{key.value}' stands in line {lines[key.value]} already"
-                    raise yaml.MarkedYAMLError(problem=text, problem_mark=key.start_mark)
-                lines[key.value] = key.start_mark.line + 1
-        return node
-
-
-def _read_yaml(file: Path) -> Any:
-    try:
-        return _Loader(file.read_text(encoding="utf-8")).get_single_data()
-    except FileNotFoundError:
-        raise ConfigError(f"{file} is missing; run from the project's root folder.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is no valid YAML: {error}") from None
+    needed = _needed_by(read_yaml(graph)) if graph.exists() else ()
+    return parse_params(read_yaml(file), origin=str(file), needed=needed)
 
 
 def parse_params(data: Any, *, origin: str = PARAMS_FILE, needed: Iterable[str] = ()) -> Params:
-    """Check plain data of the shape of params.yaml; `origin` names it in the error.
+    """Check the content of params.yaml; error messages call it `origin`.
 
-    `needed` are sections and `section.field`s that have to be there although they have defaults.
+    `needed` are sections and `section.field`s that must be present although they have defaults.
     """
     if data is None:
         data = {}
@@ -127,7 +105,7 @@ def parse_params(data: Any, *, origin: str = PARAMS_FILE, needed: Iterable[str] 
 
 
 def _section(name: str, kind: type[StrictConfig], data: Any, problems: list[str]) -> Any:
-    """The checked section, or None after its mistakes were added to `problems`."""
+    """The checked section, or None if it has mistakes, which are added to `problems`."""
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -155,30 +133,33 @@ def _sources(data: Any, problems: list[str]) -> dict[str, SourceSettings]:
     for key in data:
         if not isinstance(key, str) or not re.fullmatch(SOURCE_NAME, key):
             problems.append(
-                f"sources: the name {key!r} must be a text of letters, digits, '-' and '_' that "
-                "begins with a letter or digit."
+                f"sources: the name {key!r} must consist of letters, digits, '-' "
+                "and '_' and begin with a letter or digit."
             )
         elif key == "demo":
-            problems.append("sources.demo: the stage demo makes data/demo; take another name.")
+            problems.append("sources.demo: the stage demo writes data/demo; choose another name.")
     return {
         str(key): _section(f"sources.{key}", SourceSettings, value, problems)
         for key, value in data.items()
     }
 
 
-def _names_in(graph: Any) -> set[str]:
-    """The sections and fields that a dvc.yaml lists as parameters or puts into its texts."""
-    stages = list(graph["stages"].values())
-    listed = [name for stage in stages for name in stage.get("do", stage).get("params", [])]
-    names = {name for name in listed if isinstance(name, str)}
-    names.update(re.findall(r"\$\{(.+?)\}", json.dumps(stages)))
+def _needed_by(graph: Any) -> set[str]:
+    """The sections and `section.field`s that a dvc.yaml tracks, or uses as `${section.field}`."""
+    names: set[str] = set()
+    for stage in graph["stages"].values():
+        tracked = stage.get("do", stage).get("params", [])
+        names.update(name for name in tracked if isinstance(name, str))
+        names.update(re.findall(r"\$\{(.+?)\}", json.dumps(stage)))
     fields = {f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields}
-    fields &= names
-    return fields | (names & {"sources", *SECTIONS}) - {name.split(".")[0] for name in fields}
+    used = names & fields
+    complete = names & {"sources", *SECTIONS}
+    implied = {name.partition(".")[0] for name in used}
+    return used | (complete - implied)
 
 
 def _missing(data: dict[str, Any], needed: Iterable[str]) -> list[str]:
-    """One text that lists what of `needed` is not in `data`, and what to add."""
+    """A message about what of `needed` is not in `data`, and what to add."""
     add: dict[str, str] = {}
     for name in sorted(needed):
         section, _, field = name.partition(".")
@@ -204,7 +185,9 @@ def _texts(name: str, error: ValidationError) -> list[str]:
 
 
 def unknown_name(name: str, prefix: str, known: Any) -> str:
-    """What to say of a section or field that does not exist, with the nearest that does."""
+    """The message about an unknown section or field, with the nearest known name."""
+    if reason := SET_ELSEWHERE.get(f"{prefix}{name}"):
+        return f"{prefix}{name}: cannot be set here; {reason}."
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     kind = "field" if prefix else "section"
@@ -212,7 +195,7 @@ def unknown_name(name: str, prefix: str, known: Any) -> str:
 
 
 def _combinations(values: dict[str, Any]) -> list[str]:
-    """Mistakes that only show when fields are taken together."""
+    """Mistakes that concern several fields together."""
     problems = []
     model, fit, runtime = values["model"], values["fit"], values["runtime"]
     if model is not None:
@@ -226,5 +209,5 @@ def _combinations(values: dict[str, Any]) -> list[str]:
         except ConfigError as error:
             problems.append(str(error))
     if runtime is not None and runtime.nodes > 1 and not runtime.rendezvous:
-        problems.append("runtime.rendezvous: host:port of the first node is needed with nodes > 1.")
+        problems.append("runtime.rendezvous: nodes > 1 require host:port of the first node.")
     return problems

@@ -1,7 +1,7 @@
 """The sections of params.yaml, one model each; `flows.config.params` reads the file.
 
-What changes a result stands in the section of the stage that uses it; `runtime` holds what does
-not (devices, workers, time limits) and is therefore no DVC parameter.
+A setting that changes a result is in the section of the stage that uses it. `runtime` holds the
+others (devices, workers, time limits), which DVC does not track.
 """
 
 from __future__ import annotations
@@ -14,19 +14,27 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationInfo,
+    create_model,
     field_validator,
 )
 
 from flows.core.digest import digest_of
 from rfdetr.checks.options import CheckConfig
-from rfdetr.config import MODEL_CONFIGS, Level, ModelConfig, StrictConfig
+from rfdetr.config import (
+    MODEL_CONFIGS,
+    Hyperparameters,
+    ModelConfig,
+    Positive,
+    StrictConfig,
+    optional_fields,
+)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Variant = Annotated[str, Field(min_length=1)]
 
-SOURCE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # of a folder of data/; DVC splits names at dots
+SOURCE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # a folder of data/; DVC splits names at dots
 
-EVALUATOR_VERSION = 1  # counts up when the same weights would get other numbers
+EVALUATOR_VERSION = 1  # increased when the same weights would get other numbers
 
 
 def _devices(value: Any) -> Any:
@@ -40,13 +48,13 @@ def _takes(annotation: Any, kind: type) -> bool:
 
 
 class NumberChecks(BaseModel):
-    """A number is finite, and no yes or true: they would pass as 1."""
+    """Numbers must be finite. Booleans are rejected: pydantic would accept true as 1."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         number = _takes(annotation, int) or _takes(annotation, float)
         given = value if isinstance(value, list) else [value]
@@ -56,11 +64,11 @@ class NumberChecks(BaseModel):
 
 
 class Section(StrictConfig, NumberChecks):
-    """A section of params.yaml: its fields and no other."""
+    """A section of params.yaml."""
 
 
 class DemoSettings(Section):
-    """The built-in dataset of digits on photos: number of images, classes, seed."""
+    """The built-in dataset of digits on photographs: number of images, classes, seed."""
 
     train: int = Field(1500, ge=1)
     valid: int = Field(200, ge=1)
@@ -70,14 +78,14 @@ class DemoSettings(Section):
 
 
 class SourceSettings(Section):
-    """An address that `data/<key>` is fetched from: an s3:// prefix, plain or packed."""
+    """Where `data/<name>` is fetched from: an s3:// prefix of plain files or of a pack."""
 
     uri: str = Field(pattern=r"^s3://[^/]+/.+")
-    version: str | None = None  # a new value fetches again; a run writes what S3 lists then
+    version: str | None = None  # a new value fetches again; written by `retrain` unless you set it
 
 
 class DatasetSettings(Section):
-    """The dataset that is checked, trained on and tested with."""
+    """The dataset to check, train on and test with."""
 
     name: Name = "demo"
     dir: str = Field("data/demo", min_length=1)
@@ -86,34 +94,25 @@ class DatasetSettings(Section):
     @field_validator("dir")
     @classmethod
     def _without_last_slash(cls, value: str) -> str:
-        return value.rstrip("/") or value  # DVC's pointer file stands beside the folder
+        return value.rstrip("/") or value  # DVC's pointer file is beside the folder
 
 
-class ModelSettings(Section):
-    """The network: a variant, and any field of its configuration that shall differ."""
+# Fields that other sections decide, and where.
+SET_ELSEWHERE = {
+    "model.num_classes": "it follows from the dataset's classes",
+    "model.pretrain_weights": "convert.source names the starting weights",
+    "model.device": "runtime.accelerator chooses the device",
+    "fit.num_workers": "use runtime.num_workers",
+    "fit.devices": "use runtime.devices",
+    "fit.num_nodes": "use runtime.nodes",
+    "fit.accelerator": "use runtime.accelerator",
+    "fit.dataset_dir": "use dataset.dir",
+    "fit.dataset_file": "use dataset.layout",
+}
 
+
+class _VariantSettings(Section):
     variant: Variant = "nano"
-    resolution: int | None = Field(None, ge=1)
-    encoder_dim: int | None = Field(None, ge=8)
-    encoder_depth: int | None = Field(None, ge=1)
-    encoder_heads: int | None = Field(None, ge=1)
-    out_feature_indexes: list[int] | None = None
-    patch_size: int | None = Field(None, ge=1)
-    num_windows: int | None = Field(None, ge=1)
-    positional_encoding_size: int | None = Field(None, ge=1)
-    projector_scale: list[Level] | None = None
-    hidden_dim: int | None = Field(None, ge=4)
-    dec_layers: int | None = Field(None, ge=1)
-    sa_nheads: int | None = Field(None, ge=1)
-    ca_nheads: int | None = Field(None, ge=1)
-    dec_n_points: int | None = Field(None, ge=1)
-    dim_feedforward: int | None = Field(None, ge=1)
-    num_queries: int | None = Field(None, ge=1)
-    num_select: int | None = Field(None, ge=1)
-    group_detr: int | None = Field(None, ge=1)
-    freeze_encoder: bool | None = None
-    backbone_lora: bool | None = None
-    gradient_checkpointing: bool | None = None
 
     @field_validator("variant")
     @classmethod
@@ -122,88 +121,68 @@ class ModelSettings(Section):
             raise ValueError(f"must be one of {', '.join(MODEL_CONFIGS)}")
         return value
 
+
+_ModelFields = create_model(  # every field of ModelConfig that a project may choose
+    "_ModelFields",
+    __base__=_VariantSettings,
+    **optional_fields(
+        ModelConfig, *(n for n in ModelConfig.model_fields if f"model.{n}" not in SET_ELSEWHERE)
+    ),
+)
+
+
+class ModelSettings(_ModelFields):  # type: ignore[valid-type,misc]
+    """The network: a variant, and any field of its configuration that differs."""
+
     def config(self, **more: Any) -> ModelConfig:
-        """The model configuration, with `more` fields on top; never asks for a download."""
+        """The model configuration, with `more` fields on top. Never downloads weights."""
         given = self.model_dump(exclude={"variant"}, exclude_none=True)
         return MODEL_CONFIGS[self.variant](**{"pretrain_weights": None, **given, **more})
 
 
 class ValidateSettings(CheckConfig, NumberChecks):
-    """Which findings stop the pipeline before a GPU is used: the checks' options and two more."""
+    """Which findings stop the pipeline before training: the options of the checks and two more."""
 
     min_images: int = Field(20, ge=1)  # in the train split
-    max_bad_fraction: float = Field(0.0, ge=0, le=1)  # images with an error
+    max_bad_fraction: float = Field(0.0, ge=0, le=1)  # accepted fraction of images with an error
 
 
 class ConvertSettings(Section):
     """The starting weights: a file, an s3:// address, a published name, or null for none."""
 
     source: str | None = Field("weights/start.pth", min_length=1)
-    seed: int = 42  # of the initial weights when there is no source
-    tolerance: float = Field(1e-4, ge=0)  # largest accepted difference between old and converted
+    seed: int = 42  # of the random weights if source is null
+    tolerance: float = Field(1e-4, ge=0)  # accepted difference of the network's output
 
 
-class FitSettings(Section):
-    """Training. Names and defaults are those of `rfdetr.config.TrainConfig`.
+class FitSettings(Section, Hyperparameters):
+    """Training: the hyperparameters of `rfdetr.config`, and how the batch is composed.
 
-    With `effective_batch_size` the number of images per optimizer step stays the same on any
-    number of devices: `batch_size` is then the largest micro-batch, and accumulation follows.
+    With `effective_batch_size`, the number of images per optimizer step is the same on any number
+    of devices: `batch_size` is then the largest micro-batch, and accumulation follows from it.
     """
 
-    epochs: int = Field(100, ge=1)
-    effective_batch_size: int | None = Field(None, ge=1)
-    batch_size: int = Field(4, ge=1)
-    grad_accum_steps: int | None = Field(None, ge=1)
+    effective_batch_size: Positive | None = None
+    grad_accum_steps: Positive | None = None
     precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
-    seed: int = Field(42, ge=0, le=2**32 - 1)
-    lr: float = Field(1e-4, ge=0)
-    lr_encoder: float = Field(1.5e-4, ge=0)
-    lr_vit_layer_decay: float = Field(0.8, gt=0)
-    lr_component_decay: float = Field(0.7, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    lr_scheduler: Literal["step", "cosine"] = "step"
-    lr_drop: int = Field(100, ge=1)
-    lr_min_factor: float = Field(0.0, ge=0, le=1)
-    warmup_epochs: float = Field(0.0, ge=0)
-    clip_max_norm: float = Field(0.1, ge=0)
-    use_ema: bool = True
-    ema_decay: float = Field(0.993, ge=0, lt=1)
-    ema_tau: int = Field(100, ge=0)
-    ema_update_interval: int = Field(1, ge=1)
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    multi_scale: bool = True
-    expanded_scales: bool = True
-    square_resize_div_64: bool = True
-    aug_config: dict[str, Any] | None = None
-    early_stopping: bool = False
-    early_stopping_patience: int = Field(10, ge=1)
-    early_stopping_min_delta: float = Field(0.001, ge=0)
-    early_stopping_use_ema: bool = False
-    eval_interval: int = Field(1, ge=1)
-    eval_max_dets: int = Field(500, ge=1)
-    compute_val_loss: bool = True
-    fp16_eval: bool = False
-    checkpoint_interval: int = Field(10, ge=1)
-    sync_bn: bool = False
-    cls_loss_coef: float = Field(1.0, ge=0)
+    seed: int = Field(42, ge=0, le=2**32 - 1)  # TrainConfig's default is no seed
 
     def train_fields(self) -> dict[str, Any]:
-        """The fields that go into a TrainConfig as they are (the batch is planned apart)."""
-        apart = {"effective_batch_size", "batch_size", "grad_accum_steps", "precision"}
-        return self.model_dump(exclude=apart)
+        """The fields that go into a TrainConfig unchanged; `plan_batch` decides about the batch."""
+        return self.model_dump(include={"seed", *Hyperparameters.model_fields} - {"batch_size"})
 
 
 class EvaluateSettings(Section):
-    """How a model is scored; champion and challenger alike."""
+    """How models are scored, champion and challenger alike."""
 
     split: Literal["test", "valid"] = "test"
     batch_size: int = Field(8, ge=1)
     max_dets: int = Field(500, ge=1)
-    score_threshold: float = Field(0.05, ge=0, lt=1)  # of detections that files keep
+    score_threshold: float = Field(0.05, ge=0, lt=1)  # of the detections that are written to files
     pictures: int = Field(12, ge=0, le=100)
 
     def key(self) -> str:
-        """What shapes the numbers: split, number of detections, version of the evaluator."""
+        """A key of what determines the numbers: split, number of detections, evaluator version."""
         return digest_of([self.split, self.max_dets, EVALUATOR_VERSION])[:16]
 
 
@@ -211,14 +190,14 @@ class GateSettings(Section):
     """When a challenger replaces the champion."""
 
     metric: Literal["map_50_95", "map_50", "map_75", "f1"] = "map_50_95"
-    floor: float = Field(0.0, ge=0, le=1)  # least value of the metric for a first champion
+    floor: float = Field(0.0, ge=0, le=1)  # smallest metric of a first champion
     min_delta: float = Field(0.0, ge=-1, le=1)
     max_class_drop: float = Field(0.05, ge=0, le=1)
     class_min_boxes: int = Field(20, ge=1)
     min_images: int = Field(50, ge=1)
     allow_class_change: bool = False
-    bootstrap: int = Field(0, ge=0)  # resamplings; 0 = no interval
-    tolerance: float | None = Field(None, ge=0)  # interval's lower end must be above -tolerance
+    bootstrap: int = Field(0, ge=0)  # number of resamples; 0: no confidence interval
+    tolerance: float | None = Field(None, ge=0)  # the interval must be above -tolerance
     max_latency_ms: float | None = Field(None, gt=0)
     max_size_mb: float | None = Field(None, gt=0)
     require_export_parity: bool = True
@@ -232,7 +211,7 @@ class RegistrySettings(Section):
 
 
 class RuntimeSettings(Section):
-    """The machine. Nothing here changes a result, so DVC does not track it."""
+    """The machine. Nothing here changes a result, so DVC does not track this section."""
 
     devices: Annotated[int | Literal["auto"], BeforeValidator(_devices)] = "auto"
     nodes: int = Field(1, ge=1)
@@ -241,10 +220,10 @@ class RuntimeSettings(Section):
     num_workers: int = Field(2, ge=0)
     gpu_slot: Name = "gpu"
     timeout_s: float | None = Field(None, gt=0)  # of the whole training
-    stage_timeout_s: float = Field(21600, gt=0)  # of any other stage, push or step of the release
-    silence_timeout_s: float = Field(1800, gt=0)  # no line and no checkpoint: a hang
-    price_per_hour: float | None = Field(None, ge=0)  # of one device, for the cost on record
-    grace_s: float = Field(60, gt=0)  # from the request to stop to the kill
+    stage_timeout_s: float = Field(21600, gt=0)  # of any other stage, push or release step
+    silence_timeout_s: float = Field(1800, gt=0)  # without output or checkpoint: the training hangs
+    price_per_hour: float | None = Field(None, ge=0)  # of one device, for the recorded cost
+    grace_s: float = Field(60, gt=0)  # between the request to stop and the kill
 
     @field_validator("devices")
     @classmethod

@@ -1,4 +1,4 @@
-"""Content hashes of folders, remembered by inode, size and time, so that a second look is cheap."""
+"""Content hashes of folders. Hashes of unchanged files (inode, size, time) are cached."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def list_files(folder: str | os.PathLike[str]) -> Iterator[tuple[str, os.stat_re
                 yield path.relative_to(root).as_posix(), path.stat()
 
 
-def path_digest(path: str | os.PathLike[str], memory: Path | None = None) -> str:
-    """SHA-256 over names and contents of a folder, or of one file.
+def path_digest(path: str | os.PathLike[str], cache: Path | None = None) -> str:
+    """SHA-256 over the names and contents of a folder, or of one file.
 
-    `memory` is a database file that keeps the hashes of unchanged files between calls.
-    Raises DatasetError when nothing is there.
+    `cache` is a SQLite file that keeps the hashes of unchanged files between calls.
+    Raises DatasetError if `path` does not exist.
     """
     target = Path(path)
     if target.is_file():
@@ -48,44 +48,44 @@ def path_digest(path: str | os.PathLike[str], memory: Path | None = None) -> str
     else:
         raise DatasetError(f"{target} does not exist; build or fetch it first.")
     keys = {name: _key(status) for name, status in files}
-    known = _recall(memory, keys.values())
+    known = _read(cache, keys.values())
     new = [name for name, key in keys.items() if key not in known]
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         fresh = dict(zip(new, pool.map(lambda n: sha256_file(root / n), new), strict=True))
-    _remember(memory, {keys[name]: digest for name, digest in fresh.items()})
+    _write(cache, {keys[name]: digest for name, digest in fresh.items()})
     return digest_of(sorted((name, fresh.get(name) or known[key]) for name, key in keys.items()))
 
 
-def paths_digest(root: Path, paths: Iterable[str], memory: Path | None = None) -> str:
+def paths_digest(root: Path, paths: Iterable[str], cache: Path | None = None) -> str:
     """One hash over several files and folders, for example the code of a stage."""
-    return digest_of({path: path_digest(root / path, memory) for path in sorted(paths)})
+    return digest_of({path: path_digest(root / path, cache) for path in sorted(paths)})
 
 
 def _key(status: os.stat_result) -> str:
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
 
-def _open(memory: Path) -> sqlite3.Connection:
-    memory.parent.mkdir(parents=True, exist_ok=True)
+def _open(cache: Path) -> sqlite3.Connection:
+    cache.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return _connect(memory)
-    except sqlite3.OperationalError:  # locked, full or forbidden: not a damaged file
+        return _connect(cache)
+    except sqlite3.OperationalError:  # locked, disk full or no permission: the file is intact
         raise
-    except sqlite3.DatabaseError:
-        memory.unlink()  # it only saves time
-        return _connect(memory)
+    except sqlite3.DatabaseError:  # damaged
+        cache.unlink()
+        return _connect(cache)
 
 
-def _connect(memory: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(memory, timeout=30)
+def _connect(cache: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(cache, timeout=30)
     database.execute("CREATE TABLE IF NOT EXISTS digest (key TEXT PRIMARY KEY, sha256 TEXT)")
     return database
 
 
-def _recall(memory: Path | None, keys: Iterable[str]) -> dict[str, str]:
-    if memory is None:
+def _read(cache: Path | None, keys: Iterable[str]) -> dict[str, str]:
+    if cache is None:
         return {}
-    database = _open(memory)
+    database = _open(cache)
     try:
         found = (
             database.execute("SELECT key, sha256 FROM digest WHERE key = ?", (key,)).fetchone()
@@ -96,10 +96,10 @@ def _recall(memory: Path | None, keys: Iterable[str]) -> dict[str, str]:
         database.close()
 
 
-def _remember(memory: Path | None, digests: dict[str, str]) -> None:
-    if memory is None or not digests:
+def _write(cache: Path | None, digests: dict[str, str]) -> None:
+    if cache is None or not digests:
         return
-    database = _open(memory)
+    database = _open(cache)
     try:
         with database:
             database.executemany("INSERT OR REPLACE INTO digest VALUES (?, ?)", digests.items())

@@ -1,4 +1,4 @@
-"""Errors as one readable text."""
+"""Errors as text for a user, and exit statuses."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ import traceback
 from flows.core.redact import redact
 from rfdetr.errors import RFDETRError
 
-INTERRUPTED = 130
-
-
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def explain(error: Exception) -> str:
-    """One readable text; the traceback comes first when the error is none of ours."""
+    """The message of an error, without secrets.
+
+    An error that this project did not raise itself comes with its traceback.
+    """
     full = _full_disk(error)
     if full is not None:
         where = f" while writing {full.filename}" if full.filename else ""
-        return f"no space left on the device{where}. Free some, then start again."
+        return f"no space left on the device{where}. Free some space, then start again."
     if isinstance(error, RFDETRError):
         return redact(str(error))
-    if type(error).__module__.partition(".")[0] == "mlflow":  # a server that is away, or refuses
+    if type(error).__module__.partition(".")[0] == "mlflow":  # a server that is down, or refuses
         return redact(f"MLflow: {error}")
     trace = "".join(traceback.format_exception(error))
     return redact(f"unexpected {type(error).__name__}\n{trace}\n{type(error).__name__}: {error}")
 
 
 def _full_disk(error: BaseException | None) -> OSError | None:
-    """The write error behind `error`; torch's writer hides it behind one of its own."""
+    """The write error behind `error`, which torch wraps in another one."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, OSError) and error.errno in NO_SPACE:

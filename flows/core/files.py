@@ -1,18 +1,25 @@
-"""JSON files and atomic copies."""
+"""JSON, YAML and CSV files, and files and folders that are replaced in one step."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from rfdetr.errors import ConfigError
 from rfdetr.files import atomic_path, write_text_atomic
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write plain data as readable JSON in one step."""
+    """Write plain data as indented JSON, atomically."""
     write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -24,12 +31,63 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except FileNotFoundError:
         raise ConfigError(f"{file} is missing; run the stage that writes it.") from None
     except ValueError as error:
-        raise ConfigError(f"{file} is no valid JSON: {error}") from None
+        raise ConfigError(f"{file} is not valid JSON: {error}") from None
+
+
+def parse_yaml(text: str, *, origin: str) -> Any:
+    """Plain data of YAML 1.2, as DVC reads it. Raises ConfigError, also for a repeated key."""
+    try:
+        return YAML(typ="safe").load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{origin} is not valid YAML: {problem}{place}.") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain data of a YAML file. Raises ConfigError that names a missing or broken file."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing; run from the project's root folder.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}.") from None
+
+
+def write_csv(
+    path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+) -> None:
+    """Write rows under a header, atomically. `columns` default to the keys of the first row."""
+    names = columns or (list(rows[0]) if rows else [])
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as stream,
+    ):
+        writer = csv.DictWriter(stream, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def copy_atomic(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Copy one file so that `target` is never half-written."""
-    import shutil
-
     with atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces `target` at the end of the block, unless that raises.
+
+    The folder is filled under a temporary name beside `target`, which is never half-written. What
+    a killed process leaves there is removed by the next call.
+    """
+    work = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        shutil.rmtree(target, ignore_errors=True)
+        work.replace(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,51 +1,41 @@
-"""An exclusive lock on a folder."""
+"""An exclusive lock on a folder, shared by processes."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+
+import filelock
 
 from rfdetr.errors import RFDETRError
 
 
-class StateError(RFDETRError):
-    """State that another process holds, or a training that keeps failing."""
+class BusyError(RFDETRError):
+    """Another process holds what is needed."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold `<folder>/.lock` for the life of the block; `kill -9` frees it too.
+    """Hold the lock of `folder` while the block runs; it ends with the process, however that dies.
 
-    With `wait` stands in line, otherwise raises StateError that names the holder.
+    With `wait`, blocks until the lock is free. Otherwise raises BusyError that names the holder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as stream:
-        if wait:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        else:
-            _lock(stream, folder)
-        try:
-            stream.truncate(0)
-            stream.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
-            stream.flush()
-            yield
-        finally:
-            fcntl.flock(stream, fcntl.LOCK_UN)
-
-
-def _lock(stream: IO[str], folder: Path) -> None:
+    lock, holder = filelock.FileLock(folder / ".lock"), folder / ".lock.holder"
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.seek(0)
-        holder = stream.read().strip() or "another process"
-        raise StateError(
-            f"The same training already runs: {holder} holds {folder / '.lock'}. Wait for it or "
-            "stop it."
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        name = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        raise BusyError(
+            f"{folder} is in use by {name}. Wait until that process ends, or stop it."
         ) from None
+    try:
+        text = f"pid {os.getpid()} on {socket.gethostname()} since {time.ctime()}"
+        holder.write_text(text, encoding="utf-8")
+        yield
+    finally:
+        lock.release()

@@ -1,8 +1,8 @@
-"""Runs a child, streams its lines, enforces time limits, and never leaves an orphan.
+"""Runs a child process, streams its lines, enforces time limits, and leaves no orphan.
 
-A chain of parent-death signals ties children to their parents (Linux): a killed flow, dvc or
-torchrun takes the trainer with it. `run_streaming` covers exceptions and signals, `die_with_parent`
-covers `kill -9`.
+On Linux, parent-death signals tie children to their parents: when the flow, DVC or torchrun is
+killed, so is the trainer. `run_streaming` covers exceptions and signals, `die_with_parent` covers
+`kill -9`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Self
 
 from flows.core.redact import redact
 from rfdetr.errors import RFDETRError
@@ -36,11 +36,11 @@ LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 Line = Callable[[str], None]
 
 
-class CommandFailed(RFDETRError):  # noqa: N818 - the name of the design
-    """A child ended with an error or was ended for exceeding a limit.
+class CommandFailed(RFDETRError):  # noqa: N818 - reads as what happened
+    """A child failed, or was stopped because it exceeded a limit.
 
-    `returncode` is negative for a signal, `tail` holds its last lines, `reason` says why. Secrets
-    are masked: the text ends in logs and states.
+    `returncode` is negative for a signal, `tail` holds the last lines, `reason` says what happened.
+    Secrets are masked, because the text is logged and sent to Prefect.
     """
 
     def __init__(self, cmd: Sequence[str], returncode: int, tail: Sequence[str], reason: str):
@@ -58,7 +58,7 @@ class CommandFailed(RFDETRError):  # noqa: N818 - the name of the design
 
 
 class Terminated(SystemExit):
-    """SIGTERM arrived; the process exits with 143 after its clean-up."""
+    """SIGTERM arrived: the process cleans up and exits with 143."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -92,10 +92,10 @@ def signal_group(group: int, number: int) -> None:
 
 
 def die_with_parent(*, grace: float = 60.0) -> None:
-    """Get SIGTERM when the parent dies, SIGKILL `grace` seconds later if still alive.
+    """Get SIGTERM when the parent dies, and SIGKILL `grace` seconds later.
 
-    The second half is a thread that watches the parent's pid: it also covers a process that hangs
-    in a collective, and systems without parent-death signals. Call it first thing in `main`.
+    A thread that watches the parent's pid sends the second signal: a process may hang in a
+    collective, and not every system has parent-death signals. Call it first in `main`.
     """
     parent = os.getppid()
     if LIBC is not None:
@@ -125,40 +125,28 @@ def run_streaming(
 ) -> list[str]:
     """Run `cmd` in its own process group and pass each line of its output to `on_line`.
 
-    `timeout` limits the whole run in seconds; `silence_timeout` the time without a line and
-    without a change of one of the `watched` files. On a limit or any exception the group gets
-    SIGINT and, after `grace` seconds, SIGKILL. Returns the last lines; raises CommandFailed.
+    `timeout` limits the duration in seconds, `silence_timeout` the seconds without a line of
+    output and without a change of one of the `watched` files. When a limit is exceeded, or on any
+    exception, the group gets SIGINT and, after `grace` seconds, SIGKILL. Returns the last lines;
+    raises CommandFailed.
     """
-    child = _start(cmd, env, cwd)
-    output = _Output(child.stdout, on_line)
-    try:
-        reason = _follow(child, output, _Limits(timeout, silence_timeout, watched))
+    with _Group(_start(cmd, env, cwd), on_line, grace) as group:
+        limits = _Limits(timeout, silence_timeout, watched)
+        reason = None
+        while not group.leader_ended() and not reason:
+            if group.output.read(WAKE_SECONDS):
+                limits.heard()
+            reason = limits.exceeded()
         if reason:
-            _stop(child, output, grace)
-        _signal_group(child, signal.SIGKILL)
-        output.drain()
-    except BaseException:
-        _stop(child, output, grace)
-        raise
-    finally:
-        _signal_group(child, signal.SIGKILL)
-        code = child.wait()
-        output.close()
+            group.stop()
+        group.kill()
+        group.output.drain()
+        code = group.child.wait()
     if code and not reason:
-        reason = f"was ended by signal {-code}" if code < 0 else f"failed with exit status {code}"
+        reason = f"was killed by signal {-code}" if code < 0 else f"failed with exit status {code}"
     if reason:
-        raise CommandFailed(cmd, code, output.tail, reason)
-    return list(output.tail)
-
-
-def _follow(child: subprocess.Popen[bytes], output: _Output, limits: _Limits) -> str | None:
-    """Pass on lines until the child ends; the limit that it exceeded, if any."""
-    while not _ended(child):
-        if output.read(WAKE_SECONDS):
-            limits.heard()
-        if reason := limits.exceeded():
-            return reason
-    return None
+        raise CommandFailed(cmd, code, group.output.tail, reason)
+    return list(group.output.tail)
 
 
 def _start(
@@ -167,7 +155,7 @@ def _start(
     parent = os.getpid()
 
     def tie() -> None:
-        # A background job (`&`, nohup) ignores SIGINT, and would hand that down.
+        # A background job (`&`, nohup) ignores SIGINT, and its children would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         terminate_with(parent)
 
@@ -201,7 +189,7 @@ class _Output:
         os.set_blocking(pipe.fileno(), False)
 
     def read(self, seconds: float) -> bool:
-        """Wait up to `seconds` for output and pass it on; whether there was any."""
+        """Wait up to `seconds` for output and pass it on. True if there was any."""
         if self.closed:
             time.sleep(seconds)
             return False
@@ -213,7 +201,7 @@ class _Output:
         return bool(data)
 
     def drain(self) -> None:
-        """Pass on what is in the pipe now; a grandchild that holds it open is not waited for."""
+        """Pass on what is in the pipe now, without waiting for a grandchild that keeps it open."""
         deadline = time.monotonic() + DRAIN_SECONDS
         while not self.closed and time.monotonic() < deadline and self.read(0):
             pass
@@ -246,7 +234,7 @@ class _Limits:
         self.last = time.monotonic()
 
     def exceeded(self) -> str | None:
-        """The reason to stop the child, if a limit is passed."""
+        """The limit that the child exceeded, if any."""
         now = time.monotonic()
         if self.timeout is not None and now - self.start > self.timeout:
             return f"was stopped after its time limit of {self.timeout:g} s"
@@ -262,8 +250,8 @@ class _Limits:
 
 
 @contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """A second Ctrl-C or SIGTERM must not cut the clean-up short (main thread only)."""
+def _signals_ignored() -> Iterator[None]:
+    """Keep a second Ctrl-C or SIGTERM from interrupting the clean-up (main thread only)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -275,25 +263,46 @@ def _signals_wait() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _stop(child: subprocess.Popen[bytes], output: _Output, grace: float) -> None:
-    """SIGINT to the group (dvc ignores it and waits for its child), then patience, then SIGKILL."""
-    with _signals_wait():
-        _signal_group(child, signal.SIGINT)
-        deadline = time.monotonic() + grace
-        while time.monotonic() < deadline and not _ended(child):
-            with contextlib.suppress(Exception):  # a failing on_line must not keep children alive
-                output.read(WAKE_SECONDS)
-        _signal_group(child, signal.SIGKILL)
+class _Group:
+    """A child with its process group. The group is dead when the block ends, whatever happens."""
 
+    def __init__(self, child: subprocess.Popen[bytes], on_line: Line, grace: float) -> None:
+        self.child, self.grace = child, grace
+        self.output = _Output(child.stdout, on_line)
 
-def _ended(child: subprocess.Popen[bytes]) -> bool:
-    """Whether the leader ended; it stays a zombie, so that its group id cannot be reused."""
-    if child.returncode is not None:
-        return True
-    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    return os.waitid(os.P_PID, child.pid, flags) is not None
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        try:
+            if error is not None:
+                self.stop()
+        finally:
+            self.kill()
+            self.child.wait()
+            self.output.close()
 
-def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
-    if child.returncode is None:
-        signal_group(child.pid, number)
+    def stop(self) -> None:
+        """SIGINT to the group (DVC ignores it and waits for its child), SIGKILL after `grace`."""
+        with _signals_ignored():
+            self._signal(signal.SIGINT)
+            deadline = time.monotonic() + self.grace
+            while time.monotonic() < deadline and not self.leader_ended():
+                with contextlib.suppress(Exception):  # a failing on_line must not keep children
+                    self.output.read(WAKE_SECONDS)
+            self.kill()
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def leader_ended(self) -> bool:
+        """Whether the child ended. It stays a zombie, so that its group id cannot be reused."""
+        if self.child.returncode is not None:
+            return True
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.child.pid, flags) is not None
+
+    def _signal(self, number: int) -> None:
+        if self.child.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.child.pid, number)

@@ -1,4 +1,4 @@
-"""Silences what libraries say and nobody of this pipeline can act on."""
+"""Silences library messages on which a user of the pipeline cannot act."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ADVICE = (
 
 
 def quiet_libraries() -> None:
-    """Tips, seeds, progress bars and advice of Lightning and MLflow; their warnings stay.
+    """Silence tips, seeds and progress bars of Lightning and MLflow; real warnings stay.
 
-    Call it after Lightning is imported: its import sets the levels.
+    Call it after the import of Lightning, which sets the levels of its loggers.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -1,4 +1,4 @@
-"""What the fit stage hands to its trainer processes and gets back: files in one folder."""
+"""The files through which the stage `fit` and its trainer processes exchange a job."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from flows.core.files import read_json, write_json
 from rfdetr.errors import ConfigError
 
 JOB, RESULT, ERROR = "job.json", "result.json", "error.json"
-STOPPED = "stopped"  # the trainer ended on request, its state is saved
+STOPPED = "stopped"
 
 
 class FitJob(BaseModel):
-    """`job.json`: one training. `devices` are those of this machine."""
+    """`job.json`: one training. `devices` is the number on this machine."""
 
     model: ModelSettings
     train: dict[str, Any]  # fields of TrainConfig
@@ -42,7 +43,7 @@ class FitJob(BaseModel):
 
 
 class FitResult(BaseModel):
-    """`result.json`: a training that came to its end."""
+    """`result.json`: a finished training."""
 
     epochs: int
     stopped_early: bool
@@ -63,14 +64,41 @@ class FitResult(BaseModel):
         return cls.model_validate(read_json(folder / RESULT))
 
 
-def clear_answers(folder: Path) -> None:
-    """Forget what an earlier attempt handed back."""
+@dataclass(frozen=True)
+class Stopped:
+    """The trainers ended on request; their state is saved."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A trainer failed, for the reason in `text`."""
+
+    rank: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Killed:
+    """The trainers ended without leaving a word."""
+
+
+def read_outcome(folder: Path) -> Stopped | Failed | Killed:
+    """How the trainers of an unfinished training ended."""
+    if (folder / STOPPED).exists():
+        return Stopped()
+    if (folder / ERROR).exists():
+        return Failed(**read_json(folder / ERROR))
+    return Killed()
+
+
+def clear_outcome(folder: Path) -> None:
+    """Remove what an earlier attempt left."""
     for name in (RESULT, ERROR, STOPPED):
         (folder / name).unlink(missing_ok=True)
 
 
 def command(folder: Path, runtime: RuntimeSettings, devices: int, run: str) -> list[str]:
-    """The torchrun command; the same for one device, several, and several machines."""
+    """The torchrun command for one device, several devices, or several machines."""
     where: Sequence[str] = ["--standalone"]
     if runtime.nodes > 1:
         where = [
@@ -86,7 +114,7 @@ def command(folder: Path, runtime: RuntimeSettings, devices: int, run: str) -> l
 
 
 def environment(devices: int, *, on_cpu: bool) -> dict[str, str]:
-    """The environment of the trainers: threads of a CPU are shared out among its processes."""
+    """The environment of the trainers; processes on one CPU share its threads."""
     env = dict(os.environ)
     if on_cpu and devices > 1 and "OMP_NUM_THREADS" not in env:
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // devices))
@@ -94,30 +122,42 @@ def environment(devices: int, *, on_cpu: bool) -> dict[str, str]:
 
 
 def resolve_devices(runtime: RuntimeSettings) -> tuple[str, int]:
-    """(accelerator, number of devices on this machine). Raises ConfigError when one is missing."""
+    """(accelerator, number of devices on this machine). Raises ConfigError if one is missing."""
     if runtime.accelerator == "cpu":
         return "cpu", 1 if runtime.devices == "auto" else runtime.devices
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    mps = torch.backends.mps.is_available()
-    seen = f"{gpus} GPU(s) are visible (CUDA_VISIBLE_DEVICES can hide some)"
-    if runtime.accelerator == "gpu" and not gpus:
+    accelerator, present, seen = _present_devices()
+    if runtime.accelerator == "gpu" and accelerator != "gpu":
         raise ConfigError(
             f"runtime.accelerator is gpu, but {seen}. Start on a machine with a working CUDA "
             "driver, or set runtime.accelerator to auto or cpu."
         )
-    if runtime.accelerator == "mps" and not mps:
+    if runtime.accelerator == "mps" and not _has_mps():
         raise ConfigError("runtime.accelerator is mps, but this machine has no Apple GPU.")
     if runtime.devices == "auto":
-        return ("gpu", gpus) if gpus else ("mps" if mps else "cpu", 1)
-    most = gpus or 1
-    if runtime.devices > most:
+        return accelerator, present
+    if runtime.devices > present:
         raise ConfigError(
-            f"runtime.devices is {runtime.devices}, but {seen}. Set it to auto or at most {most}; "
-            "several processes on the CPU need runtime.accelerator: cpu."
+            f"runtime.devices is {runtime.devices}, but {seen}. Set it to auto or at most "
+            f"{present}; several processes on the CPU need runtime.accelerator: cpu."
         )
-    return ("gpu" if gpus else "mps" if mps else "cpu"), runtime.devices
+    return accelerator, runtime.devices
+
+
+def _present_devices() -> tuple[str, int, str]:
+    """The best accelerator of this machine, how many there are, and a text about its GPUs."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    seen = f"{gpus} GPU(s) are visible (CUDA_VISIBLE_DEVICES can hide some)"
+    if gpus:
+        return "gpu", gpus, seen
+    return "mps" if _has_mps() else "cpu", 1, seen
+
+
+def _has_mps() -> bool:
+    import torch
+
+    return bool(torch.backends.mps.is_available())
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -133,15 +173,15 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             try:
                 read_checkpoint(path, mmap=True)
             except (ValueError, OSError) as error:
-                warnings.append(f"{path} is unreadable and passed over: {error}")
+                warnings.append(f"{path} is unreadable and was skipped: {error}")
                 continue
             return path, warnings
     return None, warnings
 
 
 def needed_space(folder: Path, initial: Path) -> str | None:
-    """A warning when the disk of `folder` will hardly hold the checkpoints of a training."""
-    wanted = 8 * initial.stat().st_size  # optimizer state, averaged weights, best files
+    """A warning if the disk of `folder` may be too small for the checkpoints of a training."""
+    wanted = 8 * initial.stat().st_size  # optimizer state, EMA weights, best files
     free = shutil.disk_usage(folder).free
     if free > wanted:
         return None

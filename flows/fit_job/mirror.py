@@ -1,7 +1,7 @@
-"""A copy of the resume state on S3, for machines whose disk dies with them.
+"""A copy of the resume state on S3, for machines with ephemeral disks.
 
-The checkpoint is written to two objects in turns, and the name of the newer one to a small object
-afterwards: whatever is cut off, one checkpoint is whole.
+The checkpoint is uploaded to two objects in turn. A small third object, the pointer, then names
+the newer one. So one of the two checkpoints is always intact, whatever is interrupted.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from flows.core.redact import redact
@@ -22,18 +21,18 @@ from flows.storage.s3 import DamagedError, NotFoundError, StorageError, list_obj
 from rfdetr.files import remove_leftovers
 
 EVERY_SECONDS = 10.0
-# Weights first, the counters that refer to them last.
+# Weights first, then the counters that refer to them.
 PATTERNS = ("*.pth", "best_model.json", "metrics.csv", "journal.json*", "run.json", "last.ckpt")
 LAST = "last.ckpt"
 SLOTS = ("last.0.ckpt", "last.1.ckpt")
 POINTER = "last.txt"
-REPLACED = {".pth", ".ckpt"}  # large, and never changed in place
+REPLACED = {".pth", ".ckpt"}  # large, and never modified in place
 
 
 class Mirror:
-    """Uploads changed state files in the background while the block runs; never raises there.
+    """Uploads changed state files in the background while the block runs.
 
-    With `url` None it does nothing.
+    A failed upload is a warning and is repeated later. With `url` None nothing happens.
     """
 
     def __init__(self, folder: Path, url: str | None) -> None:
@@ -45,11 +44,11 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="state-mirror", daemon=True)
 
     def fetch(self) -> None:
-        """Bring the copy here when the local state is missing.
+        """Download the copy if the local state is missing.
 
-        A damaged object is passed over with a warning: the older checkpoint takes the place of the
-        newer one, and without any the training starts anew. Raises StorageError when S3 does not
-        answer: a training that started anew would write over the copy.
+        A damaged object is skipped with a warning: the older checkpoint replaces the newer one,
+        and without any the training starts from scratch. Raises StorageError if S3 does not
+        answer, because a training from scratch would overwrite the copy.
         """
         if self.url is None or (self.folder / LAST).exists():
             return
@@ -65,14 +64,14 @@ class Mirror:
     def _fetch_all(self) -> None:
         names = {item.address.rpartition("/")[2] for item in list_objects(str(self.url))}
         arrived = self.folder / f".{LAST}.fetched"
-        newest = self._slot()
+        newest = self._newest_slot()
         slots = [slot for slot in (SLOTS[newest], SLOTS[1 - newest]) if slot in names]
         if slots and not any(self._fetch(slot, arrived) for slot in slots):
-            _warn(f"{self.url}: no checkpoint is whole; the training starts anew")
+            _warn(f"{self.url}: no intact checkpoint; the training starts from scratch")
             return
         for name in sorted(names - {*SLOTS, POINTER}):
             self._fetch(name, self.folder / name)
-        if slots:  # at the end: a fetch that is cut off is repeated as a whole
+        if slots:  # last: its absence makes an interrupted fetch start over
             arrived.replace(self.folder / LAST)
             self._sent[self.folder / LAST] = (self.folder / LAST).stat().st_mtime_ns
 
@@ -84,16 +83,17 @@ class Mirror:
             return False
         return True
 
-    def _slot(self) -> int:
-        """The slot of the newest checkpoint, by the pointer; 0 without one."""
+    def _newest_slot(self) -> int:
+        """The slot of the newest checkpoint; 0 if there is no pointer or it is damaged."""
         if self._newest is None:
             file = self.folder / f".{POINTER}"
             try:
                 download(f"{self.url}/{POINTER}", file, progress=False)
-            except (NotFoundError, DamagedError):
-                file.write_text("")
-            self._newest = int(file.read_text() == SLOTS[1])
-            file.unlink()
+                self._newest = SLOTS.index(file.read_text())
+            except (NotFoundError, DamagedError, ValueError):
+                self._newest = 0
+            finally:
+                file.unlink(missing_ok=True)
         return self._newest
 
     def __enter__(self) -> Self:
@@ -101,12 +101,7 @@ class Mirror:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -117,22 +112,20 @@ class Mirror:
             self.send()
 
     def send(self) -> None:
-        """Upload what changed; a failure is a warning, the next round tries again."""
-        for path in self._changed():
-            time = path.stat().st_mtime_ns
-            try:
-                with _frozen(path) as copy:
-                    self._send(copy, path.name)
-            except (StorageError, OSError) as error:
-                _warn(str(error))
-                return
-            self._sent[path] = time
+        """Upload the files that changed; after a failure, the next call tries again."""
+        try:
+            for path, time in self._changed():
+                with _snapshot(path) as copy:
+                    self._upload(copy, path.name)
+                self._sent[path] = time
+        except (StorageError, OSError) as error:
+            _warn(str(error))
 
-    def _send(self, copy: Path, name: str) -> None:
+    def _upload(self, copy: Path, name: str) -> None:
         if name != LAST:
             upload(copy, f"{self.url}/{name}", progress=False)
             return
-        slot = 1 - self._slot()
+        slot = 1 - self._newest_slot()
         upload(copy, f"{self.url}/{SLOTS[slot]}", progress=False)
         pointer = self.folder / f".{POINTER}"
         pointer.write_text(SLOTS[slot])
@@ -140,16 +133,18 @@ class Mirror:
         pointer.unlink()
         self._newest = slot
 
-    def _changed(self) -> Iterable[Path]:
+    def _changed(self) -> Iterator[tuple[Path, int]]:
+        """Files that are new or changed since they were sent, with their time of change."""
         for pattern in PATTERNS:
             for path in sorted(self.folder.glob(pattern)):
-                if self._sent.get(path) != path.stat().st_mtime_ns:
-                    yield path
+                time = path.stat().st_mtime_ns
+                if self._sent.get(path) != time:
+                    yield path, time
 
 
 @contextlib.contextmanager
-def _frozen(path: Path) -> Iterator[Path]:
-    """The content of this moment: the training goes on while it is read several times."""
+def _snapshot(path: Path) -> Iterator[Path]:
+    """A copy that does not change while it is read several times; the training continues."""
     copy = path.with_name(f".{path.name}.sending")
     copy.unlink(missing_ok=True)
     try:
@@ -161,7 +156,7 @@ def _frozen(path: Path) -> Iterator[Path]:
 
 
 def _link(path: Path, copy: Path) -> bool:
-    """A second name for the file; False where the file system has none."""
+    """Hard-link the file; False if the file system does not support it."""
     try:
         os.link(path, copy)
     except OSError:

@@ -1,4 +1,4 @@
-"""One line of JSON per finished epoch: what a parent process can follow."""
+"""One line of JSON per finished epoch, for the parent process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 
 class EpochProgress(BaseModel, frozen=True):
-    """`epoch` of `of` is done, counted from 1; `eta_s` is what the rest will take, in seconds."""
+    """Epoch `epoch` of `of` is done (counted from 1); `eta_s` is the remaining time in seconds."""
 
     event: Literal["epoch"] = "epoch"
     epoch: int
@@ -24,7 +24,7 @@ class EpochProgress(BaseModel, frozen=True):
 
 
 def parse_progress(line: str) -> EpochProgress | None:
-    """The progress that a line of output tells, if it does."""
+    """The progress in a line of output, if the line reports one."""
     if not line.startswith('{"event":"epoch"'):
         return None
     try:

@@ -1,13 +1,12 @@
-"""Resume state of one training, outside every clone: its folder, its lock, its attempts.
+"""Resume state of one training, outside of every clone: its folder and its attempts.
 
-The folder's name is a fingerprint of everything that must not differ between the parts of one
-training. A changed value starts a new folder; foreign state is never resumed silently.
+The folder's name is a fingerprint of everything that must stay the same for a training to be
+resumed. A changed value means a new folder and a training from scratch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,21 @@ from pydantic import BaseModel, ValidationError
 
 from flows.core.digest import digest_of
 from flows.core.files import read_json, write_json
-from flows.core.locks import StateError
 from rfdetr.errors import RFDETRError
 
 MAX_ATTEMPTS = 3
 TAIL_LINES = 30
+NOT_SETTINGS = {"code": "the code", "initial": "the starting weights"}  # inputs, and their names
+
+
+class AttemptsError(RFDETRError):
+    """A training keeps failing."""
 
 
 class RunRecord(BaseModel):
-    """`run.json`: what the parts of one training share.
+    """`run.json`: what the attempts at one training share.
 
-    `attempts` counts those without a new finished epoch. The MLflow run stands in journal.json.
+    `attempts` counts those since the last finished epoch. journal.json names the MLflow run.
     """
 
     fingerprint: str
@@ -34,7 +37,7 @@ class RunRecord(BaseModel):
     attempts: int = 0
     finished_epochs: int = 0
     epochs_at_start: int = 0
-    seconds: float = 0.0  # of training, all parts together
+    seconds: float = 0.0  # of training, in all attempts
 
 
 class FitState:
@@ -62,11 +65,24 @@ class FitState:
     def done(self) -> bool:
         return (self.folder / "done").exists()
 
+    def superseded(self) -> tuple[Path, list[str]] | None:
+        """An unfinished training with the same settings and data, and what has changed since."""
+        wanted = _without_null(self.inputs)
+        for file in self.folder.parent.glob("*/run.json"):
+            if file.parent == self.folder or (file.parent / "done").exists():
+                continue
+            with contextlib.suppress(ValidationError, RFDETRError):
+                other = _without_null(RunRecord.model_validate(read_json(file)).inputs)
+                differing = {k for k in {*wanted, *other} if wanted.get(k) != other.get(k)}
+                if differing and differing <= set(NOT_SETTINGS):
+                    return file.parent, [NOT_SETTINGS[name] for name in sorted(differing)]
+        return None
+
     def mark_done(self) -> None:
         write_json(self.folder / "done", {"time": time.time()})
 
     def read(self) -> RunRecord:
-        """The record; a new one when the file is missing or unreadable."""
+        """The record; a new one if the file is missing or unreadable."""
         if self.record_file.exists():
             with contextlib.suppress(ValidationError, RFDETRError):
                 return RunRecord.model_validate(read_json(self.record_file))
@@ -76,26 +92,26 @@ class FitState:
         write_json(self.record_file, record.model_dump(mode="json"))
 
     def update(self, **fields: Any) -> RunRecord:
-        """Change fields of the record on disk and return it."""
+        """Change fields of the record on disk and return the record."""
         record = self.read().model_copy(update=fields)
         self.write(record)
         return record
 
     def begin_attempt(self) -> RunRecord:
-        """Count an attempt. Raises StateError after three without a new finished epoch."""
+        """Count an attempt. Raises AttemptsError after three without a new finished epoch."""
         record = self.read()
         progressed = record.finished_epochs > record.epochs_at_start
         attempts = 0 if progressed else record.attempts
         if attempts >= MAX_ATTEMPTS:
-            raise StateError(
+            raise AttemptsError(
                 f"{attempts} attempts ended without finishing a new epoch (epoch "
                 f"{record.finished_epochs} was the last one). Last lines of {self.log_file}:\n"
-                f"{self.log_tail()}\nMend the cause, then run `rfdetr-pipeline fit --retry`."
+                f"{self.log_tail()}\nFix the cause, then run `rfdetr-pipeline fit --retry`."
             )
         return self.update(attempts=attempts + 1, epochs_at_start=record.finished_epochs)
 
     def forgive_attempt(self) -> None:
-        """A stop on request is no failure."""
+        """Do not count an attempt that was stopped on request."""
         self.update(attempts=max(0, self.read().attempts - 1))
 
     def log_tail(self) -> str:
@@ -105,8 +121,9 @@ class FitState:
         lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(f"  {line}" for line in lines[-TAIL_LINES:])
 
-    def clear(self) -> None:
-        """Forget the training; used when its state is unusable or no longer needed."""
-        for path in self.folder.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+def _without_null(value: Any) -> Any:
+    """Plain data without null fields: a field that a later version added is null by default."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return value

@@ -1,4 +1,4 @@
-"""What each torchrun rank executes: one training, resumed where it stopped.
+"""The process of each torchrun rank: trains a job, resuming from its last checkpoint.
 
 Only rank 0 writes. SIGTERM and SIGINT save `last.ckpt` and end with status 143, never with 0.
 """
@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
 from flows.config.environment import Environment
-from flows.core.errors import explain
+from flows.core.errors import FAILED, OK, USAGE, explain
 from flows.core.files import read_json, write_json
 from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
@@ -36,9 +36,9 @@ SYSTEM_METRICS_SECONDS = 30.0
 
 
 class ProgressLines(Checkpoint):
-    """Prints a line per finished epoch, on each node: any of them may have rank 0.
+    """Prints a line per finished epoch, on each node: any of them can have rank 0.
 
-    A Checkpoint, so that it comes after last.ckpt is saved.
+    It is a Checkpoint so that Lightning calls it after last.ckpt is saved.
     """
 
     def __init__(self, metric: str) -> None:
@@ -71,7 +71,7 @@ class ProgressLines(Checkpoint):
 
 
 def train(folder: Path, env: Environment) -> FitResult | None:
-    """Run the job in `folder`; its result on rank 0. Raises SystemExit(143) when stopped."""
+    """Train the job in `folder`; returns the result on rank 0, raises SystemExit(143) if stopped."""
     job = FitJob.read(folder)
     kind = SegmentationTrainConfig if job.model.config().segmentation_head else TrainConfig
     train_config = kind(**job.train, output_dir=str(folder))
@@ -99,7 +99,7 @@ def train(folder: Path, env: Environment) -> FitResult | None:
         return None
     if not (folder / RECORD).exists():
         raise DatasetError(
-            "No epoch gave a validation metric, so there is no best model: the valid split has no "
+            "No epoch had a validation metric, so there is no best model: the valid split has no "
             "boxes. Add some and start again."
         )
     best = read_json(folder / RECORD)
@@ -147,15 +147,15 @@ def _trainer(job: FitJob, train_config: TrainConfig, model_config: Any, logger: 
 
 
 def _stop_on_sigint() -> None:
-    """Ctrl-C of the process group is a request to stop like SIGTERM: it saves the state first."""
+    """Treat Ctrl-C like SIGTERM, a request to stop: the state is saved first."""
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def main(arguments: list[str]) -> int:
     """`torchrun ... -m flows.fit_job.worker FOLDER`: status 0 only if the training finished."""
     if len(arguments) != 1 or not Path(arguments[0]).is_dir():
-        print("usage: torchrun ... -m flows.fit_job.worker FOLDER, of a job", file=sys.stderr)
-        return 2
+        print("usage: torchrun ... -m flows.fit_job.worker FOLDER", file=sys.stderr)
+        return USAGE
     die_with_parent()
     _stop_on_sigint()
     quiet_libraries()
@@ -170,12 +170,12 @@ def main(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the parent reports it
         text = explain(error)
         print(f"rank {rank}: {text}", file=sys.stderr)
-        if not (folder / ERROR).exists():  # the first rank to fail tells the cause
+        if not (folder / ERROR).exists():  # the first rank that fails knows the cause
             write_json(folder / ERROR, {"rank": rank, "text": text})
-        return 1
+        return FAILED
     if result is not None:
         result.write(folder)
-    return 0
+    return OK
 
 
 if __name__ == "__main__":

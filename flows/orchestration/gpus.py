@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import socket
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flows.config.sections import RuntimeSettings
+from flows.core.locks import BusyError, locked
 from flows.orchestration.limits import slot
 from flows.project.project import Project
 
@@ -46,7 +46,6 @@ def claimed(count: int, folder: Path) -> Iterator[None]:
         yield
         return
     place = folder / "gpus" / socket.gethostname()
-    place.mkdir(parents=True, exist_ok=True)
     asked = time.monotonic()
     with contextlib.ExitStack() as held:
         while len(mine := _free(names, count, place, held)) < min(count, len(names)):
@@ -69,10 +68,8 @@ def _free(names: list[str], count: int, place: Path, held: contextlib.ExitStack)
     for name in names:
         if len(mine) == count:
             break
-        handle = os.open(place / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        held.callback(os.close, handle)
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(BusyError):
+            held.enter_context(locked(place / name))
             mine.append(name)
     return mine
 

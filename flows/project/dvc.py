@@ -18,8 +18,6 @@ from rfdetr.errors import ConfigError
 from rfdetr.files import write_text_atomic
 
 REMOTE = "store"
-
-
 LINK_TYPES = "reflink,hardlink,symlink,copy"
 
 
@@ -30,11 +28,11 @@ def dvc(
     variables: Mapping[str, str] | None = None,
     **limits: Any,
 ) -> list[str]:
-    """Run one DVC command in `root` as a child process; the last lines of its output.
+    """Run one DVC command in `root` as a child process and return the last lines of its output.
 
     `variables` are added to the environment of the command and of the stages that it runs.
     """
-    beside = str(Path(sys.executable).parent)  # stages say `python`; it must be this one
+    beside = str(Path(sys.executable).parent)  # stages call `python`: this one
     path = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
     env = {**os.environ, **(variables or {}), "PATH": path}
     command = [sys.executable, "-m", "dvc", *args]
@@ -42,13 +40,13 @@ def dvc(
 
 
 def forget_dead_locks(root: Path) -> None:
-    """Take killed DVC processes out of DVC's list of who reads and writes what.
+    """Remove killed DVC processes from DVC's list of readers and writers (.dvc/tmp/rwlock).
 
-    DVC does so only when no process has their number; a zombie has it, and a later process may.
-    A list that was cut off while it was written is removed.
+    DVC does so only if no process has their pid, but a zombie has it, and a later process may.
+    A list that was truncated while it was written is emptied.
     """
     file = root / ".dvc" / "tmp" / "rwlock"
-    if not file.exists() or not _dead_held(file):
+    if not file.exists() or not _is_stale(file):
         return
     from dvc.lock import make_lock
 
@@ -57,7 +55,7 @@ def forget_dead_locks(root: Path) -> None:
         write_text_atomic(file, json.dumps(_living(file)))
 
 
-def _dead_held(file: Path) -> bool:
+def _is_stale(file: Path) -> bool:
     try:
         return bool(_living(file) != json.loads(file.read_text()))
     except ValueError:
@@ -83,9 +81,9 @@ def _is_dvc(info: Mapping[str, Any]) -> bool:
 
 
 def configure_dvc(root: Path, env: Environment) -> None:
-    """Write .dvc/config.local: without git or with it, shared cache, remote of the environment.
+    """Write the machine's settings into .dvc/config.local: no git, shared cache, remote.
 
-    Keys are not written: DVC reads them from the environment too. Raises ConfigError.
+    Credentials are not written: DVC reads them from the environment. Raises ConfigError.
     """
     from dvc.config import Config
     from dvc.config import ConfigError as DvcConfigError
@@ -112,7 +110,7 @@ def _has_git(root: Path) -> bool:
 
 
 def has_remote(root: Path) -> bool:
-    """Whether DVC of `root` has a default remote."""
+    """Whether the DVC project `root` has a default remote."""
     from dvc.config import Config
 
     return "remote" in Config(str(root / ".dvc"))["core"]

@@ -1,4 +1,4 @@
-"""Git as a child process."""
+"""Git commands as child processes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ def git(root: Path, *args: str, on_line: Line, **limits: Any) -> list[str]:
 
 
 def checkout(root: Path, ref: str, on_line: Line) -> None:
-    """Move the clone in `root` to a commit, tag or branch of its origin.
+    """Check out a commit, tag or branch of the origin in the clone `root`.
 
-    Raises ConfigError for a name that the origin does not know.
+    Raises ConfigError if the origin does not know `ref`.
     """
     try:
         try:
             git(root, "fetch", "--quiet", "origin", ref, on_line=on_line)
             wanted = "FETCH_HEAD"
-        except CommandFailed:  # servers give branches and tags by name; a commit needs the history
+        except (
+            CommandFailed
+        ):  # only branches and tags can be fetched by name; a commit needs the history
             shallow = (root / ".git" / "shallow").exists()
             unshallow = ["--unshallow"] if shallow else []
             everything = "+refs/heads/*:refs/remotes/origin/*"
@@ -31,4 +33,4 @@ def checkout(root: Path, ref: str, on_line: Line) -> None:
             wanted = ref
         git(root, "checkout", "--quiet", "--detach", wanted, on_line=on_line)
     except CommandFailed as error:
-        raise ConfigError(f"ref '{ref}' is no commit, tag or branch of the origin.") from error
+        raise ConfigError(f"ref '{ref}' is not a commit, tag or branch of the origin.") from error

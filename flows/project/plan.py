@@ -1,4 +1,4 @@
-"""What a run would do: which stages are out of date, and why. Changes nothing."""
+"""Which stages a run would execute, and why. Runs and writes nothing (stale DVC locks go)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from flows.core.locks import BusyError
 from flows.project.dvc import forget_dead_locks
 from flows.project.project import Project
 from flows.project.workspace import current_version, stage_names, used_source
-from rfdetr.errors import RFDETRError
 
 State = Literal["up to date", "runs", "may run"]
 
 
-class BusyError(RFDETRError):
-    """Another process holds what the plan must look at."""
-
-
 class StagePlan(BaseModel):
-    """One stage: whether it would run, and the changes that make it run."""
+    """One stage: whether it would run, and because of which changes."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,9 +26,9 @@ class StagePlan(BaseModel):
 
 
 def plan_stages(project: Project) -> list[StagePlan]:
-    """The stages of a run in order. `may run`: a stage before it runs, its result may differ.
+    """The stages of a run in order. `may run`: an earlier stage runs, and its output may change.
 
-    Raises BusyError while another DVC process works in the folder.
+    Raises BusyError while another DVC process is running in the folder.
     """
     from dvc.lock import LockError
     from dvc.repo import Repo
@@ -53,7 +49,7 @@ def plan_stages(project: Project) -> list[StagePlan]:
     for name in stage_names(project):
         reasons = _reasons(status.get(name, []))
         if name.startswith("fetch@"):
-            reasons += _news(project)
+            reasons += _source_changes(project)
         waiting = [
             p for p in upstream.get(name, ()) if p in plans and plans[p].state != "up to date"
         ]
@@ -63,17 +59,17 @@ def plan_stages(project: Project) -> list[StagePlan]:
     return list(plans.values())
 
 
-def _news(project: Project) -> list[str]:
-    """What a run would find changed on S3. Raises StorageError when it does not answer."""
+def _source_changes(project: Project) -> list[str]:
+    """Changes of the source on S3. Raises StorageError if S3 does not answer."""
     found = used_source(project)
     if found is None or current_version(found[1]) == found[1].version:
         return []
-    news = "has changed" if found[1].version else "has no version on record"
-    return [f"{found[1].uri} {news}"]
+    change = "has changed" if found[1].version else "has no recorded version"
+    return [f"{found[1].uri} {change}"]
 
 
 def _reasons(changes: list[Any]) -> list[str]:
-    """DVC's status of one stage as short sentences."""
+    """DVC's status of one stage as short texts."""
     found: list[str] = []
     for change in changes:
         if isinstance(change, str):

@@ -7,12 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flows.config.environment import Environment
 from flows.config.overrides import write_overrides
 from flows.config.params import PARAMS_FILE, Params, load_params
 from flows.core.digest import path_digest
+from flows.core.files import read_yaml
 from flows.tracking.provenance import Provenance, collect_provenance
 
 
@@ -35,8 +34,7 @@ class Project:
     @cached_property
     def graph(self) -> dict[str, Any]:
         """The stages of dvc.yaml."""
-        text = self.graph_file.read_text(encoding="utf-8")
-        stages: dict[str, Any] = yaml.safe_load(text)["stages"]
+        stages: dict[str, Any] = read_yaml(self.graph_file)["stages"]
         return stages
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Pushes what a run changed in git: dvc.lock and params.yaml, on a branch of its own."""
+"""Pushes dvc.lock and params.yaml of a finished run to a new git branch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from flows.project.git import git
 
 FILES = ("dvc.lock", "params.yaml")
 TRIES = 3
-BRANCHES, SEEN = "retrain/", "refs/rfdetr/retrain/"  # on the remote, and here to compare
+BRANCHES, SEEN = "retrain/", "refs/rfdetr/retrain/"  # on the remote, and their local copies
 
 
 def publish_lock(root: Path, run: str, on_line: Line) -> str | None:
-    """Commit dvc.lock and params.yaml and push them to a new branch; None if nothing is new.
+    """Commit dvc.lock and params.yaml and push them to a new branch; None if nothing has changed.
 
-    Nothing is new either when the branch of an earlier run holds the same content. Data must be on
-    the DVC remote already: a published lock has to be resolvable. The folder's own branch stays
-    where it is, nothing is forced; a name that is taken gets a number. Raises CommandFailed.
+    A branch of an earlier run with the same content also counts as unchanged. The data must already
+    be on the DVC remote, or the published lock would be useless. The current branch does not move
+    and nothing is forced; a branch name that exists gets a number. Raises CommandFailed.
     """
     present = [name for name in FILES if (root / name).exists()]
     status = git(root, "status", "--porcelain", "--", *present, on_line=on_line)
@@ -31,7 +31,7 @@ def publish_lock(root: Path, run: str, on_line: Line) -> str | None:
     commit = _commit(root, present, f"Retrained: {run}", on_line)
     known = _published(root, commit, present, on_line)
     if known is not None:
-        on_line(f"branch {known} holds the same {' and '.join(present)}")
+        on_line(f"branch {known} has the same {' and '.join(present)}")
         return None
     for attempt in range(1, TRIES + 1):
         branch = name if attempt == 1 else f"{name}-{attempt}"
@@ -46,7 +46,7 @@ def publish_lock(root: Path, run: str, on_line: Line) -> str | None:
 
 
 def _commit(root: Path, files: list[str], message: str, on_line: Line) -> str:
-    """A commit of `files` on top of HEAD that moves no branch and leaves the index alone."""
+    """A commit of `files` on top of HEAD; no branch moves and the index does not change."""
     index = root / git(root, "rev-parse", "--git-path", "publish-index", on_line=on_line)[-1]
     environment = {**os.environ, "GIT_INDEX_FILE": str(index)}
     for key, value in (("NAME", "rfdetr-pipeline"), ("EMAIL", "pipeline@localhost")):
@@ -63,7 +63,7 @@ def _commit(root: Path, files: list[str], message: str, on_line: Line) -> str:
 
 
 def _published(root: Path, commit: str, files: list[str], on_line: Line) -> str | None:
-    """The branch of an earlier run whose `files` are those of `commit`, or None."""
+    """The branch of an earlier run with the same `files` as `commit`, or None."""
     wanted = f"+refs/heads/{BRANCHES}*:{SEEN}*"
     git(root, "fetch", "--quiet", "--no-tags", "--prune", "origin", wanted, on_line=on_line)
     seen: list[str] = []
@@ -76,5 +76,5 @@ def _published(root: Path, commit: str, files: list[str], on_line: Line) -> str 
 
 
 def _blobs(root: Path, tree: str, files: list[str]) -> list[str]:
-    """Mode, content and name of each file in a commit."""
+    """Mode, content hash and name of each file in a commit."""
     return git(root, "ls-tree", tree, "--", *files, on_line=lambda _: None)

@@ -1,10 +1,10 @@
-"""A folder in which one run of the pipeline works: clone, overrides, DVC settings, data."""
+"""Prepares the project folder for a run of the pipeline: overrides, DVC settings, data."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from flows.config.sections import SourceSettings
@@ -15,15 +15,15 @@ from flows.project.project import Project
 from flows.storage.s3 import list_versions
 from rfdetr.errors import DatasetError
 
-LISTING = "listing-"  # a source's version that `pin_source` wrote begins so
+LISTING = "listing-"  # prefix of a version that `pin_source` wrote
 
 
 def prepare_workspace(
     project: Project, changes: Mapping[str, Mapping[str, Any]], on_line: Line
 ) -> None:
-    """Make the folder ready: overrides, the version on S3, DVC settings, and what the remote has.
+    """Apply overrides, pin the version on S3, configure DVC, and pull what the remote has.
 
-    Raises DatasetError when the dataset is neither there, nor pulled, nor the product of a stage.
+    Raises DatasetError if the dataset is neither there, nor pulled, nor the output of a stage.
     """
     project.override(changes)
     pin_source(project)
@@ -34,30 +34,37 @@ def prepare_workspace(
 
 
 def require_dataset(project: Project, on_line: Line) -> None:
-    """Raise DatasetError unless the dataset is there, in DVC's cache, or the product of a stage."""
-    root, folder = project.root, project.params.dataset.dir
-    if not (root / folder).exists() and data_stage(project) is None:
-        pointer = root / f"{folder}.dvc"
-        if pointer.exists():
-            with contextlib.suppress(CommandFailed):
-                dvc(root, "checkout", f"{folder}.dvc", on_line=on_line)
-                return
-        found = (
-            f"{pointer} exists but its data is not on the DVC remote"
-            if pointer.exists()
-            else (f"there is no {pointer} and no stage that makes it")
-        )
-        raise DatasetError(
-            f"The dataset {folder} is missing: {found}. Copy it there and run `dvc add {folder}`, "
-            "or name its s3:// address under `sources` in params.yaml."
-        )
+    """Raise DatasetError unless the dataset is there, in DVC's cache, or the output of a stage."""
+    folder = project.params.dataset.dir
+    if project.dataset_dir.exists() or data_stage(project) is not None:
+        return
+    pointer = project.root / f"{folder}.dvc"
+    if not pointer.exists():
+        found = f"there is no {pointer} and no stage that writes it"
+    elif _checked_out(project, pointer, on_line):
+        return
+    else:
+        found = f"{pointer} exists, but its data is not on the DVC remote"
+    raise DatasetError(
+        f"The dataset {folder} is missing: {found}. Copy it there and run `dvc add {folder}`, "
+        "or name its s3:// address under `sources` in params.yaml."
+    )
+
+
+def _checked_out(project: Project, pointer: Path, on_line: Line) -> bool:
+    """Check out the data of a pointer file from DVC's cache; False if it is not there."""
+    try:
+        dvc(project.root, "checkout", str(pointer.relative_to(project.root)), on_line=on_line)
+    except CommandFailed:
+        return False
+    return True
 
 
 def pin_source(project: Project) -> None:
-    """Write what S3 holds now as the version of the dataset's source into params.yaml.
+    """Write the current version of the dataset's source on S3 into params.yaml.
 
-    The version is a DVC parameter: the stage `fetch` runs again when it is another one. Without a
-    source, or with a version that a person wrote, nothing happens. Raises StorageError.
+    The version is a DVC parameter: the stage `fetch` runs again when it changes. Does nothing
+    without a source, or if the user has set a version. Raises StorageError.
     """
     found = used_source(project)
     if found is None:
@@ -70,7 +77,7 @@ def pin_source(project: Project) -> None:
 
 
 def used_source(project: Project) -> tuple[str, SourceSettings] | None:
-    """Name and settings of the S3 source that the dataset is fetched from, if it is."""
+    """Name and settings of the S3 source of the dataset, if it has one."""
     stage, _, name = (data_stage(project) or "").partition("@")
     if stage != "fetch":
         return None
@@ -78,7 +85,7 @@ def used_source(project: Project) -> tuple[str, SourceSettings] | None:
 
 
 def current_version(source: SourceSettings) -> str:
-    """A name of what the address holds now; a version that a person wrote stands.
+    """A name for the current content of the address, unless the user has set a version.
 
     Raises StorageError.
     """
@@ -88,7 +95,7 @@ def current_version(source: SourceSettings) -> str:
 
 
 def data_stage(project: Project) -> str | None:
-    """The DVC stage that makes `dataset.dir` (`demo`, `fetch@<name>`), or None for a user's own."""
+    """The DVC stage that writes `dataset.dir` (`demo`, `fetch@<name>`); None for a user's folder."""
     params = project.params
     folder = os.path.normpath(params.dataset.dir)
     makers = {os.path.normpath("data/demo"): "demo"}
@@ -97,6 +104,6 @@ def data_stage(project: Project) -> str | None:
 
 
 def stage_names(project: Project) -> Sequence[str]:
-    """The stages of a run in their order: the one that makes the data, then those of dvc.yaml."""
+    """The stages of a run in order: the one that writes the data, then the others of dvc.yaml."""
     first = data_stage(project)
     return [*([first] if first else []), *(n for n in project.graph if n not in ("demo", "fetch"))]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.core.files import read_json, write_json
+from flows.core.files import new_folder, read_json, write_json
 from rfdetr.files import sha256_file
 
 
@@ -35,19 +34,15 @@ def _export(weights: Path, folder: Path) -> None:
     from rfdetr import RFDETR  # seconds of imports, only when there is something to export
     from rfdetr.export.onnx import TOLERANCE
 
-    work = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     detector = RFDETR.from_checkpoint(weights, device="cpu")
-    result = detector.export(work, dynamic_batch=True)
-    result.path.replace(work / "model.onnx")
-    difference = math.inf if result.max_difference is None else result.max_difference
-    proof = {
-        "max_difference": difference,
-        "tolerance": TOLERANCE,
-        "agrees": difference <= TOLERANCE,
-        "opset": result.opset,
-    }
-    write_json(work / "parity.json", proof)
-    shutil.rmtree(folder, ignore_errors=True)
-    work.replace(folder)
+    with new_folder(folder) as work:
+        result = detector.export(work, dynamic_batch=True)
+        result.path.replace(work / "model.onnx")
+        difference = math.inf if result.max_difference is None else result.max_difference
+        proof = {
+            "max_difference": difference,
+            "tolerance": TOLERANCE,
+            "agrees": difference <= TOLERANCE,
+            "opset": result.opset,
+        }
+        write_json(work / "parity.json", proof)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flows.config.params import Params
 from flows.core.digest import digest_of
-from flows.core.files import read_json
+from flows.core.files import read_json, read_yaml
 from flows.project.project import Project
 from flows.project.workspace import current_version, used_source
 from flows.registry.registry import CHAMPION, Registry, Version
@@ -44,12 +44,10 @@ def dataset_version(project: Project, *, look: bool = False) -> str:
     Nothing is downloaded and no image is read, unless the folder is under no version control. Of a
     source on S3 it is the version that the run has pinned; with `look`, what S3 holds now.
     """
-    import yaml
-
     params = project.params
     pointer = project.root / f"{params.dataset.dir}.dvc"
     if pointer.exists():
-        outs = yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"]
+        outs = read_yaml(pointer)["outs"]
         return f"dvc:{outs[0].get('md5') or outs[0].get('etag')}"
     found = used_source(project)
     if found is not None:

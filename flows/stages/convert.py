@@ -1,16 +1,15 @@
-"""The convert stage: starting weights of any origin as one checkpoint of ours, with proof."""
+"""The stage `convert`: starting weights of any origin as a checkpoint of this project, verified."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from flows.config.sections import ConvertSettings, ModelSettings
 from flows.core.digest import digest_of
-from flows.core.files import copy_atomic, write_json
+from flows.core.files import copy_atomic, new_folder, write_json
 from flows.project.project import Project
 from flows.stages.runner import run_stage
 from flows.storage.objects import download
@@ -26,30 +25,26 @@ TRACKED = Path("weights")
 
 
 def convert(project: Project) -> None:
-    """Write models/initial/model.ckpt and model.json with the proof of the conversion.
+    """Write models/initial: model.ckpt, and model.json with the result of the verification.
 
-    Raises CheckpointError for a file that is damaged, refused for safety, or of another network,
-    DownloadError or StorageError for one that cannot be fetched.
+    Raises CheckpointError if the file is damaged, unsafe, or belongs to another network, and
+    DownloadError or StorageError if it cannot be fetched.
     """
     params, initial = project.params, project.initial
-    work = initial.with_name(f".{initial.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    target = work / WEIGHTS
     source = params.convert.source
-    if source is None:
-        card = _from_scratch(params.model, params.convert, target)
-    else:
-        card = _from_file(_locate(source, project), source, project, target)
-    card = {"weights": WEIGHTS, "weights_sha256": sha256_file(target), "source": source} | card
-    write_json(work / CARD, card | {"variant": params.model.variant})
-    shutil.rmtree(initial, ignore_errors=True)
-    work.replace(initial)
+    with new_folder(initial) as folder:
+        target = folder / WEIGHTS
+        if source is None:
+            card = _from_scratch(params.model, params.convert, target)
+        else:
+            card = _from_file(_locate(source, project), source, project, target)
+        card = {"weights": WEIGHTS, "weights_sha256": sha256_file(target), "source": source} | card
+        write_json(folder / CARD, card | {"variant": params.model.variant})
     print(f"{initial / WEIGHTS}: {card['proof']['summary']}", flush=True)
 
 
 def _locate(source: str, project: Project) -> Path:
-    """The local file of a path, an s3:// address or a published name."""
+    """The local file for a path, an s3:// address or a published name."""
     from rfdetr.checkpoints.download import resolve_weights
 
     if is_s3(source):
@@ -60,7 +55,7 @@ def _locate(source: str, project: Project) -> Path:
     if path.exists() and TRACKED.resolve() not in path.resolve().parents:
         print(
             f"warning: convert.source {source} is outside {TRACKED}/, so DVC does not notice when "
-            f"it changes. Put it there, or run `dvc repro --force convert` after a change.",
+            f"it changes. Move it there, or run `dvc repro --force convert` after a change.",
             file=sys.stderr,
         )
     try:
@@ -82,14 +77,14 @@ def _from_file(path: Path, source: str, project: Project, target: Path) -> dict[
         copy_atomic(path, target)
         proof: dict[str, Any] = {
             "max_abs_difference": 0.0,
-            "summary": f"{source} is a checkpoint of ours already and was copied as it is.",
+            "summary": f"{source} is already in this project's format and was copied unchanged.",
         }
         return card | {"proof": proof}
     report = convert_legacy_checkpoint(path, target)
     if not report.max_abs_difference <= params.convert.tolerance:
         raise CheckpointError(
-            f"The converted weights compute something else: {report.summary} Accepted is "
-            f"{params.convert.tolerance:g} (convert.tolerance)."
+            f"The converted network gives different results: {report.summary} "
+            f"convert.tolerance is {params.convert.tolerance:g}."
         )
     facts = dataclasses.asdict(report) | {
         "old_path": source,
@@ -100,7 +95,7 @@ def _from_file(path: Path, source: str, project: Project, target: Path) -> dict[
 
 
 def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path) -> dict[str, Any]:
-    """Random weights from the seed (with the public encoder where it fits and is reachable)."""
+    """Random weights from the seed, with the public encoder if it fits and can be downloaded."""
     import torch
 
     from rfdetr.checkpoints.best_file import best_payload

@@ -1,16 +1,14 @@
-"""The evaluate stage: the trained model on the test split, in numbers, tables and pictures."""
+"""The stage `evaluate`: metrics, tables and plots of the trained model on the test split."""
 
 from __future__ import annotations
 
-import csv
 import json
-import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.core.files import read_json, write_json
+from flows.core.files import new_folder, read_json, write_csv, write_json
 from flows.gate import score_cache
 from flows.gate.scoring import ScoredModel, score_model
 from flows.project.project import Project
@@ -29,7 +27,7 @@ SECTIONS = ["dataset", "evaluate"]
 def evaluate(project: Project) -> None:
     """Score models/trained and write metrics, tables, curves, detections and pictures.
 
-    Raises ConfigError when the weights are not those that model.json describes.
+    Raises ConfigError if the weights are not those that model.json describes.
     """
     params, reports = project.params, project.reports
     digest = project.dataset_digest()
@@ -43,15 +41,12 @@ def evaluate(project: Project) -> None:
     )
     threshold = params.evaluate.score_threshold
     write_detections(scored, reports / "detections.json", threshold)
-    _write_csv(reports / "per_class.csv", list(scored.per_class()))
+    write_csv(reports / "per_class.csv", list(scored.per_class()))
     names = class_labels(scored.class_names, scored.result.class_ids.tolist())
-    _replace(reports / "curves", lambda folder: write_curves(scored, names, folder))
-    _replace(
-        reports / "pictures",
-        lambda folder: draw_evaluation(
-            scored.result, scored.columns, names, scored.samples, folder
-        ),
-    )
+    with new_folder(reports / "curves") as folder:
+        write_curves(scored, names, folder)
+    with new_folder(reports / "pictures") as folder:
+        draw_evaluation(scored.result, scored.columns, names, scored.samples, folder)
     write_json(project.test_metrics, numbers(scored))
     score_cache.keep(
         project, scored, str(project.trained), digest
@@ -66,7 +61,7 @@ def evaluate(project: Project) -> None:
 
 
 def trained_weights(folder: Path) -> Path:
-    """The weights of a model folder, checked against its model.json."""
+    """The weights of a model folder, verified against its model.json."""
     card = read_json(folder / "model.json")
     weights = folder / str(card["weights"])
     if not weights.is_file() or sha256_file(weights) != card["weights_sha256"]:
@@ -78,7 +73,7 @@ def trained_weights(folder: Path) -> Path:
 
 
 def numbers(scored: ScoredModel) -> dict[str, Any]:
-    """metrics/test.json: our numbers at `max_dets`, the COCO standard at 100, AP of each class."""
+    """metrics/test.json: metrics at `max_dets`, the COCO standard at 100, and AP per class."""
     part = scored.result.segm or scored.result.bbox
     assert part is not None
     return {
@@ -96,14 +91,14 @@ def numbers(scored: ScoredModel) -> dict[str, Any]:
 
 
 def write_detections(scored: ScoredModel, target: Path, threshold: float) -> None:
-    """A list in the results format of COCO, one detection per line."""
+    """Write a list in COCO's results format, one detection per line."""
     lines = (json.dumps(row, separators=(",", ":")) for row in scored.detections(threshold))
     with atomic_path(target) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         stream.write("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def write_curves(scored: ScoredModel, names: Sequence[str], folder: Path) -> None:
-    """precision_recall.csv, f1_threshold.csv and confusion_matrix.csv, for `dvc plots`."""
+    """Write precision_recall.csv, f1_threshold.csv and confusion_matrix.csv, for `dvc plots`."""
     part = scored.result.segm or scored.result.bbox
     assert part is not None
     sweep = scored.result.sweep
@@ -113,7 +108,7 @@ def write_curves(scored: ScoredModel, names: Sequence[str], folder: Path) -> Non
         if boxes
         for r, p in zip(RECALL_POINTS, curve, strict=True)
     ]
-    _write_csv(folder / "precision_recall.csv", curves)
+    write_csv(folder / "precision_recall.csv", curves)
     triples = zip(
         SCORE_THRESHOLDS, sweep.macro_f1, sweep.macro_precision, sweep.macro_recall, strict=True
     )
@@ -121,35 +116,14 @@ def write_curves(scored: ScoredModel, names: Sequence[str], folder: Path) -> Non
     rows = [
         dict(zip(keys, (round(float(v), 5) for v in values), strict=True)) for values in triples
     ]
-    _write_csv(folder / "f1_threshold.csv", rows)
+    write_csv(folder / "f1_threshold.csv", rows)
     axis = [*names, "background"]
     cells = [
         {"actual": axis[i], "predicted": axis[j], "boxes": int(scored.result.confusion[i, j])}
         for i in range(len(axis))
         for j in range(len(axis))
     ]
-    _write_csv(folder / "confusion_matrix.csv", cells)
-
-
-def _write_csv(target: Path, rows: Sequence[dict[str, Any]]) -> None:
-    columns: Iterable[str] = rows[0] if rows else []
-    with (
-        atomic_path(target) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as stream,
-    ):
-        writer = csv.DictWriter(stream, fieldnames=list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _replace(target: Path, write: Any) -> None:
-    """Write a folder beside `target` and let it take the name when it is complete."""
-    work = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    write(work)
-    shutil.rmtree(target, ignore_errors=True)
-    work.replace(target)
+    write_csv(folder / "confusion_matrix.csv", cells)
 
 
 if __name__ == "__main__":

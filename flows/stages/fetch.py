@@ -16,9 +16,9 @@ from rfdetr.errors import ConfigError
 
 
 def fetch_source(name: str, project: Project) -> None:
-    """Fetch `sources.<name>` to data/<name>; an interrupted transfer goes on where it stopped.
+    """Fetch `sources.<name>` to data/<name>; an interrupted transfer is resumed.
 
-    Raises StorageError, also when S3 holds another version than params.yaml names.
+    Raises StorageError, also if S3 holds another version than the one in params.yaml.
     """
     sources, target = project.params.sources, project.root / "data" / name
     if name not in sources:
@@ -28,15 +28,14 @@ def fetch_source(name: str, project: Project) -> None:
     _check_version(source)
     shutil.rmtree(target, ignore_errors=True)
     fetch(source.uri, target)
-    _check_version(source)  # it may have changed during the transfer
+    _check_version(source)  # it can change during the transfer
 
 
 def _check_version(source: SourceSettings) -> None:
     if source.version is not None and current_version(source) != source.version:
         raise StorageError(
-            f"{source.uri} has changed: it is not the {source.version} of params.yaml any more. "
-            "Start `rfdetr-pipeline retrain`, which takes what is there now, or get the old data "
-            "with `dvc pull`."
+            f"{source.uri} has changed: it is no longer the version {source.version} of "
+            "params.yaml. `rfdetr-pipeline retrain` uses the current data; `dvc pull` gets the old."
         )
 
 

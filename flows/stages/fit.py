@@ -1,8 +1,7 @@
-"""The fit stage: training in a child process group, resumed where it stopped.
+"""The stage `fit`: training in a child process group, resumed from its last checkpoint.
 
-`python -m flows.stages.fit` trains; `rfdetr-pipeline fit --retry` forgets earlier failed attempts
-first; `python -m flows.stages.fit --join` runs on the other machines of a training on several
-nodes.
+`python -m flows.stages.fit` trains. `rfdetr-pipeline fit --retry` forgets failed attempts first.
+`python -m flows.stages.fit --join` runs on the other machines of a training on several nodes.
 """
 
 from __future__ import annotations
@@ -12,22 +11,22 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flows.config.batch_plan import plan_batch
 from flows.core.digest import path_digest, paths_digest
-from flows.core.files import read_json
+from flows.core.errors import USAGE
 from flows.core.locks import locked
 from flows.core.process import CommandFailed, Terminated, run_streaming
 from flows.core.redact import redact
 from flows.fit_job import job as jobs
-from flows.fit_job.job import ERROR, STOPPED, FitJob, FitResult
+from flows.fit_job.job import Failed, FitJob, FitResult, Killed, Stopped
 from flows.fit_job.mirror import Mirror
 from flows.fit_job.progress import parse_progress
 from flows.fit_job.state import FitState
-from flows.fit_job.trained_model import collect
 from flows.project.project import Project
 from flows.stages.runner import run_stage
+from flows.stages.trained_model import collect
 from flows.stages.validate import require_valid
 from flows.storage.packs import open_dataset
 from flows.tracking.journal import JOURNAL
@@ -37,9 +36,8 @@ from rfdetr.files import remove_leftovers
 
 SECTIONS = ["dataset", "model", "fit"]
 JOIN_SECONDS = 600.0
-AFTERWARDS = {
-    "flows/fit_job/trained_model.py"
-}  # a change writes the outs anew, without training again
+# Code of the stage that does not shape the training: a change rewrites the outputs only.
+AFTER_TRAINING = {"flows/stages/trained_model.py"}
 
 
 class FitError(RFDETRError):
@@ -47,10 +45,10 @@ class FitError(RFDETRError):
 
 
 def fit(project: Project) -> None:
-    """Train with params.yaml and write models/trained, metrics/fit.json and plots/fit.csv.
+    """Train, and write models/trained, metrics/fit.json and plots/fit.csv.
 
-    Raises ConfigError before any work, FitError with the trainer's reason, StateError when the
-    same training runs already or keeps failing, Terminated when it was stopped on request.
+    Raises ConfigError before any work, FitError with the trainer's reason, BusyError if the same
+    training is running, AttemptsError if it keeps failing, and Terminated if it was stopped.
     """
     env = project.env
     require_valid(project)
@@ -60,19 +58,19 @@ def fit(project: Project) -> None:
     with locked(state.folder):
         for name in ("*.ckpt", "*.pth", "run.json", "job.json"):
             remove_leftovers(state.folder, name)
-        if not state.done:
-            mirror.fetch()
-        if env.fit_retry:
-            state.update(attempts=0)
         if state.done:
-            _say(f"already trained: {state.folder} is done")
+            _say(f"already trained: {state.folder} is complete")
         else:
+            mirror.fetch()
+            _say_if_superseded(state)
+            if env.fit_retry:
+                state.update(attempts=0)
             _train(project, job, state, mirror)
         collect(project, state.folder, state.read().seconds)
 
 
 def plan(project: Project) -> FitJob:
-    """Everything that the trainers need. Raises ConfigError for what this machine cannot do."""
+    """The job for the trainers. Raises ConfigError for what this machine cannot do."""
     params = project.params
     accelerator, devices = jobs.resolve_devices(params.runtime)
     batch = plan_batch(params.fit, devices * params.runtime.nodes)
@@ -105,34 +103,46 @@ def plan(project: Project) -> FitJob:
 
 
 def fingerprint(project: Project, job: FitJob) -> dict[str, Any]:
-    """All that must be equal for a training to be continued and not begun anew."""
+    """Everything that must stay the same for a training to be resumed rather than restarted."""
     return {
         **project.params.snapshot(*SECTIONS),
         "data": job.dataset["digest"],
         "initial": path_digest(job.initial, project.digests),
         "effective_batch": job.params["batch"]["effective"],
-        "code": paths_digest(project.root, code_of_stage(project, "fit"), project.digests),
+        "code": paths_digest(project.root, code_of_training(project), project.digests),
     }
 
 
-def code_of_stage(project: Project, name: str) -> list[str]:
-    """The code that dvc.yaml names as dependencies of a stage and that shapes the training."""
-    code = [dep for dep in project.graph[name]["deps"] if dep.startswith(("flows/", "rfdetr/"))]
-    return [path for path in code if path not in AFTERWARDS]
+def code_of_training(project: Project) -> list[str]:
+    """The code among the dependencies of the stage in dvc.yaml that shapes the training."""
+    code = [d for d in project.graph["fit"]["deps"] if d.startswith(("flows/", "rfdetr/"))]
+    return [path for path in code if path not in AFTER_TRAINING]
 
 
 def _source(project: Project) -> str:
-    params = project.params
-    name = Path(params.dataset.dir).name
-    return params.sources[name].uri if name in params.sources else params.dataset.dir
+    sources, folder = project.params.sources, project.params.dataset.dir
+    name = Path(folder).name
+    return sources[name].uri if name in sources else folder
+
+
+def _say_if_superseded(state: FitState) -> None:
+    """Say why a training that was started before does not continue."""
+    if state.record_file.exists():
+        return
+    if found := state.superseded():
+        folder, changed = found
+        _say(
+            f"{folder} holds an unfinished training with the same settings and data, but "
+            f"{' and '.join(changed)} changed since: starting from scratch"
+        )
 
 
 def _train(project: Project, job: FitJob, state: FitState, mirror: Mirror) -> None:
     state.begin_attempt()
-    jobs.clear_answers(state.folder)
+    jobs.clear_outcome(state.folder)
     job.write(state.folder)
     runtime = project.params.runtime
-    begun, before, parent = time.monotonic(), state.read().seconds, os.getppid()
+    started, before, parent = time.monotonic(), state.read().seconds, os.getppid()
     note = jobs.needed_space(state.folder, Path(job.initial))
     if note:
         _say(f"warning: {note}")
@@ -145,35 +155,36 @@ def _train(project: Project, job: FitJob, state: FitState, mirror: Mirror) -> No
                 env=jobs.environment(job.devices, on_cpu=job.accelerator == "cpu"),
                 timeout=runtime.timeout_s,
                 silence_timeout=runtime.silence_timeout_s,
-                watched=[state.last_checkpoint, state.folder / "journal.jsonl"],
+                watched=[state.last_checkpoint, state.folder / JOURNAL],
                 grace=runtime.grace_s,
             )
     except CommandFailed as error:
-        if (state.folder / STOPPED).exists():
-            state.forgive_attempt()
-            raise Terminated from error
-        if (state.folder / ERROR).exists():
-            told = read_json(state.folder / ERROR)
-            raise FitError(f"rank {told['rank']}: {told['text']}") from error
-        _close_tracked_run(project, state)
-        raise
-    except (KeyboardInterrupt, Terminated):
-        if os.getppid() == parent:  # a request; a parent that died is a crash, and counts
+        match jobs.read_outcome(state.folder):
+            case Stopped():  # the trainers got the signal
+                state.forgive_attempt()
+                raise Terminated from error
+            case Failed(rank, text):
+                raise FitError(f"rank {rank}: {text}") from error
+            case Killed():
+                _close_tracked_run(project, state)
+                raise
+    except (KeyboardInterrupt, Terminated):  # this process got the signal
+        if os.getppid() == parent:  # a request; after a crash of the parent the attempt counts
             state.forgive_attempt()
         raise
     finally:
-        state.update(seconds=before + time.monotonic() - begun)
+        state.update(seconds=before + time.monotonic() - started)
     FitResult.read(state.folder)
     state.mark_done()
 
 
 def _close_tracked_run(project: Project, state: FitState) -> None:
-    """A trainer that was killed could not say that its run failed; a resumed one opens it again."""
+    """Close the MLflow run as failed: killed trainers could not. Resuming reopens it."""
     if (state.folder / JOURNAL).exists():
         close_run(state.folder, "FAILED", project.env.tracking_uri)
 
 
-def _on_line(state: FitState, log: Any, line: str) -> None:
+def _on_line(state: FitState, log: IO[str], line: str) -> None:
     line = redact(line)
     log.write(line + "\n")
     log.flush()
@@ -193,13 +204,13 @@ def join(project: Project) -> None:
     job = plan(project)
     state = FitState(project.env.state_dir, fingerprint(project, job))
     if state.done:
-        _say(f"the training in {state.folder} has ended; nothing to join")
+        _say(f"the training in {state.folder} is complete; nothing to join")
         return
     folder = state.folder
     deadline = time.monotonic() + JOIN_SECONDS
     while not (folder / jobs.JOB).exists():
         if time.monotonic() > deadline:
-            raise FitError(f"{folder / jobs.JOB} did not appear: is the state folder shared?")
+            raise FitError(f"{folder / jobs.JOB} did not appear. Is the state folder shared?")
         time.sleep(1.0)
     run_streaming(
         jobs.command(folder, params.runtime, job.devices, folder.name),
@@ -218,7 +229,7 @@ def main(arguments: list[str]) -> int:
         case ["--join"]:
             return run_stage("fit", SECTIONS, join)
     print(__doc__, file=sys.stderr)
-    return 2
+    return USAGE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every stage shares: its parameters, its end, and the promise that both belong together."""
+"""Runs a stage: loads the project, reports errors, and checks that params.yaml did not change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flows.config.params import PARAMS_FILE, load_params
-from flows.core.errors import INTERRUPTED, explain
+from flows.core.errors import FAILED, INTERRUPTED, OK, USAGE, explain
 from flows.core.process import die_with_parent, exit_on_sigterm
 from flows.core.quiet import quiet_libraries
 from flows.project.project import Project
@@ -19,15 +19,19 @@ def run_stage(
     body: Callable[[Project], None],
     arguments: Sequence[str] = (),
 ) -> int:
-    """Run `body` on the project in the current folder; the exit status of the process.
+    """Run `body` on the project in the current folder. Returns the exit status of the process.
 
-    A stage reads params.yaml alone: with `arguments` it says so and does nothing.
-    `sections` are those that dvc.yaml tracks for the stage. They are compared with params.yaml
-    again at the end: DVC records the values it finds then, and they must be those that acted.
+    A stage takes its settings from params.yaml only: any argument prints the usage. `sections` are
+    those that dvc.yaml tracks for the stage. They are compared with params.yaml again at the end,
+    because DVC records the values that are in the file then.
     """
     if arguments:
-        print(f"usage: python -m flows.{name}, without arguments: {PARAMS_FILE} has the settings")
-        return 0 if arguments[0] in {"-h", "--help"} else 2
+        asked = arguments[0] in {"-h", "--help"}
+        print(
+            f"usage: python -m flows.stages.{name}, without arguments; settings: {PARAMS_FILE}",
+            file=sys.stdout if asked else sys.stderr,
+        )
+        return OK if asked else USAGE
     die_with_parent()
     exit_on_sigterm()
     quiet_libraries()
@@ -40,14 +44,14 @@ def run_stage(
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last line of a stage says what happened
         print(f"{name} failed: {explain(error)}", file=sys.stderr)
-        return 1
-    return 0
+        return FAILED
+    return OK
 
 
 def check_unchanged(project: Project, sections: Sequence[str]) -> None:
     """Raise ConfigError if params.yaml no longer holds the values that the stage used."""
-    now = load_params(project.params_file).snapshot(*sections)
     used = project.params.snapshot(*sections)
+    now = load_params(project.params_file).snapshot(*sections)
     changed = [
         f"{section}.{field} was {value!r}, is {now[section].get(field)!r}"
         for section, fields in used.items()

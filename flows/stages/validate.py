@@ -1,4 +1,4 @@
-"""The validate stage: every problem of the dataset, before a GPU is used."""
+"""The stage `validate`: finds every problem of the dataset before training starts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ UNREADABLE = {
 
 
 def validate(project: Project) -> None:
-    """Check the dataset and write the report as JSON, Markdown and HTML, also when it fails.
+    """Check the dataset and write the report as JSON, Markdown and HTML, even if it fails.
 
-    Raises DatasetError with the first findings when training must not start.
+    Raises DatasetError with the first findings if training must not start.
     """
     from rfdetr.checks.html import write_html
     from rfdetr.checks.markdown import to_markdown
@@ -61,7 +61,7 @@ def validate(project: Project) -> None:
 
 
 def _previous(file: Path) -> Path | None:
-    """The last report, unless it is cut off or of another version."""
+    """The last report, unless it is damaged or of another version."""
     try:
         DatasetReport.read(file)
     except DatasetError:
@@ -70,7 +70,7 @@ def _previous(file: Path) -> Path | None:
 
 
 def reasons_to_stop(report: DatasetReport, params: Params) -> list[str]:
-    """Why training must not start with this dataset; empty when it may."""
+    """Why training must not start with this dataset; empty if it may."""
     settings, problems = params.validate, []
     train = report.statistics.get("train")
     found = train.images if train else 0
@@ -80,8 +80,9 @@ def reasons_to_stop(report: DatasetReport, params: Params) -> list[str]:
         )
     errors = [finding for finding in report.findings if finding.severity == "error"]
     total = max(1, sum(split.images for split in report.statistics.values()))
-    bad = len({(finding.split, finding.file) for finding in errors if finding.image_id is not None})
-    bad = min(total, bad + report.errors - len(errors))  # those that are counted but not listed
+    listed = {(finding.split, finding.file) for finding in errors if finding.image_id is not None}
+    not_listed = report.errors - len(errors)  # a report lists only the first findings of a kind
+    bad = min(total, len(listed) + not_listed)  # at worst, each is in another image
     elsewhere = any(finding.image_id is None for finding in errors)
     unreadable = sorted({finding.code for finding in errors} & UNREADABLE)
     if unreadable:
@@ -100,27 +101,17 @@ def reasons_to_stop(report: DatasetReport, params: Params) -> list[str]:
 
 
 def _text(report: DatasetReport, problems: list[str], file: Path) -> str:
-    lines = [f"the dataset {report.dataset} is not fit for training: {'; '.join(problems)}."]
+    lines = [f"the dataset {report.dataset} cannot be used for training: {'; '.join(problems)}."]
     errors = [finding for finding in report.findings if finding.severity == "error"]
     for finding in errors[:SHOWN]:
-        place = ", ".join(
-            f"{name} {value}"
-            for name, value in (
-                ("file", finding.file),
-                ("line", finding.line),
-                ("image", finding.image_id),
-                ("annotation", finding.annotation_id),
-            )
-            if value is not None
-        )
-        lines.append(f"- {finding.code} ({place}): {finding.message} {finding.advice}")
+        lines.append(f"- {finding.code} ({finding.place()}): {finding.message} {finding.advice}")
     if report.errors > SHOWN:
         lines.append(f"- and {report.errors - SHOWN} more in {file.with_suffix('.html')}")
     return "\n".join(lines)
 
 
 def require_valid(project: Project) -> None:
-    """Raise DatasetError unless the stage has passed the dataset."""
+    """Raise DatasetError unless the dataset passed the stage `validate`."""
     problems = reasons_to_stop(DatasetReport.read(project.validation), project.params)
     if problems:
         raise DatasetError(f"{project.validation} forbids training: {'; '.join(problems)}.")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import tarfile
 import tempfile
 import zlib
@@ -20,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flows.core.digest import digest_of, list_files
-from flows.core.files import read_json, write_json
+from flows.core.files import new_folder, read_json, write_json
 from flows.core.locks import locked
 from rfdetr.errors import DatasetError
 from rfdetr.files import sha256_file, to_disk
@@ -108,20 +107,20 @@ def unpack(
         raise DatasetError(f"{packed} is not a pack ({INDEX} of format {FORMAT} is missing).")
     if out.exists():
         raise DatasetError(f"{out} exists already; remove it or choose another folder.")
-    work = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    for name, facts in tqdm(index["shards"].items(), unit="shard", disable=not progress):
-        shard = packed / name
-        if not shard.exists() or sha256_file(shard) != facts["sha256"]:
-            raise DatasetError(f"{shard} is missing or damaged; fetch the pack again (dvc pull).")
-        try:
-            with tarfile.open(shard) as archive:
-                archive.extractall(work, members=_regular_files(archive, shard), filter="data")
-        except tarfile.TarError as error:
-            raise DatasetError(f"{shard} is refused: {error}") from error
-    work.replace(out)
+    with new_folder(out) as work:
+        for name, facts in tqdm(index["shards"].items(), unit="shard", disable=not progress):
+            _unpack_shard(packed / name, facts["sha256"], work)
     return out
+
+
+def _unpack_shard(shard: Path, sha256: str, target: Path) -> None:
+    if not shard.exists() or sha256_file(shard) != sha256:
+        raise DatasetError(f"{shard} is missing or damaged; fetch the pack again (dvc pull).")
+    try:
+        with tarfile.open(shard) as archive:
+            archive.extractall(target, members=_regular_files(archive, shard), filter="data")
+    except tarfile.TarError as error:
+        raise DatasetError(f"{shard} is refused: {error}") from error
 
 
 def _regular_files(archive: tarfile.TarFile, shard: Path) -> Iterator[tarfile.TarInfo]:

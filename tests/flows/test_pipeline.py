@@ -131,7 +131,7 @@ def test_a_dataset_with_errors_stops_before_training_and_leaves_its_report(
     done = run(copy, "dvc", "repro", "evaluate", check=False)
     assert done.returncode != 0
     text = done.stdout + done.stderr
-    assert "not fit for training: 2 errors" in text
+    assert "cannot be used for training: 2 errors" in text
     assert "99" in text
     assert "training in" not in text
     assert json.loads((copy / "reports/validation.json").read_text())["severities"]["error"] == 2

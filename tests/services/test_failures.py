@@ -22,13 +22,13 @@ def test_a_leaked_slot_is_found_and_freed_by_doctor(live: LiveStack) -> None:
     body = {"names": ["gpu"], "slots": 1, "mode": "concurrency"}
     live.api("POST", "/v2/concurrency_limits/increment", body)
     assert live.slots() == 1
-    found = live.module("flows.cli.doctor", check=False)
+    found = live.module("flows.cli.main", "doctor", check=False)
     assert found.returncode == 1
-    assert "limit gpu: 1 slots held without a live run" in found.stdout
-    mended = live.module("flows.cli.doctor", "--repair", check=False)
+    assert "limit gpu: 1 slots held without an active flow run" in found.stdout
+    mended = live.module("flows.cli.main", "doctor", "--repair", check=False)
     assert "limit gpu" in mended.stdout
     assert live.slots() == 0
-    assert "limit gpu" not in live.module("flows.cli.doctor", check=False).stdout
+    assert "limit gpu" not in live.module("flows.cli.main", "doctor", check=False).stdout
 
 
 def test_servers_killed_one_after_the_other_do_not_stop_a_training(

@@ -193,7 +193,7 @@ def test_a_value_that_is_no_yaml_is_one_readable_error(
     monkeypatch.chdir(ROOT)
     assert main(["retrain", "--set", f"fit.epochs={value}"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: --set fit.epochs={value}: '{value}' is no valid YAML")
+    assert error.startswith(f"error: --set fit.epochs={value}: '{value}' is not valid YAML")
     assert "Traceback" not in error
 
 

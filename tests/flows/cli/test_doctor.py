@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli.doctor import OLD_DAYS, Finding, _cut_off, _old_copies, _old_state
+from flows.cli.doctor import OLD_DAYS, Finding, _interrupted, _old_copies, _old_state
 from flows.config.environment import Environment
 from flows.core.locks import locked
 from flows.storage.packs import open_dataset, pack
@@ -52,11 +52,11 @@ def test_a_finished_training_with_unsent_records_stays(env: Environment) -> None
     assert (sent.exists(), unsent.exists(), begun.exists()) == (False, True, True)
 
 
-def test_a_training_that_was_cut_off_is_closed_unless_it_is_at_work(
+def test_a_training_that_was_interrupted_is_closed_unless_it_is_at_work(
     env: Environment, tmp_path: Path
 ) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    folders = {name: env.state_dir / "fit" / name for name in ("cut off", "at work", "ended")}
+    folders = {name: env.state_dir / "fit" / name for name in ("interrupted", "running", "ended")}
     for name, folder in folders.items():
         spec = RunSpec(experiment="e", name=name)
         TrackedRun(folder, spec, uri=uri).begin()
@@ -66,18 +66,18 @@ def test_a_training_that_was_cut_off_is_closed_unless_it_is_at_work(
     def states() -> dict[str, str]:
         return {run.info.run_name: run.info.status for run in runs(uri)}
 
-    with locked(folders["at work"]):
-        (found,) = _cut_off(env, uri, repair=False)
-        assert (found.level, found.text) == ("note", "1 cut off and not gone on with")
-        assert states()["cut off"] == "RUNNING"
-        (found,) = _cut_off(env, uri, repair=True)
+    with locked(folders["running"]):
+        (found,) = _interrupted(env, uri, repair=False)
+        assert (found.level, found.text) == ("note", "1 interrupted and not resumed")
+        assert states()["interrupted"] == "RUNNING"
+        (found,) = _interrupted(env, uri, repair=True)
     assert found.text.endswith("1 closed as KILLED in MLflow")
-    assert states() == {"cut off": "KILLED", "at work": "RUNNING", "ended": "FINISHED"}
-    with TrackedRun(folders["cut off"], uri=uri):  # the next attempt
+    assert states() == {"interrupted": "KILLED", "running": "RUNNING", "ended": "FINISHED"}
+    with TrackedRun(folders["interrupted"], uri=uri):  # the next attempt
         pass
-    assert states()["cut off"] == "FINISHED"
-    (found,) = _cut_off(env, uri, repair=False)
-    assert "1 cut off" in found.text, "the lock of the one at work is free now"
+    assert states()["interrupted"] == "FINISHED"
+    (found,) = _interrupted(env, uri, repair=False)
+    assert "1 interrupted" in found.text, "the lock of the running one is free now"
 
 
 def looked(env: Environment, *, repair: bool) -> dict[str, Finding]:

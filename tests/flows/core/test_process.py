@@ -87,7 +87,7 @@ def test_a_missing_program_is_a_command_failure() -> None:
 
 
 def test_death_by_signal_is_named() -> None:
-    with pytest.raises(CommandFailed, match="ended by signal 9") as caught:
+    with pytest.raises(CommandFailed, match="killed by signal 9") as caught:
         run_streaming(python("import os; os.kill(os.getpid(), 9)"), print)
     assert caught.value.returncode == -9
 

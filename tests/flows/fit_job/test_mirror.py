@@ -1,4 +1,4 @@
-"""The copy of the resume state on S3: whole at any moment, passed over where it is damaged."""
+"""The copy of the resume state on S3: intact at any moment, skipped where it is damaged."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_without_a_whole_checkpoint_the_training_starts_anew(
 ) -> None:
     damage(sent, "last.0.ckpt", "last.1.ckpt")
     assert fetched(sent, tmp_path) == {}
-    assert "starts anew" in capsys.readouterr().err
+    assert "starts from scratch" in capsys.readouterr().err
 
 
 def test_a_fetch_that_was_cut_off_is_repeated_as_a_whole(

@@ -11,8 +11,8 @@ import pytest
 
 from flows.core import digest
 from flows.core.digest import path_digest
-from flows.core.locks import StateError, locked
-from flows.fit_job.state import FitState
+from flows.core.locks import BusyError, locked
+from flows.fit_job.state import AttemptsError, FitState
 
 
 def test_every_input_has_its_own_folder(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_a_second_trainer_is_told_who_holds_the_folder(tmp_path: Path) -> None:
     )
     assert holder.stdout is not None
     holder.stdout.readline()
-    with pytest.raises(StateError, match=f"pid {holder.pid} on"), locked(tmp_path):
+    with pytest.raises(BusyError, match=f"pid {holder.pid} on"), locked(tmp_path):
         pass
     holder.kill()
     holder.wait()
@@ -42,7 +42,7 @@ def test_three_attempts_without_a_new_epoch_end_the_loop(tmp_path: Path) -> None
     state.log_file.write_text("".join(f"line {i}\n" for i in range(50)))
     for expected in (1, 2, 3):
         assert state.begin_attempt().attempts == expected
-    with pytest.raises(StateError, match="line 49") as caught:
+    with pytest.raises(AttemptsError, match="line 49") as caught:
         state.begin_attempt()
     assert "line 19\n" not in str(caught.value)
     assert "--retry" in str(caught.value)
@@ -59,7 +59,22 @@ def test_a_finished_epoch_or_a_stop_on_request_does_not_count(tmp_path: Path) ->
     assert state.begin_attempt().attempts == 1
 
 
-def test_an_unreadable_record_is_begun_again(tmp_path: Path) -> None:
+def test_an_unfinished_training_of_other_code_is_named(tmp_path: Path) -> None:
+    inputs = {"fit": {"lr": 1.0}, "data": "a", "initial": "i", "code": "old"}
+    old = FitState(tmp_path, inputs)
+    old.begin_attempt()
+    newer = {**inputs, "fit": {"lr": 1.0, "added_later": None}, "code": "new"}
+    assert FitState(tmp_path, newer).superseded() == (old.folder, ["the code"])
+    assert FitState(tmp_path, {**newer, "initial": "j"}).superseded() == (
+        old.folder, ["the code", "the starting weights"],
+    )  # fmt: skip
+    assert FitState(tmp_path, {**newer, "fit": {"lr": 2.0}}).superseded() is None
+    assert FitState(tmp_path, {**newer, "data": "b"}).superseded() is None
+    old.mark_done()
+    assert FitState(tmp_path, newer).superseded() is None
+
+
+def test_an_unreadable_record_is_replaced(tmp_path: Path) -> None:
     state = FitState(tmp_path, {})
     state.update(seconds=5.0)
     assert FitState(tmp_path, {}).read().seconds == 5.0

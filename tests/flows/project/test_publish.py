@@ -85,7 +85,7 @@ def test_what_an_earlier_run_published_is_not_published_again(clone: Path) -> No
     run(clone, "git", "commit", "-qm", "code", "code.py")
     said: list[str] = []
     assert publish_lock(clone, "hare", said.append) is None
-    assert f"branch {first} holds the same dvc.lock and params.yaml" in said
+    assert f"branch {first} has the same dvc.lock and params.yaml" in said
     assert set(branches(clone)) == {"main", first}
     (clone / "dvc.lock").write_text("newer\n")
     assert publish_lock(clone, "hare", print) == today("hare")

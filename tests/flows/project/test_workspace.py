@@ -182,7 +182,7 @@ def test_a_shallow_clone_moves_to_commits_tags_and_branches(project: Path, tmp_p
         checkout(copy, ref, quiet)
         assert (copy / "other.txt").exists() == (ref in {"other", "third"})
         assert (copy / "third.txt").exists() == (ref == "third")
-    with pytest.raises(ConfigError, match="'nothing' is no commit, tag or branch"):
+    with pytest.raises(ConfigError, match="'nothing' is not a commit, tag or branch"):
         checkout(copy, "nothing", quiet)
 
 

@@ -55,7 +55,7 @@ def test_a_legacy_file_is_converted_with_proof(start: Path) -> None:
     assert new.kind == "lightning"
     assert all((new.weights[name] == old.weights[name]).all() for name in old.weights)
     convert(project("models/initial/model.ckpt"))
-    assert "copied as it is" in card()["proof"]["summary"]
+    assert "copied unchanged" in card()["proof"]["summary"]
 
 
 def test_from_scratch_the_seed_decides(start: Path) -> None:

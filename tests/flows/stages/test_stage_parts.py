@@ -19,7 +19,6 @@ from flows.core.errors import explain
 from flows.core.files import write_json
 from flows.fit_job.job import command, newest_checkpoint, resolve_devices
 from flows.fit_job.progress import EpochProgress, parse_progress
-from flows.fit_job.trained_model import epoch_rows
 from flows.gate.decide import decide
 from flows.gate.score_cache import _kept
 from flows.gate.scoring import label_table, relabel, score_model
@@ -29,8 +28,9 @@ from flows.registry.registry import RegistryError
 from flows.release import run_record
 from flows.stages import convert as convert_stage
 from flows.stages import evaluate, fit, validate
-from flows.stages.fit import code_of_stage
+from flows.stages.fit import AFTER_TRAINING, code_of_training
 from flows.stages.runner import run_stage
+from flows.stages.trained_model import epoch_rows
 from flows.stages.validate import UNREADABLE, reasons_to_stop
 from rfdetr.checkpoints.record import CheckpointRecord
 from rfdetr.checkpoints.safe_io import save_file
@@ -50,7 +50,9 @@ def test_stages_compare_the_sections_that_dvc_tracks() -> None:
     ):  # fmt: skip
         assert stages[name]["params"] == module.SECTIONS
         assert f"flows/stages/{name}.py" in stages[name]["deps"]
-    assert all((ROOT / path).exists() for path in code_of_stage(Project(ROOT), "fit"))
+    code = code_of_training(Project(ROOT))
+    assert all((ROOT / path).exists() for path in {*code, *AFTER_TRAINING})
+    assert not AFTER_TRAINING & set(code)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
@@ -230,7 +232,8 @@ def test_a_stage_with_arguments_does_nothing(
 ) -> None:
     called: list[Project] = []
     assert run_stage(stage, [], called.append, [argument]) == status
-    assert f"python -m flows.{stage}" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"python -m flows.stages.{stage}" in (told.err if status else told.out)
     assert not called
 
 

@@ -1,42 +1,36 @@
-"""What the fit stage leaves behind: the model with its description, its numbers, its curves."""
+"""The outputs of the stage `fit`: the model with its description, its metrics, its curves."""
 
 from __future__ import annotations
 
 import csv
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flows.core.files import copy_atomic, read_json, write_json
+from flows.core.files import copy_atomic, new_folder, read_json, write_csv, write_json
 from flows.fit_job.job import FitJob, FitResult
 from flows.project.project import Project
-from flows.tracking.provenance import Provenance
+from flows.tracking.provenance import MAIN_PACKAGES, Provenance
 from rfdetr.errors import ConfigError
-from rfdetr.files import atomic_path, sha256_file
+from rfdetr.files import sha256_file
 
+PACKAGES = sorted({*MAIN_PACKAGES, "numpy"} - {"mlflow"})  # those that compute the weights
 WEIGHTS, CARD = "model.pth", "model.json"
 CURVES = ("train/loss", "val/loss", "val/mAP_50_95", "val/mAP_50", "val/ema_mAP_50_95", "val/F1")
 
 
 def collect(project: Project, state: Path, seconds: float) -> None:
-    """Copy the result of the training in `state` to the outs of the stage, each complete."""
+    """Write the outputs of the stage from the finished training in the folder `state`."""
     job, result = FitJob.read(state), FitResult.read(state)
-    target = project.trained
-    work = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    copy_atomic(state / "checkpoint_best_total.pth", work / WEIGHTS)
-    digest = sha256_file(work / WEIGHTS)
-    write_json(
-        work / CARD, {**_card(job, result, digest, project.provenance), "fingerprint": state.name}
-    )
-    rows = list(epoch_rows(state / "metrics.csv"))
-    _write_curves(rows, project.fit_curves)
-    write_json(project.fit_metrics, _numbers(result, rows, seconds))
-    shutil.rmtree(target, ignore_errors=True)
-    work.replace(target)
+    with new_folder(project.trained) as folder:
+        copy_atomic(state / "checkpoint_best_total.pth", folder / WEIGHTS)
+        digest = sha256_file(folder / WEIGHTS)
+        card = _card(job, result, digest, project.provenance)
+        write_json(folder / CARD, {**card, "fingerprint": state.name})
+        rows = list(epoch_rows(state / "metrics.csv"))
+        _write_curves(rows, project.fit_curves)
+        write_json(project.fit_metrics, _metrics(result, rows, seconds))
 
 
 def _card(job: FitJob, result: FitResult, digest: str, made: Provenance) -> dict[str, Any]:
@@ -62,30 +56,27 @@ def _card(job: FitJob, result: FitResult, digest: str, made: Provenance) -> dict
         "params": job.params,
         "git_commit": made.git_commit,
         "git_dirty": made.git_dirty,
-        "packages": {name: version for name, version in made.packages.items() if name in _MAIN},
+        "packages": {name: made.packages[name] for name in PACKAGES if name in made.packages},
     }
 
 
-_MAIN = {"rfdetr-pipeline", "torch", "torchvision", "timm", "pytorch-lightning", "numpy"}
-
-
-def _numbers(
+def _metrics(
     result: FitResult, rows: list[dict[str, float]], seconds: float
 ) -> dict[str, float | int]:
     name = result.best_metric.split("/")[-1].removeprefix("ema_")
-    numbers: dict[str, float | int] = {
+    metrics: dict[str, float | int] = {
         name: result.best_value,
         "best_epoch": result.best_epoch,
         "epochs": result.epochs,
         "seconds": round(seconds, 1),
     }
     if rows and "train/loss" in rows[-1]:
-        numbers["train_loss"] = rows[-1]["train/loss"]
-    return numbers
+        metrics["train_loss"] = rows[-1]["train/loss"]
+    return metrics
 
 
 def epoch_rows(file: Path) -> Iterator[dict[str, float]]:
-    """One row per epoch, counted from 1, of a metrics.csv that has rows per step and per epoch."""
+    """One row per epoch, counted from 1, of a metrics.csv with rows per step and per epoch."""
     if not file.is_file():
         raise ConfigError(f"{file} is missing: the training wrote no history.")
     epochs: dict[int, dict[str, float]] = {}
@@ -100,13 +91,9 @@ def epoch_rows(file: Path) -> Iterator[dict[str, float]]:
 
 def _write_curves(rows: list[dict[str, float]], target: Path) -> None:
     names = [name for name in CURVES if any(name in row for row in rows)]
-    with (
-        atomic_path(target) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as stream,
-    ):
-        writer = csv.writer(stream)
-        writer.writerow(["epoch", *names])
-        for row in rows:
-            values = [row.get(name, math.nan) for name in names]
-            shown = ["" if math.isnan(value) else f"{value:.6g}" for value in values]
-            writer.writerow([int(row["epoch"]), *shown])
+    lines = [
+        {"epoch": int(row["epoch"])}
+        | {name: f"{row[name]:.6g}" for name in names if not math.isnan(row.get(name, math.nan))}
+        for row in rows
+    ]
+    write_csv(target, lines, ["epoch", *names])
