@@ -71,7 +71,7 @@ class ProgressLines(Checkpoint):
 
 
 def train(folder: Path, env: Environment) -> FitResult | None:
-    """Train the job in `folder`; returns the result on rank 0, raises SystemExit(143) if stopped."""
+    """Train the job in `folder`. Returns the result on rank 0; SystemExit(143) if stopped."""
     job = FitJob.read(folder)
     kind = SegmentationTrainConfig if job.model.config().segmentation_head else TrainConfig
     train_config = kind(**job.train, output_dir=str(folder))

@@ -95,7 +95,7 @@ def current_version(source: SourceSettings) -> str:
 
 
 def data_stage(project: Project) -> str | None:
-    """The DVC stage that writes `dataset.dir` (`demo`, `fetch@<name>`); None for a user's folder."""
+    """The DVC stage that writes `dataset.dir` (`demo`, `fetch@<name>`), if one does."""
     params = project.params
     folder = os.path.normpath(params.dataset.dir)
     makers = {os.path.normpath("data/demo"): "demo"}
