@@ -1,4 +1,4 @@
-"""Conversion and resume: every kind of file becomes a dictionary that Lightning goes on from."""
+"""Conversion and resume: every kind of file becomes a dictionary that Lightning resumes from."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_the_proof_compares_outputs_where_a_network_can_be_built(
     assert all(torch.equal(written.weights[n], v) for n, v in from_legacy(state).items())
 
 
-def test_a_conversion_that_changed_a_value_would_be_told(
+def test_a_conversion_that_changes_a_value_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rfdetr.checkpoints import convert
@@ -190,7 +190,7 @@ RESUME = [
     [(*case, False) for case in RESUME]
     + [(*case, True) for case in RESUME if not case[0].startswith("ptl")],
 )
-def test_lightning_goes_on_with_the_next_epoch(
+def test_lightning_continues_with_the_next_epoch(
     name: str, first: int, text: str, converted: bool, tmp_path: Path
 ) -> None:
     path = FOLDER / name
@@ -233,12 +233,12 @@ def test_normalising_twice_changes_nothing() -> None:
     assert as_lightning_checkpoint(once).keys() == once.keys()
 
 
-def test_averaged_weights_come_along() -> None:
+def test_ema_weights_are_kept() -> None:
     once = LegacyCheckpointIO()
     with pytest.warns(UserWarning, match="EMA weights"):
         checkpoint = once.load_checkpoint(FOLDER / "a_ema_with_module_prefix.pth")
-    averaged = from_legacy(checkpoint["legacy_ema_state_dict"])
-    assert {"model." + name for name in averaged} == set(checkpoint["state_dict"])
+    ema = from_legacy(checkpoint["legacy_ema_state_dict"])
+    assert {"model." + name for name in ema} == set(checkpoint["state_dict"])
     with pytest.warns(UserWarning, match="category ids 1..N"):
         without = once.load_checkpoint(FOLDER / "a_best_regular_no_ema_key.pth")
     assert "legacy_ema_state_dict" not in without

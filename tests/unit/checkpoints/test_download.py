@@ -194,7 +194,7 @@ def test_a_full_disk_is_named(server: Behaviour, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("status", [404, 403, 500])
-def test_an_error_of_the_server_is_told_at_once(
+def test_an_error_of_the_server_is_reported_at_once(
     server: Behaviour, tmp_path: Path, status: int
 ) -> None:
     server.status = status

@@ -203,12 +203,12 @@ def test_the_fitting_configuration_is_named() -> None:
 def test_settings_of_the_file_count_where_tensors_do_not_tell() -> None:
     config = small(num_classes=5)
     network = build_network(config)
-    whole = to_legacy(network.state_dict())
-    for model in ({"class_embed.bias": torch.ones(3)}, whole):
+    state = to_legacy(network.state_dict())
+    for model in ({"class_embed.bias": torch.ones(3)}, state):
         content = {"model": model, "args": {"patch_size": 14}}
         with pytest.raises(CheckpointError, match="patch_size is 14"):
             load_record(network, config, parse_checkpoint(content, "x.pth"))
-    content = {"model": whole, "args": argparse.Namespace(segmentation_head=True)}
+    content = {"model": state, "args": argparse.Namespace(segmentation_head=True)}
     with pytest.raises(CheckpointError, match="segmentation_head is True"):
         load_record(network, config, parse_checkpoint(content, "x.pth"))
 
@@ -227,7 +227,7 @@ def test_a_file_without_adapters_fits_a_model_with_them(file: Path) -> None:
     assert (report.missing, report.unexpected) == ((), ())
 
 
-def test_settings_that_no_tensor_shows_are_told() -> None:
+def test_settings_that_no_tensor_shows_are_reported() -> None:
     network = build_network(small())
     content = {"model": to_legacy(network.state_dict()), "args": {"num_windows": 1}}
     with pytest.warns(UserWarning, match=r"num_windows=1 \(the configuration has 2\)"):

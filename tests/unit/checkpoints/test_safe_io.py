@@ -9,9 +9,11 @@ import fractions
 import pathlib
 import pickle
 import random
+import sys
 import threading
 import types
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,15 @@ def test_python_2_names_of_registered_functions_are_refused(
     assert not target.exists()
 
 
+@pytest.fixture
+def frequent_thread_switches() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("frequent_thread_switches")
 def test_loads_in_other_threads_are_not_disturbed(tmp_path: Path) -> None:
     """torch keeps one list of safe classes for all threads; ours needs additions to it."""
     ours, theirs = tmp_path / "ours.pth", tmp_path / "theirs.pth"
@@ -144,9 +155,9 @@ def test_a_class_that_others_registered_stays_registered(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("size", [0, 1, 100, 5000, -1, -40, -400])
 def test_truncated_files_name_the_file(tmp_path: Path, size: int) -> None:
-    whole = _saved(tmp_path, {"model": {"a": torch.ones(3000)}}).read_bytes()
+    complete = _saved(tmp_path, {"model": {"a": torch.ones(3000)}}).read_bytes()
     file = tmp_path / "cut.pth"
-    file.write_bytes(whole[:size])
+    file.write_bytes(complete[:size])
     with pytest.raises(CheckpointError, match=r"cut\.pth is truncated or corrupt"):
         load_file(file)
 
@@ -172,10 +183,10 @@ def test_files_written_without_checksums_load(tmp_path: Path) -> None:
 
 
 def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
-    whole = _saved(tmp_path, {"model": {"a": torch.ones(50)}, "args": argparse.Namespace(b=[1])})
+    complete = _saved(tmp_path, {"model": {"a": torch.ones(50)}, "args": argparse.Namespace(b=[1])})
     for seed in range(60):
         draw = random.Random(seed)
-        damaged = bytearray(whole.read_bytes())
+        damaged = bytearray(complete.read_bytes())
         for _ in range(4):
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         file = tmp_path / "damaged.pth"
