@@ -168,6 +168,7 @@ def make_yolo(
     polygons: bool = False,
     yaml_name: str = "data.yaml",
     yaml_text: str | None = None,
+    suffix: str = "png",
     **scene_options: Any,
 ) -> Path:
     """YOLO: <split>/images, <split>/labels and data.yaml with train/val/test paths."""
@@ -179,7 +180,7 @@ def make_yolo(
         labels.mkdir(parents=True)
         drawn = scenes(count, len(names), seed=seed * 10 + number, **scene_options)
         for i, scene in enumerate(drawn):
-            scene.image.save(images / f"image_{i:04d}.png")
+            scene.image.save(images / f"image_{i:04d}.{suffix}")
             lines = [_yolo_line(shape, scene.image.size, polygons) for shape in scene.shapes]
             if lines:
                 (labels / f"image_{i:04d}.txt").write_text("\n".join(lines) + "\n")

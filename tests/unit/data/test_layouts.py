@@ -191,6 +191,14 @@ def edit(path: Path, change: object) -> None:
     path.write_text(json.dumps(content))
 
 
+@pytest.mark.parametrize("suffix", ["jpeg", "png", "gif", "webp", "ppm", "tiff"])
+def test_yolo_folders_are_read_in_every_format(tmp_path: Path, suffix: str) -> None:
+    root = make_yolo(tmp_path, suffix=suffix)
+    index = YoloSplits(detect_layout(root)).index("train")
+    assert len(index) == 6
+    assert all(index.path(i).suffix == f".{suffix}" for i in range(6))
+
+
 def test_all_problems_of_a_file_come_together(tmp_path: Path) -> None:
     root = make_roboflow(tmp_path)
 
