@@ -88,7 +88,7 @@ def retrain(
         outcome = known.tags.get("gate.outcome", "champion")
         message = f"version {known.number} was trained on this dataset already ({outcome})"
         return Completed(name="Skipped", message=message)
-    prepare(project, params)
+    prepare(project)
     *before, fit, evaluate = stage_names(project)
     for stage in before:
         reproduce(project, stage)
@@ -114,9 +114,9 @@ def use_ref(project: Project, ref: str) -> None:
 
 
 @task(task_run_name="prepare", retries=2, retry_delay_seconds=[5, 30], cache_policy=NO_CACHE)
-def prepare(project: Project, params: RetrainParams) -> None:
-    """Overrides, DVC settings, and the data that the remote holds."""
-    prepare_workspace(project, params.changes(), log_line())
+def prepare(project: Project) -> None:
+    """DVC settings, and the data on the remote."""
+    prepare_workspace(project, log_line())
 
 
 @task(task_run_name="{stage}", cache_policy=NO_CACHE)

@@ -99,8 +99,11 @@ def configure_dvc(root: Path, env: Environment) -> None:
                 local["core"]["remote"] = REMOTE
                 remote = local["remote"].setdefault(REMOTE, {})
                 remote["url"] = env.dvc_remote
+                remote.pop("endpointurl", None)
                 if env.s3_endpoint and env.dvc_remote.startswith("s3://"):
                     remote["endpointurl"] = env.s3_endpoint
+            elif local["core"].get("remote") == REMOTE:  # of an earlier run
+                del local["core"]["remote"], local["remote"][REMOTE]
     except DvcConfigError as error:
         raise ConfigError(f"{root / '.dvc'}: {redact(str(error))}") from error
 

@@ -93,6 +93,11 @@ class Project:
         return self.root / "models/trained"
 
     @property
+    def model_card(self) -> Path:
+        """Description of the trained model."""
+        return self.trained / "model.json"
+
+    @property
     def fit_metrics(self) -> Path:
         return self.root / "metrics/fit.json"
 

@@ -1,11 +1,10 @@
-"""Prepares the project folder for a run of the pipeline: overrides, DVC settings, data."""
+"""Prepares the project folder for a run of the pipeline: DVC settings, data."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flows.config.sections import SourceSettings
 from flows.core.digest import digest_of
@@ -18,14 +17,11 @@ from rfdetr.errors import DatasetError
 LISTING = "listing-"  # prefix of a version that `pin_source` wrote
 
 
-def prepare_workspace(
-    project: Project, changes: Mapping[str, Mapping[str, Any]], on_line: Line
-) -> None:
-    """Apply overrides, pin the version on S3, configure DVC, and pull what the remote has.
+def prepare_workspace(project: Project, on_line: Line) -> None:
+    """Pin the version of the data on S3, configure DVC, and pull what the remote has.
 
     Raises DatasetError if the dataset is neither there, nor pulled, nor the output of a stage.
     """
-    project.override(changes)
     pin_source(project)
     configure_dvc(project.root, project.env)
     if has_remote(project.root):

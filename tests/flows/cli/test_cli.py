@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flows.cli.main import main, parser
+from flows.config import params
 from flows.registry.registry import Registry
 from flows.release.champion import history
+from flows.tracking import provenance
 from tests.flows.prefect_fixtures import Retrained
 
 ROOT = Path(__file__).parents[3]
@@ -93,6 +96,27 @@ def test_plan_names_the_reason_and_changes_nothing(
     assert "fit modified" in out
     assert lines["release"].endswith("runs")
     assert listing(project.root) == before
+
+
+@pytest.mark.parametrize(("command", "asked"), [("plan", 0), ("register", 1)])
+def test_a_process_reads_params_and_asks_git_once(
+    project: Retrained, monkeypatch: pytest.MonkeyPatch, command: str, asked: int
+) -> None:
+    calls: list[str] = []
+
+    def counted(real: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(" ".join(map(str, [real.__name__, *arguments[1:]])))
+            return real(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(params, "parse_params", counted(params.parse_params))
+    monkeypatch.setattr(provenance, "_git", counted(provenance._git))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", project.uri)
+    assert main([command]) == 0
+    assert calls.count("parse_params") == 1
+    assert calls.count("_git rev-parse HEAD") == asked
 
 
 def test_plan_of_a_fresh_checkout_makes_no_registry(

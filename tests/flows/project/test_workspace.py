@@ -101,6 +101,9 @@ def test_the_run_uses_the_shared_cache_and_the_remote_of_the_environment(
     assert not has_remote(project)
     configure_dvc(project, env)
     assert has_remote(project)
+    configure_dvc(project, environment(tmp_path))
+    assert not has_remote(project), "the environment no longer names one"
+    configure_dvc(project, env)
     local = (project / ".dvc" / "config.local").read_text()
     assert s3.secret not in local
     (project / "data" / "mine").mkdir(parents=True)
@@ -121,7 +124,8 @@ def test_the_run_uses_the_shared_cache_and_the_remote_of_the_environment(
         AWS_ENDPOINT_URL=s3.url,
     )
     changes = {"dataset": {"name": "mine", "dir": "data/mine"}}
-    prepare_workspace(Project(copy, other), changes, quiet)
+    write_overrides(copy, changes)
+    prepare_workspace(Project(copy, other), quiet)
     assert (copy / "data" / "mine" / "a.txt").read_text() == "content"
     assert stage_names(Project(copy)) == ["validate", "convert", "fit", "evaluate"]
 
@@ -136,9 +140,9 @@ def test_without_git_dvc_works_too(project: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_dataset_is_named_with_the_way_to_add_it(project: Path, tmp_path: Path) -> None:
-    changes = {"dataset": {"name": "mine", "dir": "data/mine"}}
+    write_overrides(project, {"dataset": {"name": "mine", "dir": "data/mine"}})
     with pytest.raises(DatasetError, match="run `dvc add data/mine`"):
-        prepare_workspace(Project(project, environment(tmp_path)), changes, quiet)
+        prepare_workspace(Project(project, environment(tmp_path)), quiet)
 
 
 def test_the_stage_that_makes_the_data_follows_the_settings(project: Path) -> None:

@@ -1,0 +1,67 @@
+"""Folders and files that are replaced in one step, YAML as DVC reads it, locks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from flows.core.files import new_folder, parse_yaml, read_yaml, write_csv
+from flows.core.locks import BusyError, locked
+from rfdetr.errors import ConfigError
+
+
+def test_a_folder_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "out"
+    with new_folder(target) as folder:
+        (folder / "one").write_text("1")
+        assert not target.exists()
+    with pytest.raises(RuntimeError), new_folder(target) as folder:
+        (folder / "two").write_text("2")
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["one"]
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial"
+    left.mkdir()
+    (left / "old").write_text("")
+    with new_folder(tmp_path / "out") as folder:
+        assert list(folder.iterdir()) == []
+
+
+def test_yaml_has_dvcs_meaning() -> None:
+    assert parse_yaml("{a: 1e-3, b: 010, c: 'no', d: ~}", origin="x") == {
+        "a": 0.001, "b": 10, "c": "no", "d": None,
+    }  # fmt: skip
+
+
+def test_a_missing_or_broken_yaml_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a\.yaml is missing"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match=r"a\.yaml is not valid YAML"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("a:\n  - [1")
+    with pytest.raises(ConfigError, match=r"not valid YAML: .* \(line \d+, column \d+\)"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_table_has_its_header_also_without_rows(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", [], ["x", "y"])
+    assert (tmp_path / "a.csv").read_text().split() == ["x,y"]
+    write_csv(tmp_path / "a.csv", [{"x": 1, "y": 2}])
+    assert (tmp_path / "a.csv").read_text().split() == ["x,y", "1,2"]
+
+
+def test_a_lock_names_its_holder_and_is_free_afterwards(tmp_path: Path) -> None:
+    with locked(tmp_path / "a"):
+        name = rf"a is in use by pid {os.getpid()} on"
+        with pytest.raises(BusyError, match=name), locked(tmp_path / "a"):
+            pass
+        with locked(tmp_path / "b"):
+            pass
+    with locked(tmp_path / "a"):
+        pass
