@@ -14,7 +14,7 @@ import yaml
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.polygons import ring_extents
 from rfdetr.checks.table import CategoryRow, PolygonExtents, SplitTable
-from rfdetr.data.layouts import SPLITS, Layout, SplitPaths, class_names, parse_yaml, yolo_images
+from rfdetr.data.layouts import Layout, SplitPaths, class_names, parse_yaml, yolo_splits
 from rfdetr.data.yolo import LabelRow, image_files, label_path, read_labels
 from rfdetr.errors import DatasetError
 
@@ -28,11 +28,7 @@ def read_yolo_layout(root: Path, yaml_file: Path, collector: Collector) -> Layou
     problems: list[str] = []
     notes: list[str] = []
     names = class_names(content, problems)
-    splits = {}
-    for name in SPLITS:
-        images = yolo_images(yaml_file, content, name, problems, notes)
-        if images:
-            splits[name] = SplitPaths(name, images)
+    splits = yolo_splits(yaml_file, content, problems, notes)
     for code, found in (("yaml-structure", problems), ("yaml-path", notes)):
         for problem in found if text is not None else ():
             line = _line_of_key(text or "", problem)

@@ -146,11 +146,7 @@ def _yolo(root: Path) -> Layout:
     problems: list[str] = []
     notes: list[str] = []
     names = class_names(content, problems)
-    splits = {}
-    for name in SPLITS:
-        images = yolo_images(path, content, name, problems, notes)
-        if images:
-            splits[name] = SplitPaths(name, images)
+    splits = yolo_splits(path, content, problems, notes)
     if problems:
         raise DatasetError(f"{path}: " + " ".join(problems))
     if notes:
@@ -223,7 +219,15 @@ def class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, .
     return tuple(str(name) for name in names)
 
 
-def yolo_images(
+def yolo_splits(
+    path: Path, content: Mapping[str, Any], problems: list[str], notes: list[str]
+) -> dict[str, SplitPaths]:
+    """The splits of a data.yaml; adds what is wrong to `problems` and `notes`."""
+    found = ((name, _yolo_images(path, content, name, problems, notes)) for name in SPLITS)
+    return {name: SplitPaths(name, images) for name, images in found if images}
+
+
+def _yolo_images(
     path: Path, content: Mapping[str, Any], name: str, problems: list[str], notes: list[str]
 ) -> tuple[Path, ...]:
     """Image folders or list files of a split: those that data.yaml names, else the usual folders.

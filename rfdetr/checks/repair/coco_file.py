@@ -12,6 +12,7 @@ from rfdetr.checks.image_probe import probe_bytes, read_content
 from rfdetr.errors import DatasetError
 from rfdetr.files import write_text_atomic
 
+SECTIONS = ("images", "annotations", "categories")
 DROPS = frozenset({"drop-annotation", "drop-record", "drop-image"})
 Record = dict[str, Any]
 
@@ -28,38 +29,48 @@ def repair_coco_file(
         document = json.loads(source.read_bytes().decode("utf-8-sig"))
     except ValueError as error:
         raise DatasetError(f"{source} cannot be repaired: not UTF-8 JSON ({error}).") from error
-    sections = {name: list(document.get(name) or []) for name in ("images", "annotations")}
-    categories = document.get("categories")
-    sections["categories"] = list(categories) if isinstance(categories, list) else []
+    sections = {name: _records(document, name) for name in SECTIONS}
+    dropped, merged = _repair_records(sections, findings, _Sizes(sections["images"], images_dir))
+    _renumber(sections["annotations"], findings)
+    for image in sections["images"]:
+        name = image.get("file_name") if isinstance(image, dict) else None
+        if isinstance(name, str) and name in new_names:
+            image["file_name"] = Path(new_names[name]).as_posix()
+    kept = {
+        name: [record for i, record in enumerate(records) if i not in dropped[name]]
+        for name, records in sections.items()
+    }
+    for annotation in kept["annotations"]:
+        if isinstance(annotation, dict) and _key(annotation.get("image_id")) in merged:
+            annotation["image_id"] = merged[_key(annotation["image_id"])]
+    document.update(kept, annotations=_linked(kept))
+    target.unlink()  # it may be a hard link to the source
+    write_text_atomic(target, json.dumps(document, ensure_ascii=False))
+
+
+def _records(document: Record, section: str) -> list[Any]:
+    records = document.get(section)
+    return list(records) if isinstance(records, list) else []
+
+
+def _repair_records(
+    sections: Mapping[str, list[Any]], findings: Sequence[Finding], sizes: _Sizes
+) -> tuple[dict[str, set[int]], dict[Any, Any]]:
+    """Repair records in place; return the positions to drop, and the new ids of merged images."""
     dropped: dict[str, set[int]] = {name: set() for name in sections}
     merged: dict[Any, Any] = {}
-    sizes = _Sizes(sections["images"], images_dir)
     for finding in findings:
         section, number = finding.details.get("section"), finding.details.get("record")
         if section not in sections or not isinstance(number, int):
             continue
         if finding.repair in DROPS:
             dropped[section].add(number)
-            continue
-        record = sections[section][number]
-        if finding.repair == "merge-images":
+        elif finding.repair == "merge-images":
             _merge(sections["images"], number, merged)
             dropped["images"].add(number)
         else:
-            _repair_record(finding, record, sizes, sections["annotations"])
-    _renumber(sections["annotations"], findings)
-    for image in sections["images"]:
-        name = image.get("file_name") if isinstance(image, dict) else None
-        if isinstance(name, str) and name in new_names:
-            image["file_name"] = Path(new_names[name]).as_posix()
-    kept = {name: _without(records, dropped[name]) for name, records in sections.items()}
-    for annotation in kept["annotations"]:
-        if isinstance(annotation, dict) and _key(annotation.get("image_id")) in merged:
-            annotation["image_id"] = merged[_key(annotation["image_id"])]
-    document.update(kept)
-    document["annotations"] = _linked(kept)
-    target.unlink()  # it may be a hard link to the source
-    write_text_atomic(target, json.dumps(document, ensure_ascii=False))
+            _repair_record(finding, sections[section][number], sizes, sections["annotations"])
+    return dropped, merged
 
 
 class _Sizes:
@@ -177,10 +188,6 @@ def _renumber(annotations: Sequence[Any], findings: Sequence[Finding]) -> None:
     for number in sorted(n for n in numbers if isinstance(n, int)):
         annotations[number]["id"] = following
         following += 1
-
-
-def _without(records: Sequence[Any], dropped: set[int]) -> list[Any]:
-    return [record for i, record in enumerate(records) if i not in dropped]
 
 
 def _linked(kept: Mapping[str, Sequence[Any]]) -> list[Any]:
