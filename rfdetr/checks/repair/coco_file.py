@@ -60,7 +60,7 @@ def _repair_records(
     dropped: dict[str, set[int]] = {name: set() for name in sections}
     merged: dict[Any, Any] = {}
     for finding in findings:
-        section, number = finding.details.get("section"), finding.details.get("record")
+        section, number = str(finding.details.get("section")), finding.details.get("record")
         if section not in sections or not isinstance(number, int):
             continue
         if finding.repair in DROPS:
