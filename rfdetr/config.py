@@ -123,7 +123,10 @@ def optional_fields(config_class: type[BaseModel], *names: str) -> dict[str, Any
     """
     fields = {name: config_class.model_fields[name] for name in names}
     return {
-        name: (Annotated[field.annotation, Field(), *field.metadata] | None, None)
+        name: (
+            Annotated[field.annotation, Field(), *field.metadata] | None,
+            Field(None, description=field.description),
+        )
         for name, field in fields.items()
     }
 
@@ -145,44 +148,50 @@ class ModelConfig(StrictConfig):
 
     variant: ClassVar[str] = ""
 
-    encoder: Encoder
-    encoder_dim: EncoderWidth | None = None
-    encoder_depth: Positive | None = None
-    encoder_heads: Positive | None = None
-    out_feature_indexes: BlockIndexes
-    patch_size: Positive
-    num_windows: Positive
-    resolution: Positive
-    positional_encoding_size: Positive = Field(default_factory=_grid_side)
-    projector_scale: Levels
-    hidden_dim: DecoderWidth
-    dec_layers: Positive
-    sa_nheads: Positive
-    ca_nheads: Positive
-    dec_n_points: Positive
-    num_queries: Positive = 300
-    num_select: Positive = 300
-    group_detr: Positive = 13
-    num_classes: Positive = 90
-    num_channels: Literal[3] = 3
-    dim_feedforward: Positive = 2048
-    two_stage: Literal[True] = True
-    bbox_reparam: Literal[True] = True
-    lite_refpoint_refine: Literal[True] = True
-    layer_norm: Literal[True] = True
-    ia_bce_loss: Literal[True] = True
-    segmentation_head: bool = False
-    mask_downsample_ratio: Positive = 4
-    drop_path: Probability = 0.0
-    pretrain_weights: PathText | None = None
-    device: str = "auto"
-    amp: bool = True
-    compile: bool = False
-    fused_optimizer: bool = True
-    freeze_encoder: bool = False
-    backbone_lora: bool = False
-    gradient_checkpointing: bool = False
-    license: str = "Apache-2.0"
+    encoder: Encoder = Field(description="Backbone")
+    encoder_dim: EncoderWidth | None = Field(
+        None, description="Backbone width, if not the encoder's"
+    )
+    encoder_depth: Positive | None = Field(
+        None, description="Backbone blocks, if not the encoder's"
+    )
+    encoder_heads: Positive | None = Field(None, description="Backbone heads, if not the encoder's")
+    out_feature_indexes: BlockIndexes = Field(description="Backbone blocks used, from 1")
+    patch_size: Positive = Field(description="Patch side in pixels")
+    num_windows: Positive = Field(description="Attention windows per image side")
+    resolution: Positive = Field(description="Input side in pixels")
+    positional_encoding_size: Positive = Field(
+        default_factory=_grid_side, description="Side of the position table in patches"
+    )
+    projector_scale: Levels = Field(description="Feature levels of the projector")
+    hidden_dim: DecoderWidth = Field(description="Width of the decoder")
+    dec_layers: Positive = Field(description="Number of decoder layers")
+    sa_nheads: Positive = Field(description="Heads of the decoder's self-attention")
+    ca_nheads: Positive = Field(description="Heads of the decoder's cross-attention")
+    dec_n_points: Positive = Field(description="Sampling points per head and level")
+    num_queries: Positive = Field(300, description="Object queries")
+    num_select: Positive = Field(300, description="Detections returned per image")
+    group_detr: Positive = Field(13, description="Query groups in training (Group DETR)")
+    num_classes: Positive = Field(90, description="Number of classes")
+    num_channels: Literal[3] = Field(3, description="Colour channels of the input")
+    dim_feedforward: Positive = Field(2048, description="Width of the decoder's MLP")
+    two_stage: Literal[True] = Field(True, description="Queries from encoder proposals")
+    bbox_reparam: Literal[True] = Field(True, description="Boxes relative to references")
+    lite_refpoint_refine: Literal[True] = Field(True, description="Fixed reference boxes")
+    layer_norm: Literal[True] = Field(True, description="Layer norm in the projector")
+    ia_bce_loss: Literal[True] = Field(True, description="IoU-aware classification loss")
+    segmentation_head: bool = Field(False, description="Predict instance masks")
+    mask_downsample_ratio: Positive = Field(4, description="Input pixels per mask pixel")
+    drop_path: Probability = Field(0.0, description="Stochastic depth rate of the backbone")
+    pretrain_weights: PathText | None = Field(None, description="File, published name or null")
+    device: str = Field("auto", description="Device of the detector")
+    amp: bool = Field(True, description="Mixed precision in training")
+    compile: bool = Field(False, description="Use torch.compile in training")
+    fused_optimizer: bool = Field(True, description="Fused AdamW where available")
+    freeze_encoder: bool = Field(False, description="Do not train the backbone")
+    backbone_lora: bool = Field(False, description="Train DoRA adapters only")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations")
+    license: str = Field("Apache-2.0", description="Licence of the weights")
 
     @model_validator(mode="before")
     @classmethod
@@ -434,38 +443,42 @@ class Hyperparameters(StrictConfig):
     params.yaml has the same fields.
     """
 
-    epochs: Positive = 100
-    batch_size: Positive = 4
-    lr: NonNegative = 1e-4
-    lr_encoder: NonNegative = 1.5e-4
-    lr_vit_layer_decay: Factor = 0.8
-    lr_component_decay: Factor = 0.7
-    weight_decay: NonNegative = 1e-4
-    lr_scheduler: Literal["step", "cosine"] = "step"
-    lr_drop: Positive = 100
-    lr_min_factor: float = Field(0.0, ge=0, le=1)
-    warmup_epochs: NonNegative = 0.0
-    clip_max_norm: NonNegative = 0.1
-    use_ema: bool = True
-    ema_decay: Probability = 0.993
-    ema_tau: int = Field(100, ge=0)
-    ema_update_interval: Positive = 1
-    drop_path: Probability = 0.0
-    multi_scale: bool = True
-    expanded_scales: bool = True
-    square_resize_div_64: bool = True
-    aug_config: dict[str, Any] | None = None
-    early_stopping: bool = False
-    early_stopping_patience: Positive = 10
-    early_stopping_min_delta: NonNegative = 0.001
-    early_stopping_use_ema: bool = False
-    eval_interval: Positive = 1
-    eval_max_dets: Positive = 500
-    compute_val_loss: bool = True
-    fp16_eval: bool = False
-    checkpoint_interval: Positive = 10
-    sync_bn: bool = False
-    cls_loss_coef: NonNegative = 1.0
+    epochs: Positive = Field(100, description="Number of epochs")
+    batch_size: Positive = Field(4, description="Images per step and device")
+    lr: NonNegative = Field(1e-4, description="Learning rate of the projector and the heads")
+    lr_encoder: NonNegative = Field(
+        1.5e-4, description="Learning rate of the backbone's last block"
+    )
+    lr_vit_layer_decay: Factor = Field(0.8, description="Learning-rate factor per backbone block")
+    lr_component_decay: Factor = Field(0.7, description="Learning-rate factor of the decoder")
+    weight_decay: NonNegative = Field(1e-4, description="AdamW weight decay")
+    lr_scheduler: Literal["step", "cosine"] = Field("step", description="Learning-rate schedule")
+    lr_drop: Positive = Field(100, description="Epoch of the drop with `step`")
+    lr_min_factor: float = Field(0.0, ge=0, le=1, description="Lowest factor that `cosine` reaches")
+    warmup_epochs: NonNegative = Field(0.0, description="Epochs of linear warm-up")
+    clip_max_norm: NonNegative = Field(
+        0.1, description="Maximum gradient norm; 0 disables clipping"
+    )
+    use_ema: bool = Field(True, description="Keep an EMA of the weights")
+    ema_decay: Probability = Field(0.993, description="Decay of the EMA")
+    ema_tau: int = Field(100, ge=0, description="Updates of the ramp-up, 0: none")
+    ema_update_interval: Positive = Field(1, description="Steps between EMA updates")
+    drop_path: Probability = Field(0.0, description="Stochastic depth rate of the backbone")
+    multi_scale: bool = Field(True, description="Draw a resolution for each step")
+    expanded_scales: bool = Field(True, description="Wider range for `multi_scale`")
+    square_resize_div_64: bool = Field(True, description="Resize to squares")
+    aug_config: dict[str, Any] | None = Field(None, description="Albumentations by name")
+    early_stopping: bool = Field(False, description="Stop when mAP stops improving")
+    early_stopping_patience: Positive = Field(10, description="Evaluations without a gain")
+    early_stopping_min_delta: NonNegative = Field(0.001, description="Smallest gain that counts")
+    early_stopping_use_ema: bool = Field(False, description="Consider the EMA metric only")
+    eval_interval: Positive = Field(1, description="Epochs between two validations")
+    eval_max_dets: Positive = Field(500, description="Detections per image for metrics")
+    compute_val_loss: bool = Field(True, description="Compute the loss in validation")
+    fp16_eval: bool = Field(False, description="Validate in float16")
+    checkpoint_interval: Positive = Field(10, description="Epochs between kept checkpoints")
+    sync_bn: bool = Field(False, description="Synchronize batch norm over processes")
+    cls_loss_coef: NonNegative = Field(1.0, description="Weight of the classification loss")
 
 
 class TrainConfig(Hyperparameters):
@@ -475,46 +488,56 @@ class TrainConfig(Hyperparameters):
     compatibility: the model's configuration decides, and a different value here is warned about.
     """
 
-    dataset_dir: FolderText
-    dataset_file: Literal["roboflow", "coco", "yolo"] = "roboflow"
-    output_dir: FolderText = "output"
-    grad_accum_steps: Positive = 4
-    resume: PathText | None = None
-    seed: int | None = Field(None, ge=0, le=2**32 - 1)
-    drop_mode: Literal["standard", "early", "late"] = "standard"
-    drop_schedule: Literal["constant", "linear"] = "constant"
-    cutoff_epoch: int = Field(0, ge=0)
-    do_random_resize_via_padding: bool = False
-    compute_test_loss: bool = True
-    log_per_class_metrics: bool = True
-    train_log_on_step: bool = False
-    train_log_sync_dist: bool = False
-    dont_save_weights: bool = False
-    run_test: bool = False
-    accelerator: str = "auto"
-    devices: int | str = 1
-    num_nodes: Positive = 1
-    progress_bar: Annotated[ProgressBar | None, BeforeValidator(_progress_bar)] = None
-    tensorboard: bool = True
-    wandb: bool = False
-    mlflow: bool = False
-    project: str | None = None
-    run: str | None = None
-    class_names: list[str] | None = None
-    num_workers: int = Field(2, ge=0)
-    pin_memory: bool | None = None
-    persistent_workers: bool | None = None
-    prefetch_factor: Positive | None = None
-    group_detr: Positive = 13
-    ia_bce_loss: bool = True
-    num_select: Positive = 300
-    segmentation_head: bool = False
+    dataset_dir: FolderText = Field(description="Folder of the dataset")
+    dataset_file: Literal["roboflow", "coco", "yolo"] = Field(
+        "roboflow", description="Layout of the dataset"
+    )
+    output_dir: FolderText = Field("output", description="Folder for checkpoints, metrics and logs")
+    grad_accum_steps: Positive = Field(4, description="Batches per optimizer step")
+    resume: PathText | None = Field(None, description="Checkpoint to resume from")
+    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Seed of all generators")
+    drop_mode: Literal["standard", "early", "late"] = Field(
+        "standard", description="Epochs that use drop path"
+    )
+    drop_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="Drop path schedule"
+    )
+    cutoff_epoch: int = Field(0, ge=0, description="Epoch where `drop_mode` switches")
+    do_random_resize_via_padding: bool = Field(False, description="Pad instead of resizing")
+    compute_test_loss: bool = Field(True, description="Compute the loss in testing")
+    log_per_class_metrics: bool = Field(True, description="Log the AP of each class")
+    train_log_on_step: bool = Field(False, description="Log losses on steps too")
+    train_log_sync_dist: bool = Field(False, description="Average losses over processes")
+    dont_save_weights: bool = Field(False, description="Write no checkpoints")
+    run_test: bool = Field(False, description="Run the test split after training")
+    accelerator: str = Field("auto", description="Lightning accelerator")
+    devices: int | str = Field(1, description="A number, a list, or 'auto'")
+    num_nodes: Positive = Field(1, description="Number of machines")
+    progress_bar: Annotated[ProgressBar | None, BeforeValidator(_progress_bar)] = Field(
+        None, description="Kind of progress bar"
+    )
+    tensorboard: bool = Field(True, description="Log to TensorBoard")
+    wandb: bool = Field(False, description="Log to Weights & Biases")
+    mlflow: bool = Field(False, description="Log to MLflow")
+    project: str | None = Field(None, description="W&B project, MLflow experiment")
+    run: str | None = Field(None, description="Name of the run in W&B or MLflow")
+    class_names: list[str] | None = Field(
+        None, description="Class names; default: those of the dataset"
+    )
+    num_workers: int = Field(2, ge=0, description="Data loader processes per device")
+    pin_memory: bool | None = Field(None, description="Pin memory; default: on CUDA")
+    persistent_workers: bool | None = Field(None, description="Keep loader processes; default: yes")
+    prefetch_factor: Positive | None = Field(None, description="Batches prefetched per process")
+    group_detr: Positive = Field(13, description="Ignored: set it in the model config")
+    ia_bce_loss: bool = Field(True, description="Ignored: set it in the model config")
+    num_select: Positive = Field(300, description="Ignored: set it in the model config")
+    segmentation_head: bool = Field(False, description="Ignored: set it in the model config")
 
 
 class SegmentationTrainConfig(TrainConfig):
     """A training run of a segmentation model: TrainConfig plus the mask losses."""
 
-    mask_point_sample_ratio: Positive = 16
-    mask_ce_loss_coef: NonNegative = 5.0
-    mask_dice_loss_coef: NonNegative = 5.0
-    segmentation_head: bool = True
+    mask_point_sample_ratio: Positive = Field(16, description="Mask pixels per sampled point")
+    mask_ce_loss_coef: NonNegative = Field(5.0, description="Weight of the mask cross-entropy loss")
+    mask_dice_loss_coef: NonNegative = Field(5.0, description="Weight of the mask dice loss")
+    segmentation_head: bool = Field(True, description="Ignored: set it in the model config")

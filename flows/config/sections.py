@@ -70,26 +70,28 @@ class Section(StrictConfig, NumberChecks):
 class DemoSettings(Section):
     """The built-in dataset of digits on photographs: number of images, classes, seed."""
 
-    train: int = Field(1500, ge=1)
-    valid: int = Field(200, ge=1)
-    test: int = Field(200, ge=1)
-    classes: list[int] = Field([0, 1, 4], min_length=1)
-    seed: int = Field(0, ge=0)
+    train: int = Field(1500, ge=1, description="Images of the training split")
+    valid: int = Field(200, ge=1, description="Images of the validation split")
+    test: int = Field(200, ge=1, description="Images of the test split")
+    classes: list[int] = Field([0, 1, 4], min_length=1, description="Digits that are the classes")
+    seed: int = Field(0, ge=0, description="Seed of the generator")
 
 
 class SourceSettings(Section):
     """Where `data/<name>` is fetched from: an s3:// prefix of plain files or of a pack."""
 
-    uri: str = Field(pattern=r"^s3://[^/]+/.+")
-    version: str | None = None  # a new value fetches again; written by `retrain` unless you set it
+    uri: str = Field(pattern=r"^s3://[^/]+/.+", description="The s3:// prefix, plain or packed")
+    version: str | None = Field(None, description="Version to fetch; default: the newest")
 
 
 class DatasetSettings(Section):
     """The dataset to check, train on and test with."""
 
-    name: Name = "demo"
-    dir: str = Field("data/demo", min_length=1)
-    layout: Literal["roboflow", "coco", "yolo"] = "roboflow"
+    name: Name = Field("demo", description="Name of the dataset in reports and MLflow")
+    dir: str = Field("data/demo", min_length=1, description="Folder of the dataset")
+    layout: Literal["roboflow", "coco", "yolo"] = Field(
+        "roboflow", description="A Roboflow export, plain COCO, or YOLO"
+    )
 
     @field_validator("dir")
     @classmethod
@@ -112,7 +114,7 @@ SET_ELSEWHERE = {
 
 
 class _VariantSettings(Section):
-    variant: Variant = "nano"
+    variant: Variant = Field("nano", description="Size of the network; see Variants below")
 
     @field_validator("variant")
     @classmethod
@@ -143,16 +145,20 @@ class ModelSettings(_ModelFields):  # type: ignore[valid-type,misc]
 class ValidateSettings(CheckConfig, NumberChecks):
     """Which findings stop the pipeline before training: the options of the checks and two more."""
 
-    min_images: int = Field(20, ge=1)  # in the train split
-    max_bad_fraction: float = Field(0.0, ge=0, le=1)  # accepted fraction of images with an error
+    min_images: int = Field(20, ge=1, description="Minimum number of training images")
+    max_bad_fraction: float = Field(0.0, ge=0, le=1, description="Accepted share of bad images")
 
 
 class ConvertSettings(Section):
     """The starting weights: a file, an s3:// address, a published name, or null for none."""
 
-    source: str | None = Field("weights/start.pth", min_length=1)
-    seed: int = 42  # of the random weights if source is null
-    tolerance: float = Field(1e-4, ge=0)  # accepted difference of the network's output
+    source: str | None = Field(
+        "weights/start.pth",
+        min_length=1,
+        description="File, s3:// address, published name, or null",
+    )
+    seed: int = Field(42, description="Seed of the initial weights")
+    tolerance: float = Field(1e-4, ge=0, description="Accepted difference of the outputs")
 
 
 class FitSettings(Section, Hyperparameters):
@@ -162,10 +168,12 @@ class FitSettings(Section, Hyperparameters):
     of devices: `batch_size` is then the largest micro-batch, and accumulation follows from it.
     """
 
-    effective_batch_size: Positive | None = None
-    grad_accum_steps: Positive | None = None
-    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = "auto"
-    seed: int = Field(42, ge=0, le=2**32 - 1)  # TrainConfig's default is no seed
+    effective_batch_size: Positive | None = Field(None, description="Images per optimizer step")
+    grad_accum_steps: Positive | None = Field(None, description="Batches per optimizer step")
+    precision: Literal["auto", "32-true", "16-mixed", "bf16-mixed"] = Field(
+        "auto", description="Floating-point precision of the training"
+    )
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Seed of all generators")
 
     def train_fields(self) -> dict[str, Any]:
         """The fields that go into a TrainConfig unchanged; `plan_batch` decides about the batch."""
@@ -175,11 +183,11 @@ class FitSettings(Section, Hyperparameters):
 class EvaluateSettings(Section):
     """How models are scored, champion and challenger alike."""
 
-    split: Literal["test", "valid"] = "test"
-    batch_size: int = Field(8, ge=1)
-    max_dets: int = Field(500, ge=1)
-    score_threshold: float = Field(0.05, ge=0, lt=1)  # of the detections that are written to files
-    pictures: int = Field(12, ge=0, le=100)
+    split: Literal["test", "valid"] = Field("test", description="Split that models are scored on")
+    batch_size: int = Field(8, ge=1, description="Images per batch")
+    max_dets: int = Field(500, ge=1, description="Detections per image for metrics")
+    score_threshold: float = Field(0.05, ge=0, lt=1, description="Minimum score written to files")
+    pictures: int = Field(12, ge=0, le=100, description="Sample images in the report")
 
     def key(self) -> str:
         """A key of what determines the numbers: split, number of detections, evaluator version."""
@@ -189,41 +197,49 @@ class EvaluateSettings(Section):
 class GateSettings(Section):
     """When a challenger replaces the champion."""
 
-    metric: Literal["map_50_95", "map_50", "map_75", "f1"] = "map_50_95"
-    floor: float = Field(0.0, ge=0, le=1)  # smallest metric of a first champion
-    min_delta: float = Field(0.0, ge=-1, le=1)
-    max_class_drop: float = Field(0.05, ge=0, le=1)
-    class_min_boxes: int = Field(20, ge=1)
-    min_images: int = Field(50, ge=1)
-    allow_class_change: bool = False
-    bootstrap: int = Field(0, ge=0)  # number of resamples; 0: no confidence interval
-    tolerance: float | None = Field(None, ge=0)  # the interval must be above -tolerance
-    max_latency_ms: float | None = Field(None, gt=0)
-    max_size_mb: float | None = Field(None, gt=0)
-    require_export_parity: bool = True
-    manual_approval: bool = False
+    metric: Literal["map_50_95", "map_50", "map_75", "f1"] = Field(
+        "map_50_95", description="Metric that is compared"
+    )
+    floor: float = Field(0.0, ge=0, le=1, description="Minimum value for a first champion")
+    min_delta: float = Field(0.0, ge=-1, le=1, description="Minimum gain over the champion")
+    max_class_drop: float = Field(
+        0.05, ge=0, le=1, description="Largest accepted drop of the AP of a class"
+    )
+    class_min_boxes: int = Field(20, ge=1, description="Classes with fewer boxes are ignored")
+    min_images: int = Field(50, ge=1, description="Minimum number of test images")
+    allow_class_change: bool = Field(False, description="Accept another list of classes")
+    bootstrap: int = Field(0, ge=0, description="Bootstrap resamples; 0: none")
+    tolerance: float | None = Field(None, ge=0, description="Tolerated loss at the lower bound")
+    max_latency_ms: float | None = Field(None, gt=0, description="Largest latency per image")
+    max_size_mb: float | None = Field(None, gt=0, description="Largest weights file, 10^6 bytes")
+    require_export_parity: bool = Field(True, description="ONNX must match the network")
+    manual_approval: bool = Field(False, description="Wait for `rfdetr-pipeline promote`")
 
 
 class RegistrySettings(Section):
     """The registered model of this detector line."""
 
-    name: Name = "rfdetr-demo"
+    name: Name = Field("rfdetr-demo", description="Name of the registered model")
 
 
 class RuntimeSettings(Section):
     """The machine. Nothing here changes a result, so DVC does not track this section."""
 
-    devices: Annotated[int | Literal["auto"], BeforeValidator(_devices)] = "auto"
-    nodes: int = Field(1, ge=1)
-    rendezvous: str | None = None  # host:port of the first node, with nodes > 1
-    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    num_workers: int = Field(2, ge=0)
-    gpu_slot: Name = "gpu"
-    timeout_s: float | None = Field(None, gt=0)  # of the whole training
-    stage_timeout_s: float = Field(21600, gt=0)  # of any other stage, push or release step
-    silence_timeout_s: float = Field(1800, gt=0)  # without output or checkpoint: the training hangs
-    price_per_hour: float | None = Field(None, ge=0)  # of one device, for the recorded cost
-    grace_s: float = Field(60, gt=0)  # between the request to stop and the kill
+    devices: Annotated[int | Literal["auto"], BeforeValidator(_devices)] = Field(
+        "auto", description="Devices per node, or auto"
+    )
+    nodes: int = Field(1, ge=1, description="Number of nodes")
+    rendezvous: str | None = Field(None, description="host:port of the first node")
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = Field(
+        "auto", description="Lightning accelerator"
+    )
+    num_workers: int = Field(2, ge=0, description="Data loader processes per device")
+    gpu_slot: Name = Field("gpu", description="Prefect concurrency limit")
+    timeout_s: float | None = Field(None, gt=0, description="Seconds that the training may take")
+    stage_timeout_s: float = Field(21600, gt=0, description="Seconds that other stages may take")
+    silence_timeout_s: float = Field(1800, gt=0, description="Seconds of silence that mean a hang")
+    price_per_hour: float | None = Field(None, ge=0, description="Price of one device per hour")
+    grace_s: float = Field(60, gt=0, description="Seconds from SIGTERM to SIGKILL")
 
     @field_validator("devices")
     @classmethod
