@@ -40,7 +40,7 @@ def normalise_loaded(
 
 
 def _with_extra_row(record: CheckpointRecord, config: ModelConfig) -> CheckpointRecord:
-    """Give old YOLO-format files, whose head has N rows for N classes, the extra row of ours."""
+    """Give old YOLO-format files, whose head has N rows for N classes, the extra row."""
     names, classes = record.class_names, config.num_classes
     old = len(names) == classes if names else record.setting("dataset_file") == "yolo"
     if record.num_classes != classes - 1 or not old:

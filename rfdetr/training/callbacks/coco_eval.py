@@ -47,14 +47,14 @@ class COCOEvalCallback(Callback):
         log_per_class_metrics: bool = True,
         segmentation: bool | None = None,
         output_dir: str | Path | None = None,
-        pictures: bool = True,
+        plots: bool = True,
     ) -> None:
         self.max_dets = max_dets
         self.eval_interval = eval_interval
         self.log_per_class_metrics = log_per_class_metrics
         self.segmentation = segmentation
         self.output_dir = output_dir
-        self.pictures = pictures
+        self.plots = plots
         self.best = -math.inf
         self.results: list[EvaluationResult] = []  # of the live weights, then of the EMA weights
         self._live: CocoEvaluator | None = None
@@ -185,7 +185,7 @@ class COCOEvalCallback(Callback):
         """Where this rank draws; None on other ranks than 0 and in a smoke run."""
         folder = self.output_dir or _setting(pl_module, "train_config", "output_dir")
         smoke = getattr(trainer, "fast_dev_run", False)
-        if not self.pictures or folder is None or smoke or not trainer.is_global_zero:
+        if not self.plots or folder is None or smoke or not trainer.is_global_zero:
             return None
         return Path(folder) / "plots"
 

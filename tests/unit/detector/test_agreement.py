@@ -34,19 +34,19 @@ def _detector() -> RFDETR:
 
 
 def _dataset(folder: Path, detector: RFDETR) -> Path:
-    """Noise pictures whose true boxes are some of the detections, moved a little."""
+    """Noise images whose true boxes are some of the detections, slightly shifted."""
     generator = np.random.default_rng(0)
     for split in ("train", "valid"):
         target = folder / split
         target.mkdir(parents=True)
         images, annotations = [], []
         for number, (height, width) in enumerate(SIZES, start=1):
-            picture = pixels(height, width, seed=number)
-            Image.fromarray(picture).save(target / f"{number}.png")
+            image = pixels(height, width, seed=number)
+            Image.fromarray(image).save(target / f"{number}.png")
             images.append(
                 {"id": number, "file_name": f"{number}.png", "height": height, "width": width}
             )
-            found = detector.predict(picture, threshold=0.0)
+            found = detector.predict(image, threshold=0.0)
             known = np.flatnonzero(found.class_id < 3)[::2][:8]
             for box, label in zip(found.xyxy[known], found.class_id[known], strict=True):
                 moved = box + generator.normal(0, 0.06, 4) * (box[2:] - box[:2]).mean()

@@ -210,7 +210,7 @@ def test_broken_files_and_addresses_are_named(tmp_path: Path, served: str) -> No
         DETECTOR.predict(str(tmp_path / "absent.jpg"))
 
 
-def test_gray_and_alpha_pictures_are_taken() -> None:
+def test_gray_and_alpha_images_are_accepted() -> None:
     for mode in ("L", "RGBA", "P"):
         assert len(DETECTOR.predict(Image.fromarray(pixels()).convert(mode), threshold=0.0)) == 10
 

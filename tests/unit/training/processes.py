@@ -1,4 +1,4 @@
-"""Start `train_script.py` in processes of its own."""
+"""Start `train_script.py` in separate processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def command(job: dict[str, Any], torchrun: int = 0) -> list[str]:
 
 @contextmanager
 def started(job: dict[str, Any], torchrun: int = 0) -> Iterator[subprocess.Popen[str]]:
-    """A running training in a session of its own, killed at the end whatever happened."""
+    """A running training in a separate session, killed at the end in any case."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command(job, torchrun),

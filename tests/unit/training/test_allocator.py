@@ -1,4 +1,4 @@
-"""Freed memory stays in the process: counted in page faults of a process of its own."""
+"""Freed memory stays in the process: counted as page faults of a separate process."""
 
 from __future__ import annotations
 

@@ -144,10 +144,10 @@ def test_smoke_run_leaves_no_files(shapes, tmp_path):
 
 
 def test_best_files_load_safely_and_say_what_they_are(finished):
-    for name, averaged in (("regular", False), ("ema", True)):
+    for name, is_ema in (("regular", False), ("ema", True)):
         file = torch.load(finished.output / f"checkpoint_best_{name}.pth", weights_only=True)
         assert file["args"]["class_names"] == ["washer", "bolt", "nut"]
-        assert file["averaged"] is averaged
+        assert file["averaged"] is is_ema
         assert "backbone.0.encoder.encoder.embeddings.cls_token" in file["model"]
     record = json.loads((finished.output / "best_model.json").read_text())
     total = torch.load(finished.output / "checkpoint_best_total.pth", weights_only=True)
@@ -156,14 +156,14 @@ def test_best_files_load_safely_and_say_what_they_are(finished):
     assert (record["epoch"], record["averaged"]) == (0, False)
 
 
-def test_module_has_the_averaged_weights_after_training(finished):
-    average = next(c for c in finished.trainer.callbacks if isinstance(c, RFDETREMACallback))
+def test_module_has_the_ema_weights_after_training(finished):
+    ema = next(c for c in finished.trainer.callbacks if isinstance(c, RFDETREMACallback))
     for name, value in finished.module.model.state_dict().items():
-        assert torch.equal(value, average.ema_model.state_dict()[name])
+        assert torch.equal(value, ema.ema_model.state_dict()[name])
 
 
 def legacy_file(path: Path, run: Run, epoch: int | None = 0, **extra) -> Path:
-    """What the old training loop wrote: raw weights, averaged weights, a namespace, an epoch."""
+    """What the old training loop wrote: raw weights, EMA weights, a namespace, an epoch."""
     state = to_legacy(run.module.model.state_dict())
     content = {
         "model": state,

@@ -67,7 +67,7 @@ def test_devices_default_to_one(config):
     assert built(config).num_devices == 1
 
 
-def test_strategy_is_no_field_of_the_configuration(config):
+def test_strategy_is_not_a_field_of_the_configuration(config):
     with pytest.raises(ValueError, match="build_trainer"):
         tiny_run(config.dataset_dir, config.output_dir, strategy="ddp")
     with pytest.raises(ValueError, match="strategy"):
@@ -193,7 +193,7 @@ def test_sharded_strategies_train_without_ema_and_warn(config, strategy):
 
 def test_ddp_keeps_ema(config):
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Averaged")
+        warnings.filterwarnings("error", message="EMA is disabled")
         assert RFDETREMACallback in kinds(built(config, strategy="ddp", devices=2))
 
 
@@ -232,7 +232,7 @@ def test_csv_logger_always_and_others_by_flag(config, monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["mlflow", "wandb", "tensorboard"])
-def test_a_logger_that_was_asked_for_and_is_missing_is_an_error(config, monkeypatch, package):
+def test_a_requested_logger_that_is_missing_is_an_error(config, monkeypatch, package):
     import rfdetr.training.loggers as module
 
     def missing(*_, **__):
@@ -246,7 +246,7 @@ def test_a_logger_that_was_asked_for_and_is_missing_is_an_error(config, monkeypa
         built(config)
 
 
-def test_missing_tensorboard_is_a_warning_when_nobody_asked_for_it(config, monkeypatch):
+def test_missing_tensorboard_is_a_warning_unless_requested(config, monkeypatch):
     import rfdetr.training.loggers as module
 
     def broken(*_, **__):

@@ -131,7 +131,7 @@ def test_interval_last_epoch_and_sanity_check():
     _, _, pairs = make_job(0)
     history = History()
     trainer = make_trainer(
-        COCOEvalCallback(eval_interval=2, pictures=False),
+        COCOEvalCallback(eval_interval=2, plots=False),
         history,
         max_epochs=5,
         num_sanity_val_steps=1,
@@ -143,13 +143,13 @@ def test_interval_last_epoch_and_sanity_check():
     assert evaluated == [False, False, True, False, True, True]
 
 
-def test_averaged_weights_are_evaluated_on_the_same_batches_in_the_same_precision():
+def test_ema_weights_are_evaluated_on_the_same_batches_in_the_same_precision():
     document, results, pairs = make_job(1)
     module = ReplayModule(pairs, speed=3.0)
     history = History()
     trainer = make_trainer(
         RFDETREMACallback(decay=0.9, tau=0),
-        COCOEvalCallback(log_per_class_metrics=False, pictures=False),
+        COCOEvalCallback(log_per_class_metrics=False, plots=False),
         history,
         max_epochs=1,
         precision="bf16-mixed",
@@ -157,8 +157,8 @@ def test_averaged_weights_are_evaluated_on_the_same_batches_in_the_same_precisio
     loader = make_loader(pairs)
     trainer.fit(module, loader, loader)
     found = history.epochs[0][1]
-    averaged = trainer.callbacks[0].ema_model.shift.item()
-    assert 0 < averaged < 6
+    shift = trainer.callbacks[0].ema_model.shift.item()
+    assert 0 < shift < 6
 
     def moved(by):
         rows = [
@@ -166,14 +166,14 @@ def test_averaged_weights_are_evaluated_on_the_same_batches_in_the_same_precisio
         ]
         return evaluate_coco(document, rows).bbox.summary
 
-    live, average = moved(3.0 * len(loader)), moved(averaged)
+    live, ema = moved(3.0 * len(loader)), moved(shift)
     assert found["val/mAP_50_95"] == pytest.approx(live.ap, abs=1e-6)
-    assert found["val/ema_mAP_50_95"] == pytest.approx(average.ap, abs=1e-6)
-    assert found["val/ema_mAP_50"] == pytest.approx(average.ap50, abs=1e-6)
-    assert found["val/ema_mAP_75"] == pytest.approx(average.ap75, abs=1e-6)
-    assert found["val/ema_mAR"] == pytest.approx(average.ar, abs=1e-6)
-    assert live.ap != average.ap
-    # live and averaged forward by turns, both in eval mode and bfloat16
+    assert found["val/ema_mAP_50_95"] == pytest.approx(ema.ap, abs=1e-6)
+    assert found["val/ema_mAP_50"] == pytest.approx(ema.ap50, abs=1e-6)
+    assert found["val/ema_mAP_75"] == pytest.approx(ema.ap75, abs=1e-6)
+    assert found["val/ema_mAR"] == pytest.approx(ema.ar, abs=1e-6)
+    assert live.ap != ema.ap
+    # live and EMA forward in turn, both in eval mode and bfloat16
     assert module.seen_modes == [(False, torch.bfloat16)] * (2 * len(loader))
 
 

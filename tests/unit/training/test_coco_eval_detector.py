@@ -58,7 +58,7 @@ def test_validation_equals_predictions_scored_against_the_file(trained):
     assert result.bbox.summary.ar > 0
 
 
-def test_fit_logs_live_and_averaged_values_and_draws(trained):
+def test_fit_logs_live_and_ema_values_and_draws(trained):
     _, run, found = trained
     for key in ("mAP_50_95", "mAP_50", "mAP_75", "mAR", "F1", "ema_mAP_50_95", "best_threshold"):
         assert 0 <= found[f"val/{key}"] <= 1
@@ -93,28 +93,28 @@ def test_masks_are_scored_in_the_original_size(tmp_path):
 
 
 class Collected(pl.Callback):
-    """Keeps what the live and the averaged evaluator hold when an epoch ends."""
+    """Keeps the data of the live and the EMA evaluator when an epoch ends."""
 
     def on_validation_epoch_end(self, trainer, pl_module):
         (callback,) = [c for c in trainer.callbacks if isinstance(c, COCOEvalCallback)]
         self.states = [evaluator.state() for evaluator in callback._evaluators()]
 
 
-def test_averaged_masks_equal_those_of_the_same_weights_live(tmp_path):
-    """The averaged model's masks are taken image by image, the live one's by batch."""
+def test_ema_masks_equal_those_of_the_same_live_weights(tmp_path):
+    """EMA masks are processed image by image, live ones by batch."""
     root = make_coco(tmp_path / "data", splits={"train": 4, "val": 5}, segmentation=True)
     config = tiny_run(root, tmp_path / "output", dataset_file="coco", batch_size=3, ema_decay=0)
     model = tiny_model(segmentation_head=True, num_queries=16, num_select=40)
     run = Run(model, config)
     run.trainer.callbacks.append(collected := Collected())
     run.fit()
-    live, averaged = (state.detections for state in collected.states)
+    live, ema = (state.detections for state in collected.states)
     assert len(live) == 5 * 40
-    assert averaged.image.tolist() == live.image.tolist()
-    np.testing.assert_allclose(averaged.score, live.score, rtol=1e-6)
+    assert ema.image.tolist() == live.image.tolist()
+    np.testing.assert_allclose(ema.score, live.score, rtol=1e-6)
     areas = live.with_mask_areas().area
     assert areas.any()
-    np.testing.assert_array_equal(averaged.with_mask_areas().area, areas)
+    np.testing.assert_array_equal(ema.with_mask_areas().area, areas)
 
 
 def perfect(document, target):

@@ -1,4 +1,4 @@
-"""Pictures of COCOEvalCallback: when they are drawn and which loggers receive them."""
+"""Plots of COCOEvalCallback: when they are drawn and which loggers receive them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.unit.training.replay import ReplayModule, make_job, make_loader, make
 
 
 class Deaf(Logger):
-    """A user's logger that takes no pictures."""
+    """A user's logger that accepts no images."""
 
     def __init__(self):
         super().__init__()
@@ -28,10 +28,10 @@ class Deaf(Logger):
 
 class Broken(Deaf):
     def log_image(self, key, images, step=None):
-        raise ConnectionError("server is away")
+        raise ConnectionError("server is unreachable")
 
 
-def test_pictures_reach_the_loggers_that_take_them(tmp_path):
+def test_plots_reach_the_loggers_that_accept_them(tmp_path):
     _, _, pairs = make_job(0)
     board, deaf, broken = TensorBoardLogger(tmp_path, "", ""), Deaf(), Broken()
     trainer = make_trainer(
@@ -41,9 +41,9 @@ def test_pictures_reach_the_loggers_that_take_them(tmp_path):
         log_every_n_steps=1,
     )
     loader = make_loader(pairs)
-    with pytest.warns(UserWarning, match="server is away") as caught:
+    with pytest.warns(UserWarning, match="server is unreachable") as caught:
         trainer.fit(ReplayModule(pairs), loader, loader)
-    assert sum("server is away" in str(w.message) for w in caught) == 1
+    assert sum("server is unreachable" in str(w.message) for w in caught) == 1
     names = {"confusion_matrix", "f1_threshold", "precision_recall", "samples"}
     assert {p.stem for p in (tmp_path / "plots/val").iterdir()} == names
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -54,7 +54,7 @@ def test_pictures_reach_the_loggers_that_take_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_pictures_reach_mlflow(tmp_path):
+def test_plots_reach_mlflow(tmp_path):
     _, _, pairs = make_job(0)
     store, folder = f"sqlite:///{tmp_path}/ml.db", tmp_path / "artifacts"
     logger = MLFlowLogger(tracking_uri=store, artifact_location=str(folder))
@@ -63,7 +63,7 @@ def test_pictures_reach_mlflow(tmp_path):
     assert len(list(folder.rglob("plots/test/*.png"))) == 4
 
 
-def test_pictures_are_drawn_at_new_best_values_only(tmp_path):
+def test_plots_are_drawn_at_new_best_values_only(tmp_path):
     _, _, pairs = make_job(1)
     callback = COCOEvalCallback(output_dir=tmp_path)
     folder = tmp_path / "plots/val"
@@ -84,7 +84,7 @@ def test_pictures_are_drawn_at_new_best_values_only(tmp_path):
     assert restored.best == callback.best > 0
 
 
-def test_an_unwritable_folder_costs_only_the_pictures(tmp_path):
+def test_an_unwritable_folder_costs_only_the_plots(tmp_path):
     _, _, pairs = make_job(0)
     (tmp_path / "plots").write_text("a file where the folder should be")
     trainer = make_trainer(COCOEvalCallback(output_dir=tmp_path))

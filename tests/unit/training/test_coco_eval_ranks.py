@@ -16,7 +16,7 @@ from tests.unit.training.replay import ReplayModule, make_job, make_loader, make
 def test_ranks_agree_with_one_process(tmp_path):
     """Seven images over two processes: the sampler repeats one, which must count once."""
     _, _, pairs = make_job(4, images=7)
-    single = make_trainer(RFDETREMACallback(tau=0), COCOEvalCallback(pictures=False), max_epochs=1)
+    single = make_trainer(RFDETREMACallback(tau=0), COCOEvalCallback(plots=False), max_epochs=1)
     loader = make_loader(pairs, batch_size=2)
     module = ReplayModule(pairs, speed=0.0)
     single.fit(module, loader, loader)
@@ -54,7 +54,7 @@ class RanksWorker:
             warnings.simplefilter("always")
             trainer = make_trainer(
                 RFDETREMACallback(tau=0),
-                COCOEvalCallback(pictures=False),
+                COCOEvalCallback(plots=False),
                 max_epochs=1,
                 strategy="ddp",
                 devices=world,

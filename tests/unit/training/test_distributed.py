@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU (training specification, section 16)."""
+"""Two gloo processes on the CPU."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_lightning_launches_the_processes_itself(dataset, tmp_path, strategy):
 
 @pytest.mark.slow
 def test_a_split_smaller_than_the_number_of_processes(tmp_path):
-    """One image for two ranks: one of them has nothing of its own to validate or test."""
+    """One image for two ranks: one of them has no image to validate or test."""
     dataset = make_roboflow(tmp_path / "data", splits={"train": 1, "valid": 1, "test": 1})
     status, output = run(job(dataset, tmp_path / "out"), torchrun=2)
     assert status == 0, output
@@ -109,7 +109,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_the_image(dataset, tmp_pa
     assert status != 0
     assert "not finite at step 1" in output
     assert "Image ids of the batch" in output
-    assert "Another rank met a loss" in output
+    assert "The loss of another rank is not finite at step 1" in output
 
 
 @pytest.mark.slow

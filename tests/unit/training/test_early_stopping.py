@@ -19,9 +19,9 @@ def stopping_cases():
 @pytest.mark.parametrize("case", stopping_cases(), ids=lambda case: case["name"])
 def test_training_ends_where_the_reference_ends(case):
     callback = RFDETREarlyStopping(**case["options"])
-    averaged = case["ema"] or [None] * len(case["regular"])
+    ema_values = case["ema"] or [None] * len(case["regular"])
     epochs = 0
-    for regular, ema in zip(case["regular"], averaged, strict=True):
+    for regular, ema in zip(case["regular"], ema_values, strict=True):
         epochs += 1
         if callback.observe(regular, ema):
             break

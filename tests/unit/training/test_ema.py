@@ -78,20 +78,20 @@ def test_a_step_that_the_gradient_scaler_skipped_does_not_count():
     assert callback.updates == 2
 
 
-def test_average_is_frozen_in_eval_mode_with_integer_buffers_copied():
+def test_ema_model_is_frozen_in_eval_mode_with_integer_buffers_copied():
     callback = RFDETREMACallback(decay=0.5, tau=0)
     module = started(callback)
     module.model.count += 7
     module.model.scale += 1
     callback.update()
-    average = callback.ema_model
-    assert not average.training
-    assert not any(parameter.requires_grad for parameter in average.parameters())
-    assert average.count.item() == 7
-    assert average.scale.tolist() == [1.5, 1.5]
+    ema = callback.ema_model
+    assert not ema.training
+    assert not any(parameter.requires_grad for parameter in ema.parameters())
+    assert ema.count.item() == 7
+    assert ema.scale.tolist() == [1.5, 1.5]
 
 
-def test_fit_end_hands_the_average_to_the_live_module():
+def test_fit_end_copies_the_ema_weights_into_the_module():
     callback = RFDETREMACallback(decay=0.5, tau=0)
     module = started(callback)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_state_restores_weights_and_counter():
     assert torch.equal(second.ema_model.weight, first.ema_model.weight)
 
 
-def test_resume_without_an_average_starts_from_live_weights_and_warns():
+def test_resume_without_ema_weights_starts_from_live_weights_and_warns():
     with pytest.warns(UserWarning, match="no EMA weights"):
         started(RFDETREMACallback(), ckpt_path="other.ckpt")
 
@@ -130,7 +130,7 @@ def test_ema_weights_of_a_legacy_checkpoint_start_the_fit():
     assert callback.updates == 0
 
 
-def test_test_with_a_restored_checkpoint_runs_on_the_average_and_gives_the_weights_back():
+def test_a_test_of_a_restored_checkpoint_uses_ema_weights_and_restores_the_live_ones():
     source = RFDETREMACallback(decay=0.5, tau=0)
     module = started(source)
     with torch.no_grad():

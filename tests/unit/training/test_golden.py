@@ -1,6 +1,6 @@
 """The demo detector learns the demo dataset from scratch, and its first losses stay what they were.
 
-Record them anew with `python -m tests.unit.training.test_golden`.
+To record them again: `python -m tests.unit.training.test_golden`.
 """
 
 from __future__ import annotations

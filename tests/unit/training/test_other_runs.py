@@ -135,15 +135,13 @@ def test_a_checkpoint_that_is_only_evaluated_leaves_the_next_fit_alone(
 
     alone, after = fit("alone", None), fit("after", call)
     assert after.trainer.global_step == alone.trainer.global_step > 0
-    best, average = (
+    best, ema = (
         [next(c for c in run.trainer.callbacks if isinstance(c, kind)) for run in (alone, after)]
         for kind in (BestModelCallback, RFDETREMACallback)
     )
     assert best[0].state_dict() == best[1].state_dict()
-    assert average[0].updates == average[1].updates
-    for one, two in zip(
-        average[0].ema_model.parameters(), average[1].ema_model.parameters(), strict=True
-    ):
+    assert ema[0].updates == ema[1].updates
+    for one, two in zip(ema[0].ema_model.parameters(), ema[1].ema_model.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
@@ -193,7 +191,7 @@ def test_predict_needs_a_batch_size(done, size):
 
 
 @pytest.mark.parametrize("name", ["Normalize", "ToFloat"])
-def test_augmentation_that_gives_no_picture(dataset, tmp_path, name):
+def test_augmentation_that_gives_no_image(dataset, tmp_path, name):
     pytest.importorskip("albumentations")
     config = tiny_run(dataset, tmp_path, aug_config={name: {}})
     with pytest.raises(ConfigError, match=r"uint8 \(height, width, 3\)"):

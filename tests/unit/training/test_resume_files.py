@@ -1,4 +1,4 @@
-"""Which files a run can go on from: foreign, incomplete and old YOLO-format ones."""
+"""Which files a run can resume from: foreign, incomplete and old YOLO-format ones."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.unit.training.helpers import Run, tiny_model, tiny_run
 FOREIGN = {"stem.weight": torch.zeros(1), "stem.bias": torch.zeros(1)}
 
 
-def test_a_foreign_file_is_no_start(shapes: Path, tmp_path: Path) -> None:
+def test_a_foreign_file_is_refused(shapes: Path, tmp_path: Path) -> None:
     torch.save({"model": FOREIGN}, tmp_path / "foreign.pth")
     run = Run(tiny_model(), tiny_run(shapes, tmp_path / "out"))
     with pytest.raises(CheckpointError, match=r"2 are not of this model: stem.weight, stem.bias"):
         run.fit(tmp_path / "foreign.pth")
 
 
-def test_a_full_checkpoint_must_be_whole(finished: Run, shapes: Path, tmp_path: Path) -> None:
+def test_a_full_checkpoint_must_be_complete(finished: Run, shapes: Path, tmp_path: Path) -> None:
     content = torch.load(finished.output / "last.ckpt", weights_only=True)
     names = [name for name in content["state_dict"] if ".backbone." in name]
     content["state_dict"] = {k: v for k, v in content["state_dict"].items() if k not in names}
@@ -51,7 +51,7 @@ def test_a_legacy_file_may_lack_tensors_and_all_are_named(
     assert any(all(name in str(w.message) for name in lost) for w in seen)
 
 
-def test_empty_loops_are_no_position() -> None:
+def test_empty_loops_start_at_the_beginning() -> None:
     content = {"state_dict": {"model.class_embed.bias": torch.zeros(4)}, "loops": {}}
     assert (
         as_lightning_checkpoint(content)["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
@@ -82,7 +82,7 @@ def old_yolo_file(path: Path, classes: int = 3, **args: Any) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("args", [{"dataset_file": "yolo"}, {"class_names": ["a", "b", "c"]}])
-def test_old_yolo_trainings_go_on(shapes: Path, tmp_path: Path, args: dict[str, Any]) -> None:
+def test_old_yolo_runs_resume(shapes: Path, tmp_path: Path, args: dict[str, Any]) -> None:
     state = old_yolo_file(tmp_path / "old.pth", **args)
     run = Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=2, lr=0.0))
     with pytest.warns(UserWarning, match="the extra row of the current layout is added"):

@@ -1,4 +1,4 @@
-"""Settings of a run that once failed late, were ignored in silence, or took a former run's file."""
+"""Settings that once failed late, were ignored silently, or used a file of an earlier run."""
 
 from __future__ import annotations
 
@@ -45,13 +45,15 @@ def test_an_epoch_has_five_windows_of_the_trainer(shapes: Path, tmp_path: Path) 
     assert run.trainer.global_step == 5
 
 
-def test_a_drop_rate_that_never_acts_is_told(shapes: Path, tmp_path: Path) -> None:
+def test_a_drop_rate_without_effect_warns(shapes: Path, tmp_path: Path) -> None:
     config = tiny_run(shapes, tmp_path, drop_path=0.1, drop_mode="early")
     with pytest.warns(UserWarning, match="drop_path=0.1 has no effect"):
         build_trainer(config, tiny_model())
 
 
-def test_an_average_that_was_added_last_is_in_the_checkpoint(shapes: Path, tmp_path: Path) -> None:
+def test_an_ema_callback_that_was_added_last_is_in_the_checkpoint(
+    shapes: Path, tmp_path: Path
+) -> None:
     run = Run(tiny_model(), tiny_run(shapes, tmp_path, use_ema=False))
     run.trainer.callbacks.extend([RFDETREMACallback(), StopAt(3)])
     for callback in run.trainer.callbacks:
@@ -64,7 +66,7 @@ def test_an_average_that_was_added_last_is_in_the_checkpoint(shapes: Path, tmp_p
 
 
 @pytest.mark.parametrize("by_trainer", [False, True])
-def test_run_test_without_files_is_told(shapes: Path, tmp_path: Path, by_trainer: bool) -> None:
+def test_run_test_without_files_warns(shapes: Path, tmp_path: Path, by_trainer: bool) -> None:
     config = tiny_run(shapes, tmp_path, run_test=True, dont_save_weights=not by_trainer)
     off = {"enable_checkpointing": False} if by_trainer else {}
     with pytest.warns(UserWarning, match="run_test is ignored"):
@@ -119,7 +121,7 @@ def test_stored_configurations_know_their_class(tmp_path: Path) -> None:
         stored_model_config({}, "Unknown")
 
 
-def test_a_folder_is_no_checkpoint(finished: Run, shapes: Path, tmp_path: Path) -> None:
+def test_a_folder_is_not_a_checkpoint(finished: Run, shapes: Path, tmp_path: Path) -> None:
     run = Run(tiny_model(), tiny_run(shapes, tmp_path))
     with pytest.raises(CheckpointError, match=r"is a folder; .*last\.ckpt"):
         run.fit(finished.output)
@@ -134,9 +136,7 @@ def test_barebones(shapes: Path, tmp_path: Path) -> None:
     assert not trainer.loggers
 
 
-def test_a_new_run_in_a_used_folder_has_no_best_file_of_the_former(
-    shapes: Path, used: Path
-) -> None:
+def test_a_new_run_in_a_used_folder_forgets_earlier_best_files(shapes: Path, used: Path) -> None:
     run = Run(tiny_model(), tiny_run(shapes, used, epochs=1, use_ema=False), limit_val_batches=0)
     run.fit()
     with pytest.raises(ValueError, match="best"):
