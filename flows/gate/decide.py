@@ -1,4 +1,4 @@
-"""Champion against challenger: a pure decision over two sets of scores, every rule on record."""
+"""Compares challenger and champion: a pure decision over two sets of scores, rule by rule."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from flows.gate.verdict import GatePolicy, Outcome, Rule, Scores, Verdict
 from rfdetr.errors import InputError
 from rfdetr.evaluation.bootstrap import Interval, Metric, paired_bootstrap
 
-EPSILON = 1e-9  # differences below it are rounding, not gain
+EPSILON = 1e-9  # smaller differences are rounding errors
 DEFAULT_RESAMPLES = 1000
 
 
-def decide(champion: Scores | None, challenger: Scores, policy: GatePolicy) -> Verdict:
-    """Judge a challenger. Pure: reads and writes nothing, never raises on bad numbers.
+def decide(
+    champion: Scores | None,
+    challenger: Scores,
+    policy: GatePolicy,
+    champion_version: int | None = None,
+) -> Verdict:
+    """Judge a challenger. Reads and writes nothing, and does not raise on bad numbers.
 
-    All rules are evaluated and listed. `no-op`: the challenger has the champion's weights;
-    `approval`: everything passed and only a person's approval is missing; otherwise one failed
-    rule refuses. Rules that compare are left out when the two were not scored alike.
+    Every rule is evaluated and listed in the verdict. The outcome is `no-op` if the challenger has
+    the champion's weights, `approval` if only manual approval is missing, `refuse` if any other
+    rule fails, and `promote` otherwise. Comparing rules are skipped when the two models were not
+    scored on the same test set with the same settings.
     """
     case = _Case(champion, challenger, policy)
     rules = tuple(rule(case) for rule in RULES)
@@ -41,13 +47,14 @@ def decide(champion: Scores | None, challenger: Scores, policy: GatePolicy) -> V
         rules=rules,
         challenger=challenger.model_copy(update={"evidence": None}),
         champion=champion and champion.model_copy(update={"evidence": None}),
+        champion_version=champion_version,
         interval=case.interval,
         policy=policy,
     )
 
 
 class _Case:
-    """The two sets of scores side by side, with what several rules need."""
+    """The two sets of scores, and values that several rules need."""
 
     def __init__(self, champion: Scores | None, challenger: Scores, policy: GatePolicy) -> None:
         self.champion, self.challenger, self.policy = champion, challenger, policy
@@ -61,7 +68,7 @@ class _Case:
         self.interval: Interval | None = None
 
     def value(self, scores: Scores) -> float:
-        """The primary metric; NaN when it is missing."""
+        """The primary metric; NaN if missing."""
         return scores.metrics.get(self.policy.metric, math.nan)
 
     @property
@@ -78,7 +85,9 @@ def _skip(name: str, reason: str) -> Rule:
 
 
 def _not_compared(case: _Case) -> str:
-    return "no champion yet" if case.champion is None else "the two were not scored alike"
+    if case.champion is None:
+        return "no champion yet"
+    return "not scored on the same test set with the same settings"
 
 
 def _finite(case: _Case) -> Rule:
@@ -104,7 +113,7 @@ def _not_rolled_back(case: _Case) -> Rule:
     why = case.policy.rolled_back
     reason = "was not rolled back"
     if why is not None:
-        reason = f"was rolled back: {why} (promoting by hand with --force tries it again)"
+        reason = f"was rolled back: {why} (`promote --force` overrides this)"
     return Rule(name="not_rolled_back", passed=why is None, reason=reason)
 
 
@@ -113,7 +122,7 @@ def _same_test_set(case: _Case) -> Rule:
         return _skip("same_test_set", "no champion yet")
     reason = "scored on the same test set with the same settings"
     if not case.comparable:
-        reason = _scored_otherwise(case.champion, case.challenger)
+        reason = _scoring_difference(case.champion, case.challenger)
     return Rule(
         name="same_test_set",
         passed=case.comparable,
@@ -123,12 +132,12 @@ def _same_test_set(case: _Case) -> Rule:
     )
 
 
-def _scored_otherwise(old: Scores, new: Scores) -> str:
+def _scoring_difference(old: Scores, new: Scores) -> str:
     if old.iou_type != new.iou_type:
         by = {"bbox": "boxes", "segm": "masks"}
         return (
             f"the champion is scored by {by[old.iou_type]}, the challenger by {by[new.iou_type]}: "
-            "no number compares them (a person can promote with --force)"
+            "not comparable (`promote --force` overrides this)"
         )
     what = "settings" if old.dataset_sha256 == new.dataset_sha256 else "test sets"
     return f"scored with different {what}: score the champion again before comparing"
@@ -142,7 +151,7 @@ def _same_classes(case: _Case) -> Rule:
         return Rule(name="same_classes", passed=True, reason=f"same {len(new)} classes")
     reason = f"class list changed: added {sorted(new - old)}, removed {sorted(old - new)}"
     if not case.policy.allow_class_change:
-        reason += " (gate.allow_class_change accepts it)"
+        reason += " (set gate.allow_class_change to accept it)"
     return Rule(name="same_classes", passed=case.policy.allow_class_change, reason=reason)
 
 
@@ -153,13 +162,13 @@ def _min_images(case: _Case) -> Rule:
         passed=found >= limit,
         observed=float(found),
         limit=float(limit),
-        reason=f"test set has {found} images, {limit} are needed",
+        reason=f"test set has {found} images, {limit} required",
     )
 
 
 def _floor(case: _Case) -> Rule:
     if case.champion is not None:
-        return _skip("floor", "only for a first champion")
+        return _skip("floor", "applies only without a champion")
     return Rule(
         name="floor",
         passed=case.new >= case.policy.floor - EPSILON,
@@ -174,7 +183,7 @@ def _gain(case: _Case) -> Rule:
     if not case.comparable:
         return _skip("gain", _not_compared(case))
     gain, limit = case.new - case.old, case.policy.min_delta
-    # without a margin a tie is no gain: the champion, known in production, stays
+    # without a margin, a tie keeps the champion, which is proven in production
     passed = gain > EPSILON if limit == 0 else gain >= limit - EPSILON
     tie = " (tie: the champion stays)" if not passed and abs(gain) <= EPSILON else ""
     return Rule(
@@ -183,7 +192,7 @@ def _gain(case: _Case) -> Rule:
         observed=gain,
         limit=limit,
         reason=f"{case.policy.metric} {case.old:.4f} -> {case.new:.4f}, gain {gain:+.4f}, "
-        f"needed {'more than 0' if limit == 0 else f'{limit:+.4f}'}{tie}",
+        f"required {'more than 0' if limit == 0 else f'{limit:+.4f}'}{tie}",
     )
 
 
@@ -197,21 +206,22 @@ def _class_drop(case: _Case) -> Rule:
             continue
         new = case.challenger.per_class.get(name)
         drop = old.ap - new.ap if new else math.nan
-        worst = max(worst, drop) if drop == drop else worst  # noqa: PLR0124
-        if not drop <= limit + EPSILON:
+        if math.isnan(drop) or drop > limit + EPSILON:
             bad.append(f"{name} {old.ap:.4f} -> {new.ap if new else math.nan:.4f}")
-    reason = f"worst drop of a class {worst:.4f}, allowed {limit:.4f}"
+        if not math.isnan(drop):
+            worst = max(worst, drop)
+    reason = f"largest drop of a class {worst:.4f}, allowed {limit:.4f}"
     if bad:
         reason = f"classes dropped by more than {limit:.4f}: " + ", ".join(bad)
     return Rule(name="class_drop", passed=not bad, observed=worst, limit=limit, reason=reason)
 
 
 def _no_interval(case: _Case) -> str | None:
-    """Why the difference has no interval, or None; a required one is then a failed rule."""
+    """Why the difference has no confidence interval, or None."""
     if not case.comparable:
         return _not_compared(case)
     if not case.same_classes:
-        return "class lists differ: the difference has no interval"
+        return "class lists differ: no confidence interval"
     assert case.champion is not None
     if case.champion.evidence is None or case.challenger.evidence is None:
         return "no per-image matches were recorded"
@@ -221,7 +231,7 @@ def _no_interval(case: _Case) -> str | None:
 def _bootstrap(case: _Case) -> Rule:
     policy, tolerance = case.policy, case.policy.tolerance
     if not policy.bootstrap and tolerance is None:
-        return _skip("bootstrap", "not asked for")
+        return _skip("bootstrap", "not requested")
     if case.champion is None:
         return _skip("bootstrap", _not_compared(case))
     required = None if tolerance is None else False
@@ -239,7 +249,7 @@ def _bootstrap(case: _Case) -> Rule:
         return Rule(name="bootstrap", passed=required, reason=str(error))
     lower, upper = case.interval.lower, case.interval.upper
     limit = None if tolerance is None else -tolerance
-    needed = "" if limit is None else f", lower end must reach {limit:+.4f}"
+    needed = "" if limit is None else f", lower bound must be at least {limit:+.4f}"
     return Rule(
         name="bootstrap",
         passed=None if limit is None else lower >= limit - EPSILON,
@@ -267,18 +277,16 @@ def _export(case: _Case) -> Rule:
     if not case.policy.require_export_parity:
         return _skip("export_parity", "not required")
     parity = case.challenger.export_parity
-    reason = {True: "the export agrees", False: "the export differs", None: "no export was checked"}
-    return Rule(
-        name="export_parity", passed=parity is True, reason=f"{reason[parity]} with the weights"
-    )
+    reason = "the export was not compared with the weights"
+    if parity is not None:
+        reason = f"the export {'agrees with' if parity else 'differs from'} the weights"
+    return Rule(name="export_parity", passed=parity is True, reason=reason)
 
 
 def _approval(case: _Case) -> Rule:
     if not case.policy.manual_approval:
         return _skip("approval", "not required")
-    by = case.policy.approved_by
-    reason = f"approved by {by}" if by else "waits for a person's approval"
-    return Rule(name="approval", passed=bool(by), reason=reason)
+    return Rule(name="approval", passed=False, reason="awaiting manual approval")
 
 
 RULES: tuple[Callable[[_Case], Rule], ...] = (

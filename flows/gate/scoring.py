@@ -1,4 +1,4 @@
-"""Scores any checkpoint on one split of a dataset: the same way for every model and every time."""
+"""Scores a checkpoint on one split of a dataset, the same way for every model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pytorch_lightning.callbacks import Callback
 
 from flows.config.sections import DatasetSettings, EvaluateSettings
@@ -34,10 +35,10 @@ from rfdetr.training.sample_images import take_samples
 
 @dataclasses.dataclass(frozen=True)
 class ScoredModel:
-    """One model on one split. Labels in `columns` and `result` are those of the dataset.
+    """The results of one model on one split. All labels are those of the dataset.
 
-    `latency_ms` is the median time of a batch per image. `settings` is a key of all that shapes
-    the numbers.
+    `latency_ms` is the median batch time per image, `size_mb` the file size in 10^6 bytes.
+    `settings` is a key of everything that affects the numbers.
     """
 
     weights_sha256: str
@@ -52,7 +53,7 @@ class ScoredModel:
     category_ids: dict[int, int]
 
     def metrics(self) -> dict[str, float]:
-        """Named numbers at `max_dets` detections, boxes or, for segmentation models, masks."""
+        """Named metrics at `max_dets` detections: of boxes, or of masks for segmentation models."""
         part = self.result.segm or self.result.bbox
         assert part is not None
         main = part.summary
@@ -70,7 +71,7 @@ class ScoredModel:
         return {name: float(value) for name, value in numbers.items() if value > -1}
 
     def per_class(self) -> Iterator[dict[str, Any]]:
-        """One row per class of the dataset; AP and AR are None without boxes."""
+        """One row per class of the dataset; AP and AR are None for a class without boxes."""
         part = self.result.segm or self.result.bbox
         assert part is not None
         labels = self.result.class_ids.tolist()
@@ -81,7 +82,7 @@ class ScoredModel:
             yield {"class": name, "label": labels[k], "boxes": boxes, **shown}
 
     def detections(self, threshold: float = 0.0) -> Iterator[dict[str, Any]]:
-        """Detections of at least `threshold`, in the results format of COCO."""
+        """Detections with a score of at least `threshold`, in the COCO results format."""
         rows = self.columns.detections
         for i in np.flatnonzero(rows.score >= threshold).tolist():
             label = int(rows.label[i])
@@ -129,11 +130,11 @@ def score_model(
     accelerator: str = "auto",
     num_workers: int = 0,
 ) -> ScoredModel:
-    """Run the checkpoint `weights` (any generation) over a split and evaluate it.
+    """Evaluate the checkpoint `weights` (any supported format) on a split.
 
-    `dataset_dir` is the folder to read, unpacked. The model's classes are matched with the
-    dataset's by name; detections of a class that the dataset does not have do not count. Raises
-    CheckpointError or DatasetError.
+    `dataset_dir` is the unpacked dataset. Classes of the model are matched with those of the
+    dataset by name; detections of other classes are dropped. Raises CheckpointError or
+    DatasetError.
     """
     quiet_libraries()
     record = read_checkpoint(weights, mmap=True)
@@ -154,7 +155,7 @@ def score_model(
     names = datamodule.class_names or []
     columns = collector.evaluator.state()
     if not len(columns.truth):
-        raise DatasetError(f"The {settings.split} split of {dataset_dir} has no boxes to score by.")
+        raise DatasetError(f"The {settings.split} split of {dataset_dir} has no boxes.")
     table = label_table(record, names)
     columns = relabel(columns, table)
     types: tuple[IouType, ...] = ("bbox", "segm") if model_config.segmentation_head else ("bbox",)
@@ -175,9 +176,9 @@ def score_model(
 
 
 def label_table(record: CheckpointRecord, names: list[str]) -> dict[int, int]:
-    """Model label -> dataset label, by name; unnamed models use the dataset's labels.
+    """Model label -> dataset label, by name; models without names use the dataset's labels.
 
-    Warns when they share no class: such a model scores 0, and it is for the gate to judge.
+    Warns if there is no common class: such a model scores 0, which the gate then judges.
     """
     own = record.class_names
     if not own:
@@ -188,7 +189,7 @@ def label_table(record: CheckpointRecord, names: list[str]) -> dict[int, int]:
     if not table:
         warnings.warn(
             f"{record.path} knows the classes {', '.join(own[:8])}; the dataset has "
-            f"{', '.join(names[:8])}: none is common, every score is 0.",
+            f"{', '.join(names[:8])}: no class in common, every score is 0.",
             UserWarning,
             stacklevel=2,
         )
@@ -196,7 +197,7 @@ def label_table(record: CheckpointRecord, names: list[str]) -> dict[int, int]:
 
 
 def relabel(columns: EvaluationData, table: dict[int, int]) -> EvaluationData:
-    """The detections with the dataset's labels; those without one are dropped."""
+    """The detections with labels of the dataset; detections of other classes are dropped."""
     rows = columns.detections
     mapped = np.array([table.get(label, -1) for label in rows.label.tolist()], dtype=np.int64)
     rows = dataclasses.replace(rows, label=mapped).take(mapped >= 0)
@@ -232,28 +233,30 @@ def _run(
 
 
 class _Collector(Callback):
-    """Keeps detections, truth, a few pictures and the time of each batch."""
+    """Collects detections, ground truth, sample images and the time of each batch."""
 
     def __init__(self, settings: EvaluateSettings, *, masks: bool) -> None:
         self.evaluator = CocoEvaluator(("bbox", "segm") if masks else ("bbox",), settings.max_dets)
         self.samples: list[Sample] = []
         self._wanted = settings.pictures
         self._times: list[float] = []
-        self._begun = 0.0
+        self._started = 0.0
 
     @property
     def latency_ms(self) -> float:
-        """Median of the batches, per image; the first one warms up."""
+        """Median over the batches, per image; the first batch is a warm-up."""
         times = self._times[1:] or self._times
         return round(1000 * statistics.median(times), 3)
 
     def on_test_batch_start(self, *_: Any) -> None:
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
 
     def on_test_batch_end(
         self, _trainer: Any, _module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        self._times.append((time.perf_counter() - self._begun) / max(1, len(outputs["targets"])))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # or only the kernel launches would be timed
+        self._times.append((time.perf_counter() - self._started) / max(1, len(outputs["targets"])))
         self.evaluator.update(outputs["results"], outputs["targets"])
         missing = self._wanted - len(self.samples)
         if missing > 0:
@@ -261,7 +264,7 @@ class _Collector(Callback):
 
 
 def _category_ids(folder: str | Path, dataset: DatasetSettings, split: str) -> dict[int, int]:
-    """Dataset label -> category id of the annotation files; empty for YOLO (they are equal)."""
+    """Dataset label -> category id of the annotation files; empty for YOLO (no ids)."""
     layout = detect_layout(folder, dataset.layout)
     if layout.kind == "yolo":
         return {}

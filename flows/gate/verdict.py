@@ -1,8 +1,7 @@
-"""The records of the gate: scores of a model, the policy, the verdict with its rules."""
+"""Records of the gate: the scores of a model, the policy, and the verdict with its rules."""
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
@@ -32,12 +31,13 @@ class ClassScore(_Record):
 
 
 class Scores(_Record):
-    """One model, scored on one test set with one set of settings.
+    """The scores of one model on one test set.
 
-    `settings` is a key of everything that shapes the numbers: evaluate parameters and the version
-    of the evaluator. `iou_type` tells boxes from masks. `evidence` (class axis: the test set's
-    classes) allows the bootstrap.
-    `export_parity` is None when the export was not compared with the weights.
+    `settings` identifies the evaluate parameters and the version of the evaluator; scores with
+    different settings are not comparable. `metrics` are COCO-style numbers from 0 to 1,
+    `latency_ms` is per image, `size_mb` counts 10^6 bytes. `evidence` holds the matches per image
+    and class that the bootstrap resamples. `export_parity` is None if the ONNX export was not
+    compared with the weights.
     """
 
     model: str
@@ -56,10 +56,9 @@ class Scores(_Record):
 
 
 class GatePolicy(GateSettings):
-    """The `gate` section of params.yaml and what only one decision knows."""
+    """The `gate` section of params.yaml, and facts about this challenger."""
 
-    approved_by: str | None = None  # who gave the approval that `manual_approval` asks for
-    rolled_back: str | None = None  # why the challenger was taken back after an earlier promotion
+    rolled_back: str | None = None  # reason, if the challenger was promoted before and rolled back
 
 
 class Rule(_Record):
@@ -73,13 +72,18 @@ class Rule(_Record):
 
 
 class Verdict(_Record):
-    """The decision record: outcome, every rule, both sets of numbers (without evidence)."""
+    """The decision: outcome, every rule, and both sets of scores (without evidence).
+
+    `champion_version` is the registered version that the challenger was compared with; None if
+    there was no champion.
+    """
 
     outcome: Outcome
     reason: str
     rules: tuple[Rule, ...]
     challenger: Scores
     champion: Scores | None
+    champion_version: int | None = None
     interval: Interval | None = None
     policy: GatePolicy
 
@@ -88,14 +92,8 @@ class Verdict(_Record):
         """Whether the challenger becomes champion now."""
         return self.outcome == "promote"
 
-    @property
-    def champion_version(self) -> int | None:
-        """The registered version that was compared with; None when there was no champion."""
-        known = re.fullmatch(r"version (\d+)", self.champion.model) if self.champion else None
-        return int(known[1]) if known else None
-
     def to_markdown(self) -> str:
-        """The verdict as a table for people."""
+        """The verdict as a Markdown table."""
         marks = {True: "pass", False: "FAIL", None: "-"}
         lines = [
             f"**{self.outcome}**: {self.reason}",

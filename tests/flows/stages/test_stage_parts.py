@@ -102,7 +102,7 @@ def test_classes_are_matched_by_name() -> None:
     shifted = CheckpointRecord("x.pth", "weights", {}, class_names=["dog", "cat"], label_offset=1)
     assert label_table(shifted, ["cat", "dog"]) == {1: 1, 2: 0}
     assert label_table(CheckpointRecord("x.pth", "weights", {}), ["a", "b"]) == {0: 0, 1: 1}
-    with pytest.warns(UserWarning, match="none is common"):
+    with pytest.warns(UserWarning, match="no class in common"):
         assert label_table(old, ["zebra"]) == {}
     rows = make_box_table([0, 0, 1], [0, 1, 2], np.ones((3, 4)), score=[0.9, 0.8, 0.7])
     columns = EvaluationData(np.array([1, 2]), rows, make_box_table([], [], []))
@@ -114,7 +114,7 @@ def test_a_model_of_other_classes_scores_zero_and_the_gate_says_why(tmp_path: Pa
     files = write_model(tmp_path)
     data = build_demo(tmp_path / "demo", classes=(7, 9), train=2, valid=2, test=4)
     dataset = DatasetSettings(name="demo", dir=str(data), layout="roboflow")
-    with pytest.warns(UserWarning, match="none is common"):
+    with pytest.warns(UserWarning, match="no class in common"):
         scored = score_model(
             files.weights, data, dataset, EvaluateSettings(), accelerator="cpu"
         ).scores("version 1", "d")
