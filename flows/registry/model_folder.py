@@ -1,4 +1,4 @@
-"""Builds the MLflow model folder: code, weights, card, ONNX with its proof. No pickle inside."""
+"""Builds the MLflow model folder: code, weights, card, ONNX export. It contains no pickle."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ DEFAULT_THRESHOLD, DEFAULT_MAX_DETECTIONS = 0.5, 300
 
 
 class ModelFiles(BaseModel):
-    """The files of one model: weights (.pth or .ckpt), model.json, optional export with proof.
+    """The files of one model: weights (.pth or .ckpt), model.json and optional additions.
 
-    `parity` is a JSON file on how far the export is from the weights; an export needs one.
-    `profile` describes the images that the model was validated on; the drift check needs it.
+    `onnx` needs `parity`, the JSON file with its difference from the weights. `profile` is the
+    image profile that the drift check compares with.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,7 +40,7 @@ class ModelFiles(BaseModel):
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Content hash of the weights. Raises CheckpointError when the file is missing."""
+        """SHA-256 of the weights. Raises CheckpointError if the file is missing."""
         if not self.weights.is_file():
             raise CheckpointError(f"{self.weights} is missing; run the fit stage.")
         return sha256_file(self.weights)
@@ -54,15 +54,15 @@ class ModelFiles(BaseModel):
             raise CheckpointError(f"{self.card} cannot be read: {error}") from None
 
     def params(self) -> dict[str, str]:
-        """What the registry shows of the model."""
+        """Parameters of the logged model."""
         known = ("variant", "resolution", "class_names", "num_classes", "epochs", "best_epoch")
         given = {key: str(self.details[key]) for key in known if key in self.details}
         return {**given, "weights_sha256": self.weights_sha256, "weights_file": self.weights.name}
 
     def artifacts(self) -> dict[str, str]:
-        """Name -> path of every file that goes into the model."""
+        """Name -> path of every file of the model folder."""
         if (self.onnx is None) != (self.parity is None):
-            raise CheckpointError("an ONNX file and its parity proof belong together; give both.")
+            raise CheckpointError("an ONNX file needs its parity file, and the reverse; give both.")
         files = {"weights": self.weights, "card": self.card, "onnx": self.onnx}
         files |= {"parity": self.parity, "profile": self.profile}
         return {name: str(path) for name, path in files.items() if path is not None}
@@ -74,7 +74,7 @@ def signature() -> Any:
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType, Array
 
-    anything: Any = AnyType  # text, or an array
+    anything: Any = AnyType  # text or an array
     numbers = Array(DataType.double)
     return ModelSignature(
         inputs=Schema([ColSpec(anything(), "image")]),
@@ -96,7 +96,7 @@ def signature() -> Any:
 
 
 def input_example() -> Any:
-    """A request that works: one small picture as base64 text."""
+    """A valid request: one small image as base64 text."""
     import pandas as pd
     from PIL import Image
 
@@ -106,30 +106,30 @@ def input_example() -> Any:
 
 
 @contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Drop MLflow's advice to add type hints, with which it would drop the parameters.
+def _without_type_hint_advice() -> Iterator[None]:
+    """Drop MLflow's advice to add type hints, which would disable the inference parameters.
 
-    A filter cannot: MLflow puts one of its own before all others.
+    A warning filter does not work: MLflow puts its own filter in front.
     """
-    said: list[warnings.WarningMessage] = []
+    caught: list[warnings.WarningMessage] = []
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             yield
     finally:
-        for one in said:
-            if "Add type hints" not in str(one.message):
-                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        for item in caught:
+            if "Add type hints" not in str(item.message):
+                warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
 
 
 def build_model(path: Path, files: ModelFiles, *, model_id: str, run_id: str | None) -> None:
-    """Write the model folder `path`. It loads wherever `rfdetr` is installed."""
+    """Write the model folder `path`, which loads wherever `rfdetr` is installed."""
     import mlflow.pyfunc
     from mlflow.models import Model
 
     requirements = [f"{name}=={metadata.version(name)}" for name in REQUIREMENTS]
     if files.onnx is not None:
         requirements.append(f"onnxruntime=={metadata.version('onnxruntime')}")
-    with _without_advice():
+    with _without_type_hint_advice():
         mlflow.pyfunc.save_model(
             path=str(path),
             python_model=str(CODE),

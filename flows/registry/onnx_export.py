@@ -1,4 +1,4 @@
-"""The ONNX file of a trained model with its parity proof, made once per weights file."""
+"""Exports a trained model to ONNX, once per weights file, and measures the difference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rfdetr.files import sha256_file
 
 @dataclass(frozen=True)
 class Exported:
-    """An export and the JSON file that says how far it is from the weights."""
+    """An ONNX file, and the JSON file with its difference from the weights."""
 
     onnx: Path
     parity: Path
@@ -21,17 +21,17 @@ class Exported:
 
 
 def export_once(weights: Path, state_dir: Path) -> Exported:
-    """Export `weights` into the state folder, or find the export that is there already."""
+    """Export `weights` into the state folder, unless they were exported before."""
     folder = state_dir / "exports" / sha256_file(weights)[:32]
     if not (folder / "parity.json").exists():
         _export(weights, folder)
-    os.utime(folder)  # `doctor` removes what has not been used for long
+    os.utime(folder)  # `doctor` deletes exports that have not been used for long
     agrees = bool(read_json(folder / "parity.json")["agrees"])
     return Exported(folder / "model.onnx", folder / "parity.json", agrees)
 
 
 def _export(weights: Path, folder: Path) -> None:
-    from rfdetr import RFDETR  # seconds of imports, only when there is something to export
+    from rfdetr import RFDETR
     from rfdetr.export.onnx import TOLERANCE
 
     detector = RFDETR.from_checkpoint(weights, device="cpu")

@@ -1,6 +1,6 @@
-"""The model registry: log a model once, register it once, know who serves.
+"""The registered model on MLflow: logged models, versions, aliases and tags.
 
-Every step may be repeated after a failure at any moment; nothing is made twice.
+Every operation can be repeated after a failure at any point; nothing is created twice.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from flows.core.redact import redact_mapping
-from flows.gate.verdict import Verdict
 from flows.registry.model_folder import ModelFiles, build_model
 from flows.tracking.delivery import experiment_id, tracking_client
 from rfdetr.errors import RFDETRError
@@ -29,11 +29,11 @@ MODEL_NAME = "detector"
 
 
 class RegistryError(RFDETRError):
-    """The registry does not allow what was asked, or does not hold it."""
+    """The registry refuses an operation, or an item does not exist."""
 
 
 class Version(BaseModel):
-    """One registered version."""
+    """One version of the registered model."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -66,10 +66,10 @@ class Registry:
         metrics: Mapping[str, float] | None = None,
         dataset: tuple[str, str] | None = None,
     ) -> str:
-        """The id of the logged model of these weights; logs it when it is not there yet.
+        """Log the model, unless one with these weights exists; returns the id of the logged model.
 
-        `metrics` are the test numbers, `dataset` the (name, digest) of the set they come from. A
-        model whose upload was cut off is completed, not logged again.
+        `metrics` are the test metrics and `dataset` the (name, digest) of the dataset they belong
+        to. A model whose upload was interrupted is completed instead of logged again.
         """
         weights = files.weights_sha256
         where = [experiment_id(self.client, experiment, self.uri)]
@@ -102,27 +102,27 @@ class Registry:
         metrics: Mapping[str, float],
         dataset: tuple[str, str] | None,
     ) -> None:
-        if run_id is None:
+        from mlflow.entities import Metric
+
+        if run_id is None or not metrics:
             return
         name, digest = dataset or (None, None)
-        for key, value in metrics.items():
-            self.client.log_metric(
-                run_id,
-                key,
-                value,
-                step=0,
-                model_id=model_id,
-                dataset_name=name,
-                dataset_digest=digest and digest[:36],
-            )
+        about = {
+            "model_id": model_id,
+            "dataset_name": name,
+            "dataset_digest": digest and digest[:36],
+        }
+        at = int(time.time() * 1000)
+        points = [Metric(key, value, at, 0, **about) for key, value in metrics.items()]
+        self.client.log_batch(run_id, metrics=points)
 
     def register(
         self, model_id: str, *, run_id: str | None, tags: Mapping[str, Any] | None = None
     ) -> Version:
-        """The version of a logged model, made when there is none; it becomes `challenger`.
+        """The version of a logged model, created if missing. It becomes `challenger`.
 
-        `tags`: lineage.git_commit, lineage.dvc_lock, lineage.data_md5, lineage.flow_run ...
-        The champion keeps its place: it is never challenger as well.
+        `tags` are those of a new version, such as lineage.git_commit or lineage.data_digest. A
+        version that is champion does not become challenger.
         """
         self._ensure_model()
         source = f"models:/{model_id}"
@@ -141,7 +141,7 @@ class Registry:
             number = int(made.version)
         aliases = self.aliases()
         if aliases.get(CHAMPION) != number and aliases.get(CHALLENGER) != number:
-            self.client.set_registered_model_alias(self.name, CHALLENGER, str(number))
+            self.set_alias(CHALLENGER, number)
         return self.version(number)
 
     def _ensure_model(self) -> None:
@@ -158,15 +158,15 @@ class Registry:
                 if again.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
 
-    # --- looking
+    # --- reading
 
     def aliases(self) -> dict[str, int]:
-        """Alias -> version number; empty when the model does not exist."""
+        """Alias -> version number; empty if the model does not exist."""
         model = self._model()
         return {alias: int(number) for alias, number in model.aliases.items()} if model else {}
 
     def model_tags(self) -> dict[str, str]:
-        """Tags of the model itself, which outlive its versions; empty when it does not exist."""
+        """Tags of the registered model itself; empty if it does not exist."""
         model = self._model()
         return dict(model.tags) if model else {}
 
@@ -181,7 +181,7 @@ class Registry:
             return None
 
     def version(self, number: int) -> Version:
-        """A version by number. Raises RegistryError when there is none."""
+        """A version by number. Raises RegistryError if it does not exist."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -212,11 +212,11 @@ class Registry:
         return None if number is None else self.version(number)
 
     def champion(self) -> Version | None:
-        """The version that serves, or None."""
+        """The version in production, or None."""
         return self.by_alias(CHAMPION)
 
     def fetch(self, version: Version, folder: Path) -> Path:
-        """Download a version's model folder into `folder` (artifacts/ holds weights and card)."""
+        """Download a version's model folder into `folder`; weights and card are in `artifacts`."""
         import mlflow.artifacts
 
         with _global_uri(self.uri):
@@ -225,46 +225,45 @@ class Registry:
             )
         return Path(path)
 
-    # --- writing down
+    def experiment_of(self, run_id: str) -> str:
+        """The id of the experiment that holds a run."""
+        return str(self.client.get_run(run_id).info.experiment_id)
+
+    # --- writing
+
+    def set_alias(self, alias: str, number: int) -> None:
+        """Point an alias at a version."""
+        self.client.set_registered_model_alias(self.name, alias, str(number))
+
+    def delete_alias(self, alias: str) -> None:
+        """Remove an alias."""
+        self.client.delete_registered_model_alias(self.name, alias)
 
     def set_tags(self, number: int, tags: Mapping[str, Any]) -> None:
-        """Tags of a version; secrets are masked."""
+        """Set tags of a version, with secrets masked. MLflow takes them one by one."""
         for key, value in redact_mapping(tags).items():
             self.client.set_model_version_tag(self.name, str(number), key, str(value))
 
     def set_model_tag(self, key: str, value: str) -> None:
-        """A tag of the model itself; secrets are masked."""
+        """Set a tag of the registered model itself, with secrets masked."""
         for name, text in redact_mapping({key: value}).items():
             self.client.set_registered_model_tag(self.name, name, str(text))
 
-    def record_verdict(self, number: int, verdict: Verdict) -> None:
-        """Write a verdict, refusals too: tags of the version, JSON and Markdown on its run."""
-        version = self.version(number)
-        tags = {
-            "gate.outcome": verdict.outcome,
-            "gate.reason": verdict.reason,
-            "gate.metric": verdict.policy.metric,
-            "gate.challenger": verdict.challenger.metrics.get(verdict.policy.metric),
-            "gate.champion": verdict.champion.metrics.get(verdict.policy.metric)
-            if verdict.champion
-            else "none",
-            "gate.champion_version": verdict.champion_version or "none",
-            "gate.failed": ", ".join(r.name for r in verdict.rules if r.passed is False) or "none",
-            "gate.at": now(),
-        }
-        self.set_tags(number, tags)
+    def delete_tag(self, number: int, key: str) -> None:
+        """Remove a tag of a version."""
+        self.client.delete_model_version_tag(self.name, str(number), key)
+
+    def log_text(self, version: Version, text: str, path: str) -> None:
+        """Store a text as an artifact of the version's run, if it has one."""
         if version.run_id:
-            base = f"gate/version-{number}"
-            record = verdict.model_dump_json(indent=2)
-            self.client.log_text(version.run_id, record, f"{base}.json")
-            self.client.log_text(version.run_id, verdict.to_markdown(), f"{base}.md")
+            self.client.log_text(version.run_id, text, path)
 
 
 @contextlib.contextmanager
 def _global_uri(uri: str) -> Iterator[None]:
-    """MLflow's SQL store resolves `models:/` through the global URI, whatever the client's is.
+    """Set MLflow's global tracking URI, through which its SQL store resolves `models:/`.
 
-    MLflow writes it into the environment as well, where it must not stay.
+    MLflow exports it to the environment as well; both are restored.
     """
     import mlflow
 
@@ -281,7 +280,7 @@ def _global_uri(uri: str) -> Iterator[None]:
 
 
 def now() -> str:
-    """The time in UTC, sortable as text."""
+    """The current UTC time, sortable as text."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 

@@ -1,7 +1,7 @@
-"""The served model: MLflow runs this file as code, so that no pickle is needed.
+"""The served model. MLflow stores and runs this file as code, so no pickle is needed.
 
-It imports nothing of this package besides `rfdetr`: the file is copied into the model and loads
-wherever `rfdetr` is installed. One row is one image; its boxes are x1, y1, x2, y2 in pixels.
+The file is copied into the model folder, and must import `rfdetr` but nothing of `flows`. Each row
+of a request is one image; boxes are x1, y1, x2, y2 in pixels.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class DetectorModel(PythonModel):  # type: ignore[misc]
     """Detections of images given as path, http(s) URL, base64 text, data URI, bytes or array."""
 
     def load_context(self, context: Any) -> None:
-        """Load the weights that lie beside this file in the model."""
+        """Load the weights of the model folder."""
         from rfdetr import RFDETR
 
         self.detector = RFDETR.from_checkpoint(context.artifacts["weights"])
 
     def predict(self, context: Any, model_input, params=None):  # type: ignore[no-untyped-def] # noqa: ARG002
-        # type hints here would make MLflow replace the signature and drop the parameters
+        # with type hints, MLflow would replace the signature and drop the parameters
         params = params or {}
         threshold = float(params.get("threshold", 0.5))
         most = int(params.get("max_detections", 300))
@@ -67,7 +67,7 @@ class DetectorModel(PythonModel):  # type: ignore[misc]
 
 
 def read_images(model_input: Any) -> list[Image.Image]:
-    """The images of a request. Raises one error that names every row that is no image."""
+    """The images of a request. Raises one error that lists every invalid row."""
     rows = _rows(model_input)
     images, problems = [], []
     for index, value in enumerate(rows):
@@ -96,7 +96,7 @@ def _rows(model_input: Any) -> list[Any]:
 
 
 def _images_of(cell: Any) -> list[Any]:
-    """A cell is one image; `{"inputs": {"image": [...]}}` arrives as one cell with all of them."""
+    """The images of a cell: one, or all if the request was `{"inputs": {"image": [...]}}`."""
     if isinstance(cell, np.ndarray) and cell.dtype == object:
         cell = cell.tolist()
     several = isinstance(cell, list) and cell and all(isinstance(i, str | bytes) for i in cell)
@@ -104,9 +104,9 @@ def _images_of(cell: Any) -> list[Any]:
 
 
 def read_image(value: Any) -> Image.Image:
-    """One RGB image as it is stored: EXIF rotation is not applied, as in training.
+    """One RGB image. EXIF rotation is not applied, as in training.
 
-    Raises ValueError or OSError that says what is wrong.
+    Raises ValueError or OSError.
     """
     if isinstance(value, Image.Image):
         return to_rgb(value)
@@ -117,14 +117,16 @@ def read_image(value: Any) -> Image.Image:
     elif isinstance(value, bytes | bytearray):
         data = bytes(value)
     else:
-        raise ValueError(f"{type(value).__name__} is no image")  # noqa: TRY004
+        raise ValueError(f"{type(value).__name__} is not an image")  # noqa: TRY004
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > LARGEST_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are too many")
+                raise ValueError(
+                    f"{image.width}x{image.height} pixels are more than {LARGEST_PIXELS}"
+                )
             return to_rgb(image).copy()
     except UnidentifiedImageError:
-        raise ValueError(f"{_shown(value)} is no image file that can be read") from None
+        raise ValueError(f"{_shown(value)} is not a readable image file") from None
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{_shown(value)} is a broken image: {error}") from None
 
@@ -138,9 +140,9 @@ def _from_array(value: Any) -> Image.Image:
         array = np.stack([array] * 3, axis=-1)
     if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
         raise ValueError(f"an array of shape {array.shape} is not (height, width, 3)")
-    whole = np.issubdtype(array.dtype, np.integer) or np.all(array == np.floor(array))
-    if not whole or array.min() < 0 or array.max() > 255:
-        raise ValueError("an array must hold whole numbers from 0 to 255")
+    integers = np.issubdtype(array.dtype, np.integer) or np.all(array == np.floor(array))
+    if not integers or array.min() < 0 or array.max() > 255:
+        raise ValueError("an array must contain integers from 0 to 255")
     return Image.fromarray(array.astype(np.uint8))
 
 
@@ -152,18 +154,18 @@ def _fetch(text: str) -> bytes:
         path = Path(text.removeprefix("file://"))
         if _is_file(path):
             if path.stat().st_size > LARGEST_BYTES:
-                raise ValueError(f"{text} is larger than {LARGEST_BYTES >> 20} MB")
+                raise ValueError(f"{text} is larger than {LARGEST_BYTES >> 20} MiB")
             return path.read_bytes()
         if path.suffix and len(path.suffix) <= 5:
-            raise ValueError(f"{text} is no file that this machine can read")
+            raise ValueError(f"{text} is not a readable file on this machine")
     try:
         return base64.b64decode(re.sub(r"\s+", "", payload), validate=True)
     except binascii.Error:
-        raise ValueError(f"{_shown(text)} is neither a file, a URL nor base64 text") from None
+        raise ValueError(f"{_shown(text)} is not a file, a URL or base64 text") from None
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a file is there; base64 text may be longer than any name can be."""
+    """Whether a file exists; base64 text may be longer than the longest valid name."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -177,12 +179,12 @@ def _download(url: str) -> bytes:
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise ValueError(f"{_shown(url)} cannot be fetched: {error}") from None
     if len(data) > LARGEST_BYTES:
-        raise ValueError(f"{_shown(url)} is larger than {LARGEST_BYTES >> 20} MB")
+        raise ValueError(f"{_shown(url)} is larger than {LARGEST_BYTES >> 20} MiB")
     return bytes(data)
 
 
 def _shown(value: Any) -> str:
-    """A short form without the query of a URL, which may hold a signature."""
+    """A short form for messages, without the query of a URL, which may contain a signature."""
     if not isinstance(value, str):
         return f"{len(value)} bytes"
     text = value.partition("?")[0]

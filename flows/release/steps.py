@@ -24,6 +24,7 @@ from flows.gate.verdict import GatePolicy, Verdict
 from flows.orchestration.limits import registry_slot
 from flows.orchestration.notify import notify
 from flows.project.project import Project
+from flows.registry.registry import Registry, now
 from flows.release import champion
 from flows.release.champion import AuditRecord
 from flows.release.freshness import GATE_KEY, dataset_version, gate_key, registry_of
@@ -95,7 +96,7 @@ def register(project: Project, flow_run: str | None = None) -> Registered:
         number=version.number,
         run_id=run_id,
         model_id=model_id,
-        experiment=str(registry.client.get_run(run_id).info.experiment_id),
+        experiment=registry.experiment_of(run_id),
         uri=redact(registry.uri),
         export_parity=exported.agrees,
     )
@@ -119,11 +120,31 @@ def judge(project: Project, number: int) -> Verdict:
     tags = registry.version(number).tags
     taken_back = tags.get("promotion.rolled_back") == "true"
     why = tags.get("promotion.rolled_back_reason", "no reason on record") if taken_back else None
-    verdict = decide(old, challenger, GatePolicy(**params.gate.model_dump(), rolled_back=why))
-    registry.record_verdict(number, verdict)
+    policy = GatePolicy(**params.gate.model_dump(), rolled_back=why)
+    verdict = decide(old, challenger, policy, champion and champion.number)
+    record_verdict(registry, number, verdict)
     registry.set_tags(number, {GATE_KEY: gate_key(params, digest)})
     write_text_atomic(project.verdict, verdict.model_dump_json(indent=2))
     return verdict
+
+
+def record_verdict(registry: Registry, number: int, verdict: Verdict) -> None:
+    """Write a verdict, refusals included: tags of the version, JSON and Markdown on its run."""
+    metric, champion = verdict.policy.metric, verdict.champion
+    tags = {
+        "gate.outcome": verdict.outcome,
+        "gate.reason": verdict.reason,
+        "gate.metric": metric,
+        "gate.challenger": verdict.challenger.metrics.get(metric),
+        "gate.champion": champion.metrics.get(metric) if champion else "none",
+        "gate.champion_version": verdict.champion_version or "none",
+        "gate.failed": ", ".join(r.name for r in verdict.rules if r.passed is False) or "none",
+        "gate.at": now(),
+    }
+    registry.set_tags(number, tags)
+    version, path = registry.version(number), f"gate/version-{number}"
+    registry.log_text(version, verdict.model_dump_json(indent=2), f"{path}.json")
+    registry.log_text(version, verdict.to_markdown(), f"{path}.md")
 
 
 def last_verdict(project: Project) -> Verdict:

@@ -90,9 +90,9 @@ def test_the_model_folder_holds_no_pickle_and_needs_no_code_of_the_pipeline(
 ) -> None:
     folder = registry.fetch(register(registry, tmp_path, "one"), tmp_path / "fetched")
     names = {path.name for path in folder.rglob("*") if path.is_file()}
-    assert {"MLmodel", "rfdetr_pyfunc.py", "best.pth", "model.json", "input_example.json"} <= names
+    assert {"MLmodel", "served_model.py", "best.pth", "model.json", "input_example.json"} <= names
     assert not [name for name in names if name.endswith((".pkl", ".pickle"))]
-    code = (folder / "rfdetr_pyfunc.py").read_text()
+    code = (folder / "served_model.py").read_text()
     assert "import flows" not in code and "from flows" not in code
 
 
@@ -117,7 +117,7 @@ def test_missing_files_and_an_export_without_proof_are_named(
     files = model_files(tmp_path, "one")
     (tmp_path / "x.onnx").write_bytes(b"onnx")
     lonely = files.model_copy(update={"onnx": tmp_path / "x.onnx"})
-    with pytest.raises(CheckpointError, match="parity proof"):
+    with pytest.raises(CheckpointError, match="needs its parity file"):
         registry.log_model(lonely, experiment=EXPERIMENT, run_id=None)
     files.weights.unlink()
     with pytest.raises(CheckpointError, match=r"best\.pth is missing"):

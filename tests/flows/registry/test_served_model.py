@@ -134,7 +134,7 @@ def test_every_bad_row_is_named(tmp_path: Path, picture: Path) -> None:
     assert caught.value.get_http_status_code() == 400
     assert "row 0:" not in text
     assert all(f"row {index}:" in text for index in range(1, len(rows)))
-    assert "missing.jpg is no file" in text and "cannot be fetched" in text
+    assert "missing.jpg is not a readable file" in text and "cannot be fetched" in text
     assert "abcdef123456" not in text
     with pytest.raises(MlflowException, match=r"column 'image' is missing; found \['picture'\]"):
         read_images(pd.DataFrame({"picture": ["a"]}))
@@ -179,7 +179,7 @@ def test_scoring_server_takes_json_and_answers_400_to_bad_rows(
     bad = {"dataframe_split": {"columns": ["image"], "data": [["nothing"]]}}
     answer = client.post("/invocations", json=bad)
     assert answer.status_code == 400
-    assert "row 0: 'nothing' is neither a file, a URL nor base64 text" in answer.text
+    assert "row 0: 'nothing' is not a file, a URL or base64 text" in answer.text
 
 
 def test_signature_example_and_files_of_the_model(champion: Any, registered: Registry) -> None:

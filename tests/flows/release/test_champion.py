@@ -15,6 +15,7 @@ from flows.gate.decide import decide
 from flows.gate.verdict import GatePolicy, Scores
 from flows.registry.registry import Registry, RegistryError, now
 from flows.release import champion as promotion
+from flows.release import steps
 from flows.release.champion import (
     AuditRecord,
     ChampionChangedError,
@@ -87,7 +88,7 @@ def test_verdicts_are_tags_and_json_and_a_refusal_blocks_promotion(
     three(registry)
     promote(registry, 1, **WHO)
     refused = decide(scores(0.6), scores(0.5), GatePolicy())
-    registry.record_verdict(2, refused)
+    steps.record_verdict(registry, 2, refused)
     version = registry.version(2)
     assert version.tags["gate.outcome"] == "refuse"
     assert version.tags["gate.failed"] == "gain"
@@ -99,7 +100,7 @@ def test_verdicts_are_tags_and_json_and_a_refusal_blocks_promotion(
     assert registry.aliases()["champion"] == 1
     forced = promote(registry, 2, **WHO, force=True)
     assert forced is not None and forced.forced
-    registry.record_verdict(3, decide(scores(0.5), scores(0.6), GatePolicy()))
+    steps.record_verdict(registry, 3, decide(scores(0.5), scores(0.6), GatePolicy()))
     assert promote(registry, 3, **WHO) is not None
 
 
@@ -360,12 +361,10 @@ def test_a_user_without_a_name_acts_as_a_number(monkeypatch: pytest.MonkeyPatch)
 def test_a_verdict_counts_only_against_the_champion_it_is_about(registry: Registry) -> None:
     three(registry)
     promote(registry, 1, **WHO)
-    champion = scores(0.5).model_copy(update={"model": "version 1"})
-    waiting = decide(champion, scores(0.6), GatePolicy(manual_approval=True))
-    assert waiting.champion_version == 1
+    waiting = decide(scores(0.5), scores(0.6), GatePolicy(manual_approval=True), 1)
     with pytest.raises(RegistryError, match="version 2 was not judged by the gate"):
         promote(registry, 2, **WHO, expected_champion="judged")
-    registry.record_verdict(2, waiting)
+    steps.record_verdict(registry, 2, waiting)
     assert registry.version(2).tags["gate.champion_version"] == "1"
     promote(registry, 3, **WHO)
     with pytest.raises(ChampionChangedError, match="compared version 2 with version 1"):
@@ -377,7 +376,7 @@ def test_a_verdict_counts_only_against_the_champion_it_is_about(registry: Regist
 
 def test_a_first_champion_by_hand_needs_a_verdict_without_one(registry: Registry) -> None:
     three(registry)
-    registry.record_verdict(1, decide(None, scores(0.6), GatePolicy(manual_approval=True)))
+    steps.record_verdict(registry, 1, decide(None, scores(0.6), GatePolicy(manual_approval=True)))
     assert promote(registry, 1, **WHO, expected_champion="judged") is not None
 
 

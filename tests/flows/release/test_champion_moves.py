@@ -62,14 +62,15 @@ def judged(number: int, champion: int, values: tuple[float, float] = (0.6, 0.5))
             export_parity=True,
         )  # fmt: skip
 
-    return decide(scores(champion, values[1]), scores(number, values[0]), GatePolicy())
+    old, new = scores(champion, values[1]), scores(number, values[0])
+    return decide(old, new, GatePolicy(), champion)
 
 
 def test_people_hear_of_every_move_by_hand_once(
     registry: Registry, webhook: Webhook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RFDETR_NOTIFY_URL", webhook.url)
-    registry.record_verdict(2, judged(2, champion=1))
+    steps.record_verdict(registry, 2, judged(2, champion=1))
     before = len(webhook.posts)
     assert main(["promote", "2", "--reason", "looks better"]) == 0
     assert main(["promote", "2", "--reason", "looks better"]) == 0
@@ -93,7 +94,7 @@ def test_a_version_without_a_verdict_needs_force(
 def test_approving_a_verdict_about_another_champion_needs_force(
     registry: Registry, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    registry.record_verdict(2, judged(2, champion=1))
+    steps.record_verdict(registry, 2, judged(2, champion=1))
     promote(registry, 3, reason="in between", by="ada")
     assert main(["promote", "2", "--reason", "approved"]) == 1
     assert "champion is version 3" in capsys.readouterr().err
