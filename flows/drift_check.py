@@ -46,7 +46,7 @@ def drift_check(
         check = compare_images(project.root, source, params)
     if check.report is None:
         return Completed(name="Skipped", message=check.skipped)
-    artifacts.show_drift(project.root / drift.TEXT, project.root / drift.PICTURE)
+    artifacts.show_drift(project.root / drift.TEXT, project.root / drift.PLOT)
     if check.drifted:
         announce(project, check)
     return summary(check)

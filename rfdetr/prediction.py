@@ -53,6 +53,13 @@ class DetectorState:
             return list(COCO_NAMES)
         return [str(label) for label in range(self.config.num_classes)]
 
+    def label_names(self) -> dict[int, str]:
+        """Label -> name of every class."""
+        names = self.names()
+        if self.config.num_classes == COCO_CLASSES and names == COCO_NAMES:
+            return dict(COCO_CATEGORIES)
+        return {index + self.label_offset: name for index, name in enumerate(names)}
+
     def detect(self, sources: Sequence[Any], threshold: float) -> list[supervision.Detections]:
         """Detections of one batch of images of any kind that `RFDETR.predict` takes."""
         images = [read_image(source) for source in sources]
@@ -85,22 +92,15 @@ class DetectorState:
         import supervision
 
         arrays = {name: value.cpu().numpy() for name, value in result.items()}
-        names = np.array([self._name_of(int(label)) for label in arrays["labels"]], dtype=str)
+        known = self.label_names()
+        names = [known.get(label, str(label)) for label in arrays["labels"].tolist()]
         return supervision.Detections(
             xyxy=arrays["boxes"],
             confidence=arrays["scores"],
             class_id=arrays["labels"].astype(int),
             mask=arrays["masks"][:, 0] if "masks" in arrays else None,
-            data={"class_name": names},
+            data={"class_name": np.array(names, dtype=str)},
         )
-
-    def _name_of(self, label: int) -> str:
-        coco = self.config.num_classes == COCO_CLASSES
-        if coco and (not self.class_names or self.class_names == COCO_NAMES):
-            return COCO_CATEGORIES.get(label, str(label))
-        names = self.names()
-        index = label - self.label_offset
-        return names[index] if 0 <= index < len(names) else str(label)
 
 
 @contextmanager

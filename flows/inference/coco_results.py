@@ -1,4 +1,4 @@
-"""Detections on disk: a progress file that survives any kill, and the COCO files made of it."""
+"""Detections on disk: a progress file that survives kills, and COCO files made from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.core.files import write_json
-from flows.inference.images import Picture
+from flows.inference.images import SourceImage
 from rfdetr.files import write_text_atomic
 
 PROGRESS, DATASET, RESULTS = "progress.jsonl", "detections.json", "results.json"
@@ -16,46 +16,66 @@ Row = dict[str, Any]
 
 
 class Progress:
-    """`progress.jsonl`: a header, then one line per finished batch.
+    """`progress.jsonl`: a header, the names of the classes, then one line per finished batch.
 
-    A header that differs (another model or threshold) starts a new file. A torn last line, left
-    by a kill, counts as not done; so batches are always whole.
+    If the header differs (another model or threshold), a new file is started. A truncated last
+    line, left by a kill, is dropped, so a batch is recorded completely or not at all.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
-        self.file, self.header = folder / PROGRESS, header
+        self.file = folder / PROGRESS
+        self.categories: dict[int, str] = {}
         self._rows: dict[str, Row] = {}
         lines = self.file.read_text(encoding="utf-8").split("\n") if self.file.exists() else [""]
-        whole = lines[:-1]
-        if not whole or json.loads(whole[0]) != header:
-            whole = [json.dumps(header)]
-        if lines != [*whole, ""]:
-            write_text_atomic(self.file, "\n".join(whole) + "\n")
-        for line in whole[1:]:
-            self._take(json.loads(line))
+        complete = lines[:-1]
+        if not complete or json.loads(complete[0]) != header:
+            complete = [json.dumps(header)]
+        if lines != [*complete, ""]:
+            write_text_atomic(self.file, "\n".join(complete) + "\n")
+        for line in complete[1:]:
+            self._read(json.loads(line))
+
+    def set_categories(self, names: dict[int, str]) -> None:
+        """Record label -> name of every class of the model."""
+        if names != self.categories:
+            self._append({str(label): name for label, name in names.items()})
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Write a finished batch down."""
+        """Record a finished batch."""
+        self._append(rows)
+
+    def row(self, image: SourceImage) -> Row | None:
+        """The recorded result of an image, unless it is new or has changed since."""
+        row = self._rows.get(image.name)
+        return row if row is not None and row["stamp"] == image.stamp else None
+
+    def rows(self, images: Sequence[SourceImage]) -> list[Row]:
+        """The recorded results of the given images."""
+        return [row for row in map(self.row, images) if row is not None]
+
+    def _append(self, line: Any) -> None:
         with open(self.file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(rows) + "\n")
-        self._take(rows)
+            stream.write(json.dumps(line) + "\n")
+        self._read(line)
 
-    def row(self, picture: Picture) -> Row | None:
-        """What was found on an image, unless it is new or has changed since."""
-        row = self._rows.get(picture.name)
-        return row if row is not None and row["stamp"] == picture.stamp else None
-
-    def _take(self, rows: Sequence[Row]) -> None:
-        self._rows.update({row["file_name"]: row for row in rows})
+    def _read(self, line: Any) -> None:
+        if isinstance(line, dict):
+            self.categories = {int(label): name for label, name in line.items()}
+        else:
+            self._rows.update({row["file_name"]: row for row in line})
 
 
-def write_coco(folder: Path, info: dict[str, Any], rows: Sequence[Row]) -> int:
-    """Write `detections.json`, a COCO dataset with scores, and `results.json`, what COCO's
-    `loadRes` reads; image ids count from 1 in the order of `rows`. The number of detections.
+def write_coco(
+    folder: Path, info: dict[str, Any], rows: Sequence[Row], names: dict[int, str]
+) -> int:
+    """Write the COCO files; returns the number of detections.
+
+    `detections.json` is a COCO dataset with scores, `results.json` the input of pycocotools'
+    `loadRes`. Image ids count from 1 in the order of `rows`; `names` gives the categories.
     """
     images: list[Row] = []
     results: list[Row] = []
-    categories: dict[int, str] = {}
+    categories = dict(names)
     for row in rows:
         if "error" in row:
             continue

@@ -1,6 +1,6 @@
-"""Are recent images still what the champion was validated on? Measures, reports, records.
+"""Compares recent images with the image profile of a registered model, and records the result.
 
-`python -m flows.inference.drift` runs as a child of the flow `drift-check`.
+Internal: the flow `drift-check` runs `python -m flows.inference.drift` as a child process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flows.core.errors import explain
 from flows.core.process import die_with_parent, exit_on_sigterm
 from flows.core.redact import redact
-from flows.inference.images import Picture, fetch_picture, list_pictures, newest
+from flows.inference.images import SourceImage, fetch_image, list_images, newest
 from flows.inference.predict import find_version, load_detector
 from flows.project.project import Project
 from flows.registry.image_profile import PROFILE
@@ -27,26 +27,26 @@ from rfdetr.errors import CheckpointError
 from rfdetr.files import write_text_atomic
 from rfdetr.monitoring.drift_report import DriftReport
 
-REPORT, TEXT, PICTURE = (Path(f"reports/drift.{kind}") for kind in ("json", "md", "png"))
+REPORT, TEXT, PLOT = (Path(f"reports/drift.{kind}") for kind in ("json", "md", "png"))
 
 
 class DriftParams(BaseModel):
-    """What a person may choose about a check."""
+    """Options of a drift check."""
 
     model_config = ConfigDict(extra="forbid")
 
     hours: float | None = Field(default=None, gt=0, description="Only images newer than this")
-    limit: int = Field(default=512, ge=1, description="The newest images, at most so many")
-    min_images: int = Field(default=30, ge=1, description="Fewer are not judged")
+    limit: int = Field(default=512, ge=1, description="At most this many images, the newest first")
+    min_images: int = Field(default=30, ge=1, description="Skip the check with fewer images")
     thresholds: dict[str, float | None] = Field(
-        default_factory=dict, description="Measure -> value from which it alarms; null for never"
+        default_factory=dict, description="Measure -> value that raises an alarm; null for never"
     )
     model: str | None = Field(default=None, description="Alias or version (default: champion)")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class DriftCheck(BaseModel, frozen=True):
-    """`reports/drift.json`: one check. Without a report, `skipped` says why."""
+    """One check, as stored in `reports/drift.json`. Without a report, `skipped` is the reason."""
 
     model: str
     version: int
@@ -57,11 +57,11 @@ class DriftCheck(BaseModel, frozen=True):
 
     @property
     def drifted(self) -> bool:
-        """Whether a measure is past its threshold."""
+        """Whether a measure exceeds its threshold."""
         return self.report is not None and self.report.drifted
 
     def to_markdown(self) -> str:
-        """The report with what it is about."""
+        """The report with a heading."""
         body = self.skipped if self.report is None else self.report.to_markdown()
         return (
             f"# Drift of {self.model} version {self.version}\n\n{self.source}, {self.at}\n\n{body}"
@@ -69,22 +69,22 @@ class DriftCheck(BaseModel, frozen=True):
 
 
 def check_drift(project: Project, source: str, params: DriftParams | None = None) -> DriftCheck:
-    """Compare the newest images of `source` with the model's stored profile.
+    """Compare the newest images of `source` with the model's image profile.
 
-    Writes reports/drift.json, drift.md and drift.png, and records the numbers on the model's MLflow
-    run and version. Raises ConfigError without a champion, CheckpointError when the version has no
-    profile, DatasetError when the source does not exist or holds no image.
+    Writes reports/drift.json, drift.md and drift.png, and records the numbers on the version and
+    its MLflow run. Raises ConfigError without a champion, CheckpointError if the version has no
+    profile, and DatasetError if the source does not exist or contains no images.
     """
     params = params or DriftParams()
     root = project.root
     registry = Registry(project.params.registry.name, project.tracking_uri)
     version = find_version(registry, params.model)
-    pictures = newest(list_pictures([source]), hours=params.hours, limit=params.limit)
-    if len(pictures) < params.min_images:
-        newer = f" of the last {params.hours:g} hours" if params.hours else ""
-        report, skipped = None, f"{len(pictures)} images{newer}; {params.min_images} are needed"
+    images = newest(list_images([source]), hours=params.hours, limit=params.limit)
+    if len(images) < params.min_images:
+        recent = f" in the last {params.hours:g} hours" if params.hours else ""
+        report, skipped = None, f"{len(images)} images{recent}; {params.min_images} required"
     else:
-        report, skipped = _measure(root, registry, version, pictures, params), None
+        report, skipped = _measure(root, registry, version, images, params), None
     check = DriftCheck(
         model=registry.name,
         version=version.number,
@@ -104,7 +104,7 @@ def _measure(
     root: Path,
     registry: Registry,
     version: Version,
-    pictures: Sequence[Picture],
+    images: Sequence[SourceImage],
     params: DriftParams,
 ) -> DriftReport:
     from rfdetr.monitoring.drift import compare
@@ -115,51 +115,54 @@ def _measure(
         artifacts = registry.fetch(version, Path(temporary)) / "artifacts"
         if not (artifacts / PROFILE).exists():
             raise CheckpointError(
-                f"{registry.name} version {version.number} was registered without a profile of its "
-                "images. Retrain and promote a new version, then check again."
+                f"{registry.name} version {version.number} was registered without an image "
+                "profile. Retrain and promote a new version, then check again."
             )
         reference = ImageProfile.load(artifacts / PROFILE)
         detector = load_detector(artifacts, device=params.device)
-        files = _fetch(pictures, Path(temporary) / "pictures")
+        files = _fetch(images, Path(temporary) / "images")
         recent = profile_images(detector, files, limit=params.limit, threshold=reference.threshold)
     report = compare(reference, recent, params.thresholds)
-    draw_drift(reference, recent, report, root / PICTURE)
+    draw_drift(reference, recent, report, root / PLOT)
     return report
 
 
-def _fetch(pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    """The images as files, named as in their source."""
-    client = make_client() if any(is_s3(picture.place) for picture in pictures) else None
+def _fetch(images: Sequence[SourceImage], folder: Path) -> list[Path]:
+    """The paths of the images, downloaded to `folder` if they are on S3."""
+    client = make_client() if any(is_s3(image.address) for image in images) else None
     files: dict[int, Path] = {}
 
-    def fetch(item: tuple[int, Picture]) -> None:
-        number, picture = item
-        target = folder / str(number) / Path(picture.name).name
-        files[number] = fetch_picture(picture, target, client)
+    def fetch(item: tuple[int, SourceImage]) -> None:
+        number, image = item
+        target = folder / str(number) / Path(image.name).name
+        files[number] = fetch_image(image, target, client)
 
-    on_threads(fetch, enumerate(pictures))
-    return [files[number] for number in range(len(pictures))]
+    on_threads(fetch, enumerate(images))
+    return [files[number] for number in range(len(images))]
 
 
 def _record(root: Path, registry: Registry, version: Version, check: DriftCheck) -> None:
-    """Numbers and reports on the version's run, the outcome on the version; alarms are kept."""
+    """Record the outcome on the version, and numbers and reports on its run, if that still exists.
+
+    The reports of checks with drift are kept; `drift/latest` is replaced by every check.
+    """
     assert check.report is not None
     alarms = ", ".join(check.report.alarms) or "none"
     registry.set_tags(version.number, {"drift.alarms": alarms, "drift.at": check.at})
-    if version.run_id is None:
+    run_id = registry.active_run(version)
+    if run_id is None:
+        print(f"version {version.number} has no MLflow run any more; see {root / REPORT}")
         return
-    client = registry.client
-    step = len(client.get_metric_history(version.run_id, "drift/embedding"))
-    for measure in check.report.measures:
-        client.log_metric(version.run_id, f"drift/{measure.name}", measure.value, step=step)
+    values = {f"drift/{measure.name}": measure.value for measure in check.report.measures}
+    registry.append_metrics(run_id, values)
     folders = ["drift/latest"] + ([f"drift/{check.at[:19]}"] if check.drifted else [])
     for folder in folders:
-        for file in (REPORT, TEXT, PICTURE):
-            client.log_artifact(version.run_id, str(root / file), folder.replace(":", ""))
+        for file in (REPORT, TEXT, PLOT):
+            registry.log_artifact(run_id, root / file, folder.replace(":", ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of the flow's child."""
+    """Command line of the child process."""
     parser = argparse.ArgumentParser(prog="python -m flows.inference.drift", description=__doc__)
     parser.add_argument("source", help="folder or s3:// prefix of recent images")
     parser.add_argument("--params", default="{}", help="fields of DriftParams as JSON")
@@ -169,8 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         params = DriftParams.model_validate_json(options.params)
         check = check_drift(Project(Path.cwd()), options.source, params)
-    except Exception as error:  # noqa: BLE001 - the last line says what happened
-        print(f"watch failed: {explain(error)}", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001 - reported as the last line
+        print(f"drift check failed: {explain(error)}", file=sys.stderr)
         return 1
     print(check.skipped or ", ".join(check.report.alarms if check.report else ()) or "no drift")
     return 0

@@ -1,4 +1,4 @@
-"""Images to look at: files, folders and s3:// prefixes, listed at once and fetched when needed."""
+"""Source images from files, folders and s3:// prefixes: listed first, fetched when needed."""
 
 from __future__ import annotations
 
@@ -15,74 +15,74 @@ from rfdetr.errors import DatasetError
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One image. `name` tells it from the others, `stamp` changes with its content."""
+class SourceImage:
+    """One image. `name` is unique within a listing; `stamp` changes when the content changes."""
 
     name: str
-    place: str  # a file, or an s3:// address
+    address: str  # a path, or an s3:// address
     stamp: str
-    modified: float  # seconds since 1970
+    modified: float  # Unix time in seconds
 
 
-def list_pictures(sources: Sequence[str], *, leave_out: Path | None = None) -> list[Picture]:
-    """The images of files, folders and s3:// addresses, in order of source and name.
+def list_images(sources: Sequence[str], *, exclude: Path | None = None) -> list[SourceImage]:
+    """The images of files, folders and s3:// addresses, ordered by source and name.
 
-    Names are relative to their source. What lies below the folder `leave_out` is passed over.
-    Raises DatasetError when a source does not exist, when there is no image, and when two images
-    would have the same name.
+    Names are relative to their source. Everything below the folder `exclude` is skipped. Raises
+    DatasetError if a source does not exist, if there are no images, or if two images would have the
+    same name.
     """
-    found: dict[str, Picture] = {}
+    found: dict[str, SourceImage] = {}
     for source in sources:
-        for picture in _in_bucket(source) if is_s3(source) else _in_folder(source, leave_out):
-            other = found.setdefault(picture.name, picture)
-            if other.place != picture.place:
+        for image in _in_bucket(source) if is_s3(source) else _in_folder(source, exclude):
+            other = found.setdefault(image.name, image)
+            if other.address != image.address:
                 raise DatasetError(
-                    f"{other.place} and {picture.place} would both be called {picture.name}. "
-                    "Give the folder above them as the one source, or start once for each."
+                    f"{other.address} and {image.address} would both be named {image.name}. Use "
+                    "their common parent folder as the source, or run once per source."
                 )
     if not found:
         raise DatasetError(
-            f"No images in {', '.join(sources)}. Known: {', '.join(sorted(IMAGE_SUFFIXES))}."
+            f"No images in {', '.join(sources)}. Supported: {', '.join(sorted(IMAGE_SUFFIXES))}."
         )
     return list(found.values())
 
 
 def newest(
-    pictures: Sequence[Picture], *, hours: float | None = None, limit: int | None = None
-) -> list[Picture]:
+    images: Sequence[SourceImage], *, hours: float | None = None, limit: int | None = None
+) -> list[SourceImage]:
     """The images of the last `hours`, at most `limit`, newest first."""
     earliest = 0.0 if hours is None else time.time() - 3600 * hours
-    recent = [picture for picture in pictures if picture.modified >= earliest]
+    recent = [image for image in images if image.modified >= earliest]
     return sorted(recent, key=lambda p: (-p.modified, p.name))[:limit]
 
 
-def fetch_picture(picture: Picture, target: Path, client: Any = None) -> Path:
-    """The image as a file: itself, or its download to `target`. Raises StorageError."""
-    if not is_s3(picture.place):
-        return Path(picture.place)
-    return download(picture.place, target, progress=False, client=client)
+def fetch_image(image: SourceImage, target: Path, client: Any = None) -> Path:
+    """The path of the image, downloaded to `target` if it is on S3. Raises StorageError."""
+    if not is_s3(image.address):
+        return Path(image.address)
+    return download(image.address, target, progress=False, client=client)
 
 
-def _in_folder(source: str, leave_out: Path | None) -> Iterator[Picture]:
+def _in_folder(source: str, exclude: Path | None) -> Iterator[SourceImage]:
     base = Path(source)
     if base.is_file():
         yield _of_file(base, base.name)
     elif base.is_dir():
         for file in sorted(base.rglob("*")):
-            inside = leave_out is not None and file.resolve().is_relative_to(leave_out.resolve())
-            if file.suffix.lower() in IMAGE_SUFFIXES and not inside:
+            excluded = exclude is not None and file.resolve().is_relative_to(exclude.resolve())
+            if file.suffix.lower() in IMAGE_SUFFIXES and not excluded:
                 yield _of_file(file, file.relative_to(base).as_posix())
     else:
         raise DatasetError(f"{source} does not exist.")
 
 
-def _of_file(file: Path, name: str) -> Picture:
+def _of_file(file: Path, name: str) -> SourceImage:
     status = file.stat()
     stamp = f"{status.st_size}-{status.st_mtime_ns}"
-    return Picture(name, str(file), stamp, status.st_mtime)
+    return SourceImage(name, str(file), stamp, status.st_mtime)
 
 
-def _in_bucket(source: str) -> Iterator[Picture]:
+def _in_bucket(source: str) -> Iterator[SourceImage]:
     address, client = Address.parse(source), make_client()
     pages = client.get_paginator("list_objects_v2").paginate(
         Bucket=address.bucket, Prefix=address.key.rstrip("/")
@@ -94,7 +94,7 @@ def _in_bucket(source: str) -> Iterator[Picture]:
         if Path(key).suffix.lower() not in IMAGE_SUFFIXES:
             continue
         if key != address.key and not key.startswith(folder):
-            continue  # a neighbour whose name begins like the prefix
+            continue  # another prefix that starts with the same characters
         name = key.removeprefix(folder) if key.startswith(folder) else Path(key).name
-        place = str(Address(address.bucket, key))
-        yield Picture(name, place, item["ETag"].strip('"'), item["LastModified"].timestamp())
+        where = str(Address(address.bucket, key))
+        yield SourceImage(name, where, item["ETag"].strip('"'), item["LastModified"].timestamp())

@@ -1,4 +1,4 @@
-"""A registered model over images: COCO results, resumable, with drawn pictures if wanted."""
+"""Runs a registered model over images: resumable, COCO results, optionally drawn images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flows.core.digest import digest_of
 from flows.core.locks import locked
 from flows.inference.coco_results import DATASET, PROGRESS, RESULTS, Progress, Row, write_coco
-from flows.inference.images import Picture, fetch_picture, list_pictures
+from flows.inference.images import SourceImage, fetch_image, list_images
 from flows.project.project import Project
 from flows.registry.registry import CHAMPION, Registry, Version
 from flows.storage.objects import download, upload
@@ -30,12 +30,16 @@ if TYPE_CHECKING:
 
 BATCH = 8
 UPLOAD_SECONDS = 60.0  # between two uploads of the progress file
-PICTURES = "pictures"
+DRAWN = "pictures"  # subfolder of the results
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a call came to: all images, those it detected on itself, unreadable ones, boxes."""
+    """Summary of one call.
+
+    `images` counts all images of the source, `detected` those processed in this call, `unreadable`
+    the files that are not valid images, and `detections` the boxes.
+    """
 
     images: int
     detected: int
@@ -55,20 +59,20 @@ def predict_images(
     threshold: float = 0.5,
     draw: bool = True,
 ) -> Predictions:
-    """Detect on files, folders and s3:// prefixes.
+    """Detect objects in files, folders and s3:// prefixes.
 
-    Writes into the folder or s3:// prefix `out`: `detections.json` (a COCO dataset with scores),
-    `results.json` (COCO results) and drawn pictures. Interrupted, the same call goes on after the
-    last finished batch, also on another machine when `out` is on S3; another model or threshold,
-    or pictures that were not wanted before, start anew. A file that is no image is named in the
-    results and does not stop the others.
+    Writes to the folder or s3:// prefix `out`: `detections.json` (a COCO dataset with scores),
+    `results.json` (COCO results) and, with `draw`, images with the detections drawn in. After an
+    interruption the same call resumes after the last finished batch, also on another machine if
+    `out` is on S3. Another model or threshold, or a change of `draw`, starts from scratch. Files
+    that are not valid images are skipped and listed in the results.
     """
     if not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold is a score from 0 to 1; got {threshold}.")
+        raise ConfigError(f"threshold must be between 0 and 1; got {threshold}.")
     registry = Registry(project.params.registry.name, project.tracking_uri)
     version = find_version(registry, model)
     folder = _working_folder(out, project.env.state_dir)
-    pictures = list_pictures(sources, leave_out=folder)
+    images = list_images(sources, exclude=folder)
     header = {
         "model": registry.name,
         "version": version.number,
@@ -80,25 +84,31 @@ def predict_images(
         locked(folder, wait=True),
         tempfile.TemporaryDirectory(prefix="rfdetr-predict-") as temporary,
     ):
-        keeper = _Keeper(folder, out)
+        uploads = _Uploads(folder, out)
         progress = Progress(folder, header)
-        waiting = [picture for picture in pictures if progress.row(picture) is None]
-        if waiting:
+        remaining = [image for image in images if progress.row(image) is None]
+        if remaining:
             detector = load_version(registry, version, Path(temporary))
-            for batch in _loaded(waiting, Path(temporary)):
+            progress.set_categories(detector.model.label_names())
+            for batch in _loaded(remaining, Path(temporary)):
                 progress.add(_detect(detector, batch, threshold, folder if draw else None))
-                keeper.tick()
-        rows = [row for row in map(progress.row, pictures) if row is not None]
-        count = write_coco(folder, header, rows)
-        keeper.finish()
-    unreadable = sum("error" in row for row in rows)
+                uploads.tick()
+        rows = progress.rows(images)
+        count = write_coco(folder, header, rows, progress.categories)
+        uploads.finish()
     return Predictions(
-        len(rows), len(waiting), unreadable, count, registry.name, version.number, out
+        images=len(rows),
+        detected=len(remaining),
+        unreadable=sum("error" in row for row in rows),
+        detections=count,
+        model=registry.name,
+        version=version.number,
+        out=out,
     )
 
 
 def find_version(registry: Registry, model: str | None) -> Version:
-    """A version by number or alias (default: champion). Raises ConfigError when there is none."""
+    """A version by number or alias (default: champion). Raises ConfigError if there is none."""
     if model is not None and model.isdecimal():
         return registry.version(int(model))
     version = registry.by_alias(model or CHAMPION)
@@ -117,30 +127,30 @@ def load_version(registry: Registry, version: Version, folder: Path) -> RFDETR:
 
 
 def load_detector(artifacts: Path, **overrides: Any) -> RFDETR:
-    """The detector of a model folder's `artifacts`. Raises ConfigError without weights."""
+    """The detector of a model folder's `artifacts`. Raises ConfigError if weights are missing."""
     from rfdetr import RFDETR
 
     weights = next((f for f in artifacts.iterdir() if f.suffix in {".pth", ".ckpt"}), None)
     if weights is None:
-        raise ConfigError(f"{artifacts} holds no weights (.pth or .ckpt); register the model again")
+        raise ConfigError(f"{artifacts} has no .pth or .ckpt file; register the model again")
     return RFDETR.from_checkpoint(str(weights), **overrides)
 
 
 def _working_folder(out: str, state_dir: Path) -> Path:
-    """Where results grow: `out`, or for an s3:// prefix a folder of the state."""
+    """The local folder of the results: `out`, or for an s3:// prefix one in the state folder."""
     if is_s3(out):
         return state_dir / "predictions" / digest_of([out.rstrip("/")])[:24]
     return Path(out)
 
 
-class _Keeper:
-    """Copies results to an s3:// prefix; does nothing for a folder."""
+class _Uploads:
+    """Copies the results to an s3:// prefix; does nothing for a local folder."""
 
     def __init__(self, folder: Path, out: str) -> None:
         self.folder, self.out = folder, out.rstrip("/") if is_s3(out) else None
         self._last = time.monotonic()
         if self.out and not (folder / PROGRESS).exists():
-            with suppress(StorageError):  # nothing there: a first run
+            with suppress(StorageError):  # missing on the first call
                 download(f"{self.out}/{PROGRESS}", folder / PROGRESS, progress=False)
 
     def tick(self) -> None:
@@ -151,49 +161,53 @@ class _Keeper:
     def finish(self) -> None:
         if self.out is None:
             return
-        for name in (PROGRESS, RESULTS, DATASET):  # the dataset last: it says that all is there
-            if name == DATASET and (self.folder / PICTURES).is_dir():
-                upload_tree(self.folder / PICTURES, f"{self.out}/{PICTURES}", progress=False)
+        for name in (
+            PROGRESS,
+            RESULTS,
+            DATASET,
+        ):  # the dataset last: it completes the results
+            if name == DATASET and (self.folder / DRAWN).is_dir():
+                upload_tree(self.folder / DRAWN, f"{self.out}/{DRAWN}", progress=False)
             upload(self.folder / name, f"{self.out}/{name}", progress=False)
 
 
-Loaded = tuple[Picture, Any]  # RGB pixels, or the InputError that says why there are none
+Loaded = tuple[SourceImage, Any]  # with its RGB pixels, or the InputError of an unreadable file
 
 
-def _loaded(pictures: Sequence[Picture], folder: Path) -> Iterator[list[Loaded]]:
-    """Batches with their pixels; the next one is fetched and decoded meanwhile."""
+def _loaded(images: Sequence[SourceImage], folder: Path) -> Iterator[list[Loaded]]:
+    """Batches with their pixels; the next batch is fetched and decoded in the background."""
     from tqdm import tqdm
 
-    client = make_client() if any(is_s3(picture.place) for picture in pictures) else None
-    batches = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
-    bar = tqdm(total=len(pictures), unit="image", disable=not sys.stderr.isatty())
+    client = make_client() if any(is_s3(image.address) for image in images) else None
+    batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+    bar = tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty())
     with ThreadPoolExecutor(1) as pool, bar:
-        coming = pool.submit(_load, batches[0], folder, client)
+        pending = pool.submit(_load, batches[0], folder, client)
         for following in itertools.chain(batches[1:], [None]):
-            batch = coming.result()
+            batch = pending.result()
             if following is not None:
-                coming = pool.submit(_load, following, folder, client)
+                pending = pool.submit(_load, following, folder, client)
             yield batch
             bar.update(len(batch))
 
 
-def _load(batch: Sequence[Picture], folder: Path, client: Any) -> list[Loaded]:
+def _load(batch: Sequence[SourceImage], folder: Path, client: Any) -> list[Loaded]:
     from rfdetr.data.image_input import read_image
 
     pixels: dict[str, Any] = {}
 
-    def load(item: tuple[int, Picture]) -> None:
-        number, picture = item
-        target = folder / f"picture-{number}{Path(picture.name).suffix}"
+    def load(item: tuple[int, SourceImage]) -> None:
+        number, image = item
+        target = folder / f"image-{number}{Path(image.name).suffix}"
         try:
-            pixels[picture.name] = read_image(fetch_picture(picture, target, client))
+            pixels[image.name] = read_image(fetch_image(image, target, client))
         except (InputError, FileNotFoundError) as error:
-            reason = str(error).replace(str(target), picture.place)
-            pixels[picture.name] = InputError(reason)
+            reason = str(error).replace(str(target), image.address)
+            pixels[image.name] = InputError(reason)
         target.unlink(missing_ok=True)
 
     on_threads(load, enumerate(batch))
-    return [(picture, pixels[picture.name]) for picture in batch]
+    return [(image, pixels[image.name]) for image in batch]
 
 
 def _detect(
@@ -202,24 +216,24 @@ def _detect(
     readable = [pixels for _, pixels in batch if not isinstance(pixels, InputError)]
     found = iter(detector.predict(readable, threshold=threshold) if readable else [])
     rows = []
-    for picture, pixels in batch:
-        row: Row = {"file_name": picture.name, "stamp": picture.stamp}
+    for image, pixels in batch:
+        row: Row = {"file_name": image.name, "stamp": image.stamp}
         if isinstance(pixels, InputError):
-            print(f"passed over: {pixels}", file=sys.stderr)
+            print(f"skipped: {pixels}", file=sys.stderr)
             rows.append({**row, "error": str(pixels)})
             continue
         detections = next(found)
-        rows.append({**row, **_facts(pixels, detections)})
+        rows.append({**row, **_fields(pixels, detections)})
         if folder is not None:
-            _draw(pixels, detections, folder / PICTURES / _drawn_name(picture.name))
+            _draw(pixels, detections, folder / DRAWN / _drawn_name(image.name))
     return rows
 
 
-def _facts(pixels: Any, detections: Any) -> Row:
+def _fields(pixels: Any, detections: Any) -> Row:
     from rfdetr.data.image_input import height_and_width
 
     height, width = height_and_width(pixels)
-    facts: Row = {
+    fields: Row = {
         "width": width,
         "height": height,
         "boxes": [[round(float(v), 2) for v in box] for box in detections.xyxy],
@@ -230,8 +244,8 @@ def _facts(pixels: Any, detections: Any) -> Row:
     if detections.mask is not None:
         from rfdetr.data.masks import encode
 
-        facts["masks"] = [encode(mask)["counts"].decode() for mask in detections.mask]
-    return facts
+        fields["masks"] = [encode(mask)["counts"].decode() for mask in detections.mask]
+    return fields
 
 
 def _drawn_name(name: str) -> str:
@@ -247,10 +261,10 @@ def _draw(pixels: Any, detections: Any, target: Path) -> None:
         f"{name} {score:.2f}"
         for name, score in zip(detections.data["class_name"], detections.confidence, strict=True)
     ]
-    picture = as_rgb_image(pixels).copy()
-    picture = supervision.BoxAnnotator(thickness=1).annotate(picture, detections)
-    picture = supervision.LabelAnnotator(text_scale=0.3, text_padding=1).annotate(
-        picture, detections, labels=labels
+    image = as_rgb_image(pixels).copy()
+    image = supervision.BoxAnnotator(thickness=1).annotate(image, detections)
+    image = supervision.LabelAnnotator(text_scale=0.3, text_padding=1).annotate(
+        image, detections, labels=labels
     )
     with atomic_path(target) as temporary:
-        picture.save(temporary, "JPEG", quality=90)
+        image.save(temporary, "JPEG", quality=90)

@@ -229,6 +229,20 @@ class Registry:
         """The id of the experiment that holds a run."""
         return str(self.client.get_run(run_id).info.experiment_id)
 
+    def active_run(self, version: Version) -> str | None:
+        """The id of the run that trained a version, or None if it was deleted."""
+        from mlflow.exceptions import MlflowException
+
+        if version.run_id is None:
+            return None
+        try:
+            stage = self.client.get_run(version.run_id).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return version.run_id if stage == "active" else None
+
     # --- writing
 
     def set_alias(self, alias: str, number: int) -> None:
@@ -252,6 +266,20 @@ class Registry:
     def delete_tag(self, number: int, key: str) -> None:
         """Remove a tag of a version."""
         self.client.delete_model_version_tag(self.name, str(number), key)
+
+    def append_metrics(self, run_id: str, values: Mapping[str, float]) -> None:
+        """Add a value to each metric of a run, at the step after the last one."""
+        from mlflow.entities import Metric
+
+        first = next(iter(values))
+        step = len(self.client.get_metric_history(run_id, first))
+        at = int(time.time() * 1000)
+        points = [Metric(key, value, at, step) for key, value in values.items()]
+        self.client.log_batch(run_id, metrics=points)
+
+    def log_artifact(self, run_id: str, file: Path, folder: str) -> None:
+        """Store a file in a folder of the run's artifacts."""
+        self.client.log_artifact(run_id, str(file), folder)
 
     def log_text(self, version: Version, text: str, path: str) -> None:
         """Store a text as an artifact of the version's run, if it has one."""

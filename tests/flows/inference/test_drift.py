@@ -21,7 +21,7 @@ from prefect.server.events.schemas.events import ReceivedEvent
 
 from flows.config.overrides import RetrainParams
 from flows.drift_check import EVENT, drift_check
-from flows.inference.drift import PICTURE, REPORT, TEXT, DriftCheck, DriftParams, check_drift
+from flows.inference.drift import PLOT, REPORT, TEXT, DriftCheck, DriftParams, check_drift
 from flows.project.project import Project
 from flows.registry.registry import Registry
 from flows.storage.prefixes import upload_tree
@@ -93,9 +93,22 @@ def test_drift_is_reported_and_recorded_on_the_champion(project: Path, registry:
     assert "drift/latest" in kept
     (alarm,) = kept - {"drift/latest"}
     names = {Path(name).name for name in artifacts(registry.uri, version.run_id, alarm)}
-    assert names == {REPORT.name, TEXT.name, PICTURE.name}
-    with Image.open(project / PICTURE) as picture:
+    assert names == {REPORT.name, TEXT.name, PLOT.name}
+    with Image.open(project / PLOT) as picture:
         assert picture.format == "PNG"
+
+
+def test_drift_is_found_when_the_run_of_the_champion_was_deleted(
+    project: Path, registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = str(registry.version(1).run_id)
+    registry.client.delete_run(run_id)
+    try:
+        assert check_drift(Project(project), str(project / "dark"), CPU).drifted
+    finally:
+        registry.client.restore_run(run_id)
+    assert "has no MLflow run any more" in capsys.readouterr().out
+    assert "brightness" in registry.version(1).tags["drift.alarms"]
 
 
 def test_s3_prefix_gives_the_folders_numbers(project: Path, s3: S3Server) -> None:
@@ -115,7 +128,7 @@ def test_too_few_recent_images_are_not_judged(project: Path, tmp_path: Path) -> 
     assert check_drift(Project(project), str(folder), CPU).drifted
     check = check_drift(Project(project), str(folder), DriftParams(device="cpu", hours=1))
     assert check.report is None
-    assert check.skipped == "15 images of the last 1 hours; 30 are needed"
+    assert check.skipped == "15 images in the last 1 hours; 30 required"
     assert "15 images" in (project / TEXT).read_text()
 
 
@@ -133,7 +146,7 @@ def test_what_cannot_be_checked_is_said(
     with pytest.raises(ConfigError, match="no version with the alias 'champion'"):
         check_drift(Project(tmp_path), str(project / "same"), CPU)
     register_champion(f"sqlite:///{tmp_path / 'mlflow.db'}", write_model(tmp_path))
-    with pytest.raises(CheckpointError, match="registered without a profile"):
+    with pytest.raises(CheckpointError, match="registered without an image profile"):
         check_drift(Project(tmp_path), str(project / "same"), CPU)
 
 

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 
 from flows.batch_predict import batch_predict
 from flows.inference.coco_results import PROGRESS
-from flows.inference.images import list_pictures, newest
+from flows.inference.images import list_images, newest
 from flows.inference.predict import BATCH, Predictions, predict_images
 from flows.project.project import Project
 from flows.storage.prefixes import upload_tree
@@ -76,7 +76,7 @@ def predict(root: Path, source: Any, out: Any, **options: Any) -> Predictions:
 
 def rows(out: Path) -> list[dict[str, Any]]:
     lines = (out / PROGRESS).read_text().splitlines()[1:]
-    return [row for line in lines for row in json.loads(line)]
+    return [row for line in lines if line.startswith("[") for row in json.loads(line)]
 
 
 def test_results_are_the_detectors_own(whole: Path, photos: Path, project: Path) -> None:
@@ -97,6 +97,7 @@ def test_results_are_the_detectors_own(whole: Path, photos: Path, project: Path)
         assert annotation["category_id"] == label
     known = dict(enumerate([*NAMES, "3"]))
     assert all(known[c["id"]] == c["name"] for c in coco.cats.values())
+    assert set(coco.cats) >= set(range(len(NAMES)))
     info = json.loads((whole / "detections.json").read_text())["info"]
     assert (info["model"], info["version"]) == ("rfdetr-demo", 1)
 
@@ -120,7 +121,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_result(
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 300
-    while _lines(out) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while _lines(out) < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid, signal.SIGKILL)
@@ -160,6 +161,17 @@ def test_only_new_and_changed_images_are_looked_at(
     assert [i["file_name"] for i in images] == ["0.png", "1.png", "2.png"]
     assert images[2]["width"] == 50
     assert predict(project, folder, out, threshold=0.01).detected == 3
+
+
+def test_every_class_of_the_model_is_a_category(
+    project: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Also without detections, and in a call that only reads what an earlier one recorded."""
+    for _ in range(2):
+        found = predict(project, photos / "day-0/000.png", tmp_path, threshold=1.0)
+        assert found.detections == 0
+        categories = json.loads((tmp_path / "detections.json").read_text())["categories"]
+        assert [c["name"] for c in categories] == NAMES
 
 
 def test_what_is_no_image_is_named_and_stops_nothing(
@@ -202,9 +214,9 @@ def test_sources_that_cannot_be_used_are_named(project: Path, photos: Path, tmp_
     one, two = photos / "day-0", tmp_path / "copy"
     two.mkdir()
     (two / "000.png").write_bytes((one / "000.png").read_bytes())
-    with pytest.raises(DatasetError, match=r"both be called 000\.png"):
-        list_pictures([str(one), str(two)])
-    assert len(list_pictures([str(one), str(one)])) == len(list(one.iterdir()))
+    with pytest.raises(DatasetError, match=r"both be named 000\.png"):
+        list_images([str(one), str(two)])
+    assert len(list_images([str(one), str(one)])) == len(list(one.iterdir()))
 
 
 def test_newest_images_by_time_and_number(tmp_path: Path) -> None:
@@ -212,7 +224,7 @@ def test_newest_images_by_time_and_number(tmp_path: Path) -> None:
         file = tmp_path / f"{number}.png"
         Image.new("RGB", (4, 4)).save(file)
         os.utime(file, (time.time() - 3600 * number,) * 2)
-    pictures = list_pictures([str(tmp_path)])
+    pictures = list_images([str(tmp_path)])
     assert [p.name for p in newest(pictures, hours=2.5)] == ["0.png", "1.png", "2.png"]
     assert [p.name for p in newest(pictures, limit=2)] == ["0.png", "1.png"]
 
