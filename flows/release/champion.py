@@ -1,7 +1,18 @@
-"""Moves the aliases: promotion, rollback, and the record of who did what, why and when.
+"""Moves the alias `champion`: promotion, rollback, and the audit record of each move.
 
-The intent is written as a tag before an alias moves, so that a step that was cut off is finished
-by repeating it, with the same record.
+A move takes several calls to MLflow, and the process may be killed between any two of them. So the
+record of the move is first stored as the tag `promotion.pending` (the intent) of the version that
+becomes champion. Repeating the command then depends on three things:
+
+| intent          | champion alias           | audit record | action                              |
+|-----------------|--------------------------|--------------|-------------------------------------|
+| none            | any                      | any          | a new move                          |
+| present         | the previous champion    | missing      | interrupted: redo it, same record   |
+| present         | the version itself       | any          | interrupted: finish it, same record |
+| present         | anything else            | any          | outdated: ignore it, a new move     |
+
+An intent next to its audit record and the previous champion is outdated too: the move was finished,
+and later undone.
 """
 
 from __future__ import annotations
@@ -31,7 +42,7 @@ AUDIT = "audit."
 
 
 class ChampionChangedError(RegistryError):
-    """Another version became champion since the gate looked; gate again."""
+    """The champion is not the one that the gate compared with; run the gate again."""
 
 
 class AuditRecord(BaseModel):
@@ -49,17 +60,17 @@ class AuditRecord(BaseModel):
 
     @property
     def key(self) -> str:
-        """Tag and file name of the record."""
+        """Name of the tag and of the file that hold the record."""
         return f"{AUDIT}{self.at.replace(':', '')}-{self.action}"
 
 
 def actor(named: str | None = None) -> str:
-    """Who acts: `named`, else user@host; a user without a name is `uid <number>`."""
+    """Who acts: `named`, else user@host, with `uid <number>` for a user without a name."""
     if named:
         return named
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # containers run as numbers that /etc/passwd does not know
+    except (KeyError, OSError):  # container users may be missing from /etc/passwd
         user = f"uid {os.getuid()}"
     return f"{user}@{socket.gethostname()}"
 
@@ -73,72 +84,69 @@ def promote(
     expected_champion: int | Literal["any", "judged"] | None = "any",
     force: bool = False,
 ) -> AuditRecord | None:
-    """Make a version champion; the old one becomes `previous_champion`. None: it already was.
+    """Make a version champion; the old champion becomes `previous_champion`.
 
-    `expected_champion` is what the gate compared with (None: there was none, `judged`: the one on
-    record with the version's verdict); another one now is a ChampionChangedError. A version that
-    the gate refused or that was rolled back needs `force`.
+    Returns None if the version is champion already. `expected_champion` is the version that the
+    gate compared with: a number, None for no champion, or `judged` for the one in the version's
+    verdict. ChampionChangedError is raised if the champion is another one. A version that the gate
+    refused, or that was rolled back, needs `force`.
     """
-    version, aliases = registry.version(number), registry.aliases()
-    current = aliases.get(CHAMPION)
-    record = _pending(version, current)
+    version, current = registry.version(number), registry.aliases().get(CHAMPION)
+    record = _interrupted(version, current, "promote")
     if record is None:
         if current == number:
             _drop_challenger(registry, number)
             return None
         if not force:
             _check_allowed(registry.name, version)
-            expected = expected_champion
-            if expected == "judged":
-                expected = _judged_against(registry.name, version)
-            _check_champion(registry.name, number, current, expected)
+            if expected_champion == "judged":
+                expected_champion = _judged_against(registry.name, version)
+            _check_champion(registry.name, number, current, expected_champion)
         record = AuditRecord(
             action="promote",
             version=number,
             previous=current,
-            reason=_given(reason),
+            reason=_checked_reason(reason),
             by=redact(by),
             at=now(),
             forced=force,
         )
         registry.set_tags(number, {PENDING: record.model_dump_json()})
     if (previous := _existing(registry, record.previous)) is not None:
-        _set_alias(registry, PREVIOUS, previous.number)
-    _set_alias(registry, CHAMPION, number)
+        registry.set_alias(PREVIOUS, previous.number)
+    registry.set_alias(CHAMPION, number)
     _drop_challenger(registry, number)
     _finish(registry, version, record)
     return record
 
 
 def rollback(registry: Registry, *, reason: str, by: str, to: int | None = None) -> AuditRecord:
-    """Move `champion` back to `previous_champion`, or to version `to`, which must have served.
+    """Move `champion` back to `previous_champion`, or to version `to`, a former champion.
 
-    A rollback that was cut off is finished first, with its own record; that is all unless `to` is
-    another version. The version left behind is tagged `promotion.rolled_back`; `previous_champion`
-    then names the champion before the restored one. Raises RegistryError when there is nothing to
-    go back to.
+    An interrupted rollback is finished first, with its own record; if it leads to the requested
+    version, that is all. The version left behind is tagged `promotion.rolled_back`, and
+    `previous_champion` becomes the champion before the restored one. Raises RegistryError if there
+    is no version to roll back to.
     """
-    reason, cut_off = _given(reason), _cut_off_rollback(registry)
-    if to is not None and (cut_off is None or to != cut_off.version):
+    reason, interrupted = _checked_reason(reason), _interrupted_rollback(registry)
+    if to is not None and (interrupted is None or to != interrupted.version):
         _check_served(registry, to)
-    if cut_off is not None:
-        _move_back(registry, cut_off)
-        if to in (None, cut_off.version):
-            return cut_off
+    if interrupted is not None:
+        _move_back(registry, interrupted)
+        if to in (None, interrupted.version):
+            return interrupted
     record = _plan_rollback(registry, reason, redact(by), to)
     _move_back(registry, record)
     return record
 
 
-def _cut_off_rollback(registry: Registry) -> AuditRecord | None:
-    """The rollback that was begun and not finished, unless another move came after it."""
+def _interrupted_rollback(registry: Registry) -> AuditRecord | None:
+    """The rollback that was started and not finished, unless it was followed by another move."""
     current, moves = registry.aliases().get(CHAMPION), history(registry)
-    last = moves[-1].at if moves else ""
-    found = (_pending(version, current, "rollback") for version in registry.versions())
-    alive = [
-        record for record in found if record and (record.version == current or record.at > last)
-    ]
-    return max(alive, key=lambda record: record.at, default=None)
+    last_move = moves[-1].at if moves else ""
+    found = (_interrupted(version, current, "rollback") for version in registry.versions())
+    valid = [r for r in found if r and (r.version == current or r.at > last_move)]
+    return max(valid, key=lambda record: record.at, default=None)
 
 
 def _plan_rollback(registry: Registry, reason: str, by: str, to: int | None) -> AuditRecord:
@@ -147,48 +155,49 @@ def _plan_rollback(registry: Registry, reason: str, by: str, to: int | None) -> 
     if target is None or (current is None and to is None):
         missing = "champion" if current is None else "previous champion"
         raise RegistryError(
-            f"{registry.name} has no {missing} to roll back; name the version that shall serve."
+            f"{registry.name} has no {missing} to roll back; give the version to restore."
         )
     if target == current:
-        raise RegistryError(f"{registry.name}: version {target} is champion already.")
+        raise RegistryError(f"{registry.name}: version {target} is already champion.")
     return AuditRecord(
         action="rollback", version=target, previous=current, reason=reason, by=by, at=now()
     )
 
 
 def _move_back(registry: Registry, record: AuditRecord) -> None:
+    """Carry out a rollback; every step can be repeated."""
     restored, left = registry.version(record.version), _existing(registry, record.previous)
     registry.set_tags(restored.number, {PENDING: record.model_dump_json()})
     if left is not None:
         tags = {"promotion.rolled_back": "true", "promotion.rolled_back_reason": record.reason}
         registry.set_tags(left.number, tags)
-        _forget_intent(registry, left)
+        _drop_intent(registry, left)
     before = _champion_before(registry, restored.number)
-    _set_alias(registry, CHAMPION, restored.number)
+    registry.set_alias(CHAMPION, restored.number)
     if before is not None:
-        _set_alias(registry, PREVIOUS, before)
+        registry.set_alias(PREVIOUS, before)
     elif PREVIOUS in registry.aliases():
-        registry.client.delete_registered_model_alias(registry.name, PREVIOUS)
+        registry.delete_alias(PREVIOUS)
     _drop_challenger(registry, restored.number)
     _finish(registry, restored, record)
 
 
 def history(registry: Registry) -> list[AuditRecord]:
     """Every promotion and rollback, oldest first."""
-    places = [registry.model_tags(), *(version.tags for version in registry.versions())]
+    sources = [registry.model_tags(), *(version.tags for version in registry.versions())]
     records = {
         AuditRecord.model_validate_json(value)
-        for tags in places
+        for tags in sources
         for key, value in tags.items()
         if key.startswith(AUDIT)
     }
     return sorted(records, key=lambda record: record.at)
 
 
-def _given(reason: str) -> str:
-    """A reason as it goes on record. Raises RegistryError for an empty one."""
+def _checked_reason(reason: str) -> str:
+    """A reason without secrets. Raises RegistryError if it is empty."""
     if not reason.strip():
-        raise RegistryError("The reason is empty; say why the champion shall move.")
+        raise RegistryError("The reason is empty; give a reason for changing the champion.")
     return redact(reason)
 
 
@@ -198,8 +207,8 @@ def _check_served(registry: Registry, number: int) -> None:
     served.update(n for record in history(registry) for n in (record.version, record.previous))
     if number not in served:
         raise RegistryError(
-            f"{registry.name} version {number} never served, so there is no going back to it. "
-            "Promote it; `promote --force` overrules the gate."
+            f"{registry.name} version {number} never served, so it cannot be restored. "
+            "Promote it instead; `promote --force` overrides the gate."
         )
 
 
@@ -208,21 +217,21 @@ def _check_allowed(name: str, version: Version) -> None:
     if outcome == "refuse":
         raise RegistryError(
             f"{name} version {version.number} was refused by the gate: "
-            f"{version.tags.get('gate.reason')}. Promote with force to overrule it."
+            f"{version.tags.get('gate.reason')}. `promote --force` overrides this."
         )
     if version.tags.get("promotion.rolled_back") == "true":
         raise RegistryError(
             f"{name} version {version.number} was rolled back: "
-            f"{version.tags.get('promotion.rolled_back_reason')}. Promote with force to try again."
+            f"{version.tags.get('promotion.rolled_back_reason')}. `promote --force` overrides this."
         )
 
 
 def _judged_against(name: str, version: Version) -> int | Literal["any"] | None:
-    """The champion that the gate compared a version with; `any` for a verdict of long ago."""
+    """The champion in the verdict of a version; `any` for verdicts that did not record it."""
     if "gate.outcome" not in version.tags:
         raise RegistryError(
-            f"{name} version {version.number} was not judged by the gate. Register it with "
-            "`rfdetr-pipeline register`, or promote with --force to do without a verdict."
+            f"{name} version {version.number} was not judged by the gate. Run "
+            "`rfdetr-pipeline register`, or promote with --force to skip the gate."
         )
     known = version.tags.get("gate.champion_version", "any")
     if known == "any":
@@ -242,19 +251,22 @@ def _check_champion(
         )
 
 
-def _pending(version: Version, current: int | None, action: str = "promote") -> AuditRecord | None:
-    """The unfinished move to this version, unless the champion has changed since."""
+def _interrupted(version: Version, champion: int | None, action: str) -> AuditRecord | None:
+    """The interrupted move that made a version champion, if it can still be finished.
+
+    See the table at the top of this module.
+    """
     text = version.tags.get(PENDING)
     if not text:
         return None
     record = AuditRecord.model_validate_json(text)
-    begun = current == record.previous and record.key not in version.tags
-    fresh = begun or current == record.version
-    return record if fresh and record.action == action else None
+    moved = champion == record.version
+    not_moved = champion == record.previous and record.key not in version.tags
+    return record if record.action == action and (moved or not_moved) else None
 
 
 def _champion_before(registry: Registry, number: int) -> int | None:
-    """The champion that `number` once replaced, if it is still there and may serve."""
+    """The champion that `number` once replaced, if it exists and was not rolled back."""
     earlier = [r for r in history(registry) if r.action == "promote" and r.version == number]
     before = _existing(registry, earlier[-1].previous) if earlier else None
     if before is None or before.number == number:
@@ -263,23 +275,19 @@ def _champion_before(registry: Registry, number: int) -> int | None:
 
 
 def _existing(registry: Registry, number: int | None) -> Version | None:
-    """A version that may have been deleted since it was put on record."""
+    """The version, or None if it was deleted."""
     return next((version for version in registry.versions() if version.number == number), None)
-
-
-def _set_alias(registry: Registry, alias: str, number: int) -> None:
-    registry.client.set_registered_model_alias(registry.name, alias, str(number))
 
 
 def _drop_challenger(registry: Registry, number: int) -> None:
     if registry.aliases().get(CHALLENGER) == number:
-        registry.client.delete_registered_model_alias(registry.name, CHALLENGER)
+        registry.delete_alias(CHALLENGER)
 
 
 def _finish(registry: Registry, version: Version, record: AuditRecord) -> None:
-    """Write the record on the version, the model and the run, then forget the intent.
+    """Store the record on the version, the registered model and the run, then drop the intent.
 
-    The model keeps it when the version is deleted.
+    The copy on the registered model remains if the version is deleted.
     """
     text = record.model_dump_json()
     tags = {"promotion.rolled_back": "false"} if "promotion.rolled_back" in version.tags else {}
@@ -287,15 +295,14 @@ def _finish(registry: Registry, version: Version, record: AuditRecord) -> None:
     promotion = {f"promotion.{name}": getattr(record, name) for name in names}
     registry.set_tags(version.number, {**promotion, **tags, record.key: text})
     registry.set_model_tag(f"{record.key}-{record.version}", text)
-    if version.run_id:
-        try:
-            registry.client.log_text(version.run_id, text, f"audit/{record.key}.json")
-        except Exception as error:  # noqa: BLE001 - a purged run must not block the move
-            problem = redact(str(error))
-            LOGGER.warning("%s has no copy on run %s: %s", record.key, version.run_id, problem)
-    _forget_intent(registry, registry.version(version.number))
+    try:
+        registry.log_text(version, text, f"audit/{record.key}.json")
+    except Exception as error:  # noqa: BLE001 - a deleted run must not block the move
+        problem = redact(str(error))
+        LOGGER.warning("%s has no copy on run %s: %s", record.key, version.run_id, problem)
+    _drop_intent(registry, registry.version(version.number))
 
 
-def _forget_intent(registry: Registry, version: Version) -> None:
+def _drop_intent(registry: Registry, version: Version) -> None:
     if PENDING in version.tags:
-        registry.client.delete_model_version_tag(registry.name, str(version.number), PENDING)
+        registry.delete_tag(version.number, PENDING)

@@ -121,7 +121,7 @@ def judge(project: Project, number: int) -> Verdict:
     taken_back = tags.get("promotion.rolled_back") == "true"
     why = tags.get("promotion.rolled_back_reason", "no reason on record") if taken_back else None
     policy = GatePolicy(**params.gate.model_dump(), rolled_back=why)
-    verdict = decide(old, challenger, policy, champion and champion.number)
+    verdict = decide(old, challenger, policy, champion.number if champion else None)
     record_verdict(registry, number, verdict)
     registry.set_tags(number, {GATE_KEY: gate_key(params, digest)})
     write_text_atomic(project.verdict, verdict.model_dump_json(indent=2))
