@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.core.process import CommandFailed, run_streaming
 from flows.orchestration import artifacts
-from flows.orchestration.children import StageFailedError, cause, log_line
+from flows.orchestration.children import log_line, run_module
 from flows.orchestration.gpus import gpu_slot
 from flows.project.project import Project
 from flows.storage.s3 import is_s3
@@ -27,29 +25,29 @@ def batch_predict(
     threshold: float = 0.5,
     draw: bool = False,
 ) -> dict[str, Any]:
-    """Detect on every image of `source` and write COCO results to `out`: folders or s3:// prefixes.
+    """Detect objects in every image of `source` and write COCO results to `out`.
 
-    `model` is an alias or version number (default: champion). A run that was killed goes on where
-    it stopped when it is started again with the same `out`.
+    Both are folders or s3:// prefixes. `model` is an alias or version number (default: champion).
+    To resume an interrupted flow run, start it again with the same `out`.
     """
     if runtime.deployment.id and not is_s3(out) and not Path(out).is_absolute():
         raise ConfigError(
-            f"out is {out}, inside the worker's temporary folder: give an absolute folder or an "
+            f"out is {out}, inside the worker's temporary folder: give an absolute path or an "
             "s3:// prefix."
         )
     project = Project(Path.cwd())
     with gpu_slot(project, 1):
-        found = detect(project.root, source, out, model, threshold, draw=draw)
-    artifacts.show_predictions(found)
-    return found
+        summary = detect(project, source, out, model, threshold, draw=draw)
+    artifacts.show_predictions(summary)
+    return summary
 
 
 @task(retries=2, retry_delay_seconds=[10, 60], cache_policy=NO_CACHE)
 def detect(
-    root: Path, source: str, out: str, model: str | None, threshold: float, *, draw: bool
+    project: Project, source: str, out: str, model: str | None, threshold: float, *, draw: bool
 ) -> dict[str, Any]:
-    """`rfdetr-pipeline predict` in a child process; a retry goes on after the last batch."""
-    command = [sys.executable, "-m", "flows.cli.main", "predict", source, "--out", out, "--json"]
+    """Run `rfdetr-pipeline predict` as a child process; a retry resumes after the last batch."""
+    command = ["flows.cli.main", "predict", source, "--out", out, "--json"]
     command += ["--threshold", str(threshold)]
     command += ["--model", model] if model else []
     command += [] if draw else ["--no-draw"]
@@ -60,9 +58,6 @@ def detect(
         lines.append(line)
         log(line)
 
-    try:
-        run_streaming(command, on_line, cwd=root)
-    except CommandFailed as error:
-        raise StageFailedError(f"prediction failed: {cause('error', error)}") from error
-    answer = next(line for line in reversed(lines) if line.startswith("{"))
-    return dict(json.loads(answer))
+    run_module(project, "prediction", *command, on_line=on_line)
+    summary = next(line for line in reversed(lines) if line.startswith("{"))
+    return dict(json.loads(summary))

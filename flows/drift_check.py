@@ -1,9 +1,8 @@
-"""The flow `drift-check`: recent images against the champion's profile; drift is an event."""
+"""The flow `drift-check`: compares recent images with the champion's profile; emits an event."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from prefect.events import emit_event
 from prefect.states import Completed
 
 from flows.core.files import read_json
-from flows.core.process import CommandFailed, run_streaming
 from flows.inference import drift
 from flows.inference.drift import DriftCheck, DriftParams
 from flows.orchestration import artifacts
-from flows.orchestration.children import StageFailedError, cause, log_line
+from flows.orchestration.children import run_module
 from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.notify import notify
 from flows.project.project import Project
@@ -30,69 +28,44 @@ EVENT = "rfdetr.drift.detected"
 def drift_check(
     source: str | None = None, params: DriftParams | None = None
 ) -> State | dict[str, Any]:
-    """Compare recent images with those that the champion was validated on.
+    """Compare recent images with the champion's image profile.
 
-    `source` is a folder or s3:// prefix; left empty, RFDETR_RECENT_IMAGES of the worker. Drift is
-    reported, sent to people, and emitted as the event `rfdetr.drift.detected` of the resource
-    `rfdetr.model.<name>`, on which an automation starts the deployment `retrain/manual`.
+    `source` is a folder or s3:// prefix (default: RFDETR_RECENT_IMAGES of the worker). On drift, a
+    notification is sent, and the event `rfdetr.drift.detected` of the resource
+    `rfdetr.model.<name>` is emitted, which makes an automation start `retrain/manual`.
     """
     params = params or DriftParams()
     project = Project(Path.cwd())
     source = source or project.env.recent_images
     if not source:
-        text = "no images to look at: give a source, or set RFDETR_RECENT_IMAGES for the worker"
+        text = "no source of images: pass `source`, or set RFDETR_RECENT_IMAGES for the worker"
         return Completed(name="Skipped", message=text)
     with contextlib.nullcontext() if params.device == "cpu" else gpu_slot(project, 1):
-        check = compare_images(project.root, source, params)
+        check = compare_images(project, source, params)
     if check.report is None:
         return Completed(name="Skipped", message=check.skipped)
     artifacts.show_drift(project.root / drift.TEXT, project.root / drift.PLOT)
     if check.drifted:
         announce(project, check)
-    return summary(check)
+    return check.summary()
 
 
 @task(retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
-def compare_images(root: Path, source: str, params: DriftParams) -> DriftCheck:
-    """The check in a child process: no network lives in the flow's process."""
-    command = [
-        sys.executable,
-        "-m",
-        "flows.inference.drift",
-        source,
-        "--params",
-        params.model_dump_json(),
-    ]
-    try:
-        run_streaming(command, log_line(), cwd=root)
-    except CommandFailed as error:
-        raise StageFailedError(f"drift check failed: {cause('watch', error)}") from error
-    return DriftCheck.model_validate(read_json(root / drift.REPORT))
-
-
-def summary(check: DriftCheck) -> dict[str, Any]:
-    """A check as small plain data, for the event and for people."""
-    assert check.report is not None
-    return {
-        "model": check.model,
-        "version": check.version,
-        "source": check.source,
-        "drifted": check.drifted,
-        "alarms": check.report.alarms,
-        "recent_images": check.report.recent_images,
-        "values": {measure.name: measure.value for measure in check.report.measures},
-    }
+def compare_images(project: Project, source: str, params: DriftParams) -> DriftCheck:
+    """Run the check as a child process."""
+    options = ("--params", params.model_dump_json())
+    run_module(project, "drift check", "flows.inference.drift", source, *options)
+    return DriftCheck.model_validate(read_json(project.root / drift.REPORT))
 
 
 def announce(project: Project, check: DriftCheck) -> None:
-    """Emit the event that automations wait for, and tell people."""
-    facts = summary(check)
+    """Emit the event that the automation waits for, and send a notification."""
+    facts = check.summary()
     resource = {
         "prefect.resource.id": f"rfdetr.model.{check.model}",
         "prefect.resource.name": check.model,
         "rfdetr.model.version": str(check.version),
     }
     emit_event(EVENT, resource=resource, payload=facts)
-    measures = ", ".join(facts["alarms"])
-    text = f"{check.source} differs from the training set in {measures}"
+    text = f"{check.source} differs from the training set in {', '.join(facts['alarms'])}"
     notify(project.env, "drift detected", text, facts)

@@ -1,4 +1,4 @@
-"""The flow `rollback`: gives the alias champion back to an earlier version."""
+"""The flow `rollback`: makes an earlier version champion again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from flows.release import steps
 
 @flow(name="rollback")
 def rollback(reason: str, name: str | None = None, to: int | None = None) -> dict[str, Any]:
-    """Give `champion` back to its predecessor, or to version `to`; the reason goes on record."""
+    """Restore the previous champion, or version `to`, and record the reason."""
     record = steps.roll_back(Project(Path.cwd()), reason=reason, name=name, to=to)
     return record.model_dump(mode="json")

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows.cli import commands as run
-from flows.core.errors import FAILED, INTERRUPTED, explain
+from flows.core.child_report import report_failure
+from flows.core.errors import FAILED, INTERRUPTED
 
 STAGES = ("validate", "convert", "fit", "evaluate")
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options)
     except Exception as error:  # noqa: BLE001 - a message instead of a traceback
-        print(f"error: {explain(error)}", file=sys.stderr)
+        report_failure("error", error)
         return FAILED
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)

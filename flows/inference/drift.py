@@ -10,11 +10,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.core.errors import explain
+from flows.core.child_report import report_failure, report_start
 from flows.core.process import die_with_parent, exit_on_sigterm
 from flows.core.redact import redact
 from flows.inference.images import SourceImage, fetch_image, list_images, newest
@@ -59,6 +59,19 @@ class DriftCheck(BaseModel, frozen=True):
     def drifted(self) -> bool:
         """Whether a measure exceeds its threshold."""
         return self.report is not None and self.report.drifted
+
+    def summary(self) -> dict[str, Any]:
+        """The result as small plain data, for events and notifications."""
+        assert self.report is not None
+        return {
+            "model": self.model,
+            "version": self.version,
+            "source": self.source,
+            "drifted": self.drifted,
+            "alarms": self.report.alarms,
+            "recent_images": self.report.recent_images,
+            "values": {measure.name: measure.value for measure in self.report.measures},
+        }
 
     def to_markdown(self) -> str:
         """The report with a heading."""
@@ -169,11 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     die_with_parent()
     exit_on_sigterm()
+    report_start()
     try:
         params = DriftParams.model_validate_json(options.params)
         check = check_drift(Project(Path.cwd()), options.source, params)
     except Exception as error:  # noqa: BLE001 - reported as the last line
-        print(f"drift check failed: {explain(error)}", file=sys.stderr)
+        report_failure("drift check failed", error)
         return 1
     print(check.skipped or ", ".join(check.report.alarms if check.report else ()) or "no drift")
     return 0

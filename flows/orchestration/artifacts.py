@@ -1,13 +1,12 @@
-"""What a run shows in Prefect: dataset report, progress, champion against challenger, pictures.
+"""Prefect artifacts of a flow run: dataset report, training progress, gate decision, images.
 
-Showing is best effort: a server that is away is a warning, never the end of a run.
+Artifacts are best effort: a failure is logged as a warning and never ends the flow run.
 """
 
 from __future__ import annotations
 
 import base64
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, Self
 from uuid import UUID
 
-import httpx
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
@@ -25,76 +23,76 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.settings import (
+    PREFECT_API_REQUEST_TIMEOUT,
+    PREFECT_CLIENT_MAX_RETRIES,
+    temporary_settings,
+)
 
 from flows.core.redact import redact
 from flows.fit_job.progress import EpochProgress, parse_progress
 from flows.gate.verdict import Verdict
 
 LOGGER = logging.getLogger(__name__)
-AWAY_SECONDS = 300.0
-LARGEST_PICTURE_BYTES = 400_000  # kept in Prefect's database as text
+TIMEOUT_S = 10.0
+MAX_IMAGE_BYTES = 400_000  # Prefect stores images as text in its database
 P = ParamSpec("P")
 
 
-class _Server:
-    """When the server may be asked again: every attempt to reach one that is away takes minutes."""
-
-    away_until = 0.0
-
-
 def best_effort(show: Callable[P, None]) -> Callable[P, None]:
-    """Turn failures of `show` into warnings; a server that was away is left alone for a while."""
+    """Turn failures of `show` into warnings.
+
+    With Prefect's own settings, each attempt to reach an unavailable server takes minutes.
+    """
+    quick = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: TIMEOUT_S}
 
     @wraps(show)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        if time.monotonic() < _Server.away_until:
-            return
         try:
-            show(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - see the module's promise
-            if isinstance(error, httpx.TransportError):
-                _Server.away_until = time.monotonic() + AWAY_SECONDS
+            with temporary_settings(quick):
+                show(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - an artifact must never fail a flow run
             LOGGER.warning("%s was not shown: %s", show.__name__, redact(str(error)))
 
     return guarded
 
 
 @best_effort
-def show_dataset_report(root: Path) -> None:
-    """The Markdown report of the validate stage."""
-    file = root / "reports" / "validation.md"
+def show_dataset_report(reports: Path) -> None:
+    """Show the Markdown report of the validate stage."""
+    file = reports / "validation.md"
     if file.exists():
         create_markdown_artifact(file.read_text(encoding="utf-8"), key="dataset-report")
 
 
 @best_effort
-def show_pictures(root: Path) -> None:
-    """The small pictures of the evaluate stage: curves, confusion matrix, predictions."""
+def show_images(reports: Path) -> None:
+    """Show the images of the evaluate stage: curves, confusion matrix, predictions."""
     for folder in ("curves", "pictures"):
-        for file in sorted((root / "reports" / folder).glob("*.png")):
-            if file.stat().st_size > LARGEST_PICTURE_BYTES:
+        for file in sorted((reports / folder).glob("*.png")):
+            if file.stat().st_size > MAX_IMAGE_BYTES:
                 LOGGER.warning("%s is too large for an artifact; open the file", file)
                 continue
-            _show_picture(file)
+            _show_image(file)
 
 
 @best_effort
-def show_drift(report: Path, picture: Path) -> None:
-    """The report of a drift check and its histograms."""
+def show_drift(report: Path, plot: Path) -> None:
+    """Show the report of a drift check and its histograms."""
     create_markdown_artifact(report.read_text(encoding="utf-8"), key="drift-report")
-    _show_picture(picture)
+    _show_image(plot)
 
 
 @best_effort
-def show_predictions(found: Mapping[str, Any]) -> None:
-    """How many images a batch prediction covered, and where its results are."""
-    rows = [{"": name, "value": redact(str(value))} for name, value in found.items()]
+def show_predictions(summary: Mapping[str, Any]) -> None:
+    """Show the summary of a batch prediction."""
+    rows = [{"": name, "value": redact(str(value))} for name, value in summary.items()]
     create_table_artifact(rows, key="predictions")
 
 
 @best_effort
 def show_verdict(verdict: Verdict) -> None:
-    """The decision with its rules, and both models' numbers side by side."""
+    """Show the decision with its rules, and the metrics of both models."""
     create_markdown_artifact(redact(verdict.to_markdown()), key="gate-decision")
     old, new = verdict.champion, verdict.challenger
     rows = [
@@ -120,16 +118,16 @@ def show_verdict(verdict: Verdict) -> None:
 
 @best_effort
 def show_links(links: Sequence[tuple[str, str, str]]) -> None:
-    """Links to the tracking server as (key, address, text); only http addresses can be opened."""
+    """Show links, given as (key, URL, text); only http URLs can be opened."""
     for key, address, text in links:
         if address.startswith(("http://", "https://")):
             create_link_artifact(address, link_text=text, key=key)
 
 
 class TrainingProgress:
-    """Follows the lines of the fit stage and keeps one progress artifact up to date.
+    """Reads the output of the fit stage and updates a progress artifact.
 
-    A thread talks to the server, so that nobody who reads the lines waits for it. Use as a context
+    A thread calls the server, so that reading the output never waits for it. Use as a context
     manager.
     """
 
@@ -145,7 +143,7 @@ class TrainingProgress:
         self._thread.shutdown()
 
     def read(self, line: str) -> str:
-        """The line as a person wants to see it; a finished epoch moves the progress bar."""
+        """The line as it should be logged; a finished epoch updates the progress artifact."""
         progress = parse_progress(line)
         if progress is None:
             return line
@@ -154,7 +152,7 @@ class TrainingProgress:
         quality = "-" if progress.mAP is None else f"{progress.mAP:.4f}"
         return (
             f"epoch {progress.epoch}/{progress.of}  loss {loss}  mAP {quality}  "
-            f"{progress.seconds:.0f} s gone, about {progress.eta_s:.0f} s left"
+            f"{progress.seconds:.0f} s elapsed, about {progress.eta_s:.0f} s left"
         )
 
     @best_effort
@@ -168,7 +166,7 @@ class TrainingProgress:
             update_progress_artifact(self._artifact, percent, description=text)
 
 
-def _show_picture(file: Path) -> None:
+def _show_image(file: Path) -> None:
     data = base64.b64encode(file.read_bytes()).decode("ascii")
     key = file.stem.lower().replace("_", "-")
     create_image_artifact(f"data:image/png;base64,{data}", key=key, description=file.name)

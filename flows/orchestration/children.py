@@ -1,35 +1,90 @@
-"""Child processes of a task, and why they failed."""
+"""Child processes of a task: DVC stages and internal commands, their log and their errors.
+
+Models run in child processes only, so no network and no GPU memory stays in the flow's process.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import re
+import sys
+from collections.abc import Callable
 
 from prefect import get_run_logger, runtime
 
-from flows.core.process import CommandFailed
+from flows.core.child_report import ChildReport, child_report
+from flows.core.process import CommandFailed, Line, run_streaming
 from flows.core.redact import redact
+from flows.project.dvc import dvc
+from flows.project.project import Project
 from rfdetr.errors import RFDETRError
+
+# What DVC prints for users at a terminal.
+DVC_ADVICE = re.compile(
+    r"To (track|enable) .*run:$|\s+(git add|dvc config) |Use `dvc push` to send|^\s*$"
+)
+TAIL_LINES = 5  # shown for a child that did not report its error
 
 
 class StageFailedError(RFDETRError):
-    """A stage of the pipeline ended with an error; the text names the stage and the cause."""
+    """A stage of the pipeline failed; the message names the stage and the cause."""
 
 
 def flow_run_name() -> str | None:
+    """The name of the current flow run."""
     return runtime.flow_run.name if runtime.flow_run.id else None
 
 
-def log_line() -> Any:
-    """Lines of a child process as log records of the run, without secrets."""
+def log_line() -> Line:
+    """A function that logs lines of output to the flow run, without secrets."""
     logger = get_run_logger()
     return lambda line: logger.info("%s", redact(line))
 
 
-def cause(stage: str, error: CommandFailed) -> str:
-    """The stage's own last words: from the line that says it failed to DVC's."""
-    name, tail = stage.partition("@")[0], error.tail
-    starts = [i for i, line in enumerate(tail) if line.startswith(f"{name} failed:")]
-    words = tail[starts[-1] :] if starts else tail[-5:]
-    ends = [i for i, line in enumerate(words) if line.startswith("ERROR: failed to reproduce")]
-    said = "\n".join(words[: ends[0]] if ends and ends[0] else words)
-    return said if error.reason.startswith("failed") else f"it {error.reason}\n{said}"
+def run_stage(
+    project: Project, stage: str, show: Callable[[str], str], *, timeout: float | None
+) -> bool:
+    """Run `dvc repro` for one stage; returns whether its command ran or its results were reused.
+
+    Lines of output are logged as `show` returns them. Raises StageFailedError.
+    """
+    log = log_line()
+
+    def on_line(line: str) -> None:
+        if not DVC_ADVICE.match(line):
+            log(show(line))
+
+    repro = ("--wait-for-lock", "repro", "--single-item", stage)
+    with child_report() as report:
+        try:
+            dvc(project.root, *repro, on_line=on_line, variables=report.variables, timeout=timeout)
+        except CommandFailed as error:
+            raise StageFailedError(f"stage {stage} failed: {_cause(report, error)}") from error
+        return report.ran
+
+
+def run_module(
+    project: Project,
+    what: str,
+    *command: str,
+    on_line: Line | None = None,
+    timeout: float | None = None,
+) -> None:
+    """Run `python -m` with `command` in the project. Raises StageFailedError: `what` failed."""
+    with child_report() as report:
+        try:
+            run_streaming(
+                [sys.executable, "-m", *command],
+                on_line or log_line(),
+                cwd=project.root,
+                env={**os.environ, **report.variables},
+                timeout=timeout,
+            )
+        except CommandFailed as error:
+            raise StageFailedError(f"{what} failed: {_cause(report, error)}") from error
+
+
+def _cause(report: ChildReport, error: CommandFailed) -> str:
+    """The child's error message, or the end of its output."""
+    text = report.error or "\n".join(error.tail[-TAIL_LINES:])
+    return text if error.reason.startswith("failed") else f"it {error.reason}\n{text}"

@@ -1,11 +1,10 @@
-"""The GPUs of this machine, known without torch: how many, and which are a run's own."""
+"""The NVIDIA GPUs of this machine, without torch: how many, and which ones a flow run may use."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,60 +15,73 @@ from flows.orchestration.limits import slot
 from flows.project.project import Project
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-LOOK_AGAIN_S = 1.0
+RETRY_S = 1.0
 WARN_AFTER_S = 60.0
 
-log = logging.getLogger(__name__)
+LOGGER = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def gpu_slot(project: Project, devices: int | None = None) -> Iterator[None]:
+    """Hold slots of the GPU limit and as many GPUs of this machine; other flow runs wait.
+
+    `devices` defaults to what params.yaml says.
+    """
+    settings, state_dir = project.params.runtime, project.env.state_dir
+    slots = wanted_slots(settings) if devices is None else devices
+    gpus = 0 if settings.accelerator in {"cpu", "mps"} else slots
+    with slot(settings.gpu_slot, slots, state_dir), claimed(gpus, state_dir):
+        yield
 
 
 def wanted_slots(runtime: RuntimeSettings) -> int:
-    """Slots of the GPU limit that a run takes: its devices; with `auto` all visible GPUs, or 1."""
+    """Slots of the GPU limit for a training: `devices`; for `auto` all visible GPUs, at least 1."""
     if runtime.devices != "auto":
         return runtime.devices
     return 1 if runtime.accelerator in ("cpu", "mps") else max(1, visible_gpus())
 
 
 def visible_gpus(env: Mapping[str, str] = os.environ) -> int:
-    """NVIDIA GPUs of this machine, or those that CUDA_VISIBLE_DEVICES leaves of them."""
-    return len(_names(env))
+    """The number of NVIDIA GPUs that CUDA would use."""
+    return len(_visible(env))
 
 
 @contextlib.contextmanager
-def claimed(count: int, folder: Path) -> Iterator[None]:
-    """Hold `count` of the visible GPUs; children that are started inside see no other.
+def claimed(count: int, state_dir: Path) -> Iterator[None]:
+    """Hold `count` of the visible GPUs; child processes started inside see only those.
 
-    Waits while other runs of this machine hold them. The claims are lock files in `folder`, which
-    end with this process, however it ends.
+    Waits until enough GPUs are free. A claim is a locked file named after the GPU's UUID, so it
+    also holds between containers that share the state folder, and it ends with this process,
+    however that ends.
     """
-    names = list(dict.fromkeys(_names(os.environ)))
-    if not names or count < 1:
+    visible = _visible(os.environ)
+    if not visible or count < 1:
         yield
         return
-    place = folder / "gpus" / socket.gethostname()
-    asked = time.monotonic()
-    with contextlib.ExitStack() as held:
-        while len(mine := _free(names, count, place, held)) < min(count, len(names)):
-            held.close()  # all or none, or two runs could wait for each other
-            if time.monotonic() - asked > WARN_AFTER_S:
-                asked = float("inf")
-                log.warning(
-                    "still waiting for %d GPUs that others hold (locks in %s)", count, place
-                )
-            time.sleep(LOOK_AGAIN_S)
-        before = os.environ.get(VISIBLE)
-        held.callback(_set_visible, before)
+    folder = state_dir / "gpus"
+    warn_at = time.monotonic() + WARN_AFTER_S
+    with contextlib.ExitStack() as locks:
+        while len(mine := _lock(visible, count, folder, locks)) < min(count, len(visible)):
+            locks.close()  # all or none, or two flow runs could wait for each other
+            if time.monotonic() > warn_at:
+                warn_at = float("inf")
+                LOGGER.warning("still waiting for %d GPUs in use (locks in %s)", count, folder)
+            time.sleep(RETRY_S)
+        locks.callback(_set_visible, os.environ.get(VISIBLE))
         _set_visible(",".join(mine))
         yield
 
 
-def _free(names: list[str], count: int, place: Path, held: contextlib.ExitStack) -> list[str]:
-    """Up to `count` GPUs that nobody holds, now locked until `held` is closed."""
+def _lock(
+    visible: Mapping[str, str], count: int, folder: Path, locks: contextlib.ExitStack
+) -> list[str]:
+    """Lock up to `count` free GPUs until `locks` is closed; returns their names."""
     mine: list[str] = []
-    for name in names:
+    for name, uuid in visible.items():
         if len(mine) == count:
             break
         with contextlib.suppress(BusyError):
-            held.enter_context(locked(place / name))
+            locks.enter_context(locked(folder / uuid))
             mine.append(name)
     return mine
 
@@ -81,44 +93,37 @@ def _set_visible(value: str | None) -> None:
         os.environ[VISIBLE] = value
 
 
-def _names(env: Mapping[str, str]) -> list[str]:
-    """Indexes or identifiers, as CUDA reads its list: it ends at the first that names no GPU."""
-    present, visible = _present(), env.get(VISIBLE)
+def _visible(env: Mapping[str, str]) -> dict[str, str]:
+    """Name in CUDA_VISIBLE_DEVICES (index or identifier) -> UUID.
+
+    Like CUDA, ignores everything after the first invalid entry.
+    """
+    uuids, visible = _uuids(), env.get(VISIBLE)
     if visible is None:
-        return [str(index) for index in range(present)]
-    names: list[str] = []
-    for entry in (item.strip() for item in visible.split(",")):
-        known = int(entry) < present if entry.isdecimal() else entry.startswith(("GPU-", "MIG-"))
-        if not known or not present:
+        return {str(index): uuid for index, uuid in enumerate(uuids)}
+    found: dict[str, str] = {}
+    for entry in (item.strip() for item in visible.split(",")) if uuids else ():
+        if entry.isdecimal() and int(entry) < len(uuids):
+            found[entry] = uuids[int(entry)]
+        elif entry.startswith(("GPU-", "MIG-")):  # CUDA accepts the beginning of a UUID
+            found[entry] = next((uuid for uuid in uuids if uuid.startswith(entry)), entry)
+        else:
             break
-        names.append(entry)
-    return names
+    return found
 
 
-def _present() -> int:
+def _uuids() -> list[str]:
+    """The UUIDs of the NVIDIA GPUs by index; empty without a driver."""
     try:
         import pynvml
     except ImportError:
-        return 0
+        return []
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        return 0
+        return []
     try:
-        return int(pynvml.nvmlDeviceGetCount())
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        return [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
     finally:
         pynvml.nvmlShutdown()
-
-
-@contextlib.contextmanager
-def gpu_slot(project: Project, devices: int | None = None) -> Iterator[None]:
-    """Hold slots of the GPU limit and as many GPUs of this machine; other runs wait for them.
-
-    `devices` is what params.yaml says unless given.
-    """
-    settings = project.params.runtime
-    wanted = wanted_slots(settings) if devices is None else devices
-    gpus = 0 if settings.accelerator in {"cpu", "mps"} else wanted
-    state_dir = project.env.state_dir
-    with slot(settings.gpu_slot, wanted, state_dir), claimed(gpus, state_dir):
-        yield

@@ -1,4 +1,4 @@
-"""Slots: how many may do a thing at a time, on all machines of a Prefect server or on this one."""
+"""Concurrency limits: across all machines of a Prefect server, or on this machine without one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LEASE_SECONDS = 60
 
 
 class SlotError(RFDETRError):
-    """A slot cannot be asked for."""
+    """A slot cannot be acquired."""
 
 
 @contextlib.contextmanager
 def registry_slot(project: Project, name: str | None = None) -> Iterator[None]:
-    """One writer of the registered model `name` (default: params.yaml's) at a time."""
+    """Allow one writer of the registered model `name` (default: params.yaml's) at a time."""
     model = name or project.params.registry.name
     with slot(f"registry-{model}", 1, project.env.state_dir):
         yield
@@ -30,14 +30,14 @@ def registry_slot(project: Project, name: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def slot(name: str, occupy: int, state_dir: Path) -> Iterator[None]:
-    """A Prefect limit; a lock file in `state_dir` while only a temporary server is there.
+    """Hold `occupy` slots of a Prefect limit or, without a server, a lock file in `state_dir`.
 
-    A temporary server never frees the slots of a run that was killed, a lock file does. A
-    deployment needs its limit to exist, a local run makes it. A run that wants more slots than
-    there are takes all of them and is alone. A renewal that fails does not end the run: a server
-    that restarts must not kill a training. Raises SlotError when no server answers.
+    Prefect's temporary server would never free the slots of a killed process; a lock file does. A
+    missing limit is created by a local flow run, but not by a deployment. A caller that wants more
+    slots than the limit has takes all of them. A failed renewal of the lease is ignored: a
+    restarting server must not end a training. Raises SlotError if the server does not answer.
     """
-    from prefect.concurrency.sync import concurrency  # seconds; commands that look must not pay
+    from prefect.concurrency.sync import concurrency  # slow import
     from prefect.settings import PREFECT_API_URL
 
     if PREFECT_API_URL.value() is None:
@@ -59,8 +59,8 @@ def slot(name: str, occupy: int, state_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _warn_when_slow(name: str) -> Iterator[None]:
-    """After a lease's time a slot is either in use or was leaked: a person should look."""
-    text = f"still waiting for slot {name}: if no other run is live, `rfdetr-pipeline doctor`"
+    """Warn when the wait exceeds a lease: the slot is in use, or was leaked."""
+    text = f"still waiting for slot {name}; if nothing else is running, see `rfdetr-pipeline doctor`"
     timer = threading.Timer(LEASE_SECONDS, _logger().warning, (text,))
     timer.daemon = True
     timer.start()
@@ -71,7 +71,7 @@ def _warn_when_slow(name: str) -> Iterator[None]:
 
 
 def _logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
-    """The log of the run; outside of one, as on the command line, this module's."""
+    """The logger of the flow run, or this module's on the command line."""
     from prefect.exceptions import MissingContextError
     from prefect.logging import get_run_logger
 
@@ -82,7 +82,7 @@ def _logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
 
 
 def _ensure_limit(name: str, slots: int) -> int:
-    """How many slots the limit has; a local run makes one that is missing."""
+    """The number of slots of the limit, which is created if missing in a local flow run."""
     import httpx
     from prefect import runtime
     from prefect.client.orchestration import get_client
@@ -97,7 +97,7 @@ def _ensure_limit(name: str, slots: int) -> int:
                     client.upsert_global_concurrency_limit_by_name(name, slots)
     except httpx.TransportError as error:
         raise SlotError(
-            f"slot {name}: the Prefect server cannot be reached ({error}). Start it, or unset "
-            "PREFECT_API_URL when no run of that server is live: a lock file is used then."
+            f"slot {name}: the Prefect server is unreachable ({error}). Start it, or, if "
+            "none of its flow runs is active, unset PREFECT_API_URL to use a lock file instead."
         ) from error
     return slots

@@ -1,8 +1,8 @@
-"""Tells people that a run failed or that the champion changed: Prefect blocks and webhooks.
+"""Notifications about failed flow runs and champion changes: Prefect blocks and webhooks.
 
-`RFDETR_NOTIFY_BLOCK` names a Prefect notification block (`slack-webhook/team`), and
-`RFDETR_NOTIFY_URL` an address that gets a JSON POST. Both may be set; a message that cannot be
-delivered is logged and never fails a run.
+`RFDETR_NOTIFY_BLOCK` is the name of a Prefect notification block (`slack-webhook/team`), and
+`RFDETR_NOTIFY_URL` a URL that receives a JSON POST. Both may be set. A message that cannot be
+delivered is logged and never fails a flow run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flows.config.environment import Environment
@@ -18,13 +18,13 @@ from flows.core.redact import redact
 from rfdetr.errors import ConfigError
 
 LOGGER = logging.getLogger(__name__)
-SECONDS = 10.0
+TIMEOUT_S = 10.0
 
 
 def notify(
     env: Environment, subject: str, body: str, facts: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Send one message everywhere it should go; the names of the channels that took it."""
+    """Send a message to every configured channel; returns the channels that accepted it."""
     channels = {
         "block": (env.notify_block, _send_to_block),
         "webhook": (env.notify_url, _post),
@@ -35,11 +35,22 @@ def notify(
             continue
         try:
             send(address, redact(subject), redact(body), facts or {})
-        except Exception as error:  # noqa: BLE001 - a notification must never fail the run
+        except Exception as error:  # noqa: BLE001 - a notification must never fail a flow run
             LOGGER.warning("notification by %s failed: %s", name, redact(str(error)))
         else:
             sent.append(name)
     return sent
+
+
+def notify_about(event: str) -> Callable[[Any, Any, Any], None]:
+    """A state hook of a flow that sends a notification: the flow run `event`."""
+
+    def hook(flow: Any, flow_run: Any, state: Any) -> None:  # noqa: ARG001 - passed by name
+        facts = {"run": flow_run.name, "run_id": str(flow_run.id), "state": state.name}
+        text = state.message or "no message"
+        notify(Environment.read(), f"{flow_run.name} {event}", text, facts)
+
+    return hook
 
 
 def _send_to_block(name: str, subject: str, body: str, _facts: Mapping[str, Any]) -> None:
@@ -51,9 +62,10 @@ def _send_to_block(name: str, subject: str, body: str, _facts: Mapping[str, Any]
 def _post(address: str, subject: str, body: str, facts: Mapping[str, Any]) -> None:
     if not address.startswith(("https://", "http://")):
         raise ConfigError("RFDETR_NOTIFY_URL must start with https:// or http://")
-    text = json.dumps({"subject": subject, "text": body, **facts}, default=str)
+    message = {key: redact(str(v)) if isinstance(v, str) else v for key, v in facts.items()}
+    text = json.dumps({**message, "subject": subject, "text": body}, default=str)
     request = urllib.request.Request(  # noqa: S310 - the scheme is checked above
         address, data=text.encode(), headers={"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=SECONDS):  # noqa: S310
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S):  # noqa: S310
         pass

@@ -1,7 +1,7 @@
-"""Whether a run that an automation started has anything to go on with.
+"""Decides whether a flow run that an automation started still has a crashed one to resume.
 
-Events about runs can be late, lost or held back, for example by a restart of the Prefect server;
-what the server has on record about a run is not.
+The events that trigger the automations can be late, lost or repeated, for example after a restart
+of the Prefect server. The states of flow runs on the server are reliable.
 """
 
 from __future__ import annotations
@@ -10,32 +10,30 @@ import time
 from typing import Any
 from uuid import UUID
 
-SETTLE_SECONDS = 30.0  # the automation that marks a lost run acts at the same time
+SETTLE_SECONDS = 30.0  # the automation that marks lost flow runs acts at the same time
 
 
-def obstacle(resumed: str, own: str) -> str | None:
-    """Why run `own` must not go on with the crashed run `resumed`; None when it shall.
+def refusal(resumed: str, own: str) -> str | None:
+    """The reason why flow run `own` must not resume `resumed`, or None if it may.
 
-    Only a run that crashed, that nobody cancelled, and that no other run goes on with is resumed.
+    A flow run is resumed once, and only if it crashed and was not cancelled.
     """
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
         state = _settled(client, UUID(resumed))
         if state is None or not state.is_crashed():
-            return (
-                f"run {resumed} did not crash; it is {state.name if state else 'without a state'}"
-            )
+            return f"flow run {resumed} has not crashed; it is {state.name if state else 'new'}"
         if any(past.is_cancelling() for past in client.read_flow_run_states(UUID(resumed))):
-            return f"run {resumed} was cancelled"
+            return f"flow run {resumed} was cancelled"
         first = min(_resuming(client, resumed), key=lambda run: (run.created, run.id), default=None)
     if first is not None and str(first.id) != own:
-        return f"run {first.id} goes on with run {resumed} already"
+        return f"flow run {resumed} is already resumed by {first.id}"
     return None
 
 
 def _settled(client: Any, run: UUID) -> Any:
-    """The state of a run; one that still counts as running is given time to be marked as lost."""
+    """The state of a flow run; a running one is given time to be marked as lost."""
     until = time.monotonic() + SETTLE_SECONDS
     while True:
         state = client.read_flow_run(run).state
@@ -46,12 +44,15 @@ def _settled(client: Any, run: UUID) -> Any:
 
 
 def _resuming(client: Any, resumed: str) -> list[Any]:
-    """The runs that were started to go on with `resumed`."""
-    from prefect.client.schemas.filters import FlowRunFilter
+    """The flow runs that were started to resume `resumed`."""
+    from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 
-    begun = client.read_flow_run(UUID(resumed)).created
-    later = FlowRunFilter.model_validate({"expected_start_time": {"after_": begun}})
+    crashed = client.read_flow_run(UUID(resumed))
+    same_flow = FlowFilter.model_validate({"id": {"any_": [crashed.flow_id]}})
+    later = FlowRunFilter.model_validate({"expected_start_time": {"after_": crashed.created}})
     runs: list[Any] = []
-    while page := client.read_flow_runs(flow_run_filter=later, limit=200, offset=len(runs)):
+    while page := client.read_flow_runs(
+        flow_filter=same_flow, flow_run_filter=later, limit=200, offset=len(runs)
+    ):
         runs += page
     return [run for run in runs if run.parameters.get("resumes") == resumed]

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from flows.core.errors import explain
+from flows.core.child_report import report_failure, report_start
 from flows.core.files import read_json, write_json
 from flows.core.process import die_with_parent, exit_on_sigterm
 from flows.core.quiet import quiet_libraries
@@ -270,10 +270,11 @@ def main(arguments: list[str] | None = None) -> int:
     die_with_parent()
     exit_on_sigterm()
     quiet_libraries()
+    report_start()
     try:
         options.run(Project(Path.cwd()), options)
     except Exception as error:  # noqa: BLE001 - the last line says what happened
-        print(f"release failed: {explain(error)}", file=sys.stderr)
+        report_failure("release failed", error)
         return 1
     return 0
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flows.config.params import PARAMS_FILE, load_params
-from flows.core.errors import FAILED, INTERRUPTED, OK, USAGE, explain
+from flows.core.child_report import report_failure, report_start
+from flows.core.errors import FAILED, INTERRUPTED, OK, USAGE
 from flows.core.process import die_with_parent, exit_on_sigterm
 from flows.core.quiet import quiet_libraries
 from flows.project.project import Project
@@ -35,6 +36,7 @@ def run_stage(
     die_with_parent()
     exit_on_sigterm()
     quiet_libraries()
+    report_start()
     try:
         project = Project()
         body(project)
@@ -43,7 +45,7 @@ def run_stage(
         print(f"{name}: interrupted.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last line of a stage says what happened
-        print(f"{name} failed: {explain(error)}", file=sys.stderr)
+        report_failure(f"{name} failed", error)
         return FAILED
     return OK
 

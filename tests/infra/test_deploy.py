@@ -34,7 +34,7 @@ def test_slots_of_the_gpu_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_slots(4, 1, "auto") == gpu_slots(None, 4, 2) == gpu_slots(4, None, 2) == 4
     assert gpu_slots(None, 0, "auto") == 0, "a team's pause stays"
 
-    monkeypatch.setattr(gpus, "_present", lambda: 4)
+    monkeypatch.setattr(gpus, "_uuids", lambda: ["GPU-a", "GPU-b", "GPU-c", "GPU-d"])
     for visible, count in {
         "": 0,
         "0,1": 2,
@@ -49,7 +49,7 @@ def test_slots_of_the_gpu_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus.wanted_slots(RuntimeSettings()) == 4
     assert gpus.wanted_slots(RuntimeSettings(devices=2)) == 2
     assert gpus.wanted_slots(RuntimeSettings(accelerator="cpu")) == 1
-    monkeypatch.setattr(gpus, "_present", lambda: 0)
+    monkeypatch.setattr(gpus, "_uuids", list)
     assert gpus.wanted_slots(RuntimeSettings()) == 1
 
 

@@ -273,7 +273,8 @@ def test_the_flow_predicts_in_a_child_and_shows_the_result(
     project: Path, photos: Path, whole: Path, prefect_server: PrefectServer
 ) -> None:
     """Results of the command are there already: the flow finds nothing left to do."""
-    code = "import sys; from flows.batch_predict import batch_predict as b; b(*sys.argv[1:], threshold=0.0)"
+    code = "import sys; from flows.batch_predict import batch_predict as run; "
+    code += "run(*sys.argv[1:], threshold=0.0)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(photos), str(whole)],
         cwd=project,

@@ -1,4 +1,4 @@
-"""Runs on one machine take different GPUs. The machine here has none: their number is given."""
+"""Flow runs on one machine use different GPUs. The GPUs here are simulated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from flows.orchestration import gpus
-gpus._present = lambda: 3
+gpus._uuids = lambda: ["GPU-a", "GPU-b", "GPU-c"]
 with gpus.claimed(2, Path(sys.argv[1])):
     print("ready", flush=True)
     time.sleep(600)
@@ -25,8 +25,8 @@ with gpus.claimed(2, Path(sys.argv[1])):
 
 @pytest.fixture(autouse=True)
 def three(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus, "_present", lambda: 3)
-    monkeypatch.setattr(gpus, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(gpus, "_uuids", lambda: ["GPU-a", "GPU-b", "GPU-c"])
+    monkeypatch.setattr(gpus, "RETRY_S", 0.01)
     monkeypatch.delenv(gpus.VISIBLE, raising=False)
 
 
@@ -56,10 +56,21 @@ def test_only_what_the_environment_leaves_is_taken(
 def test_a_machine_without_gpus_has_nothing_to_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpus, "_present", lambda: 0)
+    monkeypatch.setattr(gpus, "_uuids", list)
     with gpus.claimed(1, tmp_path):
         assert visible_to_children() == "all"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_gpu_has_one_lock_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By index, by identifier, or as the only GPU of a container."""
+    with gpus.claimed(1, tmp_path):
+        assert [file.name for file in (tmp_path / "gpus").iterdir()] == ["GPU-a"]
+        monkeypatch.setenv(gpus.VISIBLE, "GPU-a,GPU-b")
+        with gpus.claimed(1, tmp_path):
+            assert os.environ[gpus.VISIBLE] == "GPU-b"
 
 
 def test_a_run_waits_for_the_gpus_of_another_until_that_is_killed(tmp_path: Path) -> None:

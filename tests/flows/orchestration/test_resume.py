@@ -1,4 +1,4 @@
-"""Which runs an automation's run goes on with, asked of a real Prefect server."""
+"""Which crashed flow runs are resumed, on a real Prefect server."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ def run(client: SyncPrefectClient, *states: State[Any], resumes: str | None = No
     return str(made.id)
 
 
-def test_a_crashed_run_is_gone_on_with_once(client: SyncPrefectClient) -> None:
+def test_a_crashed_run_is_resumed_once(client: SyncPrefectClient) -> None:
     crashed = run(client, Crashed(name="Lost"))
     first = run(client, resumes=crashed)
     second = run(client, resumes=crashed)
-    assert resume.obstacle(crashed, first) is None
-    assert resume.obstacle(crashed, second) == f"run {first} goes on with run {crashed} already"
+    assert resume.refusal(crashed, first) is None
+    assert resume.refusal(crashed, second) == f"flow run {crashed} is already resumed by {first}"
     run(client, Crashed(), resumes=crashed)
-    assert resume.obstacle(first, second) is not None, "the first one has not crashed"
+    assert resume.refusal(first, second) is not None, "the first one has not crashed"
 
 
 @pytest.mark.parametrize("end", [Completed(), Completed(name="Skipped"), Failed()])
 def test_a_run_that_ended_is_not_started_again(client: SyncPrefectClient, end: State[Any]) -> None:
     ended = run(client, end)
-    reason = resume.obstacle(ended, run(client, resumes=ended))
-    assert reason == f"run {ended} did not crash; it is {end.name}"
+    reason = resume.refusal(ended, run(client, resumes=ended))
+    assert reason == f"flow run {ended} has not crashed; it is {end.name}"
 
 
 def test_a_cancelled_run_whose_host_was_lost_is_not_started_again(
     client: SyncPrefectClient,
 ) -> None:
     cancelled = run(client, Cancelling(), Crashed(name="Lost"))
-    assert resume.obstacle(cancelled, run(client, resumes=cancelled)) == (
-        f"run {cancelled} was cancelled"
+    assert resume.refusal(cancelled, run(client, resumes=cancelled)) == (
+        f"flow run {cancelled} was cancelled"
     )
 
 
@@ -66,4 +66,4 @@ def test_a_run_that_is_still_alive_is_left_alone(
 ) -> None:
     monkeypatch.setattr(resume, "SETTLE_SECONDS", 0.0)
     alive = run(client)
-    assert "it is Running" in str(resume.obstacle(alive, str(uuid.uuid4())))
+    assert "it is Running" in str(resume.refusal(alive, str(uuid.uuid4())))
