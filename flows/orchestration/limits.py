@@ -60,7 +60,7 @@ def slot(name: str, occupy: int, state_dir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _warn_when_slow(name: str) -> Iterator[None]:
     """Warn when the wait exceeds a lease: the slot is in use, or was leaked."""
-    text = f"still waiting for slot {name}; if nothing else is running, see `rfdetr-pipeline doctor`"
+    text = f"still waiting for slot {name}; if nothing else runs, see `rfdetr-pipeline doctor`"
     timer = threading.Timer(LEASE_SECONDS, _logger().warning, (text,))
     timer.daemon = True
     timer.start()
