@@ -1,4 +1,4 @@
-"""Scores of two models on today's test set, kept by content: nothing is scored twice."""
+"""Scores of champion and challenger on the current test set, cached by content."""
 
 from __future__ import annotations
 
@@ -18,37 +18,35 @@ from rfdetr.files import sha256_file, write_text_atomic
 if TYPE_CHECKING:
     from flows.gate.scoring import ScoredModel
 
-KEPT_VERSION = 2  # counts up when the record of kept scores gains something that the gate needs
+CACHE_VERSION = 2  # increased when cached scores lack something that the gate needs
 
 
 def champion_scores(project: Project, registry: Registry, champion: Version, digest: str) -> Scores:
-    """Scores of the champion on today's test set; its weights come from the registry."""
+    """Scores of the champion on the current test set. Raises RFDETRError without its weights."""
     label = f"version {champion.number}"
-    kept = _kept(project, str(champion.weights_sha256), digest)
-    if kept.exists():
-        return Scores.model_validate(read_json(kept)).model_copy(update={"model": label})
+    cached = _cache_file(project, str(champion.weights_sha256), digest)
+    if cached.exists():
+        return Scores.model_validate(read_json(cached)).model_copy(update={"model": label})
     with tempfile.TemporaryDirectory(prefix="rfdetr-champion-") as folder:
         model = registry.fetch(champion, Path(folder))
         weights = next((model / "artifacts").glob("*.pth"), None)
         if weights is None:
             raise RFDETRError(
-                f"{registry.name} {label} is the champion, but its weights are gone from the "
-                "artifact store, so nothing can be compared with it. Restore its artifacts, or "
-                "roll back to a version that still has them."
+                f"{registry.name} {label} is champion, but its weights are missing in the artifact "
+                "store, so it cannot be compared. Restore its artifacts, or roll back to a version "
+                "that still has them."
             )
         return scores_of(project, weights, label, digest)
 
 
 def scores_of(project: Project, weights: Path, label: str, digest: str) -> Scores:
-    """Scores of a weights file on today's test set, kept by content: nothing is scored twice."""
-    kept = _kept(project, sha256_file(weights), digest)
-    if kept.exists():
-        return Scores.model_validate(read_json(kept)).model_copy(update={"model": label})
+    """Scores of a weights file on the current test set, computed once."""
+    cached = _cache_file(project, sha256_file(weights), digest)
+    if cached.exists():
+        return Scores.model_validate(read_json(cached)).model_copy(update={"model": label})
 
-    from flows.gate.scoring import score_model
-    from flows.storage.packs import (
-        open_dataset,  # seconds of imports, only when there is something to score
-    )
+    from flows.gate.scoring import score_model  # slow imports
+    from flows.storage.packs import open_dataset
 
     params = project.params
     scored = score_model(
@@ -63,18 +61,18 @@ def scores_of(project: Project, weights: Path, label: str, digest: str) -> Score
 
 
 def keep(project: Project, scored: ScoredModel, label: str, digest: str) -> Scores:
-    """Store the scores of a model on the test set with content `digest`."""
+    """Cache the scores of a model on the test set with content `digest`."""
     scores = scored.scores(label, digest)
     text = scores.model_dump_json()
-    write_text_atomic(_kept(project, scored.weights_sha256, digest), text)
+    write_text_atomic(_cache_file(project, scored.weights_sha256, digest), text)
     return scores
 
 
-def _kept(project: Project, weights_sha256: str, digest: str) -> Path:
-    """The file of the scores; times are of one machine, which matters where they have a budget."""
+def _cache_file(project: Project, weights_sha256: str, digest: str) -> Path:
+    """The file of the scores: per machine if the gate has a latency budget."""
     params = project.params
     machine = platform.node() if params.gate.max_latency_ms is not None else None
     how = [params.evaluate.key(), params.evaluate.batch_size, params.dataset.layout]
     where = [params.runtime.accelerator, machine]
-    key = digest_of([KEPT_VERSION, weights_sha256, digest, *how, *where])[:32]
+    key = digest_of([CACHE_VERSION, weights_sha256, digest, *how, *where])[:32]
     return project.env.state_dir / "scores" / f"{key}.json"

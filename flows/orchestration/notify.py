@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from flows.config.environment import Environment
@@ -42,8 +42,8 @@ def notify(
     return sent
 
 
-def notify_about(event: str) -> Callable[[Any, Any, Any], None]:
-    """A state hook of a flow that sends a notification: the flow run `event`."""
+def notify_about(event: str) -> Any:
+    """A state hook for flows that sends a notification: the flow run `event`."""
 
     def hook(flow: Any, flow_run: Any, state: Any) -> None:  # noqa: ARG001 - passed by name
         facts = {"run": flow_run.name, "run_id": str(flow_run.id), "state": state.name}

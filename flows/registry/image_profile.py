@@ -1,4 +1,4 @@
-"""The profile of the dataset that a model was trained with, made once per weights and dataset."""
+"""Profiles the images of the training dataset, once per weights and dataset."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PROFILE = "profile.npz"
 def profile_once(
     data: Path, dataset: DatasetSettings, weights: Path, digest: str, state_dir: Path
 ) -> Path:
-    """The profile of a sample of every split, kept in the state folder.
+    """The profile of a sample of every split, cached in the state folder.
 
-    `data` is the dataset's folder, `digest` its content hash.
+    `data` is the dataset folder, `digest` its content hash.
     """
     key = digest_of([sha256_file(weights), digest])[:32]
     file = state_dir / "profiles" / key / PROFILE

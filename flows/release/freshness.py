@@ -1,17 +1,39 @@
-"""Whether a run has anything to do: the dataset's version, and what the registry knows already."""
+"""Whether there is anything to do: dataset versions, and what the registry already contains."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from flows.config.params import Params
 from flows.core.digest import digest_of
 from flows.core.files import read_json, read_yaml
+from flows.project import workspace
 from flows.project.project import Project
-from flows.project.workspace import current_version, used_source
 from flows.registry.registry import CHAMPION, Registry, Version
 
 GATE_KEY = "gate.key"
+
+
+@dataclass(frozen=True)
+class DatasetVersion:
+    """Identifies the content of the dataset, mostly without reading it.
+
+    | kind    | source of the dataset              | identified by                          |
+    |---------|------------------------------------|----------------------------------------|
+    | dvc     | a DVC pointer file                 | the hash in the pointer                |
+    | s3      | `sources` in params.yaml           | the address and version of the objects |
+    | demo    | the generator                      | its settings                           |
+    | content | a folder without version control   | a hash of its files                    |
+    """
+
+    kind: Literal["dvc", "s3", "demo", "content"]
+    value: str
+
+    def __str__(self) -> str:
+        """The value of the tag `lineage.dataset_version`."""
+        return f"{self.kind}:{self.value}"
 
 
 def registry_of(project: Project, name: str | None = None) -> Registry:
@@ -20,47 +42,52 @@ def registry_of(project: Project, name: str | None = None) -> Registry:
 
 
 def judged_version(project: Project) -> Version | None:
-    """The newest version that was trained on what the dataset holds now, and judged; or None.
+    """The newest version that was trained and judged on the current dataset, or None.
 
-    A refused or rolled back version counts: the same data would bring the same verdict again. A
-    winner whose promotion is not on record does not, unless it is the champion.
+    Refused and rolled back versions count, because the same data would lead to the same verdict. A
+    winner that was not promoted counts only if it is the champion.
     """
     if not _has_registry(project):
         return None
-    registry, data = registry_of(project), dataset_version(project, look=True)
+    registry, dataset = registry_of(project), str(current_version(project))
     champion = registry.aliases().get(CHAMPION)
     known = [
         v
         for v in registry.versions()
-        if v.tags.get("lineage.dataset_version") == data
+        if v.tags.get("lineage.dataset_version") == dataset
         and (v.number == champion or ("gate.outcome" in v.tags and _settled(v)))
     ]
     return known[-1] if known else None
 
 
-def dataset_version(project: Project, *, look: bool = False) -> str:
-    """A cheap name of the dataset's content: pointer, version on S3, or the demo's settings.
+def pinned_version(project: Project) -> DatasetVersion:
+    """The dataset version that the project's files pin: the one that a training uses."""
+    return _version(project, pinned=True)
 
-    Nothing is downloaded and no image is read, unless the folder is under no version control. Of a
-    source on S3 it is the version that the run has pinned; with `look`, what S3 holds now.
-    """
+
+def current_version(project: Project) -> DatasetVersion:
+    """The dataset version that a new flow run would use: for S3, what is stored there now."""
+    return _version(project, pinned=False)
+
+
+def _version(project: Project, *, pinned: bool) -> DatasetVersion:
     params = project.params
     pointer = project.root / f"{params.dataset.dir}.dvc"
     if pointer.exists():
-        outs = read_yaml(pointer)["outs"]
-        return f"dvc:{outs[0].get('md5') or outs[0].get('etag')}"
-    found = used_source(project)
-    if found is not None:
-        source = found[1]
-        pinned = None if look else source.version
-        return f"s3:{digest_of([source.uri, pinned or current_version(source)])[:32]}"
+        out = read_yaml(pointer)["outs"][0]
+        return DatasetVersion("dvc", str(out.get("md5") or out.get("etag")))
+    used = workspace.used_source(project)
+    if used is not None:
+        _, source = used
+        version = (source.version if pinned else None) or workspace.current_version(source)
+        return DatasetVersion("s3", digest_of([source.uri, version])[:32])
     if Path(params.dataset.dir) == Path("data/demo"):
-        return f"demo:{digest_of(params.demo.model_dump())[:32]}"
-    return f"content:{project.dataset_digest()}"
+        return DatasetVersion("demo", digest_of(params.demo.model_dump())[:32])
+    return DatasetVersion("content", project.dataset_digest())
 
 
 def is_released(project: Project) -> bool:
-    """Whether the registry holds the trained model and the gate has judged it by today's rules."""
+    """Whether the trained model is registered, and was judged with the current parameters."""
     card_file = project.trained / "model.json"
     if not card_file.exists() or not _has_registry(project):
         return False
@@ -73,17 +100,17 @@ def is_released(project: Project) -> bool:
 
 
 def gate_key(params: Params, digest: str) -> str:
-    """What a verdict depends on besides the two models: rules, way of scoring, test set."""
+    """Key of what a verdict depends on besides the models: gate, evaluation, dataset."""
     return digest_of([params.gate.model_dump(), params.evaluate.key(), digest])[:16]
 
 
 def _settled(version: Version) -> bool:
-    """A promotion that was cut off, or that waits for nobody, is not settled."""
+    """False if the gate decided to promote, but the promotion was not carried out."""
     won = version.tags.get("gate.outcome") == "promote"
     return not won or "promotion.action" in version.tags
 
 
 def _has_registry(project: Project) -> bool:
-    """False for a SQLite file that is not there yet; asking MLflow would make it."""
+    """False if the SQLite file does not exist; connecting would create it."""
     kind, _, path = project.tracking_uri.partition(":///")
     return kind != "sqlite" or Path(path).exists()

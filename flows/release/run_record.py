@@ -1,8 +1,9 @@
-"""The one MLflow run of a retraining: found again, completed with what the stages wrote."""
+"""Completes the MLflow run of a training with what the other stages wrote."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 RECORDED = "pipeline.recorded"
+MAX_PARAMS = 100  # in one call, set by MLflow
 NEEDED = ("dvc.lock", "models/trained/model.json", "metrics/fit.json", "metrics/test.json")
 WRITTEN_BY_USERS = ("params.yaml", "dvc.lock")  # dvc.lock repeats the parameters
 REPORTS = (
@@ -38,11 +40,14 @@ REPORTS = (
 
 
 def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
-    """Send what is unsent, add metrics, reports and lineage to the fit's run; its id.
+    """Add metrics, reports and lineage to the run of the fit stage; returns its id.
 
-    A training that never reached a server gets its run now. Repeating changes nothing; a changed
-    result (an evaluation with other settings) is added to the same run.
+    Unsent records of trainings are sent first. If the training never reached the server, its run
+    is created now. Repeating the call changes nothing, unless the results have changed, for example
+    after an evaluation with other settings.
     """
+    from mlflow.entities import RunTag
+
     root, params, uri = project.root, project.params, project.tracking_uri
     for journal, problem in sync(project.env.state_dir, uri).items():
         if problem:
@@ -50,9 +55,9 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
     missing = [name for name in NEEDED if not (root / name).is_file()]
     if missing:
         raise RegistryError(
-            f"there is no finished pipeline to record: {', '.join(missing)} missing in {root}. "
-            "Run `rfdetr-pipeline retrain` or `dvc repro` first (a stage that was run by hand "
-            "leaves no dvc.lock; `dvc commit -f` accepts its results)."
+            f"the pipeline has not finished: {', '.join(missing)} missing in {root}. Run "
+            "`rfdetr-pipeline retrain` or `dvc repro` first (stages that were run by hand do not "
+            "write dvc.lock; `dvc commit -f` accepts their results)."
         )
     card = read_json(project.trained / "model.json")
     client = tracking_client(uri)
@@ -72,8 +77,8 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
     client.log_text(
         run_id, found.model_dump_json(indent=2, exclude={"git_diff"}), "environment.json"
     )
-    for key, value in redact_mapping({**found.tags(), **tags, RECORDED: state}).items():
-        client.set_tag(run_id, key, value)
+    known = redact_mapping({**found.tags(), **tags, RECORDED: state})
+    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in known.items()])
     client.set_terminated(run_id, "FINISHED")
     return run_id
 
@@ -87,7 +92,7 @@ def _add_files(client: MlflowClient, run_id: str, path: Path, folder: str) -> No
 
 
 def _known_run(client: MlflowClient, card: Mapping[str, Any], state_dir: Path) -> str | None:
-    """The run that the model card names, else the one of the training's journal, if it exists."""
+    """The run in the model card, else the one in the training's journal, if it exists."""
     from mlflow.exceptions import MlflowException
 
     candidates = [card.get("mlflow_run_id")]
@@ -106,7 +111,9 @@ def _known_run(client: MlflowClient, card: Mapping[str, Any], state_dir: Path) -
 
 
 def _new_run(client: MlflowClient, params: Params, card: Mapping[str, Any], uri: str) -> str:
-    """A run for a model that was trained elsewhere or without tracking; found again by its sha."""
+    """A run for a model that was trained without tracking; created once per weights."""
+    from mlflow.entities import Param
+
     experiment = experiment_id(client, f"rfdetr/{params.dataset.name}", uri)
     weights = card["weights_sha256"]
     known = client.search_runs([experiment], f"tags.`weights.sha256` = '{weights}'", max_results=1)
@@ -115,12 +122,15 @@ def _new_run(client: MlflowClient, params: Params, card: Mapping[str, Any], uri:
     tags = {"weights.sha256": weights, "pipeline.stage": "fit", "fit.reused": "true"}
     name = f"fit {params.dataset.name}"
     run = client.create_run(experiment, tags=tags, run_name=name)
-    for key, value in _flat(card["params"]):
-        client.log_param(run.info.run_id, key, value)
+    values = [Param(key, str(value)) for key, value in _flat(card["params"])]
+    for start in range(0, len(values), MAX_PARAMS):
+        client.log_batch(run.info.run_id, params=values[start : start + MAX_PARAMS])
     return str(run.info.run_id)
 
 
 def _add_numbers(client: MlflowClient, run_id: str, project: Project) -> None:
+    from mlflow.entities import Metric
+
     numbers = {
         **{f"test/{k}": v for k, v in _flat(read_json(project.test_metrics))},
         **{f"fit/{k}": v for k, v in _flat(read_json(project.fit_metrics))},
@@ -130,9 +140,13 @@ def _add_numbers(client: MlflowClient, run_id: str, project: Project) -> None:
         card = read_json(project.trained / "model.json")
         devices = card["params"]["batch"]["world"]
         numbers["cost"] = seconds / 3600 * price * devices
-    for key, value in numbers.items():
-        if isinstance(value, int | float):
-            client.log_metric(run_id, valid_key(key), float(value))
+    at = int(time.time() * 1000)
+    metrics = [
+        Metric(valid_key(key), float(value), at, 0)
+        for key, value in numbers.items()
+        if isinstance(value, int | float)
+    ]
+    client.log_batch(run_id, metrics=metrics)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

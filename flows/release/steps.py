@@ -1,7 +1,7 @@
-"""From a trained model to a champion: register, judge, promote. Every step may be repeated.
+"""The steps from a trained model to a champion: register, judge, promote. All can be repeated.
 
-`python -m flows.release.steps register | judge VERSION` run as children of the flow, so that no
-network and no GPU memory lives in the flow's process.
+Internal: the flow `retrain` runs `python -m flows.release.steps register | judge VERSION` as child
+processes.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from flows.gate.verdict import GatePolicy, Verdict
 from flows.orchestration.limits import registry_slot
 from flows.orchestration.notify import notify
 from flows.project.project import Project
+from flows.registry.model_folder import ModelFiles
 from flows.registry.registry import Registry, now
 from flows.release import champion
 from flows.release.champion import AuditRecord
-from flows.release.freshness import GATE_KEY, dataset_version, gate_key, registry_of
+from flows.release.freshness import GATE_KEY, gate_key, pinned_version, registry_of
 from rfdetr.files import write_text_atomic
+
+DATASET_VERSION = "lineage.dataset_version"
 
 
 class Registered(BaseModel, frozen=True):
-    """`reports/registered.json`: the version of the trained model and the run that made it."""
+    """The version of the trained model and its run, as stored in `reports/registered.json`."""
 
     name: str
     number: int
@@ -43,7 +46,7 @@ class Registered(BaseModel, frozen=True):
     export_parity: bool | None
 
     def links(self) -> list[tuple[str, str, str]]:
-        """(key, address, text) of the pages of the run and of the version."""
+        """(key, URL, text) of the pages of the run and of the version."""
         base = self.uri.rstrip("/")
         run = f"{base}/#/experiments/{self.experiment}/runs/{self.run_id}"
         version = f"{base}/#/models/{self.name}/versions/{self.number}"
@@ -52,45 +55,28 @@ class Registered(BaseModel, frozen=True):
 
 
 def register(project: Project, flow_run: str | None = None) -> Registered:
-    """Complete the MLflow run, log the model with its export, make a version of it, once."""
-    from flows.registry.image_profile import profile_once
-    from flows.registry.model_folder import ModelFiles
-    from flows.registry.onnx_export import export_once
+    """Register the trained model: complete its MLflow run, log the model, create a version."""
     from flows.release.run_record import complete_run
 
     params, registry = project.params, registry_of(project)
     card = read_json(project.trained / "model.json")
+    digest = card["dataset"]["digest"]
     lineage = _lineage(project, card, flow_run)
     run_id = complete_run(project, lineage)
-    weights = project.trained / card["weights"]
-    exported = export_once(weights, project.env.state_dir)
-    files = ModelFiles(
-        weights=weights,
-        card=project.trained / "model.json",
-        onnx=exported.onnx,
-        parity=exported.parity,
-        profile=profile_once(
-            project.dataset_dir,
-            params.dataset,
-            weights,
-            card["dataset"]["digest"],
-            project.env.state_dir,
-        ),
-    )
+    files, export_parity = _model_files(project, project.trained / card["weights"], digest)
     numbers = read_json(project.test_metrics)
     metrics = {f"test/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
-    quiet_libraries()  # Lightning's import made them talk again
+    quiet_libraries()  # importing Lightning resets the log levels
     model_id = registry.log_model(
         files,
         experiment=f"rfdetr/{params.dataset.name}",
         run_id=run_id,
         metrics=metrics,
-        dataset=(params.dataset.name, card["dataset"]["digest"]),
+        dataset=(params.dataset.name, digest),
     )
     version = registry.register(model_id, run_id=run_id, tags=lineage)
-    # The same content may have got a new version where it came from, and the model stayed the same.
-    key = "lineage.dataset_version"
-    registry.set_tags(version.number, {key: lineage[key]})
+    # If the source has a new version with the same content, an existing version gets its name.
+    registry.set_tags(version.number, {DATASET_VERSION: lineage[DATASET_VERSION]})
     registered = Registered(
         name=registry.name,
         number=version.number,
@@ -98,29 +84,47 @@ def register(project: Project, flow_run: str | None = None) -> Registered:
         model_id=model_id,
         experiment=registry.experiment_of(run_id),
         uri=redact(registry.uri),
-        export_parity=exported.agrees,
+        export_parity=export_parity,
     )
     write_json(project.registered, registered.model_dump())
     return registered
 
 
+def _model_files(project: Project, weights: Path, digest: str) -> tuple[ModelFiles, bool]:
+    """The files of the model folder, and whether the ONNX export agrees with the weights."""
+    from flows.registry.image_profile import profile_once
+    from flows.registry.onnx_export import export_once
+
+    state_dir, dataset = project.env.state_dir, project.params.dataset
+    exported = export_once(weights, state_dir)
+    files = ModelFiles(
+        weights=weights,
+        card=project.trained / "model.json",
+        onnx=exported.onnx,
+        parity=exported.parity,
+        profile=profile_once(project.dataset_dir, dataset, weights, digest, state_dir),
+    )
+    return files, exported.agrees
+
+
 def judge(project: Project, number: int) -> Verdict:
-    """Score champion and challenger on the same current test set and record the verdict."""
+    """Score challenger and champion on the current test set, decide, and record the verdict."""
     params, registry = project.params, registry_of(project)
     digest = project.dataset_digest()
     card = read_json(project.trained / "model.json")
     weights = project.trained / card["weights"]
     challenger = scores_of(project, weights, f"version {number}", digest)
-    parity = Registered.model_validate(read_json(project.registered)).export_parity
+    parity = last_registered(project).export_parity
     challenger = challenger.model_copy(update={"export_parity": parity})
     champion = registry.champion()
     old = None
     if champion is not None:
         old = champion_scores(project, registry, champion, digest)
     tags = registry.version(number).tags
-    taken_back = tags.get("promotion.rolled_back") == "true"
-    why = tags.get("promotion.rolled_back_reason", "no reason on record") if taken_back else None
-    policy = GatePolicy(**params.gate.model_dump(), rolled_back=why)
+    reason = None
+    if tags.get("promotion.rolled_back") == "true":
+        reason = tags.get("promotion.rolled_back_reason", "no reason recorded")
+    policy = GatePolicy(**params.gate.model_dump(), rolled_back=reason)
     verdict = decide(old, challenger, policy, champion.number if champion else None)
     record_verdict(registry, number, verdict)
     registry.set_tags(number, {GATE_KEY: gate_key(params, digest)})
@@ -147,13 +151,18 @@ def record_verdict(registry: Registry, number: int, verdict: Verdict) -> None:
     registry.log_text(version, verdict.to_markdown(), f"{path}.md")
 
 
+def last_registered(project: Project) -> Registered:
+    """The result of the last `register`."""
+    return Registered.model_validate(read_json(project.registered))
+
+
 def last_verdict(project: Project) -> Verdict:
-    """The verdict that `judge` wrote last."""
+    """The result of the last `judge`."""
     return Verdict.model_validate(read_json(project.verdict))
 
 
 def promote_winner(project: Project, number: int, verdict: Verdict) -> AuditRecord | None:
-    """Make the gate's winner champion. Raises ChampionChangedError when another took its place."""
+    """Make the gate's winner champion. Raises ChampionChangedError if the champion has changed."""
     if not verdict.promote:
         return None
     with registry_slot(project):
@@ -170,10 +179,10 @@ def promote_winner(project: Project, number: int, verdict: Verdict) -> AuditReco
 def promote_by_hand(
     project: Project, number: int, *, reason: str, force: bool
 ) -> AuditRecord | None:
-    """A person's promotion; it also gives the approval that a gate waits for.
+    """Promote a version manually, which also gives the manual approval that the gate may require.
 
-    Raises RegistryError for a version without a verdict, or with one against it, and
-    ChampionChangedError when the verdict is about another champion, unless `force`.
+    Unless `force` is set, raises RegistryError if the gate has not judged the version or refused
+    it, and ChampionChangedError if it was compared with another champion.
     """
     with registry_slot(project):
         record = champion.promote(
@@ -190,7 +199,7 @@ def promote_by_hand(
 def roll_back(
     project: Project, *, reason: str, name: str | None = None, to: int | None = None
 ) -> AuditRecord:
-    """Move `champion` of `name` (default: params.yaml's) back, with a reason on record."""
+    """Restore an earlier champion of the registered model `name` (default: params.yaml's)."""
     registry = registry_of(project, name)
     with registry_slot(project, name):
         record = champion.rollback(
@@ -200,22 +209,22 @@ def roll_back(
 
 
 def _announce(project: Project, record: AuditRecord) -> AuditRecord:
-    """Tell people of a move of the champion."""
+    """Send a notification about a change of the champion."""
     subject, text = "champion changed", f"version {record.version}: {record.reason}"
     if record.action == "rollback":
         subject = "champion rolled back"
-        text = f"version {record.version} serves again: {record.reason}"
+        text = f"version {record.version} is champion again: {record.reason}"
     notify(project.env, subject, text, record.model_dump(mode="json"))
     return record
 
 
 def audit(project: Project) -> list[AuditRecord]:
-    """Every move of the champion, oldest first."""
+    """Every promotion and rollback, oldest first."""
     return champion.history(registry_of(project))
 
 
 def summarise(project: Project, number: int, verdict: Verdict) -> dict[str, Any]:
-    """What a run came to, as plain data."""
+    """The outcome of a flow run as plain data."""
     champion = registry_of(project).champion()
     return {
         "version": number,
@@ -227,10 +236,10 @@ def summarise(project: Project, number: int, verdict: Verdict) -> dict[str, Any]
 
 
 def what_next(project: Project) -> str:
-    """Where the results are, for a person at a terminal."""
+    """Where to find the results, for the terminal."""
     registry = registry_of(project)
     champion = registry.champion()
-    serves = f"version {champion.number}" if champion else "nobody yet"
+    serves = f"version {champion.number}" if champion else "none yet"
     return "\n".join(
         [
             f"champion of {registry.name}: {serves}",
@@ -251,18 +260,19 @@ def _lineage(project: Project, card: dict[str, Any], flow_run: str | None) -> di
         "lineage.git_dirty": made.git_dirty,
         "lineage.dvc_lock": made.dvc_lock_sha256,
         "lineage.data_digest": card["dataset"]["digest"],
-        "lineage.dataset_version": dataset_version(project),
+        DATASET_VERSION: str(pinned_version(project)),
         "lineage.flow_run": flow_run,
         "weights.sha256": card["weights_sha256"],
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line of the flow's children."""
+    """Command line of the child processes."""
     parser = argparse.ArgumentParser(prog="python -m flows.release.steps", description=__doc__)
-    parser.add_argument("--flow-run", help="name of the flow run, for the lineage")
     commands = parser.add_subparsers(required=True)
-    commands.add_parser("register").set_defaults(run=_register)
+    registering = commands.add_parser("register")
+    registering.add_argument("--flow-run", help="name of the flow run, for the lineage")
+    registering.set_defaults(run=_register)
     scoring = commands.add_parser("judge")
     scoring.add_argument("version", type=int)
     scoring.set_defaults(run=_judge)
@@ -273,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     report_start()
     try:
         options.run(Project(Path.cwd()), options)
-    except Exception as error:  # noqa: BLE001 - the last line says what happened
+    except Exception as error:  # noqa: BLE001 - reported as the last line
         report_failure("release failed", error)
         return 1
     return 0

@@ -78,7 +78,7 @@ def test_people_hear_of_every_move_by_hand_once(
     said = [(post["subject"], post["text"]) for post in webhook.posts[before:]]
     assert said == [
         ("champion changed", "version 2: looks better"),
-        ("champion rolled back", "version 1 serves again: misses small parts"),
+        ("champion rolled back", "version 1 is champion again: misses small parts"),
     ]
 
 

@@ -11,7 +11,12 @@ from flows.config.params import load_params
 from flows.project.plan import plan_stages
 from flows.project.project import Project
 from flows.project.workspace import pin_source
-from flows.release.freshness import dataset_version, judged_version, registry_of
+from flows.release.freshness import (
+    current_version,
+    judged_version,
+    pinned_version,
+    registry_of,
+)
 from flows.storage.s3 import make_client
 from tests.flows.projects import make_project, run
 from tests.flows.servers import S3Server
@@ -60,21 +65,21 @@ def test_a_run_pins_what_s3_holds(folder: Path, key: str) -> None:
 def test_a_version_that_a_person_wrote_stands(folder: Path, key: str) -> None:
     file = folder / "params.yaml"
     file.write_text(file.read_text().replace('KEY"}', 'KEY"').replace('"}', '", version: June}'))
-    before, known = file.read_text(), dataset_version(Project(folder), look=True)
+    before, known = file.read_text(), current_version(Project(folder))
     put(f"{key}/b.txt", b"two")
     pin_source(Project(folder))
     assert file.read_text() == before
-    assert dataset_version(Project(folder), look=True) == known == dataset_version(Project(folder))
+    assert current_version(Project(folder)) == known == pinned_version(Project(folder))
 
 
 def test_both_sides_of_the_comparison_agree(folder: Path, key: str) -> None:
     """The version that a run records is the one that the next look finds, until data changes."""
-    found = dataset_version(Project(folder), look=True)
+    found = current_version(Project(folder))
     pin_source(Project(folder))
-    assert dataset_version(Project(folder)) == found == dataset_version(Project(folder), look=True)
+    assert pinned_version(Project(folder)) == found == current_version(Project(folder))
     put(f"{key}/b.txt", b"two")
-    assert dataset_version(Project(folder)) == found
-    assert dataset_version(Project(folder), look=True) != found
+    assert pinned_version(Project(folder)) == found
+    assert current_version(Project(folder)) != found
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,7 @@ def test_data_that_was_judged_starts_nothing(
     client: Any = registry.client
     client.create_registered_model("rfdetr-demo")
     for version_tags in ({"lineage.dataset_version": "s3:other"}, tags):
-        lineage = {"lineage.dataset_version": dataset_version(Project(folder))}
+        lineage = {"lineage.dataset_version": str(pinned_version(Project(folder)))}
         client.create_model_version("rfdetr-demo", "s3://data/model", tags=lineage | version_tags)
     client.set_registered_model_alias("rfdetr-demo", "champion", "2" if champion else "1")
     found = judged_version(Project(folder))
