@@ -20,7 +20,7 @@ from flows.core.files import write_json
 from flows.fit_job.job import command, newest_checkpoint, resolve_devices
 from flows.fit_job.progress import EpochProgress, parse_progress
 from flows.gate.decide import decide
-from flows.gate.score_cache import _kept
+from flows.gate.score_cache import _cache_file
 from flows.gate.scoring import label_table, relabel, score_model
 from flows.gate.verdict import GatePolicy
 from flows.project.project import Project
@@ -159,7 +159,7 @@ def kept_file(**changes: dict) -> Path:
     sections = {"dataset": {**dataset, **changes.pop("dataset", {})}, **changes}
     project = Project()
     project.params = parse_params(sections)
-    return _kept(project, "weights", "digest")
+    return _cache_file(project, "weights", "digest")
 
 
 def test_rows_of_steps_and_epochs_become_one_row_per_epoch(tmp_path: Path) -> None:
