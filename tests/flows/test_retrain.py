@@ -15,7 +15,7 @@ from tests.flows.mlflow_fixtures import artifacts, runs
 from tests.flows.prefect_fixtures import SECRET, Retrained
 from tests.flows.projects import run, write_params
 
-pytestmark = pytest.mark.slow  # several whole runs of the flow
+pytestmark = pytest.mark.slow  # several complete flow runs
 
 STAGES = ["demo", "validate", "convert", "fit", "evaluate"]
 
@@ -46,7 +46,7 @@ def test_the_first_run_ends_with_a_champion(retrained: Retrained, first: dict) -
     assert run(retrained.root, "dvc", "status").stdout.strip().endswith("up to date.")
 
 
-def test_prefect_shows_report_progress_numbers_and_pictures(
+def test_prefect_shows_report_progress_numbers_and_images(
     retrained: Retrained, first: dict
 ) -> None:
     shown = retrained.server.artifacts(first["id"])
@@ -151,7 +151,7 @@ def test_sqlite_of_the_servers_is_sound(retrained: Retrained) -> None:
 
 
 def test_the_challenger_is_not_promoted_without_leave(retrained: Retrained, tmp_path: Path) -> None:
-    """`retrain --no-promote` on the same model: the alias champion was moved away by hand."""
+    """`retrain --no-promote` on the same model: the alias champion was deleted by hand."""
     project = retrained.copy(tmp_path)
     registry(project).client.delete_registered_model_alias("tiny", "champion")
     write_params(project.root, fit={"epochs": 1}, gate={"min_images": 4})

@@ -15,7 +15,7 @@ from flows.registry.registry import Registry
 from tests.flows.prefect_fixtures import Retrained
 from tests.flows.projects import run, set_params
 
-pytestmark = pytest.mark.slow  # several whole runs of the flow
+pytestmark = pytest.mark.slow  # several complete flow runs
 
 
 def champion(project: Retrained) -> int | None:
@@ -94,7 +94,7 @@ def test_wrong_params_are_all_named_before_anything_starts(
 
 
 def test_a_gpu_that_is_not_there_is_said(retrained: Retrained, tmp_path: Path) -> None:
-    """`runtime` is no dependency of a stage, so a changed epoch number makes fit run."""
+    """`runtime` is not a dependency of any stage; the changed number of epochs makes fit run."""
     project = retrained.copy(tmp_path)
     done = project.pipeline(
         "retrain", "--set", "runtime.accelerator=gpu", "--set", "fit.epochs=2", check=False

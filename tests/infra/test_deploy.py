@@ -124,7 +124,7 @@ def test_automations_bind_to_the_deployments() -> None:
     assert [a.trigger.posture.value for a in built] == 2 * ["Proactive"] + 3 * ["Reactive"]
     assert "{{" not in json.dumps([a.trigger.model_dump(mode="json") for a in built])
     for again in (built[1].actions[0], built[2].actions[0]):
-        assert again.source == "inferred", "the deployment that crashed is the one that goes on"
+        assert again.source == "inferred", "the deployment that crashed is restarted"
         assert "flow_run.parameters" in again.parameters["params"]
     assert [a.automation_id for a in built[3].actions] == [uuid.UUID(int=3), uuid.UUID(int=5)]
     assert built[4].actions[0].deployment_id == uuid.UUID(int=4)

@@ -24,7 +24,7 @@ SEEDS = count(int(time.time()))  # a new seed is a new training
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
     """Servers, a worker, and the project deployed."""
     kept = os.environ.get("RFDETR_TEST_STACK")
-    own = os.environ.get("PYTEST_XDIST_WORKER", "")  # each process of pytest has a stack of its own
+    own = os.environ.get("PYTEST_XDIST_WORKER", "")  # each pytest process has its own stack
     folder = Path(kept) / own if kept else tmp_path_factory.mktemp("services")
     stack = LiveStack(folder / "stack", folder / "project")
     try:
@@ -38,7 +38,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveStack]:
 
 @pytest.fixture
 def begin(live: LiveStack) -> Iterator[Callable[..., Fitting]]:
-    """Start a run with a training of its own and wait for its first epoch."""
+    """Start a flow run with a new training and wait for its first epoch."""
     started: list[str] = []
 
     def start(epochs: int, **params: bool) -> Fitting:

@@ -44,7 +44,7 @@ class Fitting:
         return sorted({point.step for point in history})
 
     def assert_trained_once(self) -> None:
-        """The training is whole, on record once, and registered once."""
+        """The training is complete, and was recorded and registered once."""
         assert self.done == self.epochs
         assert len(self.epochs_recorded()) == self.epochs
         assert (self.folder / "done").exists()
@@ -61,7 +61,7 @@ def next_run(live: LiveStack, known: set[str]) -> str:
     def new() -> list[str]:
         return [r["id"] for r in live.runs() if r["id"] not in known]
 
-    return wait_for("a run that goes on after the crash", new)[0]
+    return wait_for("a flow run that resumes after the crash", new)[0]
 
 
 def kill_all(processes: list[psutil.Process]) -> None:

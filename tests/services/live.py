@@ -24,7 +24,7 @@ PATIENCE = 800.0  # of one step; a loaded machine of two cores is slow
 
 
 def wait_for(what: str, look: Callable[[], T], seconds: float = PATIENCE) -> T:
-    """The first truthy answer of `look`; a server that is away counts as no answer."""
+    """The first truthy answer of `look`; an unreachable server counts as no answer."""
     until = time.monotonic() + seconds
     last: object = None
     while time.monotonic() < until:
@@ -52,7 +52,7 @@ class LiveStack:
 
     @property
     def environment(self) -> dict[str, str]:
-        """A client's environment: the stack's, and the repository that workers clone."""
+        """The environment of a client: that of the stack, and the repository that workers clone."""
         beside = str(Path(sys.executable).parent)
         return {
             **os.environ,
@@ -134,7 +134,7 @@ class LiveStack:
         return int(self.api("GET", f"/v2/concurrency_limits/{name}")["active_slots"])
 
     def free_slots(self, name: str = "gpu") -> None:
-        """What an operator does who knows that nobody holds them."""
+        """Release slots, as an operator does who knows that they are unused."""
         self.api("PATCH", f"/v2/concurrency_limits/{name}", {"active_slots": 0})
 
     def trainings(self) -> dict[Path, int]:

@@ -36,7 +36,7 @@ def watch(live: LiveStack, *parameters: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def trained(live: LiveStack) -> str:
-    """The id of a run that a person started and watched to its end."""
+    """The id of a flow run that was started and watched from the command line."""
     status, text = watch(live, 'params={"publish": true}')
     run = live.runs()[0]["id"]
     assert status == 0, f"{text}\n{live.log(run)}"
@@ -88,14 +88,14 @@ def test_results_were_pushed_and_the_lock_published(live: LiveStack, trained: st
 
 
 def test_a_second_run_finds_everything_done(live: LiveStack, trained: str) -> None:
-    begun = time.monotonic()
+    started = time.monotonic()
     run = live.start()
     live.wait_final(run, "COMPLETED")
     states = live.task_states(run)
     stages = ("validate", "convert", "fit", "evaluate")
     assert {states[name] for name in stages} == {"Cached"}, states
     assert [v.number for v in Registry(MODEL, live.settings.url("mlflow")).versions()] == [1]
-    print(f"unchanged pipeline: {time.monotonic() - begun:.0f} s")
+    print(f"unchanged pipeline: {time.monotonic() - started:.0f} s")
 
 
 def test_a_scheduled_run_finishes(live: LiveStack, trained: str) -> None:
@@ -189,7 +189,7 @@ def test_nothing_is_left_after_a_stop_and_a_start_goes_on(
     stop(live)
     assert [command_of(p) for p in processes_of(live.folder)] == []
     assert not any(listens(port) for port in live.settings.ports.values())
-    stop(live)  # a stopped stack is no error
+    stop(live)  # stopping a stopped stack succeeds
 
     start(live)
     assert wait_for("health", lambda: all(live.health().values()))

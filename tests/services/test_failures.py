@@ -1,4 +1,4 @@
-"""Servers that go away during a run, runs that end badly by themselves, and what is left behind."""
+"""Servers that become unreachable during a flow run, failed flow runs, and what they leave."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_a_leaked_slot_is_found_and_freed_by_doctor(live: LiveStack) -> None:
     found = live.module("flows.cli.main", "doctor", check=False)
     assert found.returncode == 1
     assert "limit gpu: 1 slots held without an active flow run" in found.stdout
-    mended = live.module("flows.cli.main", "doctor", "--repair", check=False)
-    assert "limit gpu" in mended.stdout
+    repaired = live.module("flows.cli.main", "doctor", "--repair", check=False)
+    assert "limit gpu" in repaired.stdout
     assert live.slots() == 0
     assert "limit gpu" not in live.module("flows.cli.main", "doctor", check=False).stdout
 
@@ -38,7 +38,7 @@ def test_servers_killed_one_after_the_other_do_not_stop_a_training(
     trainers = {p.pid for p in live.trainers()}
     for server in ("prefect", "mlflow", "s3", "postgres"):
         live.kill(server)
-        assert {p.pid for p in live.trainers()} <= trainers, f"{server}: the training goes on"
+        assert {p.pid for p in live.trainers()} <= trainers, f"{server}: the training continues"
         if not (fitting.folder / "done").exists():
             assert wait_for("an answer", lambda: live.slots() == 1), f"{server}: slot kept"
     live.wait_final(fitting.run, "COMPLETED")

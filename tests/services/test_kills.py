@@ -25,7 +25,8 @@ def test_cancel_ends_children_and_frees_the_slot(
     wait_for("the trainers to end", lambda: not any(map(alive, children)), 60)
     wait_for("the slot to be free", lambda: live.slots() == 0, 90)
     assert not (fitting.folder / "done").exists()
-    assert read_json(fitting.folder / "run.json")["attempts"] == 0, "a cancel is no failed attempt"
+    attempts = read_json(fitting.folder / "run.json")["attempts"]
+    assert attempts == 0, "a cancellation is not a failed attempt"
 
 
 @pytest.mark.parametrize("victim", ["flow", "worker", "both"])

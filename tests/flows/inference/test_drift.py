@@ -39,7 +39,7 @@ from tests.flows.servers import S3Server
 CPU = DriftParams(device="cpu")
 
 
-def write_photos(folder: Path, count: int, *, seed: int, light: float = 1.0) -> Path:
+def write_images(folder: Path, count: int, *, seed: int, light: float = 1.0) -> Path:
     folder.mkdir()
     for number, scene in enumerate(scenes(count, 3, seed=seed)):
         scene.image.point(lambda level: level * light).save(folder / f"{number:03d}.png")
@@ -56,12 +56,12 @@ def project(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -
     (root / "model").mkdir()
     files = write_model(root / "model")
     detector = RFDETR.from_checkpoint(str(files.weights), device="cpu")
-    known = write_photos(root / "known", 100, seed=0)
+    known = write_images(root / "known", 100, seed=0)
     profile_images(detector, sorted(known.iterdir())).save(root / "model/profile.npz")
     files = files.model_copy(update={"profile": root / "model/profile.npz"})
     register_champion(f"sqlite:///{root / 'mlflow.db'}", files)
-    write_photos(root / "same", 40, seed=1)
-    write_photos(root / "dark", 40, seed=2, light=0.4)
+    write_images(root / "same", 40, seed=1)
+    write_images(root / "dark", 40, seed=2, light=0.4)
     return root
 
 
@@ -94,8 +94,8 @@ def test_drift_is_reported_and_recorded_on_the_champion(project: Path, registry:
     (alarm,) = kept - {"drift/latest"}
     names = {Path(name).name for name in artifacts(registry.uri, version.run_id, alarm)}
     assert names == {REPORT.name, TEXT.name, PLOT.name}
-    with Image.open(project / PLOT) as picture:
-        assert picture.format == "PNG"
+    with Image.open(project / PLOT) as plot:
+        assert plot.format == "PNG"
 
 
 def test_drift_is_found_when_the_run_of_the_champion_was_deleted(
@@ -122,7 +122,7 @@ def test_s3_prefix_gives_the_folders_numbers(project: Path, s3: S3Server) -> Non
 
 
 def test_too_few_recent_images_are_not_judged(project: Path, tmp_path: Path) -> None:
-    folder = write_photos(tmp_path / "old", 35, seed=3, light=0.2)
+    folder = write_images(tmp_path / "old", 35, seed=3, light=0.2)
     for file in list(folder.iterdir())[:20]:
         os.utime(file, (time.time() - 7200,) * 2)
     assert check_drift(Project(project), str(folder), CPU).drifted

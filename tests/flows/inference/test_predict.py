@@ -1,4 +1,4 @@
-"""Batch prediction: COCO files, resumed after kill -9, folders and S3, what is no image."""
+"""Batch prediction: COCO files, resume after kill -9, folders and S3, invalid images."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def project(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photos")
+def images_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     for number, scene in enumerate(scenes(IMAGES, 3)):
         file = folder / f"day-{number % 2}" / f"{number:03d}.png"
         file.parent.mkdir(exist_ok=True)
@@ -61,10 +61,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(project: Path, photos: Path) -> Path:
+def complete(project: Path, images_dir: Path) -> Path:
     """The result of an uninterrupted call."""
-    out = project / "whole"
-    found = predict(project, photos, out)
+    out = project / "complete"
+    found = predict(project, images_dir, out)
     assert (found.images, found.detected, found.unreadable) == (IMAGES, IMAGES, 0)
     return out
 
@@ -79,13 +79,13 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [row for line in lines if line.startswith("[") for row in json.loads(line)]
 
 
-def test_results_are_the_detectors_own(whole: Path, photos: Path, project: Path) -> None:
-    coco = COCO(str(whole / "detections.json"))
+def test_results_are_the_detectors_own(complete: Path, images_dir: Path, project: Path) -> None:
+    coco = COCO(str(complete / "detections.json"))
     assert sorted(coco.imgs) == list(range(1, IMAGES + 1))
     image = coco.imgs[3]
     assert (image["file_name"], image["width"], image["height"]) == ("day-0/004.png", 96, 64)
     detector = RFDETR.from_checkpoint(str(project / "model/best.pth"), device="cpu")
-    expected = detector.predict(str(photos / "day-0/004.png"), threshold=0.0)
+    expected = detector.predict(str(images_dir / "day-0/004.png"), threshold=0.0)
     found = coco.imgToAnns[3]
     assert len(found) == len(expected) == 30
     for annotation, box, score, label in zip(
@@ -98,22 +98,30 @@ def test_results_are_the_detectors_own(whole: Path, photos: Path, project: Path)
     known = dict(enumerate([*NAMES, "3"]))
     assert all(known[c["id"]] == c["name"] for c in coco.cats.values())
     assert set(coco.cats) >= set(range(len(NAMES)))
-    info = json.loads((whole / "detections.json").read_text())["info"]
+    info = json.loads((complete / "detections.json").read_text())["info"]
     assert (info["model"], info["version"]) == ("rfdetr-demo", 1)
 
 
-def test_results_file_is_what_coco_reads(whole: Path) -> None:
-    coco = COCO(str(whole / "detections.json"))
-    again = coco.loadRes(str(whole / "results.json"))
+def test_results_file_is_what_coco_reads(complete: Path) -> None:
+    coco = COCO(str(complete / "detections.json"))
+    again = coco.loadRes(str(complete / "results.json"))
     assert len(again.anns) == len(coco.anns) > 0
 
 
-def test_killed_in_the_middle_it_goes_on_to_the_same_result(
-    project: Path, photos: Path, whole: Path
+def test_a_killed_call_is_resumed_with_the_same_result(
+    project: Path, images_dir: Path, complete: Path
 ) -> None:
     """kill -9 after some batches; the second call does the rest, nothing twice."""
     out = project / "killed"
-    command = [sys.executable, "-m", "flows.cli.main", "predict", str(photos), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.cli.main",
+        "predict",
+        str(images_dir),
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(
         [*command, "--threshold", "0.0", "--no-draw"],
         cwd=project,
@@ -131,12 +139,12 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_result(
     assert not (out / "detections.json").exists()
     with open(out / PROGRESS, "a") as stream:
         stream.write('[{"file_name": "day-1/0')  # a batch that was being written
-    found = predict(project, photos, out)
+    found = predict(project, images_dir, out)
     assert found.detected == IMAGES - finished
     assert set(Counter(row["file_name"] for row in rows(out)).values()) == {1}
     for name in ("detections.json", "results.json"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
-    assert predict(project, photos, out).detected == 0
+        assert (out / name).read_bytes() == (complete / name).read_bytes()
+    assert predict(project, images_dir, out).detected == 0
 
 
 def _lines(out: Path) -> int:
@@ -144,16 +152,16 @@ def _lines(out: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def test_only_new_and_changed_images_are_looked_at(
-    project: Path, photos: Path, tmp_path: Path
+def test_only_new_and_changed_images_are_processed(
+    project: Path, images_dir: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "growing"
     folder.mkdir()
     for number in (0, 2):
-        (folder / f"{number}.png").write_bytes((photos / f"day-0/00{number}.png").read_bytes())
+        (folder / f"{number}.png").write_bytes((images_dir / f"day-0/00{number}.png").read_bytes())
     out = tmp_path / "out"
     assert predict(project, folder, out).detected == 2
-    (folder / "1.png").write_bytes((photos / "day-0/004.png").read_bytes())
+    (folder / "1.png").write_bytes((images_dir / "day-0/004.png").read_bytes())
     Image.new("RGB", (50, 40)).save(folder / "2.png")
     found = predict(project, folder, out)
     assert (found.images, found.detected) == (3, 2)
@@ -164,23 +172,23 @@ def test_only_new_and_changed_images_are_looked_at(
 
 
 def test_every_class_of_the_model_is_a_category(
-    project: Path, photos: Path, tmp_path: Path
+    project: Path, images_dir: Path, tmp_path: Path
 ) -> None:
     """Also without detections, and in a call that only reads what an earlier one recorded."""
     for _ in range(2):
-        found = predict(project, photos / "day-0/000.png", tmp_path, threshold=1.0)
+        found = predict(project, images_dir / "day-0/000.png", tmp_path, threshold=1.0)
         assert found.detections == 0
         categories = json.loads((tmp_path / "detections.json").read_text())["categories"]
         assert [c["name"] for c in categories] == NAMES
 
 
-def test_what_is_no_image_is_named_and_stops_nothing(
-    project: Path, photos: Path, tmp_path: Path
+def test_invalid_images_are_listed_and_stop_nothing(
+    project: Path, images_dir: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
-    (folder / "a.jpg").write_bytes(b"not a picture")
-    (folder / "b.png").write_bytes((photos / "day-0/000.png").read_bytes())
+    (folder / "a.jpg").write_bytes(b"not an image")
+    (folder / "b.png").write_bytes((images_dir / "day-0/000.png").read_bytes())
     (folder / "notes.txt").write_text("no image at all")
     found = predict(project, folder, tmp_path / "out")
     assert (found.images, found.unreadable) == (2, 1)
@@ -190,28 +198,30 @@ def test_what_is_no_image_is_named_and_stops_nothing(
     assert predict(project, folder, tmp_path / "out").detected == 0
 
 
-def test_drawn_pictures_inside_the_source_are_no_images_of_the_next_call(
-    project: Path, photos: Path, tmp_path: Path
+def test_drawn_images_inside_the_source_are_ignored_by_the_next_call(
+    project: Path, images_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/one.png").write_bytes((photos / "day-0/000.png").read_bytes())
+    (tmp_path / "a/one.png").write_bytes((images_dir / "day-0/000.png").read_bytes())
     out = tmp_path / "found"
     assert predict(project, tmp_path, out).detected == 1
-    assert predict(project, tmp_path, out, draw=True).detected == 1, "the pictures are missing"
+    assert predict(project, tmp_path, out, draw=True).detected == 1, "the drawn images are missing"
     assert predict(project, tmp_path, out, draw=True).images == 1
     with Image.open(out / "pictures/a/one.png.jpg") as drawn:
         assert drawn.size == (96, 64)
 
 
-def test_sources_that_cannot_be_used_are_named(project: Path, photos: Path, tmp_path: Path) -> None:
+def test_sources_that_cannot_be_used_are_named(
+    project: Path, images_dir: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DatasetError, match="does not exist"):
         predict(project, tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="No images in"):
         predict(project, tmp_path / "empty", tmp_path / "out")
     with pytest.raises(ConfigError, match="no version with the alias 'best'"):
-        predict(project, photos, tmp_path / "out", model="best")
-    one, two = photos / "day-0", tmp_path / "copy"
+        predict(project, images_dir, tmp_path / "out", model="best")
+    one, two = images_dir / "day-0", tmp_path / "copy"
     two.mkdir()
     (two / "000.png").write_bytes((one / "000.png").read_bytes())
     with pytest.raises(DatasetError, match=r"both be named 000\.png"):
@@ -224,28 +234,32 @@ def test_newest_images_by_time_and_number(tmp_path: Path) -> None:
         file = tmp_path / f"{number}.png"
         Image.new("RGB", (4, 4)).save(file)
         os.utime(file, (time.time() - 3600 * number,) * 2)
-    pictures = list_images([str(tmp_path)])
-    assert [p.name for p in newest(pictures, hours=2.5)] == ["0.png", "1.png", "2.png"]
-    assert [p.name for p in newest(pictures, limit=2)] == ["0.png", "1.png"]
+    listed = list_images([str(tmp_path)])
+    assert [p.name for p in newest(listed, hours=2.5)] == ["0.png", "1.png", "2.png"]
+    assert [p.name for p in newest(listed, limit=2)] == ["0.png", "1.png"]
 
 
 def test_from_and_to_s3_and_on_another_machine(
-    project: Path, photos: Path, whole: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    project: Path,
+    images_dir: Path,
+    complete: Path,
+    s3: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The prefix gives the folder's result; without local state the results on S3 are enough."""
-    upload_tree(photos, "s3://data/photos", progress=False)
-    (s3.folder / "data/photos-of-others").mkdir(exist_ok=True)
-    (s3.folder / "data/photos-of-others/x.png").write_bytes(b"never read")
-    found = predict(project, "s3://data/photos", "s3://data/found")
+    upload_tree(images_dir, "s3://data/images", progress=False)
+    (s3.folder / "data/images-of-others").mkdir(exist_ok=True)
+    (s3.folder / "data/images-of-others/x.png").write_bytes(b"never read")
+    found = predict(project, "s3://data/images", "s3://data/found")
     assert (found.images, found.detected, found.unreadable) == (IMAGES, IMAGES, 0)
     for name in ("detections.json", "results.json"):
-        assert (s3.folder / "data/found" / name).read_bytes() == (whole / name).read_bytes()
+        assert (s3.folder / "data/found" / name).read_bytes() == (complete / name).read_bytes()
     monkeypatch.setenv("RFDETR_STATE_DIR", str(project / "other-machine"))
-    assert predict(project, "s3://data/photos", "s3://data/found").detected == 0
+    assert predict(project, "s3://data/images", "s3://data/found").detected == 0
 
 
 def test_masks_are_written_as_run_lengths(
-    migrated_database: Path, photos: Path, tmp_path: Path
+    migrated_database: Path, images_dir: Path, tmp_path: Path
 ) -> None:
     files = write_model(tmp_path)
     detector = small_segmentation(num_classes=3)
@@ -261,22 +275,22 @@ def test_masks_are_written_as_run_lengths(
     (tmp_path / "mlflow.db").write_bytes(migrated_database.read_bytes())
     write_params(tmp_path, registry={"name": "rfdetr-demo"})
     register_champion(f"sqlite:///{tmp_path / 'mlflow.db'}", files)
-    predict(tmp_path, photos / "day-0/000.png", tmp_path / "out")
+    predict(tmp_path, images_dir / "day-0/000.png", tmp_path / "out")
     results = json.loads((tmp_path / "out/results.json").read_text())
-    expected = detector.predict(str(photos / "day-0/000.png"), threshold=0.0)
+    expected = detector.predict(str(images_dir / "day-0/000.png"), threshold=0.0)
     decoded = [coco_mask.decode(result["segmentation"]) for result in results]
     assert len(decoded) == len(expected) == 10
     assert all((a == b).all() for a, b in zip(decoded, expected.mask, strict=True))
 
 
 def test_the_flow_predicts_in_a_child_and_shows_the_result(
-    project: Path, photos: Path, whole: Path, prefect_server: PrefectServer
+    project: Path, images_dir: Path, complete: Path, prefect_server: PrefectServer
 ) -> None:
     """Results of the command are there already: the flow finds nothing left to do."""
     code = "import sys; from flows.batch_predict import batch_predict as run; "
     code += "run(*sys.argv[1:], threshold=0.0)"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(photos), str(whole)],
+        [sys.executable, "-c", code, str(images_dir), str(complete)],
         cwd=project,
         env=environment(
             project,
@@ -297,8 +311,8 @@ def test_the_flow_predicts_in_a_child_and_shows_the_result(
 
 
 def test_a_worker_refuses_to_write_into_its_temporary_folder(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
+    images_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
     with pytest.raises(ConfigError, match="absolute folder"):
-        batch_predict.fn(str(photos), "found")
+        batch_predict.fn(str(images_dir), "found")

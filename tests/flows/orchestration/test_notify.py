@@ -46,7 +46,7 @@ def test_webhook_gets_the_message_without_secrets(
     assert "topsecret" not in json.dumps(received)
 
 
-def test_unreachable_channels_are_logged_and_passed_over(
+def test_unreachable_channels_are_logged_and_skipped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("RFDETR_NOTIFY_URL", "http://127.0.0.1:9/hook")

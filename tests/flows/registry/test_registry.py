@@ -61,7 +61,7 @@ def test_registering_the_same_run_twice_makes_one_version(
     assert registry.aliases() == {"challenger": 2}
 
 
-def test_cut_off_upload_and_cut_off_registration_are_completed(
+def test_interrupted_upload_and_registration_are_completed(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = new_run(registry)
@@ -82,7 +82,7 @@ def test_cut_off_upload_and_cut_off_registration_are_completed(
 
 
 def _broken(*_: Any, **__: Any) -> None:
-    raise ConnectionError("the server went away")
+    raise ConnectionError("the server is unreachable")
 
 
 def test_the_model_folder_holds_no_pickle_and_needs_no_code_of_the_pipeline(
@@ -140,9 +140,9 @@ def test_the_same_over_a_real_server(mlflow_server: MlflowServer, tmp_path: Path
 
 
 def test_errors_of_the_server_are_not_mistaken_for_a_missing_model(tmp_path: Path) -> None:
-    away = Registry("rfdetr-demo", "http://127.0.0.1:9")
+    unreachable = Registry("rfdetr-demo", "http://127.0.0.1:9")
     with pytest.raises(MlflowException):
-        away.champion()
+        unreachable.champion()
 
 
 def test_hundred_versions_and_thousand_runs_answer_within_two_seconds(

@@ -56,8 +56,8 @@ def pixels() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def picture(pixels: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "photo of digits.png"
+def image_file(pixels: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "image of digits.png"
     Image.fromarray(pixels).save(path)
     return path
 
@@ -71,13 +71,13 @@ def same(one: pd.Series, two: pd.Series) -> bool:
 
 
 def test_champion_answers_as_the_detector_itself(
-    champion: Any, registered: Registry, picture: Path, tmp_path: Path
+    champion: Any, registered: Registry, image_file: Path, tmp_path: Path
 ) -> None:
     version = registered.champion()
     assert version is not None
     weights = registered.fetch(version, tmp_path) / "artifacts" / "best.pth"
-    expected = RFDETR.from_checkpoint(str(weights)).predict(Image.open(picture), threshold=0.0)
-    (row,) = champion.predict(pd.DataFrame({"image": [str(picture)]}), params=EVERYTHING).iloc
+    expected = RFDETR.from_checkpoint(str(weights)).predict(Image.open(image_file), threshold=0.0)
+    (row,) = champion.predict(pd.DataFrame({"image": [str(image_file)]}), params=EVERYTHING).iloc
     order = np.argsort(-expected.confidence, kind="stable")
     assert 0 < len(row.scores) == len(expected)
     assert row.scores == sorted(row.scores, reverse=True)
@@ -89,15 +89,15 @@ def test_champion_answers_as_the_detector_itself(
 
 
 def test_every_form_of_an_image_gives_the_same_answer(
-    champion: Any, pixels: np.ndarray, picture: Path
+    champion: Any, pixels: np.ndarray, image_file: Path
 ) -> None:
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=picture.parent)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=image_file.parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/{picture.name.replace(' ', '%20')}"
+        url = f"http://127.0.0.1:{server.server_port}/{image_file.name.replace(' ', '%20')}"
         forms = [
-            str(picture), url, encoded(picture), f"data:image/png;base64,{encoded(picture)}",
-            picture.read_bytes(), pixels, pixels.tolist(),
+            str(image_file), url, encoded(image_file),
+            f"data:image/png;base64,{encoded(image_file)}", image_file.read_bytes(), pixels, pixels.tolist(),
         ]  # fmt: skip
         found = champion.predict(pd.DataFrame({"image": forms}), params=EVERYTHING)
         server.shutdown()
@@ -105,8 +105,8 @@ def test_every_form_of_an_image_gives_the_same_answer(
     assert all(same(found.iloc[0], found.iloc[i]) for i in range(1, len(forms)))
 
 
-def test_threshold_and_largest_number_of_detections(champion: Any, picture: Path) -> None:
-    frame = pd.DataFrame({"image": [str(picture)]})
+def test_threshold_and_largest_number_of_detections(champion: Any, image_file: Path) -> None:
+    frame = pd.DataFrame({"image": [str(image_file)]})
     every = champion.predict(frame, params=EVERYTHING).iloc[0]
     middle = float(np.median(every.scores))
     some = champion.predict(frame, params={"threshold": middle}).iloc[0]
@@ -119,12 +119,12 @@ def test_threshold_and_largest_number_of_detections(champion: Any, picture: Path
             champion.predict(frame, params=params)
 
 
-def test_every_bad_row_is_named(tmp_path: Path, picture: Path) -> None:
+def test_every_bad_row_is_named(tmp_path: Path, image_file: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:300])
+    (tmp_path / "cut.png").write_bytes(image_file.read_bytes()[:300])
     rows = [
-        str(picture), str(tmp_path / "missing.jpg"), str(tmp_path / "text.png"),
-        str(tmp_path / "cut.png"), "not an image!", encoded(picture)[:40], None, 7,
+        str(image_file), str(tmp_path / "missing.jpg"), str(tmp_path / "text.png"),
+        str(tmp_path / "cut.png"), "not an image!", encoded(image_file)[:40], None, 7,
         np.zeros((4, 4, 2)), np.full((4, 4, 3), 0.5), np.full((4, 4, 3), 300), [[1, 2], [3]],
         "http://127.0.0.1:9/x.png?X-Amz-Signature=abcdef123456",
     ]  # fmt: skip
@@ -161,14 +161,14 @@ def test_base64_text_of_any_length_is_no_path() -> None:
 
 
 def test_scoring_server_takes_json_and_answers_400_to_bad_rows(
-    champion: Any, pixels: np.ndarray, picture: Path
+    champion: Any, pixels: np.ndarray, image_file: Path
 ) -> None:
     client = TestClient(scoring_server.init(champion))
-    frame = {"columns": ["image"], "data": [[encoded(picture)], [pixels.tolist()]]}
+    frame = {"columns": ["image"], "data": [[encoded(image_file)], [pixels.tolist()]]}
     for body in (
         {"dataframe_split": frame, "params": EVERYTHING},
-        {"inputs": {"image": [encoded(picture), encoded(picture)]}, "params": EVERYTHING},
-        {"dataframe_records": [{"image": encoded(picture)}] * 2, "params": EVERYTHING},
+        {"inputs": {"image": [encoded(image_file), encoded(image_file)]}, "params": EVERYTHING},
+        {"dataframe_records": [{"image": encoded(image_file)}] * 2, "params": EVERYTHING},
     ):
         answer = client.post("/invocations", json=body)
         assert answer.status_code == 200, answer.text
@@ -203,7 +203,7 @@ print(len(model.predict(pandas.DataFrame({"image": [sys.argv[2]]}), params={"thr
 
 
 def test_the_model_loads_in_another_folder_without_the_pipeline_and_without_pickle(
-    registered: Registry, picture: Path, tmp_path: Path
+    registered: Registry, image_file: Path, tmp_path: Path
 ) -> None:
     version = registered.champion()
     assert version is not None
@@ -211,13 +211,13 @@ def test_the_model_loads_in_another_folder_without_the_pipeline_and_without_pick
     assert not [p for p in folder.rglob("*") if p.suffix in {".pkl", ".pickle"}]
     held = {p.name for p in (folder / "artifacts").iterdir()}
     assert held == {"best.pth", "model.json", "model.onnx", "parity.json"}
-    command = [sys.executable, "-c", OUTSIDE, str(folder), str(picture)]
+    command = [sys.executable, "-c", OUTSIDE, str(folder), str(image_file)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "1", done.stderr[-3000:]
 
 
 def test_mlflow_models_serve_answers_a_request_with_an_image(
-    registered: Registry, picture: Path, tmp_path: Path
+    registered: Registry, image_file: Path, tmp_path: Path
 ) -> None:
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
@@ -230,7 +230,7 @@ def test_mlflow_models_serve_answers_a_request_with_an_image(
         )  # fmt: skip
     try:
         wait_for(f"http://127.0.0.1:{port}/ping", 120, log)
-        body = json.dumps({"inputs": {"image": [encoded(picture)]}, "params": EVERYTHING})
+        body = json.dumps({"inputs": {"image": [encoded(image_file)]}, "params": EVERYTHING})
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations",
             data=body.encode(),

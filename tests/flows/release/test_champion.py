@@ -42,7 +42,7 @@ def new_run(registry: Registry) -> str:
 
 
 def three(registry: Registry) -> None:
-    """Versions 1, 2, 3 without files: the aliases do not look at them."""
+    """Versions 1, 2, 3 without files, which moving aliases does not need."""
     registry.client.create_registered_model(registry.name)
     for _ in range(3):
         run_id = new_run(registry)
@@ -145,7 +145,7 @@ STEPS = (
 
 
 @pytest.mark.parametrize("action", ["promote", "rollback"])
-def test_a_move_cut_off_at_any_call_is_finished_by_repeating_it(
+def test_a_move_interrupted_at_any_call_is_finished_by_repeating_it(
     registry: Registry, action: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     three(registry)
@@ -262,7 +262,7 @@ def test_the_history_outlives_a_deleted_version(registry: Registry) -> None:
 def test_a_rollback_that_a_deleted_version_stopped_half_way_is_finished(
     registry: Registry, to: int | None
 ) -> None:
-    """The aliases and tags that rollbacks of before this test left behind."""
+    """Aliases and tags as left behind by an earlier version of `rollback`."""
     three(registry)
     for number in (1, 2, 3):
         promote(registry, number, **WHO)
@@ -304,7 +304,7 @@ def test_a_move_is_finished_when_the_version_it_left_was_deleted(
 def test_a_purged_run_does_not_stop_a_rollback(
     registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Version 1 serves without `promote`: a process that wrote on a run goes on finding it."""
+    """Version 1 became champion without `promote`: a process that wrote to a run caches it."""
     three(registry)
     registry.client.set_registered_model_alias(registry.name, "champion", "1")
     promote(registry, 2, **WHO)
@@ -325,7 +325,7 @@ def test_a_purged_run_does_not_stop_a_rollback(
 
 @pytest.mark.parametrize("step", ["set_registered_model_alias", "delete_model_version_tag"])
 @pytest.mark.parametrize("to", [None, 2, 1])
-def test_a_cut_off_rollback_is_finished_before_another_one(
+def test_an_interrupted_rollback_is_finished_before_another_one(
     registry: Registry, step: str, to: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     three(registry)
@@ -341,7 +341,7 @@ def test_a_cut_off_rollback_is_finished_before_another_one(
     assert registry.aliases()["champion"] == record.version
 
 
-def test_a_cut_off_rollback_is_over_after_another_move(registry: Registry) -> None:
+def test_an_interrupted_rollback_is_outdated_after_another_move(registry: Registry) -> None:
     three(registry)
     stale = AuditRecord(action="rollback", version=1, previous=3, reason="old", by="x", at=now())
     for number in (1, 2, 3):

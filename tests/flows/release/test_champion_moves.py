@@ -1,4 +1,4 @@
-"""Promotion and rollback as people and the flow do them: one at a time, announced once."""
+"""Promotion and rollback by users and by the flow: serialised, and announced once."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def judged(number: int, champion: int, values: tuple[float, float] = (0.6, 0.5))
     return decide(old, new, GatePolicy(), champion)
 
 
-def test_people_hear_of_every_move_by_hand_once(
+def test_every_manual_move_is_announced_once(
     registry: Registry, webhook: Webhook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RFDETR_NOTIFY_URL", webhook.url)
@@ -135,28 +135,28 @@ def test_a_deleted_champion_is_replaced_by_a_named_version(registry: Registry) -
     assert (record.action, record.version, record.previous) == ("rollback", 1, None)
 
 
-def test_a_rollback_waits_for_a_promotion_that_has_begun(
+def test_a_rollback_waits_for_a_running_promotion(
     root: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the lock the promotion would overwrite the rollback that came after its look."""
-    begun, go_on = threading.Event(), threading.Event()
+    started, proceed = threading.Event(), threading.Event()
     real = promote
 
     def slow(*arguments: Any, **options: Any) -> Any:
-        begun.set()
-        assert go_on.wait(20)
+        started.set()
+        assert proceed.wait(20)
         return real(*arguments, **options)
 
     monkeypatch.setattr("flows.release.champion.promote", slow)
     verdict = judged(2, champion=1)
     promotion = threading.Thread(target=steps.promote_winner, args=(Project(root), 2, verdict))
     promotion.start()
-    assert begun.wait(20)
+    assert started.wait(20)
     back = threading.Thread(target=steps.roll_back, args=(Project(root),), kwargs={"reason": "bad"})
     back.start()
     back.join(1)
     assert back.is_alive()
-    go_on.set()
+    proceed.set()
     promotion.join(20)
     back.join(20)
     assert registry.aliases()[CHAMPION] == 1
