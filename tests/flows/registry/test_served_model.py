@@ -97,7 +97,8 @@ def test_every_form_of_an_image_gives_the_same_answer(
         url = f"http://127.0.0.1:{server.server_port}/{image_file.name.replace(' ', '%20')}"
         forms = [
             str(image_file), url, encoded(image_file),
-            f"data:image/png;base64,{encoded(image_file)}", image_file.read_bytes(), pixels, pixels.tolist(),
+            f"data:image/png;base64,{encoded(image_file)}",
+            image_file.read_bytes(), pixels, pixels.tolist(),
         ]  # fmt: skip
         found = champion.predict(pd.DataFrame({"image": forms}), params=EVERYTHING)
         server.shutdown()
