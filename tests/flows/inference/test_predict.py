@@ -314,5 +314,5 @@ def test_a_worker_refuses_to_write_into_its_temporary_folder(
     images_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", "a-deployment")
-    with pytest.raises(ConfigError, match="absolute folder"):
+    with pytest.raises(ConfigError, match="absolute path"):
         batch_predict.fn(str(images_dir), "found")
