@@ -204,13 +204,13 @@ with registry_slot(Project(Path(sys.argv[1])), "shared"):
 """
 
 
-def test_a_server_that_is_away_is_one_readable_error(root: Path, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_one_readable_error(root: Path, tmp_path: Path) -> None:
     home = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "flows.cli.main", "rollback", "--reason", "r"]
     env = {**environment(root), **home, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "slot registry-tiny: the Prefect server cannot be reached" in done.stderr
+    assert "slot registry-tiny: the Prefect server is unreachable" in done.stderr
     assert "unset PREFECT_API_URL" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -134,4 +134,4 @@ def test_dvc_fetches_what_has_changed_and_plan_says_so(
     assert (root / "data/mine/a.txt").read_bytes() == b"new"
     put(f"{key}/a.txt", b"later")
     refused = run(root, "python", "-m", "flows.stages.fetch", "mine", check=False)
-    assert "has changed: it is not the listing-" in refused.stderr
+    assert "has changed: it is no longer the version listing-" in refused.stderr
