@@ -134,7 +134,7 @@ class Registry:
             model = self.client.get_logged_model(model_id)
             given = {k: str(v) for k, v in redact_mapping(tags or {}).items() if v is not None}
             given["weights.sha256"] = str(model.params.get("weights_sha256"))
-            with _global_uri(self.uri):
+            with global_tracking_uri(self.uri):
                 made = self.client.create_model_version(
                     self.name, source, run_id=run_id, tags=given, model_id=model_id
                 )
@@ -219,7 +219,7 @@ class Registry:
         """Download a version's model folder into `folder`; weights and card are in `artifacts`."""
         import mlflow.artifacts
 
-        with _global_uri(self.uri):
+        with global_tracking_uri(self.uri):
             path = mlflow.artifacts.download_artifacts(
                 artifact_uri=f"models:/{version.model_id}", dst_path=str(folder)
             )
@@ -288,7 +288,7 @@ class Registry:
 
 
 @contextlib.contextmanager
-def _global_uri(uri: str) -> Iterator[None]:
+def global_tracking_uri(uri: str) -> Iterator[None]:
     """Set MLflow's global tracking URI, through which its SQL store resolves `models:/`.
 
     MLflow exports it to the environment as well; both are restored.

@@ -12,7 +12,7 @@ import pytest
 
 from flows.cli.main import main, parser
 from flows.config import params
-from flows.registry.registry import Registry
+from flows.registry.registry import Registry, global_tracking_uri
 from flows.release.champion import history
 from flows.tracking import provenance
 from tests.flows.prefect_fixtures import Retrained
@@ -138,9 +138,10 @@ def test_the_champion_moves_by_hand_and_back(
     first = registry.version(1)
     own = {k: v for k, v in first.tags.items() if k.startswith(("gate.", "lineage.", "weights."))}
     tags = {**own, "gate.outcome": "approval", "gate.champion_version": "1"}
-    registry.client.create_model_version(
-        "tiny", f"models:/{first.model_id}", run_id=first.run_id, tags=tags
-    )
+    with global_tracking_uri(project.uri):
+        registry.client.create_model_version(
+            "tiny", f"models:/{first.model_id}", run_id=first.run_id, tags=tags
+        )
     assert main(["rollback", "--reason", "too early"]) == 1
     assert "previous champion" in capsys.readouterr().err
     assert main(["promote", "9", "--reason", "typo"]) == 1

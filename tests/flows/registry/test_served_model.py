@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import scoring_server
 from PIL import Image
 
-from flows.registry.registry import Registry, _global_uri
+from flows.registry.registry import Registry, global_tracking_uri
 from flows.registry.served_model import read_images
 from rfdetr import RFDETR
 from tests.flows.mlflow_fixtures import free_port, stop, wait_for
@@ -39,7 +39,7 @@ def registered(
     folder = tmp_path_factory.mktemp("pyfunc")
     (folder / "mlflow.db").write_bytes(migrated_database.read_bytes())
     registry = register_champion(f"sqlite:///{folder / 'mlflow.db'}", write_model(folder))
-    with _global_uri(registry.uri):
+    with global_tracking_uri(registry.uri):
         yield registry
 
 
