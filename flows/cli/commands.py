@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,18 +70,10 @@ def retrain_command(options: argparse.Namespace) -> int:
         return OK
     for plan in plans:
         print(f"{plan.stage:10} {plan.state}")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    from flows.retrain import retrain
+    with _prefect():
+        from flows.retrain import retrain
 
-    try:
         retrain(params)
-    except RuntimeError as error:
-        if "Failed to reach API" not in str(error):
-            raise
-        raise ConfigError(
-            f"Prefect: {error}. Start that server, or unset PREFECT_API_URL to use a temporary "
-            "one; `dvc repro` runs the stages without any."
-        ) from None
     print(steps.what_next(project))
     return OK
 
@@ -208,16 +201,33 @@ def predict_command(options: argparse.Namespace) -> int:
 
 def drift_command(options: argparse.Namespace) -> int:
     """Run the flow drift-check in this process: report, event, notification."""
-    source = _place(options.source)
-    project = _project()
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    from flows.drift_check import drift_check
     from flows.inference.drift import REPORT, DriftCheck, DriftParams
 
-    drift_check(source, checked(DriftParams, hours=options.hours, limit=options.limit))
+    source = _place(options.source)
+    project = _project()
+    params = checked(DriftParams, hours=options.hours, limit=options.limit)
+    with _prefect():
+        from flows.drift_check import drift_check
+
+        drift_check(source, params)
     check = DriftCheck.model_validate_json((project.root / REPORT).read_text(encoding="utf-8"))
     print(check.to_markdown())
     return DRIFTED if options.exit_code and check.drifted else OK
+
+
+@contextlib.contextmanager
+def _prefect() -> Iterator[None]:
+    """Give a temporary Prefect server time to start, and explain if a server cannot be reached."""
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    try:
+        yield
+    except RuntimeError as error:
+        if "Failed to reach API" not in str(error):
+            raise
+        raise ConfigError(
+            f"Prefect: {error}. Start that server, or unset PREFECT_API_URL to use a temporary "
+            "one; `dvc repro` runs the stages without Prefect."
+        ) from None
 
 
 def _place(text: str) -> str:

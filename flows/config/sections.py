@@ -239,7 +239,7 @@ class RuntimeSettings(Section):
     stage_timeout_s: float = Field(21600, gt=0, description="Seconds that other stages may take")
     silence_timeout_s: float = Field(1800, gt=0, description="Seconds of silence that mean a hang")
     price_per_hour: float | None = Field(None, ge=0, description="Price of one device per hour")
-    grace_s: float = Field(60, gt=0, description="Seconds from SIGTERM to SIGKILL")
+    grace_s: float = Field(60, gt=0, description="Seconds from the request to stop to SIGKILL")
 
     @field_validator("devices")
     @classmethod

@@ -34,7 +34,7 @@ def fetch_source(name: str, project: Project) -> None:
 def _check_version(source: SourceSettings) -> None:
     if source.version is not None and current_version(source) != source.version:
         raise StorageError(
-            f"{source.uri} has changed: it is no longer the version {source.version} of "
+            f"{source.uri} has changed: its version is no longer {source.version}, as in "
             "params.yaml. `rfdetr-pipeline retrain` uses the current data; `dvc pull` gets the old."
         )
 

@@ -29,7 +29,7 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tracking_uri(migrated_database: Path, tmp_path: Path) -> str:
-    """A store of its own: SQLite and a folder of artifacts beside it."""
+    """A new store: SQLite and a folder of artifacts beside it."""
     file = tmp_path / "tracking" / "mlflow.db"
     file.parent.mkdir()
     shutil.copyfile(migrated_database, file)
@@ -37,7 +37,7 @@ def tracking_uri(migrated_database: Path, tmp_path: Path) -> str:
 
 
 class MlflowServer:
-    """`mlflow server` over one SQLite file, on one port for its whole life."""
+    """`mlflow server` over one SQLite file, on one port."""
 
     def __init__(self, database: str, folder: Path) -> None:
         self.port = free_port()

@@ -25,7 +25,7 @@ LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
 
 class PrefectServer:
-    """`prefect server start` on loopback with a database of its own."""
+    """`prefect server start` on loopback with its own database."""
 
     def __init__(self, folder: Path) -> None:
         self.port, self.folder = free_port(), folder
@@ -161,7 +161,7 @@ class Retrained:
         return done
 
     def copy(self, folder: Path) -> Retrained:
-        """The same project elsewhere, with state and registry of its own."""
+        """The same project elsewhere, with its own state and registry."""
         shutil.copytree(self.root, folder / "project", symlinks=True)
         shutil.copytree(self.root.parent / "state", folder / "state")
         return Retrained(folder / "project", self.server, self.webhook)

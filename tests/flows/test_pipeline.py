@@ -1,4 +1,4 @@
-"""The whole graph by `dvc repro`: results, nothing to do, restored clones, experiments."""
+"""The complete graph by `dvc repro`: results, nothing to do, restored clones, experiments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.flows.projects import make_project, run, write_params
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A git repository in which the pipeline has run once, with a DVC cache of its own."""
+    """A git repository in which the pipeline has run once, with its own DVC cache."""
     root = make_project(tmp_path_factory.mktemp("pipeline") / "project")
     run(root, "git", "init", "-q")
     run(root, "git", "config", "user.email", "test@localhost")

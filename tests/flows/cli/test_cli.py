@@ -26,7 +26,7 @@ COMMANDS = (
 
 @pytest.fixture
 def project(retrained: Retrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Retrained:
-    """A copy to work in; the current folder is below its root, as a person's may be."""
+    """A copy to work in; the current folder is below its root, as a user's may be."""
     copy = retrained.copy(tmp_path)
     for name, value in copy.environment().items():
         if name.startswith(("RFDETR_", "PREFECT_")):
@@ -132,7 +132,7 @@ def test_plan_of_a_fresh_checkout_makes_no_registry(
 def test_the_champion_moves_by_hand_and_back(
     project: Retrained, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second version with a record of its own, made from the registered model."""
+    """A second version with its own record, made from the registered model."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", project.uri)
     registry = Registry("tiny", project.uri)
     first = registry.version(1)

@@ -23,7 +23,7 @@ def env(tmp_path: Path) -> Environment:
 
 
 def aged(path: Path) -> Path:
-    """`path` as if nobody had used it for longer than the limit."""
+    """`path` as if it had not been used for longer than the limit."""
     past = time.time() - (OLD_DAYS + 1) * 86400
     os.utime(path, (past, past))
     return path
@@ -41,7 +41,7 @@ def training(env: Environment, name: str, *, unsent: bool = False, done: bool = 
 
 def test_a_finished_training_with_unsent_records_stays(env: Environment) -> None:
     sent, unsent = training(env, "sent"), training(env, "unsent", unsent=True)
-    begun = training(env, "begun", done=False)
+    started = training(env, "started", done=False)
     (found,) = _old_state(env, repair=False)
     assert found.level == "note"
     assert found.repair == "rfdetr-pipeline doctor --repair"
@@ -49,7 +49,7 @@ def test_a_finished_training_with_unsent_records_stays(env: Environment) -> None
     (found,) = _old_state(env, repair=True)
     assert "3 trainings" in found.text
     assert "1 finished ones removed" in found.text
-    assert (sent.exists(), unsent.exists(), begun.exists()) == (False, True, True)
+    assert (sent.exists(), unsent.exists(), started.exists()) == (False, True, True)
 
 
 def test_a_training_that_was_interrupted_is_closed_unless_it_is_at_work(
@@ -80,12 +80,12 @@ def test_a_training_that_was_interrupted_is_closed_unless_it_is_at_work(
     assert "1 interrupted" in found.text, "the lock of the running one is free now"
 
 
-def looked(env: Environment, *, repair: bool) -> dict[str, Finding]:
+def copies(env: Environment, *, repair: bool) -> dict[str, Finding]:
     return {found.subject: found for found in _old_copies(env, repair=repair)}
 
 
-def test_copies_that_nobody_uses_are_named_and_removed(env: Environment) -> None:
-    assert {found.level for found in looked(env, repair=False).values()} == {"ok"}
+def test_unused_copies_are_reported_and_removed(env: Environment) -> None:
+    assert {found.level for found in copies(env, repair=False).values()} == {"ok"}
     for name in ("unpacked", "exports", "downloads"):
         for age in ("old", "new"):
             (env.state_dir / name / age).mkdir(parents=True)
@@ -94,9 +94,9 @@ def test_copies_that_nobody_uses_are_named_and_removed(env: Environment) -> None
     held = env.state_dir / "unpacked" / ".old.lock"
     held.mkdir()
     aged(held)
-    found = looked(env, repair=False)
+    found = copies(env, repair=False)
     assert found["exports"].text == f"1 not used for {OLD_DAYS} days, 2 MiB"
-    looked(env, repair=True)
+    copies(env, repair=True)
     left = {path.name for name in found for path in (env.state_dir / name).iterdir()}
     assert left == {"new", ".old.lock"}
 
@@ -107,5 +107,5 @@ def test_a_dataset_in_use_is_not_old(env: Environment, tmp_path: Path) -> None:
     packed = pack(tmp_path / "set", tmp_path / "packed", progress=False)
     copy = aged(open_dataset(packed, env.state_dir))
     assert open_dataset(packed, env.state_dir) == copy
-    looked(env, repair=True)
+    copies(env, repair=True)
     assert copy.exists()

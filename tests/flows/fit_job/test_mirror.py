@@ -70,7 +70,7 @@ def test_a_damaged_copy_gives_way_to_the_one_before(
     assert "does not match its SHA-256" in capsys.readouterr().err
 
 
-def test_without_a_whole_checkpoint_the_training_starts_anew(
+def test_without_an_intact_checkpoint_the_training_starts_from_scratch(
     sent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(sent, "last.0.ckpt", "last.1.ckpt")
@@ -78,7 +78,7 @@ def test_without_a_whole_checkpoint_the_training_starts_anew(
     assert "starts from scratch" in capsys.readouterr().err
 
 
-def test_a_fetch_that_was_cut_off_is_repeated_as_a_whole(
+def test_an_interrupted_fetch_starts_over(
     sent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut(uri: str, target: Path, *, progress: bool) -> Path:
@@ -120,7 +120,7 @@ def test_what_is_sent_does_not_change_while_it_is_read(
     assert fetched(url, tmp_path)["last.ckpt"] == b"newer"
 
 
-def test_an_s3_server_that_is_away_never_makes_a_training_start_anew(
+def test_an_unreachable_s3_server_never_makes_a_training_start_from_scratch(
     sent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""dvc.lock and params.yaml on a branch of their own, pushed to a real bare repository."""
+"""dvc.lock and params.yaml on a new branch, pushed to a real bare repository."""
 
 from __future__ import annotations
 

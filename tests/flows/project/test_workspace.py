@@ -37,7 +37,7 @@ def run(root: Path, *command: str) -> str:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of the project's pipeline files in a git repository of its own."""
+    """A copy of the project's pipeline files in a new git repository."""
     root = tmp_path / "project"
     (root / ".dvc").mkdir(parents=True)
     for name in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore", ".dvc/config",
@@ -222,6 +222,6 @@ def test_a_missing_dataset_comes_from_the_cache_or_is_explained(project: Path) -
     (project / "data/mine").rmdir()
     require_dataset(Project(project), quiet)
     assert (project / "data/mine/a.txt").read_text() == "a"
-    write_overrides(project, {"dataset": {"dir": "data/nobody"}})
-    with pytest.raises(DatasetError, match=r"data/nobody is missing.*run `dvc add data/nobody`"):
+    write_overrides(project, {"dataset": {"dir": "data/unknown"}})
+    with pytest.raises(DatasetError, match=r"data/unknown is missing.*run `dvc add data/unknown`"):
         require_dataset(Project(project), quiet)

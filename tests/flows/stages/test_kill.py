@@ -1,4 +1,4 @@
-"""`kill -9` of trainers, of the flow, of everything, at seeded moments: the next run mends it."""
+"""`kill -9` of trainers, the flow, everything, at seeded moments: the next run repairs it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def strike(project: Retrained, mark: str, whom: str, delay: float) -> None:
     assert living(project) == {}, "orphans"
 
 
-def check_mended(project: Retrained) -> None:
+def check_repaired(project: Retrained) -> None:
     """One more run, and the result is that of a run without any fault."""
     project.pipeline("retrain")
     root = project.root
@@ -134,16 +134,16 @@ def test_a_killed_flow_is_finished_by_the_next_run(retrained: Retrained, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(MOMENTS)))
-def test_every_kill_is_mended_by_the_next_run(fresh: Retrained, number: int) -> None:
+def test_the_next_run_repairs_every_kill(fresh: Retrained, number: int) -> None:
     mark, whom = MOMENTS[number]
     delay = random.Random(number).uniform(0.0, 3.0)
     strike(fresh, mark, whom, delay)
-    check_mended(fresh)
+    check_repaired(fresh)
 
 
 @pytest.mark.slow
-def test_three_kills_in_one_run_are_mended(fresh: Retrained) -> None:
+def test_three_kills_in_one_run_are_repaired(fresh: Retrained) -> None:
     for seed, number in enumerate((4, 6, 7)):  # each mark is a later epoch than the one before
         mark, whom = MOMENTS[number]
         strike(fresh, mark, whom, random.Random(100 + seed).uniform(0.0, 1.0))
-    check_mended(fresh)
+    check_repaired(fresh)

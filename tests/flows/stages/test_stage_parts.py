@@ -237,11 +237,11 @@ def test_a_stage_with_arguments_does_nothing(
     assert not called
 
 
-def test_a_damaged_memory_of_hashes_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_cache_of_hashes_is_replaced(tmp_path: Path) -> None:
     file, memory = tmp_path / "a.txt", tmp_path / "digests.db"
     file.write_text("a")
     wanted = path_digest(file)
-    memory.write_bytes(b"no database at all, but long enough to be looked at" * 20)
+    memory.write_bytes(b"no database at all, but long enough to be read" * 20)
     assert path_digest(file, memory) == wanted == path_digest(file, memory)
 
 

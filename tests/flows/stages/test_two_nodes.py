@@ -101,7 +101,7 @@ def test_a_lost_node_ends_the_other_and_both_go_on_together(nodes: tuple[Path, P
     told = [epochs_told(first.parent / f"node{index}.log") for index in (0, 1)]
     assert sorted(set(told[0])) == list(range(1, EPOCHS + 1))
     assert len(told[0]) <= EPOCHS + 1, f"finished epochs were trained again: {told[0]}"
-    assert told[1][-1] == EPOCHS, "each node tells the progress"
+    assert told[1][-1] == EPOCHS, "each node reports the progress"
 
 
 def test_a_node_that_comes_after_the_end_has_nothing_to_do(tmp_path: Path) -> None:
