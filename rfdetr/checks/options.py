@@ -25,7 +25,7 @@ class CheckConfig(StrictConfig):
     )
     max_findings_per_code: int = Field(default=1000, ge=1, description="Findings listed per code")
 
-    check_images: bool = Field(True, description="Open and decode the images")
+    check_images: bool = Field(default=True, description="Open and decode the images")
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="Largest image in pixels")
     near_duplicate_bits: int = Field(default=7, ge=0, le=7, description="Hash bits that may differ")
     near_duplicate_correlation: float = Field(
