@@ -23,10 +23,10 @@ from flows.core.redact import redact
 from flows.orchestration.limits import LEASE_SECONDS
 from flows.project.dvc import has_remote
 from flows.project.project import Project
-from flows.tracking.delivery import deliver
-from flows.tracking.journal import JOURNAL, Journal
 from flows.tracking.run import sync, unsent_journals
 from rfdetr.errors import ConfigError
+from rfdetr.tracking.delivery import deliver
+from rfdetr.tracking.journal import JOURNAL, Journal
 
 log = logging.getLogger(__name__)
 OLD_DAYS = 30
@@ -128,7 +128,7 @@ def _open_journals(state_dir: Path, *, end: bool) -> Iterator[Journal]:
     for file in (state_dir / "fit").glob(f"*/{JOURNAL}"):
         try:
             with locked(file.parent):
-                journal = Journal(file.parent)
+                journal = Journal(file.parent, mask=redact)
                 if not journal.open:
                     continue
                 if end:

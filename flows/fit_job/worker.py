@@ -23,8 +23,8 @@ from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
 from flows.fit_job.job import ERROR, STOPPED, FitJob, FitResult, newest_checkpoint
 from flows.fit_job.progress import EpochProgress
-from flows.tracking.journal import RunSpec
-from flows.tracking.lightning_logger import JournalLogger
+from flows.tracking.run import fit_logger
+from flows.tracking.system_metrics import SystemMetrics
 from rfdetr.config import SegmentationTrainConfig, TrainConfig
 from rfdetr.errors import DatasetError
 from rfdetr.files import write_text_atomic
@@ -86,11 +86,14 @@ def train(folder: Path, env: Environment) -> FitResult | None:
     train_config = train_config.model_copy(update={"class_names": names})
     datamodule.model_config, datamodule.train_config = model_config, train_config
     module = RFDETRModule(model_config, train_config)
-    logger = _logger(job, folder, env.tracking_uri)
+    logger = fit_logger(folder, job.dataset["name"], job.run_name, env.tracking_uri)
     trainer = _trainer(job, train_config, model_config, logger)
     checkpoint, problems = newest_checkpoint(folder)
     for problem in problems:
         warnings.warn(problem, UserWarning, stacklevel=2)
+    if trainer.is_global_zero:
+        logger.journal.log_params(job.params)
+        logger.journal.log_dataset(**job.dataset)
     trainer.fit(module, datamodule, ckpt_path=checkpoint and str(checkpoint), weights_only=True)
     early = train_config.early_stopping and trainer.should_stop
     if trainer.current_epoch < train_config.epochs and not early:
@@ -113,17 +116,8 @@ def train(folder: Path, env: Environment) -> FitResult | None:
         class_names=names,
         num_classes=int(classes or len(names)),
         resolution=model_config.resolution,
-        mlflow_run_id=logger.experiment.run_id,
+        mlflow_run_id=logger.run_id,
     )
-
-
-def _logger(job: FitJob, folder: Path, uri: str | None) -> JournalLogger:
-    spec = RunSpec(
-        experiment=f"rfdetr/{job.dataset['name']}",
-        name=job.run_name,
-        tags={"pipeline.stage": "fit", "fit.fingerprint": folder.name},
-    )
-    return JournalLogger(folder, spec, uri=uri, system_metrics_every=SYSTEM_METRICS_SECONDS)
 
 
 def _trainer(job: FitJob, train_config: TrainConfig, model_config: Any, logger: Any) -> pl.Trainer:
@@ -138,11 +132,9 @@ def _trainer(job: FitJob, train_config: TrainConfig, model_config: Any, logger: 
         given["precision"] = job.precision
     trainer = build_trainer(train_config, model_config, **given)
     trainer.loggers.append(logger)
-    if trainer.is_global_zero:
-        logger.log_hyperparams(job.params)
-        logger.experiment.log_dataset(**job.dataset)
     metric = "segm_mAP_50_95" if model_config.segmentation_head else "mAP_50_95"
-    trainer.callbacks.append(ProgressLines(metric))  # type: ignore[attr-defined]
+    extra = [ProgressLines(metric), SystemMetrics(logger, SYSTEM_METRICS_SECONDS)]
+    trainer.callbacks.extend(extra)  # type: ignore[attr-defined]
     return trainer
 
 

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.core.redact import redact_mapping
 from flows.registry.model_folder import ModelFiles, build_model
-from flows.tracking.delivery import experiment_id, tracking_client
 from rfdetr.errors import RFDETRError
+from rfdetr.tracking.client import experiment_id, tracking_client
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel

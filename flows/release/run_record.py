@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +14,17 @@ from flows.core.files import read_json
 from flows.core.redact import redact, redact_mapping
 from flows.project.project import Project
 from flows.registry.registry import RegistryError
-from flows.tracking.delivery import experiment_id, tracking_client, valid_key
-from flows.tracking.journal import STATE, Journal
 from flows.tracking.run import sync
 from rfdetr.files import sha256_file
+from rfdetr.tracking.client import experiment_id, tracking_client, valid_key
+from rfdetr.tracking.journal import flatten, read_state
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOGGER = logging.getLogger(__name__)
 RECORDED = "pipeline.recorded"
-MAX_PARAMS = 100  # in one call, set by MLflow
+MAX_PARAMS, MAX_METRICS = 100, 1000  # in one call, set by MLflow
 NEEDED = ("dvc.lock", "models/trained/model.json", "metrics/fit.json", "metrics/test.json")
 WRITTEN_BY_USERS = ("params.yaml", "dvc.lock")  # dvc.lock repeats the parameters
 REPORTS = (
@@ -95,11 +95,8 @@ def _known_run(client: MlflowClient, card: Mapping[str, Any], state_dir: Path) -
     """The run in the model card, else the one in the training's journal, if it exists."""
     from mlflow.exceptions import MlflowException
 
-    candidates = [card.get("mlflow_run_id")]
-    folder = state_dir / "fit" / str(card.get("fingerprint"))
-    if (folder / STATE).exists():
-        candidates.append(Journal(folder).run_id)
-    for run_id in filter(None, candidates):
+    state = read_state(state_dir / "fit" / str(card.get("fingerprint")))
+    for run_id in filter(None, [card.get("mlflow_run_id"), state and state.run_id]):
         try:
             client.get_run(run_id)
         except MlflowException as error:
@@ -122,7 +119,7 @@ def _new_run(client: MlflowClient, params: Params, card: Mapping[str, Any], uri:
     tags = {"weights.sha256": weights, "pipeline.stage": "fit", "fit.reused": "true"}
     name = f"fit {params.dataset.name}"
     run = client.create_run(experiment, tags=tags, run_name=name)
-    values = [Param(key, str(value)) for key, value in _flat(card["params"])]
+    values = [Param(key, str(value)) for key, value in flatten(card["params"]).items()]
     for start in range(0, len(values), MAX_PARAMS):
         client.log_batch(run.info.run_id, params=values[start : start + MAX_PARAMS])
     return str(run.info.run_id)
@@ -132,8 +129,8 @@ def _add_numbers(client: MlflowClient, run_id: str, project: Project) -> None:
     from mlflow.entities import Metric
 
     numbers = {
-        **{f"test/{k}": v for k, v in _flat(read_json(project.test_metrics))},
-        **{f"fit/{k}": v for k, v in _flat(read_json(project.fit_metrics))},
+        **{f"test/{k}": v for k, v in flatten(read_json(project.test_metrics)).items()},
+        **{f"fit/{k}": v for k, v in flatten(read_json(project.fit_metrics)).items()},
     }
     price, seconds = project.params.runtime.price_per_hour, numbers.get("fit/seconds")
     if price is not None and isinstance(seconds, int | float):
@@ -146,13 +143,5 @@ def _add_numbers(client: MlflowClient, run_id: str, project: Project) -> None:
         for key, value in numbers.items()
         if isinstance(value, int | float)
     ]
-    client.log_batch(run_id, metrics=metrics)
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
-        else:
-            yield name, value
+    for start in range(0, len(metrics), MAX_METRICS):
+        client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])

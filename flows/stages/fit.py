@@ -29,10 +29,10 @@ from flows.stages.runner import run_stage
 from flows.stages.trained_model import collect
 from flows.stages.validate import require_valid
 from flows.storage.packs import open_dataset
-from flows.tracking.journal import JOURNAL
 from flows.tracking.run import close_run
 from rfdetr.errors import RFDETRError
 from rfdetr.files import remove_leftovers
+from rfdetr.tracking.journal import JOURNAL
 
 SECTIONS = ["dataset", "model", "fit"]
 JOIN_SECONDS = 600.0

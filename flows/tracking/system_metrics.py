@@ -1,4 +1,4 @@
-"""Samples of CPU, memory, disk, network and GPU figures."""
+"""CPU, memory, disk, network and GPU usage during a training."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ import threading
 import time
 from typing import Any
 
-from flows.tracking.journal import Journal
+import pytorch_lightning as pl
+
+from rfdetr.tracking.mlflow_logger import JournaledMLFlowLogger
 
 log = logging.getLogger(__name__)
 
 
-class SystemSampler:
-    """Samples CPU, memory, disk, network and GPU figures into the journal."""
+class SystemMetrics(pl.Callback):
+    """Samples the usage of the machine with rank 0 into the journal, from a background thread.
 
-    def __init__(self, journal: Journal, every: float) -> None:
-        self._journal, self._every = journal, every
+    MLflow's own monitor needs a run id, which does not exist while the server is unreachable.
+    """
+
+    def __init__(self, logger: JournaledMLFlowLogger, every: float) -> None:
+        """`every` in seconds."""
+        self._logger, self._every = logger, every
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
 
-    def start(self) -> None:
-        if self._thread.ident is None:
-            self._thread.start()
+    def on_fit_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:
+            threading.Thread(target=self._work, name="system-metrics", daemon=True).start()
 
-    def stop(self) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         self._stop.set()
+
+    on_exception = teardown
 
     def _work(self) -> None:
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
@@ -39,7 +46,7 @@ class SystemSampler:
         for kind in kinds:
             with contextlib.suppress(ImportError, RuntimeError):  # no GPU
                 monitors.append(kind())
-        step = int(time.time() / self._every)  # grows over resumed parts of a run
+        step = int(time.time() / self._every)  # keeps growing when the run is resumed
         while not self._stop.wait(self._every):
             step += 1
             try:
@@ -47,7 +54,8 @@ class SystemSampler:
                     monitor.collect_metrics()
                     values = monitor.aggregate_metrics()
                     monitor.clear_metrics()
-                    self._journal.log_metrics({f"system/{k}": v for k, v in values.items()}, step)
-            except Exception as error:  # noqa: BLE001 - figures of the machine are not worth a run
-                log.warning("system metrics stop: %s", error)
+                    named = {f"system/{key}": value for key, value in values.items()}
+                    self._logger.journal.log_metrics(named, step)
+            except Exception as error:  # noqa: BLE001 - these numbers never end a training
+                log.warning("system metrics stopped: %s", error)
                 return

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from rfdetr.config import TrainConfig
 from rfdetr.errors import MissingDependencyError
+from rfdetr.tracking.client import local_store
+from rfdetr.tracking.journal import RunSpec
+from rfdetr.tracking.mlflow_logger import JournaledMLFlowLogger
 from rfdetr.training.history import HistoryCSVLogger
 
 
@@ -32,16 +37,17 @@ def build_loggers(train_config: TrainConfig) -> list[Logger]:
             ),
         )
     if train_config.mlflow:
-        from rfdetr.training.mlflow_logger import JournaledMLFlowLogger
-
-        loggers += _try(
-            "mlflow",
-            True,
-            lambda: JournaledMLFlowLogger(
-                output, train_config.project or "rfdetr", train_config.run
-            ),
-        )
+        loggers += _try("mlflow", True, lambda: _mlflow_logger(train_config))
     return loggers
+
+
+def _mlflow_logger(train_config: TrainConfig) -> Logger:
+    """To the server of MLFLOW_TRACKING_URI, else to a SQLite store in the output folder."""
+    folder = Path(train_config.output_dir) / "mlflow"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or local_store(folder)
+    spec = RunSpec(experiment=train_config.project or "rfdetr", name=train_config.run)
+    advice = f'the next training there sends them, or rfdetr.tracking.sender.sync("{folder}", uri).'
+    return JournaledMLFlowLogger(folder, spec, uri, run_per_fit=True, advice=advice)
 
 
 def _try(package: str, requested: bool, make: Callable[[], Logger]) -> list[Logger]:

@@ -10,11 +10,11 @@ import torch
 from flows.registry.model_folder import ModelFiles
 from flows.registry.registry import Registry
 from flows.release.champion import promote
-from flows.tracking.delivery import experiment_id
 from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.config import RFDETRNanoConfig
 from rfdetr.model.network import build_network
+from rfdetr.tracking.client import experiment_id
 
 NAMES = ["zero", "one", "four"]
 

@@ -12,8 +12,8 @@ from flows.cli.doctor import OLD_DAYS, Finding, _interrupted, _old_copies, _old_
 from flows.config.environment import Environment
 from flows.core.locks import locked
 from flows.storage.packs import open_dataset, pack
-from flows.tracking.journal import Journal, RunSpec
-from flows.tracking.run import TrackedRun, close_run, sync
+from flows.tracking.run import close_run, fit_logger, sync
+from rfdetr.tracking.journal import Journal, RunSpec
 from tests.flows.mlflow_fixtures import runs
 
 
@@ -58,8 +58,7 @@ def test_a_training_that_was_interrupted_is_closed_unless_it_is_at_work(
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     folders = {name: env.state_dir / "fit" / name for name in ("interrupted", "running", "ended")}
     for name, folder in folders.items():
-        spec = RunSpec(experiment="e", name=name)
-        TrackedRun(folder, spec, uri=uri).begin()
+        fit_logger(folder, "demo", name, None).begin_fit(resumed=False, step=None)
         assert sync(env.state_dir, uri)[folder] is None
     close_run(folders["ended"], "FINISHED", uri)
 
@@ -73,8 +72,9 @@ def test_a_training_that_was_interrupted_is_closed_unless_it_is_at_work(
         (found,) = _interrupted(env, uri, repair=True)
     assert found.text.endswith("1 closed as KILLED in MLflow")
     assert states() == {"interrupted": "KILLED", "running": "RUNNING", "ended": "FINISHED"}
-    with TrackedRun(folders["interrupted"], uri=uri):  # the next attempt
-        pass
+    again = fit_logger(folders["interrupted"], "demo", "interrupted", uri)  # the next attempt
+    again.begin_fit(resumed=True, step=None)
+    again.finalize("success")
     assert states()["interrupted"] == "FINISHED"
     (found,) = _interrupted(env, uri, repair=False)
     assert "1 interrupted" in found.text, "the lock of the running one is free now"

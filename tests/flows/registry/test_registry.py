@@ -13,8 +13,8 @@ from flows.registry.model_folder import ModelFiles
 from flows.registry.registry import Registry, Version
 from flows.release import champion as promotion
 from flows.release.champion import history, promote
-from flows.tracking.delivery import experiment_id
 from rfdetr.errors import CheckpointError
+from rfdetr.tracking.client import experiment_id
 from tests.flows.mlflow_fixtures import MlflowServer
 
 EXPERIMENT = "rfdetr/demo"

@@ -24,7 +24,7 @@ from flows.release.champion import (
     promote,
     rollback,
 )
-from flows.tracking.delivery import experiment_id
+from rfdetr.tracking.client import experiment_id
 
 EXPERIMENT = "rfdetr/demo"
 SECRET = "Zq8vX2mN4pL7rT1w"

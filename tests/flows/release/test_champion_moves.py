@@ -21,7 +21,7 @@ from flows.project.project import Project
 from flows.registry.registry import CHAMPION, Registry
 from flows.release import steps
 from flows.release.champion import ChampionChangedError, history, promote
-from flows.tracking.delivery import experiment_id
+from rfdetr.tracking.client import experiment_id
 from tests.flows.prefect_fixtures import PrefectServer, Webhook
 from tests.flows.projects import ROOT, environment, write_params
 

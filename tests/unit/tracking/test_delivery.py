@@ -1,42 +1,52 @@
+"""Journals arrive in MLflow complete and once, whatever the server or the process does."""
+
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from filelock import Timeout
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from requests import HTTPError, Response
 
-from flows.tracking.delivery import deliver, tracking_client, valid_key
-from flows.tracking.journal import Journal, RunSpec
-from flows.tracking.run import main, sync
 from rfdetr.errors import ConfigError
+from rfdetr.tracking.client import tracking_client, valid_key
+from rfdetr.tracking.delivery import deliver
+from rfdetr.tracking.journal import STATE, Journal, RunSpec, flatten
+from rfdetr.tracking.sender import sync
 from tests.flows.mlflow_fixtures import artifacts, history, runs
 
 SPEC = RunSpec(experiment="rfdetr/demo", name="fit", tags={"fit.fingerprint": "abc"})
 NOWHERE = "http://127.0.0.1:9"  # nothing listens on the discard port
 
 
-def test_sync_reports_what_it_could_not_send(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    Journal(tmp_path / "fit", SPEC).log_metrics({"a": 1})
-    assert main(["sync", "--uri", NOWHERE, "--state-dir", str(tmp_path)]) == 1
-    assert "fit: MlflowException" in capsys.readouterr().out
-
-
-def test_child_run_lies_under_its_parent_even_when_both_start_offline(
-    tracking_uri: str, tmp_path: Path
+def test_sync_reports_what_it_could_not_send(
+    tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parent = Journal(tmp_path / "parent", RunSpec(experiment="rfdetr/demo", name="retrain"))
-    spec = SPEC.model_copy(update={"parent": tmp_path / "parent"})
-    child = Journal(tmp_path / "fit", spec)
-    child.log_metrics({"a": 1})
-    deliver(child, tracking_uri)
-    found = {run.info.run_name: run for run in runs(tracking_uri)}
-    assert found["fit"].data.tags["mlflow.parentRunId"] == found["retrain"].info.run_id
-    assert parent.run_id == found["retrain"].info.run_id
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for name in ("a", "b"):
+        Journal(tmp_path / name, SPEC).log_metrics({"x": 1})
+    problems = sync(tmp_path, NOWHERE, lambda text: text.upper())
+    assert [str(problem)[:15] for problem in problems.values()] == ["MLFLOWEXCEPTION"] * 2
+    assert set(sync(tmp_path, tracking_uri).values()) == {None}
+    assert sync(tmp_path, tracking_uri) == {}
+    assert len(runs(tracking_uri)) == 2
+
+
+def test_a_journal_of_an_older_version_is_sent(tracking_uri: str, tmp_path: Path) -> None:
+    journal = Journal(tmp_path, SPEC)
+    journal.append("dataset", name="d", digest="1", source="data/d", context="training")
+    state = json.loads((tmp_path / STATE).read_text())
+    state["spec"]["parent"] = None
+    (tmp_path / STATE).write_text(json.dumps(state))
+    deliver(Journal(tmp_path), tracking_uri)
+    (run,) = runs(tracking_uri)
+    assert [entry.dataset.name for entry in run.inputs.dataset_inputs] == ["d"]
 
 
 def test_run_is_found_again_when_its_id_was_never_written(
@@ -76,13 +86,14 @@ def test_one_refused_record_does_not_hold_back_the_others(
     deliver(journal, tracking_uri)
     journal.append("params", values={"lr": "2", "good": "yes"})
     journal.log_metrics({"AP/a/../b<c>": 0.5, "nan": float("nan"), "text": "no number"}, 1)
+    journal.log_metrics({"val/AP/cat/": 0.1, "/val//AP/dog": 0.2}, 1)  # names of classes
     journal.set_tags({"t": "x" * 9000})
     deliver(journal, tracking_uri)
     (run,) = runs(tracking_uri)
     assert run.data.params == {"lr": "1", "good": "yes"}
     assert "refused params lr" in caplog.text
     assert run.data.metrics[valid_key("AP/a/../b<c>")] == 0.5
-    assert set(run.data.metrics) == {"AP/b_c_", "nan"}
+    assert set(run.data.metrics) == {"AP/b_c_", "nan", "val/AP/cat", "val/AP/dog"}
     assert not journal.unsent
 
 
@@ -112,7 +123,7 @@ def test_a_refused_artifact_does_not_hold_back_what_follows(
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 503])
-def test_an_artifact_waits_while_a_server_is_away_or_closed(
+def test_an_artifact_waits_while_the_server_is_unavailable(
     status: int, tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = journal_with_artifact(tmp_path)
@@ -128,12 +139,13 @@ def test_an_artifact_waits_while_a_server_is_away_or_closed(
 
 def journal_with_artifact(folder: Path) -> Journal:
     journal = Journal(folder / "fit", SPEC)
-    journal.log_text("a note", "note.txt")
+    (folder / "note.txt").write_text("a note")
+    journal.log_artifact(folder / "note.txt")
     journal.log_metrics({"after": 1}, 1)
     return journal
 
 
-def test_torn_lines_of_a_killed_writer_are_passed_over(tracking_uri: str, tmp_path: Path) -> None:
+def test_incomplete_lines_of_a_killed_writer_are_skipped(tracking_uri: str, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "fit", SPEC)
     journal.log_metrics({"a": 1.0}, 1)
     with open(journal.file, "ab") as stream:
@@ -155,12 +167,37 @@ def test_full_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 
 def test_a_folder_without_a_journal_needs_a_spec(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no journal"):
+    with pytest.raises(ConfigError, match="has no journal"):
         Journal(tmp_path)
 
 
-def test_sync_of_several_journals(tracking_uri: str, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        Journal(tmp_path / name, SPEC).log_metrics({"x": 1})
-    assert set(sync(tmp_path, tracking_uri).values()) == {None}
-    assert len(runs(tracking_uri)) == 2
+def test_another_server_gets_everything_but_the_artifacts(
+    tracking_uri: str, migrated_database: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = journal_with_artifact(tmp_path)
+    deliver(journal, tracking_uri)
+    assert list((tmp_path / "fit" / "outbox").iterdir()) == []
+    other = tmp_path / "other.db"
+    other.write_bytes(migrated_database.read_bytes())
+    deliver(journal, f"sqlite:///{other}")
+    assert "note.txt was sent to an earlier run" in caplog.text
+    assert history(f"sqlite:///{other}", str(journal.run_id), "after") == [(1, 1.0)]
+
+
+def test_only_one_process_sends(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, SPEC)
+    with journal.sending(), pytest.raises(Timeout):
+        Journal(tmp_path).sending().acquire(timeout=0.1)
+
+
+def test_experiments_open_in_the_model_training_view(tracking_uri: str, tmp_path: Path) -> None:
+    journal = Journal(tmp_path, SPEC)
+    deliver(journal, tracking_uri)
+    found = tracking_client(tracking_uri).get_experiment_by_name(SPEC.experiment)
+    assert found.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_nested_values_are_flattened() -> None:
+    nested = {"a": {"b": 1, "c": {"d": [2]}}, "e": {}}
+    assert flatten(nested) == {"a.b": 1, "a.c.d": [2], "e": {}}
+    assert set(flatten(nested, separator="/")) == {"a/b", "a/c/d", "e"}

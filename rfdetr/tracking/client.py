@@ -1,0 +1,64 @@
+"""The MLflow client, experiments, and names that MLflow accepts."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# MLflow 3.17 shows experiments of this kind in its model-training view; read from the enum in the
+# JavaScript of its web interface, beside "genai_development".
+MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+
+
+@lru_cache(maxsize=4)
+def tracking_client(uri: str) -> MlflowClient:
+    """A client with bounded waits; it neither reads nor changes MLflow's global tracking URI."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def local_store(folder: str | os.PathLike[str]) -> str:
+    """The URI of a SQLite store in `folder`."""
+    return f"sqlite:///{Path(folder).absolute() / 'mlflow.db'}"
+
+
+def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    """The experiment of this name, created or restored if necessary.
+
+    Without a server its artifacts are in `mlartifacts` beside the SQLite file.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        artifacts = None
+        if uri.startswith("sqlite:"):
+            root = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
+            artifacts = (root / re.sub(r"[^\w.-]+", "-", name)).as_uri()
+        try:
+            return str(
+                client.create_experiment(name, artifact_location=artifacts, tags=MODEL_TRAINING)
+            )
+        except MlflowException:  # another process was faster
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def valid_key(key: str) -> str:
+    """A name that MLflow accepts: letters, digits and `_-. :/`, a plain relative path."""
+    name = posixpath.normpath(re.sub(r"[^\w.\- :/]", "_", key).strip("/") or "_")
+    return name.replace("..", "_")[:250]

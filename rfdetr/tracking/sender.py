@@ -1,0 +1,121 @@
+"""Sends journals: in the background during a training, or what earlier trainings left behind."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rfdetr.errors import ConfigError
+from rfdetr.tracking.delivery import deliver
+from rfdetr.tracking.journal import JOURNAL, Journal, Mask, Status
+
+log = logging.getLogger(__name__)
+CLOSE_SECONDS = 10.0
+INTERVAL, FIRST_PAUSE, LONGEST_PAUSE = 2.0, 1.0, 30.0  # seconds
+
+
+class Sender:
+    """A daemon thread that delivers journals every few seconds and never raises.
+
+    A process that exits without `close` gives it ten seconds to send the rest.
+    """
+
+    def __init__(self, journals: Sequence[Journal], uri: str, advice: str) -> None:
+        """`advice` tells the user how to send what is left."""
+        self.journals, self.uri, self.advice = journals, uri, advice
+        self._closing = threading.Event()
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._work, name="journal-sender", daemon=True)
+
+    def start(self) -> None:
+        """Start sending."""
+        atexit.register(self.close)
+        self._thread.start()
+
+    def close(self, timeout: float = CLOSE_SECONDS) -> bool:
+        """Send the rest for at most `timeout` seconds; whether everything has arrived."""
+        atexit.unregister(self.close)
+        self._deadline = time.monotonic() + timeout
+        self._closing.set()
+        self._thread.join(timeout)
+        waiting = [journal for journal in self.journals if journal.unsent]
+        for journal in waiting:
+            log.warning(
+                "%d bytes of %s have not reached MLflow. They are kept; %s",
+                journal.unsent,
+                journal.file,
+                self.advice,
+            )
+        return not waiting
+
+    def _in_time(self) -> bool:
+        return time.monotonic() < self._deadline
+
+    def _work(self) -> None:
+        pause = 0.0  # 0: the last attempt succeeded
+        while True:
+            last = self._closing.is_set()  # before sending: nothing is appended after it
+            try:
+                for journal in self.journals:
+                    deliver(journal, self.uri, keep_going=self._in_time)
+                pause = 0.0
+            except Exception as error:  # noqa: BLE001 - tracking never ends a training
+                level = logging.DEBUG if pause else logging.WARNING
+                text = self.journals[0].mask(f"{type(error).__name__}: {error}")
+                log.log(level, "MLflow is unreachable, retrying in the background: %s", text)
+                pause = min(LONGEST_PAUSE, pause * 2 or FIRST_PAUSE)
+            if last and (not pause or not self._in_time()):
+                return
+            if last:
+                time.sleep(min(pause, 0.5))
+            else:
+                self._closing.wait(pause or INTERVAL)
+
+
+def unsent_journals(folder: str | os.PathLike[str], mask: Mask = str) -> list[Journal]:
+    """Journals below `folder` with records that MLflow does not have."""
+    found = []
+    for file in sorted(Path(folder).rglob(JOURNAL)):
+        try:
+            journal = Journal(file.parent, mask=mask)
+            if journal.unsent:
+                found.append(journal)
+        except (ConfigError, OSError) as error:
+            log.warning("%s cannot be sent: %s", file, error)
+    return found
+
+
+def sync(folder: str | os.PathLike[str], uri: str, mask: Mask = str) -> dict[Path, str | None]:
+    """Send every unsent journal below `folder`: its folder -> None, or why it was not sent."""
+    results: dict[Path, str | None] = {}
+    for journal in unsent_journals(folder, mask):
+        try:
+            deliver(journal, uri)
+            results[journal.folder] = None
+        except Exception as error:  # noqa: BLE001 - the other journals are still sent
+            results[journal.folder] = mask(f"{type(error).__name__}: {error}")
+    return results
+
+
+def close_run(
+    folder: str | os.PathLike[str],
+    status: Status,
+    uri: str | None,
+    *,
+    advice: str,
+    mask: Mask = str,
+) -> bool:
+    """End the run of a process that died, unless it has ended; whether everything has arrived."""
+    journal = Journal(folder, mask=mask)
+    if journal.open:
+        journal.end(status)
+    if uri is None:
+        return not journal.unsent
+    sender = Sender([journal], uri, advice)
+    sender.start()
+    return sender.close()
