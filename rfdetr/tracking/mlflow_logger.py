@@ -14,9 +14,24 @@ from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import Logger, MLFlowLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from rfdetr.errors import ConfigError
 from rfdetr.tracking.client import tracking_client
 from rfdetr.tracking.journal import STATE, Journal, Mask, RunSpec, Status, read_state
 from rfdetr.tracking.sender import Sender, unsent_journals
+
+
+class LazyClient:
+    """An MlflowClient that connects when it is used: Lightning reads `experiment` in every fit."""
+
+    def __init__(self, uri: str | None) -> None:
+        self._uri = uri
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._uri is None:
+            raise ConfigError("This logger has no tracking server; set MLFLOW_TRACKING_URI.")
+        return getattr(tracking_client(self._uri), name)
 
 
 class JournaledMLFlowLogger(MLFlowLogger):
@@ -61,8 +76,8 @@ class JournaledMLFlowLogger(MLFlowLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The MlflowClient of the server; its calls wait for the server."""
-        return tracking_client(str(self._uri))
+        """The MlflowClient of the server, connected at its first use; its calls block."""
+        return LazyClient(self._uri)
 
     @property
     def run_id(self) -> str | None:

@@ -17,6 +17,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
+from rfdetr.errors import ConfigError
 from rfdetr.tracking import sender as sender_module
 from rfdetr.tracking.journal import Journal, RunSpec
 from rfdetr.tracking.mlflow_logger import JournaledMLFlowLogger
@@ -301,6 +302,14 @@ def test_a_script_that_exits_without_finalize_still_sends(
     (run,) = runs(tracking_uri)
     assert len(history(tracking_uri, run.info.run_id, "step")) == 3
     assert not Journal(tmp_path / "fit").unsent
+
+
+def test_without_a_uri_everything_stays_in_the_journal(tmp_path: Path) -> None:
+    logger = JournaledMLFlowLogger(tmp_path, SPEC, None)
+    train(logger)
+    assert kinds(tmp_path) == ["begin", "end"]
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
+        logger.experiment.search_experiments()
 
 
 def test_a_run_that_has_ended_is_not_closed_again(tracking_uri: str, tmp_path: Path) -> None:
