@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.core.redact import redact
 from rfdetr.tracking import sender
 from rfdetr.tracking.journal import Journal, RunSpec, Status
-from rfdetr.tracking.mlflow_logger import JournaledMLFlowLogger
+
+if TYPE_CHECKING:
+    from rfdetr.tracking.mlflow_logger import JournaledMLFlowLogger
 
 ADVICE = "`rfdetr-pipeline sync` sends them."
 
 
 def fit_logger(folder: Path, dataset: str, name: str, uri: str | None) -> JournaledMLFlowLogger:
     """The logger of the training in `folder`: one run, continued by every attempt."""
+    from rfdetr.tracking.mlflow_logger import JournaledMLFlowLogger  # imports torch
+
     spec = RunSpec(
         experiment=f"rfdetr/{dataset}",
         name=name,
