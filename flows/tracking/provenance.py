@@ -1,11 +1,10 @@
-"""Where a result comes from: code, data pointers, packages, machine. Secrets are masked."""
+"""Provenance of a result: code, data pointers, packages, machine. Secrets are masked."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
-import sys
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +19,10 @@ LARGEST_DIFF = 1_000_000  # characters
 
 
 class Provenance(BaseModel):
-    """Code, data pointers, packages and machine of a run. Fields are None where unknown."""
+    """Code, data pointers, packages and machine of a run. Unknown fields are None.
+
+    `memory_gb` is in GiB.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,7 +41,7 @@ class Provenance(BaseModel):
     gpus: tuple[str, ...] = ()
 
     def tags(self) -> dict[str, str]:
-        """The part that people search for, as MLflow tags."""
+        """The fields that are useful in a search, as MLflow tags."""
         values = {
             "git.commit": self.git_commit,
             "git.branch": self.git_branch,
@@ -57,7 +59,7 @@ class Provenance(BaseModel):
 
 
 def collect_provenance(root: str | os.PathLike[str] = ".") -> Provenance:
-    """Look at the project folder `root` and at this machine. Works without git and without DVC."""
+    """The provenance of the project folder `root` on this machine. Works without git and DVC."""
     import psutil
 
     folder = Path(root)
@@ -101,7 +103,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def _shorten(diff: str) -> str:
     if len(diff) <= LARGEST_DIFF:
         return diff
-    return f"{diff[:LARGEST_DIFF]}\n[cut: {len(diff) - LARGEST_DIFF} more characters]\n"
+    return f"{diff[:LARGEST_DIFF]}\n[truncated: {len(diff) - LARGEST_DIFF} more characters]\n"
 
 
 @lru_cache(maxsize=1)
@@ -120,7 +122,7 @@ def _cpu_name() -> str:
 
 
 def _gpu_names() -> tuple[str, ...]:
-    """Names of NVIDIA devices, without importing torch; empty when there are none."""
+    """Names of NVIDIA devices, without importing torch; empty if there are none."""
     try:
         import pynvml
     except ImportError:
@@ -135,8 +137,3 @@ def _gpu_names() -> tuple[str, ...]:
     finally:
         pynvml.nvmlShutdown()
     return tuple(name.decode() if isinstance(name, bytes) else name for name in names)
-
-
-def command_line() -> str:
-    """How this process was started, without secrets."""
-    return redact(" ".join([Path(sys.executable).name, *sys.argv]))

@@ -15,11 +15,7 @@ from tests.flows.mlflow_fixtures import artifacts, runs
 from tests.flows.prefect_fixtures import SECRET, Retrained
 from tests.flows.projects import run, write_params
 
-<<<<<<< HEAD
 pytestmark = pytest.mark.slow  # several complete flow runs
-=======
-pytestmark = pytest.mark.slow  # several complete runs of the flow
->>>>>>> 1f1d678 (Prefect's start and errors handled once on the command line; English of the pipeline's tests)
 
 STAGES = ["demo", "validate", "convert", "fit", "evaluate"]
 

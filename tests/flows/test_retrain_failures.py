@@ -15,11 +15,7 @@ from flows.registry.registry import Registry
 from tests.flows.prefect_fixtures import Retrained
 from tests.flows.projects import run, set_params
 
-<<<<<<< HEAD
 pytestmark = pytest.mark.slow  # several complete flow runs
-=======
-pytestmark = pytest.mark.slow  # several complete runs of the flow
->>>>>>> 1f1d678 (Prefect's start and errors handled once on the command line; English of the pipeline's tests)
 
 
 def champion(project: Retrained) -> int | None:
@@ -98,11 +94,7 @@ def test_wrong_params_are_all_named_before_anything_starts(
 
 
 def test_a_gpu_that_is_not_there_is_said(retrained: Retrained, tmp_path: Path) -> None:
-<<<<<<< HEAD
     """`runtime` is not a dependency of any stage; the changed number of epochs makes fit run."""
-=======
-    """`runtime` is not a dependency of a stage, so a changed epoch number makes fit run."""
->>>>>>> 1f1d678 (Prefect's start and errors handled once on the command line; English of the pipeline's tests)
     project = retrained.copy(tmp_path)
     done = project.pipeline(
         "retrain", "--set", "runtime.accelerator=gpu", "--set", "fit.epochs=2", check=False

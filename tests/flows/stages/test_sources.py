@@ -134,8 +134,4 @@ def test_dvc_fetches_what_has_changed_and_plan_says_so(
     assert (root / "data/mine/a.txt").read_bytes() == b"new"
     put(f"{key}/a.txt", b"later")
     refused = run(root, "python", "-m", "flows.stages.fetch", "mine", check=False)
-<<<<<<< HEAD
-    assert "has changed: it is no longer the version listing-" in refused.stderr
-=======
     assert "has changed: its version is no longer listing-" in refused.stderr
->>>>>>> 1f1d678 (Prefect's start and errors handled once on the command line; English of the pipeline's tests)

@@ -1,4 +1,4 @@
-"""Prefect or MLflow away before, during and after training: nothing is trained twice or lost."""
+"""Prefect or MLflow unreachable before, during and after training: nothing is repeated or lost."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def test_prefect_dies_while_training(
     assert run(project.root, "dvc", "status").stdout.strip().endswith("up to date.")
 
 
-def test_prefect_is_away_before_the_run(retrained: Retrained, tmp_path: Path) -> None:
+def test_prefect_is_unreachable_before_the_run(retrained: Retrained, tmp_path: Path) -> None:
     """The stages need no server; the flow that comes later finds them done."""
-    project = replace(retrained.copy(tmp_path), server=PrefectServer(tmp_path / "nobody"))
+    project = replace(retrained.copy(tmp_path), server=PrefectServer(tmp_path / "stopped"))
     set_params(project.root, fit={"epochs": 2})
     done = project.pipeline("retrain", check=False)
     assert done.returncode != 0
@@ -65,7 +65,7 @@ def test_prefect_is_away_before_the_run(retrained: Retrained, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
-def test_mlflow_away_loses_nothing(
+def test_an_outage_of_mlflow_loses_nothing(
     retrained: Retrained,
     mlflow_server: MlflowServer,
     tmp_path: Path,
