@@ -36,7 +36,7 @@ lock: ## Resolve the lock files again from pyproject.toml (runtime: what the ima
 	$(COMPILE) --extra pipeline --extra kubernetes --constraint requirements-torch.txt --constraint requirements.lock \
 		| $(NOT_TORCH) > requirements-runtime.lock
 
-retrain: $(READY) ## The whole pipeline on params.yaml (default: the demo)
+retrain: $(READY) ## The complete pipeline on params.yaml (default: the demo)
 	$(BIN)/rfdetr-pipeline retrain
 
 plan: $(READY) ## What would run, and why

@@ -1,0 +1,1 @@
+"""The command `rfdetr-pipeline`: argument parser, subcommands, `doctor`."""

@@ -1,0 +1,1 @@
+"""params.yaml, overrides, batch plan, environment variables."""

@@ -1,0 +1,1 @@
+"""Files, locks, errors, child processes, masking of secrets, content hashes."""

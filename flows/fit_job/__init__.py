@@ -1,0 +1,1 @@
+"""What the stage `fit` and its trainer processes share: job, worker, resume state, its copy."""

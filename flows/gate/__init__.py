@@ -1,0 +1,1 @@
+"""Champion against challenger: scores on the test set, the decision, the verdict."""

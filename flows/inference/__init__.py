@@ -1,0 +1,1 @@
+"""A registered model over images: prediction and drift."""

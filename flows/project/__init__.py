@@ -1,0 +1,1 @@
+"""The project folder: the `Project` object, DVC, git, the plan, the published lock."""

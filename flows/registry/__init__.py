@@ -1,0 +1,1 @@
+"""The MLflow model registry and what is stored with a version."""

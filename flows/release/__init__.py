@@ -1,0 +1,1 @@
+"""From a trained model to a champion: register, judge, promote, roll back; the audit record."""

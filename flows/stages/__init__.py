@@ -1,0 +1,1 @@
+"""What DVC runs: `python -m flows.stages.<name>`."""

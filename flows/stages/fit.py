@@ -23,7 +23,7 @@ from flows.fit_job import job as jobs
 from flows.fit_job.job import Failed, FitJob, FitResult, Killed, Stopped
 from flows.fit_job.mirror import Mirror
 from flows.fit_job.progress import parse_progress
-from flows.fit_job.state import FitState
+from flows.fit_job.resume_state import FitState
 from flows.project.project import Project
 from flows.stages.runner import run_stage
 from flows.stages.trained_model import collect

@@ -1,0 +1,1 @@
+"""S3 files and folders, and packed datasets."""

@@ -1,0 +1,1 @@
+"""The pipeline's part of MLflow tracking; the journal is in `rfdetr.tracking`."""

@@ -1,0 +1,1 @@
+"""Datasets: layouts, readers, transforms, batches, and the demo dataset."""

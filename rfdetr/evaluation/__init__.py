@@ -1,0 +1,1 @@
+"""COCO metrics of detections, the F1 sweep, confusion, bootstrap, plots."""

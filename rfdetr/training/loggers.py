@@ -14,7 +14,7 @@ from rfdetr.errors import MissingDependencyError
 from rfdetr.tracking.client import local_store
 from rfdetr.tracking.journal import RunSpec
 from rfdetr.tracking.mlflow_logger import JournaledMLFlowLogger
-from rfdetr.training.history import HistoryCSVLogger
+from rfdetr.training.csv_logger import HistoryCSVLogger
 
 
 def build_loggers(train_config: TrainConfig) -> list[Logger]:

@@ -29,7 +29,7 @@ from rfdetr.training.non_finite import check_finite
 from rfdetr.training.optimizer import build_optimizer
 from rfdetr.training.resume import ResumeCallback
 from rfdetr.training.schedule import lr_factor, planned_steps
-from rfdetr.training.settings import (
+from rfdetr.training.stored_settings import (
     hyper_parameters,
     names_of_loader,
     stored_model_config,

@@ -10,7 +10,7 @@ import pytest
 
 from flows.core.files import read_json, write_json
 from flows.core.locks import locked
-from flows.fit_job.state import MAX_ATTEMPTS
+from flows.fit_job.resume_state import MAX_ATTEMPTS
 from tests.services.deployed import git
 from tests.services.fitting import Fitting, kill_all, next_run
 from tests.services.live import LiveStack, wait_for

@@ -21,7 +21,7 @@ from rfdetr.evaluation.evaluator import CocoEvaluator, EvaluationResult
 from rfdetr.evaluation.plots import Sample
 from rfdetr.training import sample_images
 from rfdetr.training.callbacks.ema import ema_network
-from rfdetr.training.settings import names_of_loader
+from rfdetr.training.stored_settings import names_of_loader
 
 
 class COCOEvalCallback(Callback):

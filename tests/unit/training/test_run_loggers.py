@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import MLFlowLogger
 from rfdetr.tracking.client import local_store, tracking_client
 from rfdetr.tracking.journal import read_state
 from rfdetr.tracking.sender import sync
-from rfdetr.training.history import HistoryCSVLogger
+from rfdetr.training.csv_logger import HistoryCSVLogger
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 
 NOWHERE = "http://127.0.0.1:9"  # nothing listens on the discard port

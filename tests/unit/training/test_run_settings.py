@@ -15,7 +15,7 @@ from rfdetr.config import SegmentationTrainConfig, TrainConfig
 from rfdetr.errors import CheckpointError, ConfigError
 from rfdetr.training import RFDETRModule, build_trainer
 from rfdetr.training.callbacks import CheckpointCallback, RFDETREMACallback
-from rfdetr.training.settings import stored_model_config, stored_train_config
+from rfdetr.training.stored_settings import stored_model_config, stored_train_config
 from tests.datasets import make_roboflow
 from tests.unit.training.helpers import Run, StopAt, tiny_model, tiny_run
 

@@ -12,7 +12,7 @@ import pytest
 from flows.core import digest
 from flows.core.digest import path_digest
 from flows.core.locks import BusyError, locked
-from flows.fit_job.state import AttemptsError, FitState
+from flows.fit_job.resume_state import AttemptsError, FitState
 
 
 def test_every_input_has_its_own_folder(tmp_path: Path) -> None:
