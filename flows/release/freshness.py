@@ -88,7 +88,7 @@ def _version(project: Project, *, pinned: bool) -> DatasetVersion:
 
 def is_released(project: Project) -> bool:
     """Whether the trained model is registered, and was judged with the current parameters."""
-    card_file = project.trained / "model.json"
+    card_file = project.model_card
     if not card_file.exists() or not _has_registry(project):
         return False
     weights = read_json(card_file)["weights_sha256"]

@@ -25,18 +25,6 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 RECORDED = "pipeline.recorded"
 MAX_PARAMS, MAX_METRICS = 100, 1000  # in one call, set by MLflow
-NEEDED = ("dvc.lock", "models/trained/model.json", "metrics/fit.json", "metrics/test.json")
-WRITTEN_BY_USERS = ("params.yaml", "dvc.lock")  # dvc.lock repeats the parameters
-REPORTS = (
-    ("reports/validation.json", "reports"),
-    ("reports/validation.md", "reports"),
-    ("reports/validation.html", "reports"),
-    ("reports/per_class.csv", "reports"),
-    ("reports/curves", "reports/curves"),
-    ("reports/pictures", "reports/pictures"),
-    ("models/initial/model.json", "models/initial"),
-    ("models/trained/model.json", "models/trained"),
-)
 
 
 def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
@@ -48,18 +36,19 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
     """
     from mlflow.entities import RunTag
 
-    root, params, uri = project.root, project.params, project.tracking_uri
+    params, uri = project.params, project.tracking_uri
     for journal, problem in sync(project.env.state_dir, uri).items():
         if problem:
             LOGGER.warning("journal %s is still unsent: %s", journal, problem)
-    missing = [name for name in NEEDED if not (root / name).is_file()]
+    needed = (project.lock_file, project.model_card, project.fit_metrics, project.test_metrics)
+    missing = [str(file.relative_to(project.root)) for file in needed if not file.is_file()]
     if missing:
         raise RegistryError(
-            f"the pipeline has not finished: {', '.join(missing)} missing in {root}. Run "
+            f"the pipeline has not finished: {', '.join(missing)} missing in {project.root}. Run "
             "`rfdetr-pipeline retrain` or `dvc repro` first (stages that were run by hand do not "
             "write dvc.lock; `dvc commit -f` accepts their results)."
         )
-    card = read_json(project.trained / "model.json")
+    card = read_json(project.model_card)
     client = tracking_client(uri)
     run_id = _known_run(client, card, project.env.state_dir) or _new_run(client, params, card, uri)
     metrics = read_json(project.test_metrics)
@@ -67,10 +56,10 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
     if client.get_run(run_id).data.tags.get(RECORDED) == state:
         return run_id
     _add_numbers(client, run_id, project)
-    for name in WRITTEN_BY_USERS:
-        client.log_text(run_id, redact((root / name).read_text(encoding="utf-8")), name)
-    for name, folder in REPORTS:
-        _add_files(client, run_id, root / name, folder)
+    for file in (project.params_file, project.lock_file):  # written by users, who may add secrets
+        client.log_text(run_id, redact(file.read_text(encoding="utf-8")), file.name)
+    for path in _reports(project):
+        _add_report(client, run_id, project, path)
     found = project.provenance
     if found.git_diff:
         client.log_text(run_id, found.git_diff, "git.diff")
@@ -83,12 +72,23 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
     return run_id
 
 
-def _add_files(client: MlflowClient, run_id: str, path: Path, folder: str) -> None:
-    """A file or a folder as artifacts, byte for byte: reports contain no secrets."""
+def _reports(project: Project) -> list[Path]:
+    """Files and folders of the stages that the run keeps, under the same relative paths."""
+    return [
+        *(project.validation.with_suffix(suffix) for suffix in (".json", ".md", ".html")),
+        *(project.reports / name for name in ("per_class.csv", "curves", "pictures")),
+        project.initial / "model.json",
+        project.model_card,
+    ]
+
+
+def _add_report(client: MlflowClient, run_id: str, project: Project, path: Path) -> None:
+    """Add a file or a folder as artifacts, byte for byte: reports contain no secrets."""
+    target = path.relative_to(project.root)
     if path.is_dir():
-        client.log_artifacts(run_id, str(path), folder)
+        client.log_artifacts(run_id, str(path), target.as_posix())
     elif path.exists():
-        client.log_artifact(run_id, str(path), folder)
+        client.log_artifact(run_id, str(path), target.parent.as_posix())
 
 
 def _known_run(client: MlflowClient, card: Mapping[str, Any], state_dir: Path) -> str | None:
@@ -134,7 +134,7 @@ def _add_numbers(client: MlflowClient, run_id: str, project: Project) -> None:
     }
     price, seconds = project.params.runtime.price_per_hour, numbers.get("fit/seconds")
     if price is not None and isinstance(seconds, int | float):
-        card = read_json(project.trained / "model.json")
+        card = read_json(project.model_card)
         devices = card["params"]["batch"]["world"]
         numbers["cost"] = seconds / 3600 * price * devices
     at = int(time.time() * 1000)

@@ -59,7 +59,7 @@ def register(project: Project, flow_run: str | None = None) -> Registered:
     from flows.release.run_record import complete_run
 
     params, registry = project.params, registry_of(project)
-    card = read_json(project.trained / "model.json")
+    card = read_json(project.model_card)
     digest = card["dataset"]["digest"]
     lineage = _lineage(project, card, flow_run)
     run_id = complete_run(project, lineage)
@@ -99,7 +99,7 @@ def _model_files(project: Project, weights: Path, digest: str) -> tuple[ModelFil
     exported = export_once(weights, state_dir)
     files = ModelFiles(
         weights=weights,
-        card=project.trained / "model.json",
+        card=project.model_card,
         onnx=exported.onnx,
         parity=exported.parity,
         profile=profile_once(project.dataset_dir, dataset, weights, digest, state_dir),
@@ -111,7 +111,7 @@ def judge(project: Project, number: int) -> Verdict:
     """Score challenger and champion on the current test set, decide, and record the verdict."""
     params, registry = project.params, registry_of(project)
     digest = project.dataset_digest()
-    card = read_json(project.trained / "model.json")
+    card = read_json(project.model_card)
     weights = project.trained / card["weights"]
     challenger = scores_of(project, weights, f"version {number}", digest)
     parity = last_registered(project).export_parity

@@ -31,8 +31,6 @@ READERS = {
     "registry/registry.py": "restores what MLflow changes",
     "core/redact.py": "masks the values of secret variables",
     "core/quiet.py": "sets defaults of MLflow",
-    "tracking/delivery.py": "sets defaults of MLflow",
-    "tracking/run.py": "a command line of its own",
 }
 
 

@@ -12,7 +12,8 @@ from mlflow import MlflowClient
 from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from flows.release.run_record import _add_files
+from flows.project.project import Project
+from flows.release.run_record import _add_report
 from flows.tracking.provenance import collect_provenance
 from flows.tracking.run import close_run, fit_logger, sync, unsent_journals
 from flows.tracking.system_metrics import SystemMetrics
@@ -85,7 +86,7 @@ def test_classes_with_names_of_secrets_survive_in_reports_and_artifacts(
     assert all(f'"{name}"' in report.read_text() for name in NAMES)
     client = MlflowClient(tracking_uri=tracking_uri)
     run_id = client.create_run("0").info.run_id
-    _add_files(client, run_id, report.parent, "reports")
+    _add_report(client, run_id, Project(tmp_path), report.parent)
     assert artifacts(tracking_uri, run_id, "reports") == {"reports/validation.json"}
     fetched = Path(client.download_artifacts(run_id, "reports", str(tmp_path)))
     assert (fetched / "validation.json").read_bytes() == report.read_bytes()
