@@ -109,4 +109,4 @@ def test_a_node_that_comes_after_the_end_has_nothing_to_do(tmp_path: Path) -> No
     run(project, "dvc", "config", "--local", "core.no_scm", "true")
     run(project, "dvc", "repro", "fit")
     done = run(project, sys.executable, "-m", "flows.stages.fit", "--join")
-    assert "has ended" in done.stdout
+    assert "nothing to join" in done.stdout
