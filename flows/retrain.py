@@ -18,7 +18,7 @@ from prefect.states import Completed
 from flows.config.overrides import RetrainParams
 from flows.gate.verdict import Verdict
 from flows.orchestration import artifacts, resume
-from flows.orchestration.children import flow_run_name, log_line, run_module, run_stage
+from flows.orchestration.children import flow_run_name, log_line, run_dvc_stage, run_module
 from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.limits import registry_slot
 from flows.orchestration.notify import notify_about
@@ -99,7 +99,7 @@ def reproduce(project: Project, stage: str) -> State:
     limit = None if stage == "fit" else project.params.runtime.stage_timeout_s
     try:
         with artifacts.TrainingProgress() as progress:
-            ran = run_stage(project, stage, progress.read, timeout=limit)
+            ran = run_dvc_stage(project, stage, progress.read, timeout=limit)
     finally:
         if stage == "validate":
             artifacts.show_dataset_report(project.reports)

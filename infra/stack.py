@@ -174,7 +174,7 @@ def up(folder: Path) -> int:
 
 def up_detached(folder: Path) -> int:
     """Start the supervisor in the background and wait until it reports readiness."""
-    if (pid := _supervisor(folder)) is not None:
+    if (pid := supervisor_of(folder)) is not None:
         print(f"already running (process {pid})")
         print(describe(Stack(folder)))
         return 0
@@ -200,7 +200,7 @@ def up_detached(folder: Path) -> int:
 
 def down(folder: Path) -> int:
     """Stop a stack that runs in the background; succeeds when none is running."""
-    pid = _supervisor(folder)
+    pid = supervisor_of(folder)
     if pid is None:
         print(f"no stack is running in {folder}")
         return 0
@@ -212,7 +212,7 @@ def down(folder: Path) -> int:
         raise StackError(f"the stack (process {pid}) belongs to another user") from error
     until = time.monotonic() + 10 * STOP_SECONDS
     while time.monotonic() < until:
-        if _supervisor(folder) is None and not _is_running(pid):
+        if supervisor_of(folder) is None and not _is_running(pid):
             return 0
         time.sleep(0.1)
     print(f"process {pid} is still stopping; see {folder / 'logs'}", file=sys.stderr)
@@ -275,7 +275,7 @@ def _descendants(pid: int) -> list[psutil.Process]:
     return []
 
 
-def _supervisor(folder: Path) -> int | None:
+def supervisor_of(folder: Path) -> int | None:
     """The process that holds the folder's lock, or None.
 
     Only the lock counts: the number in the file may by now belong to an unrelated process.

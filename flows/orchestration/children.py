@@ -41,7 +41,7 @@ def log_line() -> Line:
     return lambda line: logger.info("%s", redact(line))
 
 
-def run_stage(
+def run_dvc_stage(
     project: Project, stage: str, show: Callable[[str], str], *, timeout: float | None
 ) -> bool:
     """Run `dvc repro` for one stage; returns whether its command ran or its results were reused.

@@ -48,7 +48,7 @@ def test_the_supervisor_is_stopped_and_a_second_one_refused(
         assert supervisor.stdout.readline() == "ready\n"
         assert stack.main(["--folder", str(tmp_path), "up"]) == 1
         assert f"already running in {tmp_path}" in capsys.readouterr().err
-        assert stack._supervisor(tmp_path) == supervisor.pid
+        assert stack.supervisor_of(tmp_path) == supervisor.pid
         assert stack.main(["--folder", str(tmp_path), "down"]) == 0
         assert supervisor.wait() != 0
-    assert stack._supervisor(tmp_path) is None
+    assert stack.supervisor_of(tmp_path) is None

@@ -17,6 +17,7 @@ import psutil
 
 from flows.core.files import read_json
 from infra.services import PORTS, StackSettings
+from infra.stack import supervisor_of
 
 T = TypeVar("T")
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -173,8 +174,11 @@ class LiveStack:
 
     def everything(self) -> list[psutil.Process]:
         """The supervisor's children and theirs."""
-        supervisor = psutil.Process(int((self.folder / "ready").read_text()))
-        return supervisor.children(recursive=True)
+        return self.supervisor().children(recursive=True)
+
+    def supervisor(self) -> psutil.Process:
+        """The process that holds the lock of the stack's folder."""
+        return psutil.Process(supervisor_of(self.folder))
 
     def flow_processes(self) -> list[psutil.Process]:
         """The engines of flow runs: children of the worker."""

@@ -52,9 +52,9 @@ def test_s3_away_at_push_and_a_refused_branch_end_well(
     hook = live.project / ".git/hooks/update"
     hook.write_text('#!/bin/sh\ncase "$1" in *-2) exit 0 ;; *) echo protected; exit 1 ;; esac\n')
     hook.chmod(0o755)
-    supervisor = psutil.Process(int((live.folder / "ready").read_text()))
+    supervisor = live.supervisor()
     fitting = begin(epochs=4, publish=True)
-    supervisor.suspend()  # or it would start S3 again at once
+    supervisor.suspend()  # or it would restart S3 at once
     try:
         live.process("s3").kill()
         wait_for(
