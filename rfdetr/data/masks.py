@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,15 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
+from rfdetr.arrays import Floats
 from rfdetr.errors import DatasetError
 
 Mask = npt.NDArray[np.bool_]
 RLE = dict[str, Any]
 FAR = 16  # image sides: pycocotools walks along outlines, so a point at 1e9 would take minutes
 MAX_SHIFT = 60  # bits of one run length in compressed RLE
+# pycocotools 2.0.11 stores the number of masks in a uint8; with NumPy 2, `area` of more raises
+AREAS_AT_ONCE = 255
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> RLE:
@@ -40,6 +44,15 @@ def to_rle(segmentation: Any, height: int, width: int) -> RLE:
 def encode(mask: Mask) -> RLE:
     """A mask (H, W) as compressed RLE."""
     return dict(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+
+
+def mask_areas(codes: Sequence[RLE]) -> Floats:
+    """Pixels (n,) of n compressed RLE masks."""
+    areas = np.zeros(len(codes))
+    for start in range(0, len(codes), AREAS_AT_ONCE):
+        chunk = list(codes[start : start + AREAS_AT_ONCE])
+        areas[start : start + len(chunk)] = coco_mask.area(chunk)
+    return areas
 
 
 def _numbers(polygon: Any, limit: float) -> list[float]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_api
 
 from rfdetr.arrays import Bools, Floats, Integers, find_rows
-from rfdetr.data.masks import to_rle
+from rfdetr.data.masks import mask_areas, to_rle
 from rfdetr.errors import InputError
 
 IouType = Literal["bbox", "segm"]
@@ -56,10 +56,9 @@ class BoxTable:
 
     def with_mask_areas(self) -> BoxTable:
         """The same rows with the area of each mask, in pixels."""
-        if self.rle is None or not len(self):
+        if self.rle is None:
             return self
-        area = np.asarray(mask_api.area(list(self.rle)), dtype=np.float64)
-        return dataclasses.replace(self, area=area)
+        return dataclasses.replace(self, area=mask_areas(self.rle))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,10 @@ def make_box_table(
     crowd: Any = None,
     rle: Iterable[Any] | None = None,
 ) -> BoxTable:
-    """A table from array-likes; without `area` it is the area of the box."""
+    """A table from array-likes; without `area` it is the area of the box.
+
+    A row with the score NaN is not a detection and is dropped.
+    """
     images = np.asarray(image, dtype=np.int64)
     boxes = np.asarray(box, dtype=np.float64).reshape(-1, 4)
     count = len(images)
@@ -89,15 +91,18 @@ def make_box_table(
     if rle is not None:
         objects = np.empty(count, dtype=object)
         objects[:] = list(rle)
-    return BoxTable(
+    scores = np.zeros(count) if score is None else np.asarray(score, dtype=np.float64)
+    table = BoxTable(
         image=images,
         label=np.asarray(label, dtype=np.int64),
         box=boxes,
         area=boxes[:, 2] * boxes[:, 3] if area is None else np.asarray(area, dtype=np.float64),
-        score=np.zeros(count) if score is None else np.asarray(score, dtype=np.float64),
+        score=scores,
         crowd=np.zeros(count, dtype=bool) if crowd is None else np.asarray(crowd, dtype=bool),
         rle=objects,
     )
+    undefined = np.isnan(scores)
+    return table.take(~undefined) if undefined.any() else table
 
 
 def concatenate(parts: Sequence[EvaluationData]) -> EvaluationData:
@@ -156,7 +161,7 @@ def data_from_coco(
         boxes,
         score=[r["score"] for r in results],
         # As COCO.loadRes of pycocotools: a result with a box takes its area, also for masks.
-        area=None if boxed or det_rle is None else mask_api.area(det_rle) if det_rle else [],
+        area=None if boxed or det_rle is None else mask_areas(det_rle),
         rle=det_rle,
     )
     return EvaluationData(

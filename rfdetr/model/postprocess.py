@@ -26,6 +26,8 @@ class PostProcess(nn.Module):
     ) -> list[ImageDetections]:
         """Detections of every image, scores descending, ties ascending by (query, class).
 
+        A pair with the score NaN is not a detection.
+
         target_sizes (B, 2) are the heights and widths in pixels that boxes and masks are scaled
         to. With `threshold`, only scores above it are returned and only their masks are resized.
         Raises InputError if target_sizes does not fit the batch or the masks are not dense.
@@ -42,16 +44,16 @@ class PostProcess(nn.Module):
                 "pred_masks come from a network in training mode; call .eval() on it first."
             )
         K = logits.shape[-1]
-        ordered = logits.sigmoid().flatten(1).sort(dim=1, descending=True, stable=True)
+        known = logits.sigmoid().nan_to_num(nan=-1.0).flatten(1)  # NaN sorts last
+        ordered = known.sort(dim=1, descending=True, stable=True)
         scores, flat = (part[:, : self.num_select] for part in ordered)  # (B, num_select)
         query, labels = flat // K, flat % K
         scale = target_sizes.to(boxes).flip(1).repeat(1, 2)[:, None]  # (B, 1, 4) as W, H, W, H
         corners = cxcywh_to_xyxy(boxes) * scale
         corners = torch.minimum(corners.clamp(min=0), scale)
         selected = corners.gather(1, query[..., None].expand(-1, -1, 4))  # (B, num_select, 4)
-        counts = [scores.shape[1]] * len(scores)
-        if threshold is not None:
-            counts = (scores > threshold).sum(1).tolist()
+        kept_scores = scores >= 0 if threshold is None else scores > max(threshold, -1.0)
+        counts = kept_scores.sum(1).tolist()
         results: list[ImageDetections] = [
             {"scores": s[:n], "labels": k[:n], "boxes": b[:n]}
             for s, k, b, n in zip(scores, labels, selected, counts, strict=True)

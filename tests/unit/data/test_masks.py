@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from rfdetr.data.masks import rasterise, to_rle
+from rfdetr.data.masks import encode, mask_areas, rasterise, to_rle
 from rfdetr.errors import DatasetError
 
 
@@ -70,3 +70,14 @@ def test_union_of_polygons_and_what_is_skipped() -> None:
 def test_nonsense_is_refused(segmentation: Any) -> None:
     with pytest.raises(DatasetError):
         rasterise(segmentation, 10, 12)
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 700])
+def test_areas_of_any_number_of_masks(count: int) -> None:
+    rng = np.random.default_rng(count)
+    sides = [(300, 400), *rng.integers(1, 40, (max(0, count - 1), 2)).tolist()][:count]
+    masks = [rng.random(side) < rng.random() for side in sides]
+    masks = [np.ones_like(mask) if mask.size > 65_535 else mask for mask in masks]
+    areas = mask_areas([encode(mask) for mask in masks])
+    assert areas.dtype == np.float64
+    np.testing.assert_array_equal(areas, [mask.sum() for mask in masks])

@@ -162,3 +162,22 @@ def test_results_without_mask_are_refused_for_mask_metrics():
     del results[0]["segmentation"]
     with pytest.raises(InputError, match="segmentation"):
         evaluate_coco(document, results, iou_types=["segm"])
+
+
+def test_more_than_255_masks_in_one_image_and_class():
+    """With crowds, repeated scores, objects without detections and detections without objects."""
+    document, results = random_set(5, images=2, classes=2, masks=True)
+    random = np.random.default_rng(0)
+    (first, *_) = document["categories"]
+    template = next(row for row in document["annotations"] if not row["iscrowd"])
+    for number in range(300):
+        row = random.choice(results)
+        results.append(row | {"score": float(random.integers(0, 20) / 20)})
+        copied = random.choice(document["annotations"]) | {"id": 1000 + number}
+        document["annotations"].append(copied | {"category_id": first["id"]})
+    results += [row | {"image_id": template["image_id"]} for row in results]
+    result = evaluate_coco(document, results, iou_types=["segm"], max_dets=500)
+    twelve, _ = pycocotools_numbers(document, results, "segm", 500)
+    assert max(np.bincount([row["image_id"] for row in results])) > 255
+    assert 0.02 < twelve[0] < 0.98
+    np.testing.assert_allclose(result.segm.summary.numbers(), twelve, atol=EXACT, rtol=0)

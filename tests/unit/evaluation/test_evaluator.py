@@ -156,3 +156,44 @@ def test_incomplete_batches_are_refused(broken):
     incomplete = {key: value for key, value in target.items() if key != broken}
     with pytest.raises(InputError, match=broken):
         evaluator.update([result], [incomplete])
+
+
+def one_box(scores):
+    """An image of 100 x 100 pixels with one object, and detections exactly on it."""
+    count = len(scores)
+    result = {
+        "scores": torch.tensor(scores),
+        "labels": torch.zeros(count, dtype=torch.int64),
+        "boxes": torch.tensor([[40.0, 40, 60, 60]]).repeat(count, 1),
+        "masks": torch.zeros(count, 1, 100, 100, dtype=torch.bool),
+    }
+    result["masks"][..., 40:60, 40:60] = True
+    target = {
+        "image_id": torch.tensor([1]),
+        "orig_size": torch.tensor([100, 100]),
+        "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]]),
+        "labels": torch.tensor([0]),
+        "masks": result["masks"][:1, 0].clone() if count else torch.zeros(1, 100, 100),
+    }
+    return result, target
+
+
+@pytest.mark.parametrize("kinds", [("bbox",), ("bbox", "segm")])
+def test_nan_scores_are_not_detections(kinds):
+    nan = float("nan")
+    for scores, ap in (([nan], 0.0), ([nan, 0.9, nan], 1.0)):
+        evaluator = CocoEvaluator(kinds)
+        result, target = one_box(scores)
+        evaluator.update([result], [target])
+        found = evaluator.compute([0])
+        assert found.bbox.summary.ap == pytest.approx(ap)
+        assert found.bbox.summary.ar == found.sweep.macro_f1.max() == ap
+        assert found.confusion[0].tolist() == [int(ap), int(1 - ap)]
+
+
+def test_nan_scores_of_a_results_file_are_not_detections():
+    document, results = random_set(2)
+    extra = [row | {"score": float("nan")} for row in results]
+    expected = evaluate_coco(document, results)
+    found = evaluate_coco(document, [*extra, *results])
+    assert found.to_dict() == expected.to_dict()

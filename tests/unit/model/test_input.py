@@ -156,3 +156,16 @@ def test_postprocess_refuses_sizes_and_masks_that_do_not_fit() -> None:
         PostProcess(5)(outputs, torch.tensor([[10, 10]]))
     with pytest.raises(InputError, match="eval"):
         PostProcess(5)(outputs, torch.tensor([[10, 10], [10, 10]]))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.5])
+def test_a_nan_score_is_not_a_detection_and_displaces_none(threshold: float | None) -> None:
+    logits = torch.tensor([[[2.0, NAN], [NAN, NAN], [-30.0, 1.0]]])
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [NAN] * 4, [0.3, 0.3, 0.1, 0.1]]])
+    masks = torch.ones(1, 3, 4, 4)
+    outputs: Any = {"pred_logits": logits, "pred_boxes": boxes, "pred_masks": masks}
+    (found,) = PostProcess(2)(outputs, torch.tensor([[100, 100]]), threshold)
+    assert found["labels"].tolist() == [0, 1]
+    assert found["scores"].tolist() == torch.tensor([2.0, 1.0]).sigmoid().tolist()
+    assert found["boxes"].isfinite().all()
+    assert found["masks"].shape == (2, 1, 100, 100)
