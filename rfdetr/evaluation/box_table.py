@@ -58,7 +58,7 @@ class BoxTable:
         """The same rows with the area of each mask, in pixels."""
         if self.rle is None:
             return self
-        return dataclasses.replace(self, area=mask_areas(self.rle))
+        return dataclasses.replace(self, area=mask_areas(list(self.rle)))
 
 
 @dataclasses.dataclass(frozen=True)

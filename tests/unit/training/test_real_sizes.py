@@ -102,7 +102,7 @@ def test_boxes_and_masks_through_the_test_loop(tmp_path: Path) -> None:
     given: Any = GivenDetections()
     module = RFDETRModule(model, config, network=given)
     trainer = build_trainer(config, model, enable_model_summary=False)
-    trainer.test(module, DataLoader(Scenes(), batch_size=BATCH, collate_fn=collate))  # type: ignore[arg-type]
+    trainer.test(module, DataLoader(Scenes(), batch_size=BATCH, collate_fn=collate))
 
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     share = FOUND / CLASSES
@@ -111,7 +111,7 @@ def test_boxes_and_masks_through_the_test_loop(tmp_path: Path) -> None:
     assert metrics["test/coco_segm_mAP_50_95"] == pytest.approx(share, abs=1e-9)
     assert metrics["test/AP/class 0"] == 1
     assert metrics["test/AP/class 79"] == 0
-    (evaluation,) = (c for c in trainer.callbacks if isinstance(c, COCOEvalCallback))  # type: ignore[attr-defined]
+    (evaluation,) = (c for c in trainer.callbacks if isinstance(c, COCOEvalCallback))
     (result,) = evaluation.results
     scenes = [Scene(number) for number in range(IMAGES)]
     assert result.images == IMAGES
