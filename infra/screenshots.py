@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 from mlflow import MlflowClient
@@ -21,10 +22,17 @@ from PIL import Image
 
 from infra.services import StackError
 
-SIZE = (1280, 800)
-PAGE_MS = 25_000  # virtual time in which a page loads its data
+PAGE_MS = 150_000  # virtual time in which a page loads its data
 PAGE_SECONDS = 180.0
 COLORS = 128  # a palette keeps the files small
+
+
+class Page(NamedTuple):
+    """An address, the size of the window in pixels, and the part that is kept."""
+
+    url: str
+    size: tuple[int, int] = (1280, 800)
+    crop: tuple[int, int, int, int] | None = None  # left, top, right, bottom
 
 
 def main() -> int:
@@ -33,18 +41,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     args = parser.parse_args()
     try:
-        for name, url in pages().items():
+        for name, page in pages().items():
             target = args.out / f"{name}.png"
-            take(url, target)
-            print(f"{target}: {url} ({target.stat().st_size // 1024} KiB)")
+            take(page, target)
+            print(f"{target}: {page.url} ({target.stat().st_size // 1024} KiB)")
     except (StackError, httpx.HTTPError) as error:
         print(f"screenshots failed: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def pages() -> dict[str, str]:
-    """File name -> URL of the page."""
+def pages() -> dict[str, Page]:
+    """File name -> page."""
     api, tracking = os.environ.get("PREFECT_API_URL"), os.environ.get("MLFLOW_TRACKING_URI")
     if not api or not tracking:
         raise StackError('no servers are set; run eval "$(python -m infra.stack env)" first')
@@ -59,13 +67,17 @@ def pages() -> dict[str, str]:
     run = client.get_run(str(version.run_id))
     record = f"{tracking}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     return {
-        "prefect-run": f"{prefect}/runs/flow-run/{flow_run}",
-        "mlflow-run": f"{record}/artifacts",
-        "mlflow-model": f"{tracking}/#/models/{name}/versions/{version.version}",
+        "prefect-run": Page(f"{prefect}/runs/flow-run/{flow_run}"),
+        "mlflow-run": Page(
+            f"{record}/model-metrics?workflowType=machine_learning",
+            size=(1600, 9000),
+            crop=(200, 6640, 1220, 7780),  # the validation charts of the demo
+        ),
+        "mlflow-model": Page(f"{tracking}/#/models/{name}/versions/{version.version}"),
     }
 
 
-def take(url: str, target: Path) -> None:
+def take(page: Page, target: Path) -> None:
     """Save the page as a small PNG."""
     browser = os.environ.get("RFDETR_CHROMIUM") or shutil.which("chromium")
     if browser is None:
@@ -73,16 +85,19 @@ def take(url: str, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "page.png"
         command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += [f"--user-data-dir={folder}/profile", f"--window-size={SIZE[0]},{SIZE[1]}"]
-        command += [f"--virtual-time-budget={PAGE_MS}", f"--screenshot={shot}", url]
+        command += [
+            f"--user-data-dir={folder}/profile",
+            f"--window-size={page.size[0]},{page.size[1]}",
+        ]
+        command += [f"--virtual-time-budget={PAGE_MS}", f"--screenshot={shot}", page.url]
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=PAGE_SECONDS
         )
         if not shot.exists():
-            raise StackError(f"no screenshot of {url}: {done.stderr[-500:]}")
+            raise StackError(f"no screenshot of {page.url}: {done.stderr[-500:]}")
         target.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(shot) as image:
-            image.convert("RGB").quantize(COLORS).save(target, optimize=True)
+            image.convert("RGB").crop(page.crop).quantize(COLORS).save(target, optimize=True)
 
 
 def _latest_flow_run(api: str) -> str:
