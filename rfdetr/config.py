@@ -70,7 +70,15 @@ EncoderWidth = Annotated[int, Field(ge=8)]
 DecoderWidth = Annotated[int, Field(ge=4)]
 BlockIndexes = Annotated[list[int], Field(min_length=1)]
 Levels = Annotated[list[Level], Field(min_length=1)]
+
+
+def _device_text(value: Any) -> Any:
+    kind = type(value)  # a torch.device, recognised without importing torch
+    return str(value) if (kind.__module__, kind.__name__) == ("torch", "device") else value
+
+
 PathText = Annotated[str, BeforeValidator(_as_text)]
+DeviceText = Annotated[str, BeforeValidator(_device_text)]
 FolderText = Annotated[str, BeforeValidator(_absolute)]
 
 
@@ -184,7 +192,7 @@ class ModelConfig(StrictConfig):
     mask_downsample_ratio: Positive = Field(4, description="Input pixels per mask pixel")
     drop_path: Probability = Field(0.0, description="Stochastic depth rate of the backbone")
     pretrain_weights: PathText | None = Field(None, description="File, published name or null")
-    device: str = Field("auto", description="Device of the detector")
+    device: DeviceText = Field("auto", description="Device of the detector")
     amp: bool = Field(True, description="Mixed precision in training")
     compile: bool = Field(False, description="Use torch.compile in training")
     fused_optimizer: bool = Field(True, description="Fused AdamW where available")

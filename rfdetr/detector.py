@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
@@ -20,16 +21,19 @@ from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, T
 from rfdetr.errors import CheckpointError, ConfigError, InputError
 from rfdetr.export.frozen import FrozenNetwork
 from rfdetr.model.network import RFDETRNetwork, build_network
-from rfdetr.prediction import DetectorState, eval_mode
+from rfdetr.prediction import DetectorState, Origin, eval_mode
 
 if TYPE_CHECKING:
+    import pytorch_lightning as pl
     import supervision
 
     from rfdetr.export.onnx import OnnxExport
+    from rfdetr.training.datamodule import RFDETRDataModule
 
 logger = logging.getLogger(__name__)
 
 IMAGES_AT_ONCE = 8
+SHOWN_NAMES = 5
 ANY_NUMBER = 1_000_000  # of classes, until the dataset has been read
 
 
@@ -61,6 +65,15 @@ class RFDETR:
             self.model.label_offset = report.label_offset
         if report is not None:
             self.model.square = report.square
+            in_file = max(1, report.num_classes or 0)
+            resized = report.num_classes is not None and in_file != config.num_classes
+            encoder_only = "" if report.num_classes is not None else " (encoder only)"
+            self.model.origin = Origin(
+                f"{report.path}{encoder_only}",
+                report.averaged,
+                report.weights_epoch,
+                file_classes=in_file if resized else None,
+            )
 
     @classmethod
     def from_checkpoint(cls, path: StrPath, **overrides: Any) -> RFDETR:
@@ -88,12 +101,23 @@ class RFDETR:
         """Names of the classes: of the data or the weights, else COCO's 80, else numbers."""
         return self.model.names()
 
+    def __repr__(self) -> str:
+        names = self.class_names
+        shown = ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+        optimized = "" if self.model.optimized is None else ", optimized copy"
+        return (
+            f"{type(self).__name__}({self.model_config.num_classes} classes: {shown}; "
+            f"{self.model.origin}; {self.model.resolution} pixels, {self.model.device}{optimized})"
+        )
+
     def train(self, **settings: Any) -> None:
         """Train on a dataset; keywords are the fields of TrainConfig.
 
         Also takes `device` ("cpu", "cuda:1", ...) and `callbacks` (a list, added to the default
-        ones). Afterwards this object predicts and exports with the trained (EMA) weights. Raises
-        ValueError for an unknown keyword, and the errors of dataset and training.
+        ones). Afterwards this object predicts and exports with the trained (EMA) weights. If
+        training is interrupted after its first step, it has the live weights of that moment and
+        the classes of the dataset; if it fails earlier, it stays as it was. Raises ValueError for
+        an unknown keyword, and the errors of dataset and training.
         """
         from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 
@@ -101,47 +125,56 @@ class RFDETR:
         segmentation = self.model_config.segmentation_head
         config_class = SegmentationTrainConfig if segmentation else TrainConfig
         train_config = config_class(**settings)
-        self.remove_optimized_model()
-        device = self.model.device
         datamodule = RFDETRDataModule(self._any_classes(), train_config)
         datamodule.setup("fit")
-        self._take_classes(datamodule.num_classes)
-        datamodule.model_config = self.model_config
-        module = RFDETRModule(self.model_config, train_config, network=self.model.model)
-        trainer = build_trainer(train_config, self.model_config)
+        network = copy.deepcopy(self.model.model)
+        _take_classes(network, datamodule.num_classes)
+        datamodule.model_config = network.config
+        module = RFDETRModule(network.config, train_config, network=network)
+        trainer = build_trainer(train_config, network.config)
         trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
+        complete = False
         try:
             trainer.fit(module, datamodule, ckpt_path=train_config.resume or None)
+            complete = True
         finally:
-            self.model.model = module.model.to(device).eval()
-        self.model.class_names = train_config.class_names or datamodule.class_names
-        self.model.label_offset = 0
-        self.model.square = train_config.square_resize_div_64
+            if complete or trainer.global_step:
+                self._take_trained(trainer, datamodule, complete)
+
+    def _take_trained(
+        self, trainer: pl.Trainer, datamodule: RFDETRDataModule, complete: bool
+    ) -> None:
+        """Predict with the network of a training, with the classes of its data."""
+        from rfdetr.training.callbacks.ema import ema_network
+
+        module: Any = trainer.lightning_module
+        state, train_config = self.model, module.train_config
+        state.model = module.model.to(state.device).eval()
+        self.model_config = state.config = module.model_config
+        state.class_names = train_config.class_names or datamodule.class_names
+        state.label_offset = 0
+        state.square = train_config.square_resize_div_64
+        state.optimized = None
+        state.origin = Origin(
+            f"the {'' if complete else 'interrupted '}training in {train_config.output_dir}",
+            averaged=complete and ema_network(trainer) is not None,
+            epoch=max(0, trainer.current_epoch - complete),
+        )
 
     def _any_classes(self) -> ModelConfig:
         return self.model_config.model_copy(update={"num_classes": ANY_NUMBER})
 
-    def _take_classes(self, found: int | None) -> None:
-        """Give the network the dataset's class count, unless the user chose a sufficient one."""
-        config = self.model_config
-        if found is None or found == config.num_classes:
-            return
-        if config.num_classes_is_explicit:
-            if found > config.num_classes:
-                raise ConfigError(
-                    f"The dataset has {found} classes, num_classes is {config.num_classes}: omit "
-                    f"num_classes or set it to {found}."
-                )
+    def _warn_of_resized_head(self) -> None:
+        found = self.model.origin.file_classes
+        if found is not None:
             warnings.warn(
-                f"num_classes is {config.num_classes}, the dataset has {found}: the extra outputs "
-                "stay unused.",
+                f"{self.model.origin.source} has {found} classes, num_classes is "
+                f"{self.model_config.num_classes}, and the resized class head has not been "
+                "trained: objects appear under several classes or under none. Omit num_classes "
+                "to predict with the file's classes, or train first.",
                 UserWarning,
                 stacklevel=3,
             )
-            return
-        logger.info("Class count %d taken from the dataset.", found)
-        self.model.model.resize_head(found + 1)
-        config.infer_num_classes(found)
 
     def predict(
         self, images: Any, threshold: float = 0.5, *, batch_size: int = IMAGES_AT_ONCE
@@ -157,6 +190,7 @@ class RFDETR:
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be an integer of at least 1; got {batch_size}.")
+        self._warn_of_resized_head()
         single = not isinstance(images, list | tuple)
         sources: Sequence[Any] = [images] if single else images
         optimized = self.model.optimized
@@ -170,12 +204,13 @@ class RFDETR:
         return found[0] if single else found
 
     def optimize_for_inference(
-        self, compile: bool = True, batch_size: int = 1, dtype: torch.dtype = torch.float32
+        self, compile: bool = True, batch_size: int = 1, dtype: torch.dtype | str = torch.float32
     ) -> None:
         """Predict with a fixed copy: traced if `compile`, in `dtype`, for `batch_size` images.
 
-        Until `remove_optimized_model`, another number of images or another resolution raises
-        ValueError. Images are resized to squares, with a warning if the weights were trained with
+        `dtype` is float32, float16, bfloat16 or float64, also as a name. Until
+        `remove_optimized_model`, another number of images or another resolution raises ValueError.
+        Images are resized to squares, with a warning if the weights were trained with
         square_resize_div_64=False.
         """
         if not self.model.square:
@@ -197,7 +232,31 @@ class RFDETR:
         """Write an ONNX file and check it against the network; see `rfdetr.export.onnx`."""
         from rfdetr.export.onnx import export_onnx
 
+        self._warn_of_resized_head()
         return export_onnx(self.model.model, output_dir, **options)
+
+
+def _take_classes(network: RFDETRNetwork, found: int | None) -> None:
+    """Give the network the dataset's class count, unless the user chose a sufficient one."""
+    config = network.config
+    if found is None or found == config.num_classes:
+        return
+    if config.num_classes_is_explicit:
+        if found > config.num_classes:
+            raise ConfigError(
+                f"The dataset has {found} classes, num_classes is {config.num_classes}: omit "
+                f"num_classes or set it to {found}."
+            )
+        warnings.warn(
+            f"num_classes is {config.num_classes}, the dataset has {found}: the extra outputs "
+            "stay unused.",
+            UserWarning,
+            stacklevel=3,
+        )
+        return
+    logger.info("Class count %d taken from the dataset.", found)
+    network.resize_head(found + 1)
+    config.infer_num_classes(found)
 
 
 def _check_size(record: CheckpointRecord, sized: type[RFDETR]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +23,31 @@ if TYPE_CHECKING:
     import supervision
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Which weights a detector has: EMA or live (None: unknown), of which epoch, from where.
+
+    `epoch` counts from 0. `file_classes` is the class count of the file if the class head was
+    resized from it and has not been trained since.
+    """
+
+    source: str
+    averaged: bool | None = None
+    epoch: int | None = None
+    file_classes: int | None = None
+
+    def __str__(self) -> str:
+        kind = {None: "weights", True: "EMA weights", False: "live weights"}[self.averaged]
+        epoch = "" if self.epoch is None else f" of epoch {self.epoch}"
+        return f"{kind}{epoch} from {self.source}"
+
+
 class DetectorState:
     """Mutable state of a detector: network (`model`), post-processing and class names.
 
     `label_offset` is 1 if label i + 1 means `class_names[i]`. `square` is False if the weights were
     trained on images at their own aspect ratio. `optimized` is the fixed copy of the network that
-    predicts instead of it, if there is one.
+    predicts instead of it, if there is one. `origin` says which weights the network has.
     """
 
     def __init__(self, network: RFDETRNetwork, config: ModelConfig) -> None:
@@ -39,6 +59,7 @@ class DetectorState:
         self.label_offset = 0
         self.square = True
         self.optimized: FrozenNetwork | None = None
+        self.origin = Origin("random initialisation")
 
     @property
     def device(self) -> torch.device:

@@ -32,7 +32,7 @@ class LoadReport:
 
     `missing`: our names without a value in the file (they keep their initial values);
     `unexpected`: names in the file that the network does not have; `adapted`: one sentence per
-    resized tensor. The last four fields are those of `CheckpointRecord`.
+    resized tensor. The last six fields are those of `CheckpointRecord`.
     """
 
     path: str
@@ -44,6 +44,8 @@ class LoadReport:
     class_names: tuple[str, ...] | None = None
     label_offset: int = 0
     square: bool = True
+    averaged: bool | None = None
+    weights_epoch: int | None = None
 
 
 def initialise_weights(network: RFDETRNetwork, model_config: ModelConfig) -> LoadReport | None:
@@ -147,6 +149,8 @@ def _load(network: RFDETRNetwork, adapted: AdaptedWeights, record: CheckpointRec
         class_names=tuple(record.class_names) if record.class_names else None,
         label_offset=record.label_offset,
         square=record.square,
+        averaged=record.averaged,
+        weights_epoch=record.weights_epoch,
     )
 
 

@@ -39,6 +39,8 @@ class CheckpointRecord:
     stripped) or "lightning". `epoch` is the last finished one, counted from 0. `num_classes` comes
     from the rows of the class head, the only reliable source. `label_offset` is 1 if label i + 1
     means `class_names[i]` (fine-tuned before 1.5 on COCO-format data), otherwise 0.
+    `averaged` says whether `weights` are EMA weights, None if unknown; `weights_epoch` is the epoch
+    that they come from, also in files that nothing resumes from.
     `has_legacy_names` says whether the file uses other tensor names than ours.
     """
 
@@ -54,6 +56,8 @@ class CheckpointRecord:
     class_names: list[str] | None = None
     num_classes: int | None = None
     label_offset: int = 0
+    averaged: bool | None = None
+    weights_epoch: int | None = None
     has_legacy_names: bool = True
 
     def setting(self, name: str) -> Any:
@@ -114,6 +118,8 @@ def parse_checkpoint(content: Any, path: str) -> CheckpointRecord:
         class_names=names,
         num_classes=num_classes,
         label_offset=_label_offset(content.get("args"), names, num_classes),
+        averaged=content.get("averaged", False if key == "state_dict" else None),
+        weights_epoch=_int_or_none(content.get("weights_epoch", epoch)),
         has_legacy_names=any(_without_wrappers(name) not in weights for name in raw),
     )
 

@@ -13,6 +13,12 @@ from rfdetr.errors import InputError
 from rfdetr.model.network import RFDETRNetwork
 
 FINAL_OUTPUTS = ("pred_boxes", "pred_logits", "pred_masks")
+NUMBER_FORMATS = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
 
 
 class FinalOutputs(nn.Module):
@@ -42,6 +48,14 @@ def frozen_copy(
     return FinalOutputs(model).eval()
 
 
+def number_format(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point format, also by its name; InputError for anything else."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in NUMBER_FORMATS:
+        raise InputError(f"dtype {name} is not supported: use {', '.join(NUMBER_FORMATS)}.")
+    return NUMBER_FORMATS[name]
+
+
 class FrozenNetwork:
     """A copy of a network for one resolution, batch size and number format.
 
@@ -54,7 +68,7 @@ class FrozenNetwork:
         network: RFDETRNetwork,
         resolution: int,
         batch_size: int = 1,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         *,
         trace: bool = True,
     ) -> None:
@@ -62,13 +76,14 @@ class FrozenNetwork:
             raise InputError(f"batch_size must be at least 1; got {batch_size}.")
         self.resolution = resolution
         self.batch_size = batch_size
-        self.dtype = dtype
-        frozen = frozen_copy(network, (resolution, resolution), dtype=dtype)
+        self.dtype = number_format(dtype)
+        frozen = frozen_copy(network, (resolution, resolution), dtype=self.dtype)
         self.names = frozen.names
         self._model: Callable[[Tensor], tuple[Tensor, ...]] = frozen
         if trace:
             device = next(network.parameters()).device
-            example = torch.zeros(batch_size, 3, resolution, resolution, dtype=dtype, device=device)
+            shape = (batch_size, 3, resolution, resolution)
+            example = torch.zeros(shape, dtype=self.dtype, device=device)
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about sizes that become constants, as intended
                 self._model = torch.jit.trace(frozen, example, check_trace=False)  # type: ignore[no-untyped-call]

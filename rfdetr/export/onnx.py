@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "inference_model.onnx"
 OUTPUT_NAMES = ("dets", "labels", "masks")
+# the first with GridSample, and the last that torch's TorchScript exporter writes
+OPSETS = range(16, 21)
 TOLERANCE = 1e-3  # largest difference without a warning
 SAFE_GAP = 1e-4  # between the scores of consecutive proposals
 PROBES = 8  # random batches to try
@@ -57,15 +59,20 @@ def export_onnx(
     """Write `output_dir`/inference_model.onnx from a copy of `network`.
 
     `shape` is (height, width), by default the configured resolution. `check=True` runs the file
-    with onnxruntime and warns about a difference above TOLERANCE. Raises InputError for a shape
-    that is not a pair of multiples of the block size, MissingDependencyError if onnx or
-    onnxruntime is not installed.
+    with onnxruntime and warns about a difference above TOLERANCE. Raises InputError for an opset
+    outside OPSETS and for a shape that is not a pair of multiples of the block size,
+    MissingDependencyError if onnx or onnxruntime is not installed.
     """
     _require("onnx", *(["onnxruntime"] if check else []))
     config = network.config
     height, width = _checked_shape(shape or (config.resolution, config.resolution), config)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
+    if opset not in OPSETS:
+        raise InputError(
+            f"The network needs ONNX opset {OPSETS[0]} or higher, and {OPSETS[-1]} is the highest "
+            f"that can be written; got {opset}."
+        )
     model = frozen_copy(network, (height, width), "cpu")
     path = Path(output_dir) / FILE_NAME
     probe, reference = _probe(model, height, width, batch_size)

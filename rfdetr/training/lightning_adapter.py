@@ -8,16 +8,18 @@ public by name but undocumented, so they are handled here too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch import Tensor
 
 LastCheckpoint = Callable[[pl.Trainer], str | None]
+Waits = Callable[[pl.Trainer, str | None], bool]
 
 
 def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
@@ -47,6 +49,36 @@ class _LastCheckpointConnector(_CheckpointConnector):
         if ckpt_path == "last":
             ckpt_path = self._find(self.trainer) or ckpt_path
         return super()._parse_ckpt_path(state_fn, ckpt_path, *args, **kwargs)
+
+
+def let_monitors_wait(callbacks: Iterable[Callback], waits: Waits) -> None:
+    """Let Lightning's ModelCheckpoint and EarlyStopping do nothing while `waits` for their metric.
+
+    ModelCheckpoint._should_skip_saving_checkpoint, callbacks/model_checkpoint.py;
+    EarlyStopping._should_skip_check, callbacks/early_stopping.py.
+    """
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback._should_skip_saving_checkpoint = _SkipTest(  # type: ignore[method-assign]
+                callback, "_should_skip_saving_checkpoint", waits
+            )
+        elif isinstance(callback, EarlyStopping):
+            callback._should_skip_check = _SkipTest(  # type: ignore[method-assign]
+                callback, "_should_skip_check", waits
+            )
+
+
+class _SkipTest:
+    """A callback's own method `name`, or `waits` for its metric; a class, so that it pickles."""
+
+    def __init__(self, callback: Any, name: str, waits: Waits) -> None:
+        self._callback = callback
+        self._name = name
+        self._waits = waits
+
+    def __call__(self, trainer: pl.Trainer) -> bool:
+        own = getattr(type(self._callback), self._name)
+        return bool(own(self._callback, trainer) or self._waits(trainer, self._callback.monitor))
 
 
 @contextlib.contextmanager

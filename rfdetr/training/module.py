@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from rfdetr.checkpoints.pretrained import initialise_weights
-from rfdetr.checkpoints.record import class_names_of
+from rfdetr.checkpoints.record import class_names_of, read_checkpoint
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.data.batch import NestedTensor
 from rfdetr.model.criterion import build_criterion
@@ -32,6 +33,8 @@ from rfdetr.training.schedule import lr_factor, planned_steps
 from rfdetr.training.stored_settings import (
     hyper_parameters,
     names_of_loader,
+    recorded_model_config,
+    recorded_train_config,
     stored_model_config,
     stored_train_config,
     warn_ignored_settings,
@@ -73,6 +76,27 @@ class RFDETRModule(pl.LightningModule):
         if model_config.compile:
             self.model.compile()
         self.save_hyperparameters(hyper_parameters(model_config, train_config))
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, map_location: Any = None, *args: Any, **kwargs: Any
+    ) -> RFDETRModule:
+        """As Lightning's, and for best and legacy `.pth` files too.
+
+        A file without the settings of its training, as published ones, needs `train_config`.
+        """
+        if isinstance(checkpoint_path, str | os.PathLike):
+            record = read_checkpoint(checkpoint_path, mmap=True)
+            if record.kind != "lightning":
+                module = cls(
+                    kwargs.get("model_config") or recorded_model_config(record),
+                    kwargs.get("train_config") or recorded_train_config(record),
+                )
+                return module.to(map_location) if map_location is not None else module
+        loaded: RFDETRModule = super().load_from_checkpoint(
+            checkpoint_path, map_location, *args, **kwargs
+        )
+        return loaded
 
     @property
     def class_names(self) -> list[str] | None:

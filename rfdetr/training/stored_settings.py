@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from rfdetr.checkpoints.record import CheckpointRecord
+from rfdetr.checkpoints.structure import infer_config
 from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, TrainConfig
-from rfdetr.errors import ConfigError
+from rfdetr.errors import CheckpointError, ConfigError
 
 # fields of TrainConfig that repeat the model's settings; the model's value is used
 REPEATED = ("group_detr", "ia_bce_loss", "num_select", "segmentation_head")
@@ -62,6 +64,25 @@ def stored_train_config(value: TrainConfig | dict[str, Any]) -> TrainConfig:
     segmentation = value.keys() - TrainConfig.model_fields.keys()
     config_class = SegmentationTrainConfig if segmentation else TrainConfig
     return config_class(**{name: v for name, v in value.items() if name not in REPEATED})
+
+
+def recorded_model_config(record: CheckpointRecord) -> ModelConfig:
+    """The configuration of the network in a `.pth` file, with the file as its weights."""
+    config = infer_config(record, pretrain_weights=record.path)
+    config.infer_num_classes(config.num_classes)
+    return config
+
+
+def recorded_train_config(record: CheckpointRecord) -> TrainConfig:
+    """The training settings of a `.pth` file; CheckpointError if it does not record them."""
+    known = SegmentationTrainConfig.model_fields
+    try:
+        return stored_train_config({n: v for n, v in record.args.items() if n in known})
+    except ValueError as error:
+        raise CheckpointError(
+            f"{record.path} does not record the settings of its training: pass "
+            "train_config=TrainConfig(dataset_dir=...)."
+        ) from error
 
 
 def names_of_loader(loaders: Any) -> Any:

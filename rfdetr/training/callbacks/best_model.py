@@ -81,6 +81,7 @@ class BestModelCallback(Checkpoint):
         self.ema = BestScore(monitor_ema, EMA, averaged=True)
         self._metrics = FreshMetrics((monitor, monitor_ema))
         self._fits = True
+        self._validated = False
         total = self.output_dir / TOTAL
         self.best_model_path = str(total) if total.is_file() else ""  # for ckpt_path="best"
 
@@ -98,6 +99,7 @@ class BestModelCallback(Checkpoint):
 
         A new run in a used folder has no best file before its first evaluation.
         """
+        self._validated = False
         if trainer.fast_dev_run or not self.save_weights:
             return
         for score in (self.live, self.ema):
@@ -131,6 +133,7 @@ class BestModelCallback(Checkpoint):
         """Save the weights that have improved."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
+        self._validated = True
         improved = False
         for score, network in ((self.live, pl_module.model), (self.ema, ema_network(trainer))):
             value = self._metrics.read(trainer, score.metric)
@@ -155,6 +158,7 @@ class BestModelCallback(Checkpoint):
             metric=score.metric,
             value=score.value,
             averaged=score.averaged,
+            weights_epoch=trainer.current_epoch,
             global_step=trainer.global_step,
         )
         save_file(payload, self.output_dir / score.file)
@@ -188,7 +192,7 @@ class BestModelCallback(Checkpoint):
         if trainer.fast_dev_run or not self.save_weights:
             return
         if self.best is None:
-            _warn_without_best(self.live.metric)
+            _warn_without_best(self.live.metric, self._validated)
         elif self.run_test and trainer.datamodule is None:
             rank_zero_warn(
                 "run_test needs the data module, but this fit was given loaders. Test the best "
@@ -222,10 +226,11 @@ class BestModelCallback(Checkpoint):
 
 
 @rank_zero_only
-def _warn_without_best(metric: str) -> None:
-    warnings.warn(
-        f"No best model was written: {metric} was never logged. Check that the validation split "
-        "has ground truth.",
-        UserWarning,
-        stacklevel=2,
+def _warn_without_best(metric: str, validated: bool) -> None:
+    cause = (
+        f"{metric} was never logged. Check that the validation split has ground truth."
+        if validated
+        else "no validation ran, because training ended before the first one (max_steps, max_time) "
+        "or limit_val_batches is 0."
     )
+    warnings.warn(f"No best model was written: {cause}", UserWarning, stacklevel=2)

@@ -21,6 +21,7 @@ from rfdetr.evaluation.evaluator import CocoEvaluator, EvaluationResult
 from rfdetr.evaluation.plots import Sample
 from rfdetr.training import sample_images
 from rfdetr.training.callbacks.ema import ema_network
+from rfdetr.training.lightning_adapter import let_monitors_wait
 from rfdetr.training.stored_settings import names_of_loader
 
 
@@ -29,10 +30,11 @@ class COCOEvalCallback(Callback):
 
     The EMA weights of an `RFDETREMACallback` are evaluated on the same batches, as `val/ema_*`. In
     a fit, epochs with (epoch + 1) % `eval_interval` == 0 and the last one are evaluated; `validate`
-    and `test` always are. Values are equal on all ranks and identical to those of a single process;
-    images that a sampler repeats count once. Without any ground truth nothing is logged. Beyond
-    the documented keys there are `best_threshold`, `ema_mAP_50`, `ema_mAP_75`, `ema_mAR`,
-    `ema_segm_*`, and in tests `coco_*` at 100 detections.
+    and `test` always are. Lightning's ModelCheckpoint and EarlyStopping wait for these epochs.
+    Values are equal on all ranks and identical to those of a single process; images that a sampler
+    repeats count once. Without any ground truth nothing is logged. Beyond the documented keys
+    there are `best_threshold`, `ema_mAP_50`, `ema_mAP_75`, `ema_mAR`, `ema_segm_*`, and in tests
+    `coco_*` at 100 detections.
 
     segmentation: evaluate masks too; None follows the module's configuration. output_dir: images
     are drawn in its folder `plots` when a fit reaches its best value so far and after a test; None
@@ -62,6 +64,19 @@ class COCOEvalCallback(Callback):
         self._names: report.ClassNames | None = None
         self._samples: list[Sample] = []
         self._warned: set[str] = set()
+        self._logged: set[str] = set()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let Lightning's own callbacks wait for the metrics of epochs that are evaluated."""
+        if stage == "fit" and self.eval_interval > 1:
+            let_monitors_wait(trainer.callbacks, self.waits_for)  # type: ignore[attr-defined]
+
+    def waits_for(self, trainer: pl.Trainer, metric: str | None) -> bool:
+        """Whether `metric` is one of this callback's that the latest validation left out."""
+        if metric is None or self.results:
+            return False
+        missing = metric.startswith("val/") and metric not in trainer.callback_metrics
+        return missing or metric in self._logged
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the evaluation if this epoch is to be evaluated."""
@@ -146,6 +161,7 @@ class COCOEvalCallback(Callback):
         if stage == "test":
             metrics |= report.standard_metrics(live)
             _print_table(live)
+        self._logged.update(f"{stage}/{name}" for name in metrics)
         _log(trainer, pl_module, stage, metrics)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

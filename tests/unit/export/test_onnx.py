@@ -142,3 +142,20 @@ def test_full_size_models_agree(variant: str, tmp_path: Path) -> None:
     result = export_onnx(network, tmp_path, dynamic_batch=True)
     assert result.max_difference is not None
     assert result.max_difference < 1e-4
+
+
+@pytest.mark.parametrize("opset", [13, 14, 15, 21, 99])
+def test_an_opset_that_cannot_hold_the_network_names_the_range(
+    opset: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match="opset 16 or higher, and 20 is the highest"):
+        small().export(tmp_path, opset=opset)
+    assert capfd.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", [16, 20])
+def test_the_lowest_and_the_highest_opset_agree(opset: int, tmp_path: Path) -> None:
+    result = small(num_classes=3).export(tmp_path, opset=opset)
+    assert result.max_difference is not None
+    assert result.max_difference < 1e-4

@@ -1,0 +1,90 @@
+"""What users of Lightning do, with this package's module, data and trainer."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+from rfdetr.checkpoints.safe_io import load_file, save_file
+from rfdetr.config import TrainConfig
+from rfdetr.errors import CheckpointError
+from rfdetr.training import RFDETRModule
+from tests.unit.training.helpers import Run, tiny_model, tiny_run
+
+MAP = "val/mAP_50_95"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightnings_callbacks_wait_for_the_evaluated_epochs(shapes: Path, tmp_path: Path) -> None:
+    config = tiny_run(shapes, tmp_path, epochs=5, eval_interval=2)
+    run = Run(tiny_model(), config)
+    saved = ModelCheckpoint(
+        tmp_path / "saved", monitor=MAP, mode="max", save_top_k=-1, filename="{epoch}"
+    )
+    stopping = EarlyStopping(MAP, mode="max", patience=2, min_delta=1)  # never an improvement
+    run.trainer.callbacks.extend([saved, stopping])
+    run.fit()
+    assert run.trainer.current_epoch == 5
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert names == {"epoch=1.ckpt", "epoch=3.ckpt", "epoch=4.ckpt"}
+    assert stopping.wait_count == 2  # of three evaluations the first one is the best
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_monitor_that_does_not_exist_is_still_an_error(shapes: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=3, eval_interval=2))
+    run.trainer.callbacks.append(EarlyStopping("val/map", mode="max"))
+    with pytest.raises(RuntimeError, match="val/map"):
+        run.fit()
+    assert run.trainer.current_epoch == 1
+
+
+@pytest.mark.parametrize("name", ["total", "regular", "ema"])
+def test_load_from_checkpoint_takes_best_files(finished: Run, name: str) -> None:
+    path = finished.output / f"checkpoint_best_{name}.pth"
+    module = RFDETRModule.load_from_checkpoint(path)
+    assert module.class_names == finished.module.class_names
+    assert module.train_config.batch_size == finished.config.batch_size
+    same = RFDETRModule.load_from_checkpoint(finished.output / "last.ckpt")
+    assert same.class_names == finished.module.class_names
+    wanted = load_file(path)["model"]["class_embed.bias"]
+    torch.testing.assert_close(module.model.class_embed.bias, wanted, check_device=False)
+
+
+def test_load_from_checkpoint_asks_for_settings_that_a_file_lacks(
+    finished: Run, shapes: Path, tmp_path: Path
+) -> None:
+    content = load_file(finished.output / "checkpoint_best_total.pth")
+    save_file({"model": content["model"], "model_config": content["model_config"],
+               "model_name": content["model_name"]}, tmp_path / "bare.pth")  # fmt: skip
+    with pytest.raises(CheckpointError, match="pass train_config="):
+        RFDETRModule.load_from_checkpoint(tmp_path / "bare.pth")
+    config: TrainConfig = tiny_run(shapes, tmp_path)
+    module = RFDETRModule.load_from_checkpoint(tmp_path / "bare.pth", train_config=config)
+    assert module.train_config is config
+
+
+def test_best_is_a_checkpoint_path(shapes: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=1)).fit()
+    (tested,) = run.trainer.test(run.module, run.data, ckpt_path="best")
+    (validated,) = run.trainer.validate(run.module, run.data, ckpt_path="best")
+    again = Run(tiny_model(), run.config, seed=5)
+    (other,) = again.trainer.test(again.module, again.data, ckpt_path="best")
+    assert other["test/loss"] == pytest.approx(tested["test/loss"], abs=1e-5)
+    assert "val/mAP_50_95" in validated
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 2}, {"limit_val_batches": 0}])
+def test_without_a_validation_the_hint_says_so(
+    shapes: Path, tmp_path: Path, limits: dict[str, int]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=1), **limits).fit()
+    (hint,) = (str(w.message) for w in caught if "best model" in str(w.message))
+    assert "no validation ran" in hint
+    assert "ground truth" not in hint
