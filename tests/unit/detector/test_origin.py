@@ -68,7 +68,7 @@ def test_an_interrupted_training_leaves_its_classes(
     data = make_roboflow(tmp_path / "data")
     with pytest.raises((SystemExit, error)):
         known.train(
-            dataset_dir=data, output_dir=tmp_path / "out", callbacks=[Stop(4, error)], **TRAIN
+            dataset_dir=data, output_dir=tmp_path / "out", callbacks=[Stop(6, error)], **TRAIN
         )
     assert known.class_names == ["washer", "bolt", "nut"]
     assert known.model_config.num_classes == 3
