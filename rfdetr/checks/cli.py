@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -18,13 +22,12 @@ from rfdetr.checks.dataset_report import DatasetReport
 from rfdetr.checks.html import write_html
 from rfdetr.checks.markdown import to_markdown
 from rfdetr.checks.options import CheckConfig
-from rfdetr.checks.repair.copy import plan_text, repair_dataset
+from rfdetr.checks.repair.copy import EVERY_FINDING, plan_repair, repair_dataset
 from rfdetr.config import MODEL_CONFIGS, ModelConfig
 from rfdetr.errors import RFDETRError
 from rfdetr.files import write_text_atomic
 
 EXIT_OK, EXIT_ERRORS, EXIT_UNUSABLE = 0, 1, 2
-EVERY_FINDING = 10**9
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -34,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m rfdetr.checks",
         description="Find every defect of a dataset. Exit status 0: no errors; 1: errors; 2: the "
-        "dataset could not be checked. Nothing is written to the dataset.",
+        "dataset could not be checked or repaired. With --fix it is the status of the copy, and 1 "
+        "also if the copy is not better. Nothing is written to the dataset.",
     )
     found.add_argument("dataset", nargs="?", help="dataset folder")
     found.add_argument("--format", choices=("roboflow", "coco", "yolo"), default="roboflow")
@@ -44,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", metavar="DIR", help="folder for report.json, .md and .html")
     found.add_argument("--fix-plan", action="store_true", help="list what --fix would repair")
     found.add_argument("--fix", metavar="OUT_DIR", help="write a repaired copy to this new folder")
+    found.add_argument(
+        "--allow-drop",
+        action="store_true",
+        help="with --fix: drop more than 5 %% of a split, duplicate boxes and leaked images too",
+    )
     found.add_argument("--silence", metavar="CODE", action="append", default=[])
     found.add_argument("--severity", metavar="CODE=LEVEL", action="append", default=[])
     found.add_argument(
@@ -93,16 +102,16 @@ def _fail(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     _require_outside(options)
-    report = check_dataset(
-        options.dataset,
-        options.format,
+    check = partial(
+        check_dataset,
+        dataset_file=options.format,
         config=_config(options),
         model_config=_model(options),
-        previous=options.previous,
         workers=options.workers,
         cache_dir=options.cache,
         progress=not options.no_progress,
     )
+    report = check(options.dataset, previous=options.previous)
     _print_summary(report)
     if options.out:
         out = Path(options.out)
@@ -110,15 +119,32 @@ def _run(options: argparse.Namespace) -> int:
         write_text_atomic(out / "report.md", to_markdown(report))
         write_html(report, out / "report.html", options.dataset)
         console.print(f"report: {out / 'report.html'}", markup=False)
+    how = {"check": check, "allow_drop": options.allow_drop}
     if options.fix_plan:
-        text = plan_text(report)
+        text = plan_repair(options.dataset, report, **how).plan()
         console.print(text, markup=False)
         if options.out:
             write_text_atomic(Path(options.out) / "fix-plan.txt", text + "\n")
     if options.fix:
-        result = repair_dataset(options.dataset, report, options.fix)
+        with _stop_on_sigterm():
+            result = repair_dataset(options.dataset, report, options.fix, **how)
         console.print(result.text(), markup=False)
+        errors = sum(counts.errors for counts in result.after.values())
+        return EXIT_ERRORS if errors or not result.better else EXIT_OK
     return EXIT_OK if report.ok else EXIT_ERRORS
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM an exception, so that an unfinished copy is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _require_outside(options: argparse.Namespace) -> None:

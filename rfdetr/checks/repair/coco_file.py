@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rfdetr.checks.dataset_report import Finding
 from rfdetr.checks.image_probe import probe_bytes, read_content
-from rfdetr.errors import DatasetError
-from rfdetr.files import write_text_atomic
+from rfdetr.checks.repair.plan import Planned
+from rfdetr.checks.repair.restore import SECTIONS, read_document, write_document
 
-SECTIONS = ("images", "annotations", "categories")
 DROPS = frozenset({"drop-annotation", "drop-record", "drop-image"})
 Record = dict[str, Any]
 
 
 def repair_coco_file(
-    source: Path,
-    target: Path,
-    images_dir: Path,
-    findings: Sequence[Finding],
-    new_names: Mapping[str, str],
+    file: Path, images_dir: Path, repairs: Planned, new_names: Mapping[str, str]
 ) -> None:
-    """Write `source` to `target` with its findings repaired; `new_names` are renamed images."""
-    try:
-        document = json.loads(source.read_bytes().decode("utf-8-sig"))
-    except ValueError as error:
-        raise DatasetError(f"{source} cannot be repaired: not UTF-8 JSON ({error}).") from error
+    """Repair an annotation file of the copy; `new_names` are renamed images."""
+    document = read_document(file)
+    if document is None:
+        return
     sections = {name: _records(document, name) for name in SECTIONS}
-    dropped, merged = _repair_records(sections, findings, _Sizes(sections["images"], images_dir))
-    _renumber(sections["annotations"], findings)
+    dropped, merged = _repair_records(sections, repairs, _Sizes(sections["images"], images_dir))
     for image in sections["images"]:
         name = image.get("file_name") if isinstance(image, dict) else None
         if isinstance(name, str) and name in new_names:
@@ -43,9 +35,10 @@ def repair_coco_file(
     for annotation in kept["annotations"]:
         if isinstance(annotation, dict) and _key(annotation.get("image_id")) in merged:
             annotation["image_id"] = merged[_key(annotation["image_id"])]
-    document.update(kept, annotations=_linked(kept))
-    target.unlink()  # it may be a hard link to the source
-    write_text_atomic(target, json.dumps(document, ensure_ascii=False))
+    if dropped["images"]:
+        kept["annotations"] = _linked(kept, sections)
+    document.update({name: kept[name] for name in SECTIONS if name in document})
+    write_document(file, document)
 
 
 def _records(document: Record, section: str) -> list[Any]:
@@ -54,22 +47,23 @@ def _records(document: Record, section: str) -> list[Any]:
 
 
 def _repair_records(
-    sections: Mapping[str, list[Any]], findings: Sequence[Finding], sizes: _Sizes
+    sections: Mapping[str, list[Any]], repairs: Planned, sizes: _Sizes
 ) -> tuple[dict[str, set[int]], dict[Any, Any]]:
     """Repair records in place; return the positions to drop, and the new ids of merged images."""
     dropped: dict[str, set[int]] = {name: set() for name in sections}
     merged: dict[Any, Any] = {}
-    for finding in findings:
+    for finding, repair in repairs:
         section, number = str(finding.details.get("section")), finding.details.get("record")
         if section not in sections or not isinstance(number, int):
             continue
-        if finding.repair in DROPS:
+        if repair in DROPS:
             dropped[section].add(number)
-        elif finding.repair == "merge-images":
+        elif repair == "merge-images":
             _merge(sections["images"], number, merged)
             dropped["images"].add(number)
         else:
-            _repair_record(finding, sections[section][number], sizes, sections["annotations"])
+            record, annotations = sections[section][number], sections["annotations"]
+            _repair_record(finding, repair, record, sizes, annotations)
     return dropped, merged
 
 
@@ -78,13 +72,13 @@ class _Sizes:
 
     def __init__(self, images: Sequence[Any], folder: Path) -> None:
         self._images = {_key(i.get("id")): i for i in reversed(images) if isinstance(i, dict)}
-        self._folder = folder
+        self.folder = folder
 
     def of_image(self, image: Record) -> tuple[int, int] | None:
         width, height = image.get("width"), image.get("height")
         if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
             return width, height
-        data, _, _ = read_content(str(self._folder / str(image.get("file_name"))))
+        data, _, _ = read_content(str(self.folder / str(image.get("file_name"))))
         facts = probe_bytes(data)
         return (facts.width, facts.height) if facts.width else None
 
@@ -94,20 +88,22 @@ class _Sizes:
 
 
 def _repair_record(
-    finding: Finding, record: Record, sizes: _Sizes, annotations: Sequence[Any]
+    finding: Finding, repair: str, record: Record, sizes: _Sizes, annotations: Sequence[Any]
 ) -> None:
-    if finding.repair == "set-size":
+    if repair == "set-size":
         _set_size(record, sizes)
-    elif finding.repair == "rescale":
+    elif repair == "rescale":
         _rescale(finding, record, annotations)
-    elif finding.repair == "use-disk-name":
+    elif repair == "strip-exif":
+        _turn(record, sizes, annotations)
+    elif repair == "use-disk-name":
         record["file_name"] = finding.details["actual"]
-    elif finding.repair == "set-area":
+    elif repair == "set-area":
         record["area"] = record["bbox"][2] * record["bbox"][3]
-    elif finding.repair == "clip-box":
+    elif repair == "clip-box":
         _clip_box(record, sizes.of_annotation(record))
-    elif finding.repair in ("clip-polygon", "drop-polygon"):
-        _repair_polygons(finding, record, sizes.of_annotation(record))
+    elif repair in ("clip-polygon", "drop-polygon"):
+        _repair_polygons(repair, record, sizes.of_annotation(record))
 
 
 def _set_size(record: Record, sizes: _Sizes) -> None:
@@ -135,6 +131,37 @@ def _rescale(finding: Finding, record: Record, annotations: Sequence[Any]) -> No
             annotation["segmentation"] = []
 
 
+def _turn(record: Record, sizes: _Sizes, annotations: Sequence[Any]) -> None:
+    """Move annotations of the view that EXIF asks for to the pixels as they are stored."""
+    data, _, _ = read_content(str(sizes.folder / str(record.get("file_name"))))
+    orientation = probe_bytes(data).orientation
+    width, height = record["height"], record["width"]
+    record["width"], record["height"] = width, height
+    for annotation in annotations:
+        if not isinstance(annotation, dict) or annotation.get("image_id") != record.get("id"):
+            continue
+        box, rings = annotation.get("bbox"), annotation.get("segmentation")
+        if _is_numbers(box) and box and len(box) == 4:
+            corners = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+            x0, y0, x1, y1 = _stored(corners, orientation, width, height)
+            annotation["bbox"] = [min(x0, x1), min(y0, y1), abs(x1 - x0), abs(y1 - y0)]
+        if isinstance(rings, list) and all(_is_ring(ring) for ring in rings):
+            annotation["segmentation"] = [_stored(r, orientation, width, height) for r in rings]
+
+
+def _stored(points: Sequence[float], orientation: int, width: int, height: int) -> list[float]:
+    """Points x, y, x, y ... of the rotated view in an image stored as `width` x `height`.
+
+    Orientations 5 to 8 of the EXIF standard: the view swaps the axes and mirrors none (5), the
+    vertical (6), both (7) or the horizontal axis (8) of the stored image.
+    """
+    found: list[float] = []
+    for x, y in zip(points[::2], points[1::2], strict=True):
+        found += [width - y if orientation in (7, 8) else y]
+        found += [height - x if orientation in (6, 7) else x]
+    return found
+
+
 def _scaled(numbers: Sequence[float], scale: tuple[float, float]) -> list[float]:
     return [round(number * scale[i % 2], 3) for i, number in enumerate(numbers)]
 
@@ -151,12 +178,12 @@ def _clip_box(record: Record, size: tuple[int, int] | None) -> None:
         record["area"] = min(area, (right - left) * (bottom - top))
 
 
-def _repair_polygons(finding: Finding, record: Record, size: tuple[int, int] | None) -> None:
+def _repair_polygons(repair: str, record: Record, size: tuple[int, int] | None) -> None:
     value = record.get("segmentation")
     if not isinstance(value, list):
         record["segmentation"] = []
         return
-    if finding.repair == "drop-polygon":
+    if repair == "drop-polygon":
         value = [ring for ring in value if _is_ring(ring)]
     elif size is not None:
         value = [
@@ -181,25 +208,14 @@ def _merge(images: Sequence[Record], number: int, merged: dict[Any, Any]) -> Non
     merged[_key(images[number].get("id"))] = first.get("id")
 
 
-def _renumber(annotations: Sequence[Any], findings: Sequence[Finding]) -> None:
-    used = [a["id"] for a in annotations if isinstance(a, dict) and type(a.get("id")) is int]
-    following = max([0, *used]) + 1
-    numbers = {f.details.get("record") for f in findings if f.repair == "renumber"}
-    for number in sorted(n for n in numbers if isinstance(n, int)):
-        annotations[number]["id"] = following
-        following += 1
-
-
-def _linked(kept: Mapping[str, Sequence[Any]]) -> list[Any]:
-    """Annotations whose image and category still exist."""
+def _linked(kept: Mapping[str, Sequence[Any]], listed: Mapping[str, Sequence[Any]]) -> list[Any]:
+    """Annotations except those of images that were dropped."""
     images = {_key(i.get("id")) for i in kept["images"] if isinstance(i, dict)}
-    categories = {_key(c.get("id")) for c in kept["categories"] if isinstance(c, dict)}
+    gone = {_key(i.get("id")) for i in listed["images"] if isinstance(i, dict)} - images
     return [
         a
         for a in kept["annotations"]
-        if isinstance(a, dict)
-        and _key(a.get("image_id")) in images
-        and _key(a.get("category_id")) in categories
+        if not isinstance(a, dict) or _key(a.get("image_id")) not in gone
     ]
 
 

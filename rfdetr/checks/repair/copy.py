@@ -1,112 +1,173 @@
-"""Writes a repaired copy of a dataset, with the repairs that need no decision by the user.
+"""Writes a repaired copy of a dataset that is never worse than the dataset.
 
-Unchanged files are hard links if the file system supports them, otherwise copies; every changed
-file is new. The source is never written to, and the copy appears atomically.
+First what the dataset means is restored: file names, ids, values. Then what cannot be saved is
+dropped. What only the user can decide stays and is listed. Unchanged files are hard links if the
+file system supports them, otherwise copies; every changed file is new. The source is never written
+to, and the copy appears in one step, after it was checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import tempfile
 import uuid
+import warnings
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from rfdetr.checks.check import check_dataset
 from rfdetr.checks.dataset_report import DatasetReport, Finding
+from rfdetr.checks.options import CheckConfig
 from rfdetr.checks.repair.coco_file import repair_coco_file
-from rfdetr.checks.repair.image_files import renamed, repaired_image
-from rfdetr.checks.repair.yolo_files import detach_yaml, repair_label_file, repair_list_file
-from rfdetr.data.layouts import YAML_NAMES
-from rfdetr.data.yolo import label_path
+from rfdetr.checks.repair.counts import SplitCounts, count_splits
+from rfdetr.checks.repair.image_files import converted
+from rfdetr.checks.repair.plan import REPAIRS, Planned, Planner
+from rfdetr.checks.repair.restore import CocoSplit, restore_coco
+from rfdetr.checks.repair.tree import copy_tree, link_or_copy, replace_bytes
+from rfdetr.checks.repair.yolo_files import (
+    detach_yaml,
+    repair_label_file,
+    repair_lists,
+    restore_labels,
+    restore_lists,
+)
+from rfdetr.data.layouts import Layout, detect_layout
+from rfdetr.data.yolo import image_files, label_path
 from rfdetr.errors import DatasetError
 
-# repair -> what it does
-REPAIRS = {
-    "drop-image": "leave out the image and its annotations",
-    "drop-annotation": "remove the annotation",
-    "drop-record": "remove the record",
-    "drop-polygon": "remove the polygon or mask",
-    "clip-box": "clip the box to the image",
-    "clip-polygon": "clip the polygon to the image",
-    "set-area": "compute the area from the box",
-    "set-size": "take width and height from the image file",
-    "rescale": "take the size from the image file and scale the boxes",
-    "renumber": "give the annotation a new id",
-    "merge-images": "merge the two image records",
-    "rename-file": "rename the file to the extension of its format",
-    "use-disk-name": "use the file name on disk",
-    "strip-exif": "remove the EXIF rotation tag; pixels stay as annotated",
-    "convert-rgb": "convert the image to 8-bit RGB",
-    "leave-out-file": "leave out the file",
-}
-PIXEL_REPAIRS = frozenset({"strip-exif", "convert-rgb"})
+PASSES = 5  # a repair can uncover a finding; each pass repairs what the check before it found
+MOST_DROPPED = 0.05  # share of the images or annotations of a split
 FILE_REMOVALS = frozenset({"drop-image", "leave-out-file"})
+EVERY_FINDING = 10**9
+
+Check = Callable[[Path], DatasetReport]
 
 
 @dataclass(frozen=True)
 class RepairResult:
-    """Number of repaired findings per code, and of those left to the user."""
+    """What was repaired, and the counts per split before and after.
 
-    folder: Path
+    `restored` counts corrections by what was done, `repaired` findings that are gone and `left`
+    those that remain, by code. `actions` has one line per repair. `refusal` says why the copy must
+    not be used, None if it may.
+    """
+
+    folder: Path | None
+    before: dict[str, SplitCounts]
+    after: dict[str, SplitCounts]
+    restored: dict[str, int]
     repaired: dict[str, int]
     left: dict[str, int]
+    actions: tuple[str, ...]
+    broken_links: tuple[str, ...]
+    refusal: str | None
+
+    @property
+    def better(self) -> bool:
+        """Whether the copy has fewer errors or warnings, or there was nothing to repair."""
+        before, after = (
+            (sum(c.errors for c in counts.values()), sum(c.warnings for c in counts.values()))
+            for counts in (self.before, self.after)
+        )
+        return after < before or before == (0, 0)
 
     def text(self) -> str:
         """A summary for the terminal."""
-        lines = [f"repaired copy: {self.folder}"]
+        lines = [f"repaired copy: {self.folder}", *self._table()]
+        lines += [f"  restored {count:6,} {what}" for what, count in self.restored.items()]
         lines += [f"  repaired {count:6,} {code}" for code, count in self.repaired.items()]
         lines += [f"  left     {count:6,} {code}" for code, count in self.left.items()]
+        lines += [f"  left out {link}: the link leads nowhere" for link in self.broken_links]
+        if not self.better:
+            lines.append("The copy is not better than the dataset: what is left needs a decision.")
         return "\n".join(lines)
 
+    def plan(self) -> str:
+        """One line per repair, then what is left to the user."""
+        lines = [*self.actions, *(f"{what}: {n} x" for what, n in self.restored.items())]
+        lines += [f"by hand: {count} x {code}" for code, count in self.left.items()]
+        if self.refusal:
+            lines.append(f"--fix would refuse: {self.refusal}")
+        return "\n".join(lines) or "nothing to repair"
 
-def plan_text(report: DatasetReport) -> str:
-    """One line per repair that `repair_dataset` would make, and what is left to the user."""
-    lines = []
-    for finding in report.findings:
-        if finding.repair:
-            lines.append(f"{finding.place()}: {REPAIRS[finding.repair]} ({finding.code})")
-    left = Counter(finding.code for finding in report.findings if not finding.repair)
-    lines += [f"by hand: {count} x {code}" for code, count in sorted(left.items())]
-    return "\n".join(lines) or "nothing to repair"
+    def _table(self) -> list[str]:
+        head = f"  {'':8}{'images':>18}{'trainable objects':>22}{'errors':>16}{'warnings':>16}"
+        rows = [head]
+        for name in dict.fromkeys([*self.before, *self.after]):
+            old, new = self.before.get(name, SplitCounts()), self.after.get(name, SplitCounts())
+            rows.append(
+                f"  {name or 'general':8}{_change(old.images, new.images, 18)}"
+                f"{_change(old.objects, new.objects, 22)}{_change(old.errors, new.errors, 16)}"
+                f"{_change(old.warnings, new.warnings, 16)}"
+            )
+        return rows
+
+
+def _change(old: int, new: int, width: int) -> str:
+    return f"{old:,} -> {new:,}".rjust(width)
 
 
 def repair_dataset(
-    dataset_dir: str | os.PathLike[str], report: DatasetReport, out_dir: str | os.PathLike[str]
+    dataset_dir: str | os.PathLike[str],
+    report: DatasetReport,
+    out_dir: str | os.PathLike[str],
+    *,
+    check: Check | None = None,
+    allow_drop: bool = False,
 ) -> RepairResult:
     """Write a repaired copy of the dataset to the new folder `out_dir`.
 
-    `report` must list every finding (`max_findings_per_code` above the counts). Raises DatasetError
-    if `out_dir` exists or overlaps the dataset, or if the report does not list every finding.
+    `report` must list every finding (`max_findings_per_code` above the counts); `check` makes such
+    a report of the copy (None: with the default thresholds). Objects that training uses are never
+    dropped, and at most 5 % of the images or annotations of a split are, unless `allow_drop`.
+    Raises DatasetError, and writes nothing, if more would have to be dropped, if the copy would be
+    worse, if `out_dir` exists or overlaps the dataset, or if the report lacks findings.
     """
-    source = Path(dataset_dir).expanduser().resolve()
-    target = Path(out_dir).expanduser().resolve()
+    source, target = (Path(path).expanduser().resolve() for path in (dataset_dir, out_dir))
     _check_target(source, target, report)
-    by_file: dict[str, list[Finding]] = defaultdict(list)
-    for finding in report.findings:
-        key = finding.details.get("image", None if finding.details else finding.file)
-        if finding.repair and key:
-            by_file[str(key)].append(finding)
-    gone = {
-        file
-        for file, findings in by_file.items()
-        if any(finding.repair in FILE_REMOVALS for finding in findings)
-    }
     target.parent.mkdir(parents=True, exist_ok=True)
+    with _work_folder(target) as work:
+        copy = partial(copy_tree, source, work, link_or_copy)
+        result = _repair(source, work, report, check=check, allow_drop=allow_drop, copy=copy)
+        if result.refusal:
+            raise DatasetError(f"{source}: no copy was written. {result.refusal}")
+        work.rename(target)
+    return RepairResult(**{**vars(result), "folder": target})
+
+
+def plan_repair(
+    dataset_dir: str | os.PathLike[str],
+    report: DatasetReport,
+    *,
+    check: Check | None = None,
+    allow_drop: bool = False,
+) -> RepairResult:
+    """What `repair_dataset` would do; nothing stays on the disk."""
+    source = Path(dataset_dir).expanduser().resolve()
+    _require_complete(report)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder).resolve() / source.name
+        copy = partial(copy_tree, source, work, _symlink)
+        return _repair(source, work, report, check=check, allow_drop=allow_drop, copy=copy)
+
+
+def _symlink(source: Path, target: Path) -> None:
+    target.symlink_to(source)
+
+
+@contextlib.contextmanager
+def _work_folder(target: Path) -> Iterator[Path]:
+    """A folder next to the target that is gone afterwards, whatever happens."""
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        work.mkdir()
-        names = _copy_files(source, work, by_file, gone)
-        if report.layout == "yolo":
-            _repair_yolo(source, work, report, gone, names)
-        else:
-            _repair_coco(source, work, report, names)
-        work.rename(target)
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    repaired = Counter(finding.code for finding in report.findings if finding.repair)
-    left = Counter(finding.code for finding in report.findings if not finding.repair)
-    return RepairResult(target, dict(sorted(repaired.items())), dict(sorted(left.items())))
 
 
 def _check_target(source: Path, target: Path, report: DatasetReport) -> None:
@@ -114,6 +175,10 @@ def _check_target(source: Path, target: Path, report: DatasetReport) -> None:
         raise DatasetError(f"{target} already exists. Choose a new folder for the repaired copy.")
     if source == target or source in target.parents or target in source.parents:
         raise DatasetError(f"{target} overlaps the dataset {source}. Choose a folder next to it.")
+    _require_complete(report)
+
+
+def _require_complete(report: DatasetReport) -> None:
     if len(report.findings) < sum(report.counts.values()):
         raise DatasetError(
             "The report lists only some of its findings. Check again with a larger "
@@ -121,66 +186,162 @@ def _check_target(source: Path, target: Path, report: DatasetReport) -> None:
         )
 
 
-def _copy_files(
-    source: Path, work: Path, by_file: dict[str, list[Finding]], gone: set[str]
-) -> dict[str, str]:
-    """Copy all files except those left out; return the new names of renamed files."""
-    names: dict[str, str] = {}
-    for place, folders, files in os.walk(source):
-        folders.sort()
-        relative = Path(place).relative_to(source)
-        (work / relative).mkdir(parents=True, exist_ok=True)
-        for name in sorted(files):
-            key = new = (relative / name).as_posix()
-            if key in gone:
-                continue
-            repairs = {finding.repair for finding in by_file.get(key, ())}
-            if "rename-file" in repairs:
-                finding = next(f for f in by_file[key] if f.repair == "rename-file")
-                new = names[key] = renamed(source, key, str(finding.details["format"]))
-            data = repaired_image(source / key, repairs) if repairs & PIXEL_REPAIRS else None
-            if data is not None:
-                (work / new).write_bytes(data)
-            else:
-                _link(source / key, work / new)
-    return names
+def _repair(
+    source: Path,
+    work: Path,
+    report: DatasetReport,
+    *,
+    check: Check | None,
+    allow_drop: bool,
+    copy: Callable[[], list[str]],
+) -> RepairResult:
+    """Fill `work` with the repaired dataset."""
+    check = check or partial(
+        check_dataset,
+        dataset_file=report.layout,  # type: ignore[arg-type]  # text in the report's JSON
+        config=CheckConfig.model_validate({"max_findings_per_code": EVERY_FINDING}),
+        progress=False,
+    )
+    before = count_splits(source, report)
+    broken_links = copy()
+    restored = _restore(source, work, report)
+    found = check(work)
+    actions: list[str] = []
+    for _ in range(PASSES):
+        planner = Planner(work, found, allow_drop=allow_drop)
+        repairs = planner.repairs()
+        lines = [f"{f.place()}: {REPAIRS.get(f.repair, f.repair)} ({f.code})" for f, _ in repairs]
+        if not lines or set(lines) <= set(actions):
+            break
+        actions += lines
+        _apply(work, found, repairs, planner.new_names)
+        found = check(work)
+    after = count_splits(work, found)
+    return RepairResult(
+        folder=None,
+        before=before,
+        after=after,
+        restored=dict(sorted(restored.items())),
+        repaired=dict(sorted((Counter(report.counts) - Counter(found.counts)).items())),
+        left=dict(sorted(found.counts.items())),
+        actions=tuple(dict.fromkeys(actions)),
+        broken_links=tuple(broken_links),
+        refusal=_refusal(before, after, allow_drop),
+    )
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+def _refusal(
+    before: dict[str, SplitCounts], after: dict[str, SplitCounts], allow_drop: bool
+) -> str | None:
+    """Why a copy with these counts must not be used."""
+    for name, old in before.items():
+        new = after.get(name, SplitCounts())
+        if old.images and not new.images:
+            return f"{name} would have no image left. Correct the dataset first."
+        if allow_drop:
+            continue
+        for what, listed, left in (
+            ("images", old.images, new.images),
+            ("annotations", old.annotations, new.annotations),
+        ):
+            if listed - left > MOST_DROPPED * listed:
+                return (
+                    f"{listed - left} of the {listed} {what} of {name} cannot be saved, more than "
+                    f"{MOST_DROPPED:.0%}. `--fix-plan` lists them; `--allow-drop` drops them."
+                )
+        if new.objects < old.objects:
+            return f"{name} would lose {old.objects - new.objects} objects that training uses."
+    errors = [sum(counts.errors for counts in found.values()) for found in (before, after)]
+    return None if errors[1] <= errors[0] else f"{errors[0]} errors would become {errors[1]}."
 
 
-def _repair_coco(source: Path, work: Path, report: DatasetReport, names: dict[str, str]) -> None:
+def _restore(source: Path, work: Path, report: DatasetReport) -> Counter[str]:
+    """Correct what the dataset means but does not say."""
+    if report.layout != "yolo":
+        splits = [
+            CocoSplit(name, work / file, report.image_folders[name])
+            for name, file in report.annotation_files.items()
+        ]
+        return restore_coco(work, splits)
+    detach_yaml(source, work)
+    layout = _yolo_layout(work)
+    if layout is None:
+        return Counter()
+    return restore_lists(source, work, layout) + restore_labels(work, layout)
+
+
+def _yolo_layout(work: Path) -> Layout | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the check reports the paths of data.yaml
+        try:
+            return detect_layout(work, "yolo")
+        except DatasetError:
+            return None
+
+
+def _apply(work: Path, report: DatasetReport, repairs: Planned, names: dict[str, str]) -> None:
+    gone = set()
+    for finding, repair in repairs:
+        file = _file_of(finding)
+        if repair in FILE_REMOVALS and file:
+            gone.add(file)
+        elif repair == "convert-rgb" and file and (image := _inside(work, file)) is not None:
+            pixels = converted(image.read_bytes())
+            if pixels is not None:
+                replace_bytes(image, pixels)
+    names = {old: new for old, new in names.items() if old not in gone}
+    if report.layout == "yolo":
+        _repair_yolo(work, repairs, gone, names)
+    else:
+        _repair_coco(work, report, repairs, names)
+    for file in gone:
+        if (place := _inside(work, file)) is not None:
+            place.unlink(missing_ok=True)
+    for old, new in names.items():
+        (work / old).rename(work / new)
+
+
+def _file_of(finding: Finding) -> str | None:
+    """The image or other file that a repair of the finding removes or changes."""
+    file = finding.details.get("image", None if finding.details else finding.file)
+    return str(file) if file else None
+
+
+def _inside(work: Path, name: str) -> Path | None:
+    """The file in the copy; None if it is elsewhere on the disk, where nothing may change."""
+    place = Path(os.path.normpath(work / name))
+    return place if place.is_relative_to(work) else None
+
+
+def _repair_coco(
+    work: Path, report: DatasetReport, repairs: Planned, names: dict[str, str]
+) -> None:
     for split, name in report.annotation_files.items():
-        findings = [f for f in report.findings if f.repair and f.split == split]
+        own = [(finding, repair) for finding, repair in repairs if finding.split == split]
         folder = report.image_folders[split]
         new_names = {
             os.path.relpath(old, folder): os.path.relpath(new, folder) for old, new in names.items()
         }
-        if findings:
-            repair_coco_file(source / name, work / name, source / folder, findings, new_names)
+        if own:
+            repair_coco_file(work / name, work / folder, own, new_names)
 
 
-def _repair_yolo(
-    source: Path, work: Path, report: DatasetReport, gone: set[str], names: dict[str, str]
-) -> None:
-    for yaml_file in (work / name for name in YAML_NAMES):
-        if yaml_file.is_file():
-            detach_yaml(yaml_file, source)
-    by_label: dict[str, list[Finding]] = defaultdict(list)
-    for finding in report.findings:
-        if finding.repair and finding.line is not None and finding.file:
-            by_label[finding.file].append(finding)
-    for label, findings in by_label.items():
-        if label.endswith(".txt") and (work / label).is_file():
-            repair_label_file(source / label, work / label, findings)
-    images = {name for prints in report.fingerprints.values() for name in prints}
-    kept = {label_path(source / image) for image in images - gone}
-    for label_file in {label_path(source / image) for image in images & gone} - kept:
-        if source in label_file.parents:
-            (work / label_file.relative_to(source)).unlink(missing_ok=True)
-    for listing in sorted(path for path in work.rglob("*.txt") if path.parent == work):
-        repair_list_file(source, listing, gone, names)
+def _repair_yolo(work: Path, repairs: Planned, gone: set[str], names: dict[str, str]) -> None:
+    by_label: dict[Path, Planned] = defaultdict(list)
+    for finding, repair in repairs:
+        label = _inside(work, finding.file) if finding.file else None
+        if finding.line is not None and label is not None and label.suffix == ".txt":
+            by_label[label].append((finding, repair))
+    for label, own in by_label.items():
+        if label.is_file():
+            repair_label_file(label, own)
+    layout = _yolo_layout(work)
+    if layout is None:
+        return
+    images = {image for split in layout.splits.values() for image in image_files(split)}
+    left_out = {work / file for file in gone}
+    kept = {label_path(image) for image in images - left_out}
+    for label in {label_path(image) for image in images & left_out} - kept:
+        if label.is_relative_to(work):
+            label.unlink(missing_ok=True)
+    repair_lists(work, layout, gone, names)

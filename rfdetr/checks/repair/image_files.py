@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 
 from rfdetr.checks.image_probe import probe_bytes
-from rfdetr.data.decode import FORMAT_SUFFIXES, to_rgb
+from rfdetr.data.decode import FORMAT_SUFFIXES, ImageFile
+from rfdetr.errors import DatasetError
 
 PREFERRED_SUFFIX = {
     "JPEG": ".jpg",
@@ -18,45 +20,47 @@ PREFERRED_SUFFIX = {
     "PPM": ".ppm",
     "JPEG2000": ".jp2",
 }
-APP1, START_OF_SCAN = 0xE1, 0xDA
+CONVERTED_MODES = frozenset({"CMYK", "YCbCr", "LAB", "HSV"})  # 8 bits, so that nothing is scaled
 
 
-def renamed(folder: Path, name: str, format_name: str) -> str:
-    """An unused name with the extension of the format, in the folder of `name`."""
-    path = PurePosixPath(name)
+def decodes(path: Path) -> bool:
+    """Whether training can read the image."""
+    try:
+        ImageFile(path).decode()
+    except DatasetError:
+        return False
+    return True
+
+
+def renamed(folder: Path, name: str, format_name: str, taken: Collection[str]) -> str | None:
+    """The name with the extension of the format; None if another file has it."""
     suffix = PREFERRED_SUFFIX.get(format_name) or min(FORMAT_SUFFIXES[format_name])
-    wanted, number = path.with_suffix(suffix), 1
-    while (folder / wanted).exists():
-        wanted = path.with_name(f"{path.stem}-{number}{suffix}")
-        number += 1
-    return wanted.as_posix()
+    wanted = PurePosixPath(name).with_suffix(suffix).as_posix()
+    return None if wanted in taken or (folder / wanted).exists() else wanted
 
 
-def repaired_image(path: Path, repairs: Collection[str]) -> bytes | None:
-    """The bytes of the repaired image, None if the file cannot be changed."""
-    data = path.read_bytes()
+def viewed_orientation(data: bytes, annotated: tuple[Any, Any]) -> int | None:
+    """The EXIF orientation of the view that the annotations follow, None if they may not.
+
+    `annotated` is the size (width, height) that the annotations give. Only an orientation that
+    swaps width and height can be proved by it.
+    """
     facts = probe_bytes(data)
-    if facts.status != "ok":
+    if facts.status != "ok" or facts.orientation < 5 or facts.width == facts.height:
         return None
-    if "convert-rgb" not in repairs and facts.format in ("JPEG", "MPO"):
-        return without_exif(data)
+    return facts.orientation if annotated == (facts.height, facts.width) else None
+
+
+def converted(data: bytes) -> bytes | None:
+    """The image in RGB with its tags; None if its mode cannot be converted faithfully."""
     with Image.open(io.BytesIO(data)) as image:
-        pixels = to_rgb(image).copy() if "convert-rgb" in repairs else image.copy()
+        if image.mode not in CONVERTED_MODES:
+            return None
+        pixels, format_name = image.convert("RGB"), image.format or ""
+        options: dict[str, Any] = {"exif": image.getexif().tobytes()}
+    if format_name in ("JPEG", "MPO"):
+        format_name, options = "JPEG", {**options, "quality": 95, "subsampling": 0}
     stream = io.BytesIO()
-    options = {"quality": 95, "subsampling": 0} if facts.format in ("JPEG", "MPO") else {}
-    pixels.info.clear()
-    pixels.getexif().clear()
-    pixels.save(stream, "JPEG" if facts.format == "MPO" else facts.format, **options)
+    pixels.info.clear()  # a colour profile of the old mode
+    pixels.save(stream, format_name, **{key: value for key, value in options.items() if value})
     return stream.getvalue()
-
-
-def without_exif(data: bytes) -> bytes:
-    """A JPEG without its EXIF blocks; the pixels are unchanged."""
-    parts, place = [data[:2]], 2
-    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != START_OF_SCAN:
-        length = 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        block = data[place : place + length]
-        if not (block[1] == APP1 and block[4:10] == b"Exif\0\0"):
-            parts.append(block)
-        place += length
-    return b"".join([*parts, data[place:]])

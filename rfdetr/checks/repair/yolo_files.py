@@ -1,31 +1,200 @@
-"""Repairs of YOLO label files and image lists."""
+"""Repairs of YOLO label files, image lists and data.yaml."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from rfdetr.checks.dataset_report import Finding
-from rfdetr.data.yolo import label_path
-from rfdetr.files import write_text_atomic
+from rfdetr.checks.repair.file_names import ImageFinder, Wanted, fold, image_size
+from rfdetr.checks.repair.tree import replace_text
+from rfdetr.data.layouts import YAML_KEYS, YAML_NAMES, Layout, parse_yaml, yolo_splits
+from rfdetr.data.yolo import LineError, image_files, label_path, parse_line, read_labels
 
 CLIPS = frozenset({"clip-box", "clip-polygon"})
+PIXELS = 2.0  # coordinates above are pixels: fractions exceed 1 only slightly
 
 
-def repair_label_file(source: Path, target: Path, findings: Sequence[Finding]) -> None:
-    """Write a label file without dropped lines and with clipped boxes and polygons."""
-    text = source.read_bytes().decode("utf-8-sig", "replace")
-    dropped = {f.line for f in findings if f.repair.startswith("drop")}
-    clipped = {f.line for f in findings if f.repair in CLIPS}
+def detach_yaml(source: Path, work: Path) -> None:
+    """Make the data.yaml of the copy name the same splits as in the source.
+
+    Paths into the source become relative; paths outside it become absolute.
+    """
+    name = next((name for name in YAML_NAMES if (work / name).is_file()), None)
+    if name is None:
+        return
+    try:
+        content = parse_yaml(read_text(work / name))
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError):
+        return
+    if not isinstance(content, dict):
+        return
+    wanted = {
+        split: tuple(_moved(path, source, work) for path in paths.images)
+        for split, paths in yolo_splits(source / name, content, [], []).items()
+    }
+    own = yolo_splits(work / name, content, [], [])
+    if wanted == {split: paths.images for split, paths in own.items()} and "path" not in content:
+        return
+    changed: dict[Any, Any] = {key: value for key, value in content.items() if key != "path"}
+    for split, places in wanted.items():
+        key = next((key for key in YAML_KEYS[split] if content.get(key)), split)
+        shown = [_shown(place, work) for place in places]
+        changed[key] = shown[0] if len(shown) == 1 else shown
+    replace_text(work / name, yaml.safe_dump(changed, sort_keys=False, allow_unicode=True))
+
+
+def _moved(path: Path, source: Path, work: Path) -> Path:
+    """The place in the copy of a path of the source; other paths stay."""
+    for candidate in (path, path.resolve()):
+        if candidate.is_relative_to(source):
+            return work / candidate.relative_to(source)
+    return path
+
+
+def _shown(place: Path, work: Path) -> str:
+    return place.relative_to(work).as_posix() if place.is_relative_to(work) else str(place)
+
+
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8, UTF-16 with a byte order mark, or a Windows code page."""
+    data = file.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
+def restore_lists(source: Path, work: Path, layout: Layout) -> Counter[str]:
+    """Make the lists of images in the copy name the files that they mean."""
+    done: Counter[str] = Counter()
+    for listing in _lists(layout, work):
+        folder = source / listing.parent.relative_to(work)
+        lines = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
+        places = [_moved(Path(os.path.normpath(folder / line)), source, work) for line in lines]
+        lost = [line for line, place in zip(lines, places, strict=True) if not place.is_file()]
+        claimed = {_shown(place, work) for place in places if place.is_file()}
+        wanted = [Wanted(line, None) for line in lost]
+        found = ImageFinder(work, claimed).find_all(".", wanted) if lost else {}
+        done["found the file that a name means"] += len(found)
+        new = []
+        for line, given in zip(lines, places, strict=True):
+            place = work / found[line] if line in found else given
+            if not place.is_relative_to(work):
+                new.append(str(place))
+            elif line in found or Path(line).is_absolute():
+                new.append(Path(os.path.relpath(place, listing.parent)).as_posix())
+            else:
+                new.append(line)
+        if new != lines:
+            replace_text(listing, "".join(line + "\n" for line in new))
+    return done
+
+
+def _lists(layout: Layout, work: Path) -> list[Path]:
+    paths = {path for split in layout.splits.values() for path in split.images}
+    return sorted(p for p in paths if p.suffix.lower() == ".txt" and p.is_relative_to(work))
+
+
+def restore_labels(work: Path, layout: Layout) -> Counter[str]:
+    """Put label files of the copy where they belong and correct their lines."""
+    done: Counter[str] = Counter()
+    images = list(dict.fromkeys(i for s in layout.splits.values() for i in image_files(s)))
+    done["found the label file of an image"] = _place_labels(work, layout, images)
+    for image in images:
+        label = label_path(image)
+        if not label.is_relative_to(work) or not label.is_file():
+            continue
+        text = read_text(label)
+        lines = text.splitlines()
+        new = [_restored_line(line, layout.names, image) for line in lines]
+        data = label.read_bytes()
+        if new != lines or data.removeprefix(codecs.BOM_UTF8) != text.encode():
+            replace_text(label, "".join(line + "\n" for line in new))
+        done["read values of the wrong type"] += sum(
+            a != b for a, b in zip(lines, new, strict=True)
+        )
+    return +done
+
+
+def _place_labels(work: Path, layout: Layout, images: Sequence[Path]) -> int:
+    """Move the only label file with the name of an image to where it is read."""
+    lost: dict[str, list[Path]] = defaultdict(list)
+    for image in images:
+        if image.is_relative_to(work) and not label_path(image).exists():
+            lost[fold(image.stem)].append(image)
+    if not lost:
+        return 0
+    used = {label_path(image) for image in images} | set(_lists(layout, work))
+    spare: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted(work.rglob("*")):
+        if file.suffix.lower() == ".txt" and fold(file.stem) in lost and file not in used:
+            spare[fold(file.stem)].append(file)
+    count = 0
+    for stem, files in spare.items():
+        owners = lost[stem]
+        rows, problems = read_labels(files[0], len(layout.names))
+        if len(files) == len(owners) == 1 and rows and not problems:
+            place = label_path(owners[0])
+            place.parent.mkdir(parents=True, exist_ok=True)
+            files[0].rename(place)
+            count += 1
+    return count
+
+
+def _restored_line(line: str, names: Sequence[str], image: Path) -> str:
+    """The line as it is read, if what it means is certain."""
+    if not line.strip():
+        return line
+    try:
+        row = parse_line(line, len(names))
+    except LineError:
+        return _reread(line, names)
+    words = line.split()
+    values = [float(word) for word in words[1:]]
+    size = image_size(image) if max(values) > PIXELS else None
+    if size is None or min(values) < 0:
+        return line
+    fractions = [value / size[i % 2] for i, value in enumerate(values)]
+    if max(fractions) > 1:
+        return line
+    return " ".join([str(row.label), *(f"{value:.6f}" for value in fractions)])
+
+
+def _reread(line: str, names: Sequence[str]) -> str:
+    """A line with commas, with a class such as 1.0, or with the name of the class."""
+    words = re.split(r"[\s,;]+", line.strip())
+    if re.fullmatch(r"[0-9]+\.0*", words[0]):
+        words[0] = words[0].partition(".")[0]
+    elif names.count(words[0]) == 1:
+        words[0] = str(names.index(words[0]))
+    new = " ".join(words)
+    try:
+        parse_line(new, len(names))
+    except LineError:
+        return line
+    return new
+
+
+def repair_label_file(file: Path, findings: Sequence[tuple[Finding, str]]) -> None:
+    """Remove dropped lines of a label file and clip boxes and polygons."""
+    dropped = {finding.line for finding, repair in findings if repair.startswith("drop")}
+    clipped = {finding.line for finding, repair in findings if repair in CLIPS}
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         if number in dropped:
             continue
         lines.append(clip_line(line) if number in clipped else line)
-    target.unlink()  # it may be a hard link to the source
-    write_text_atomic(target, "".join(line + "\n" for line in lines))
+    replace_text(file, "".join(line + "\n" for line in lines))
 
 
 def clip_line(line: str) -> str:
@@ -39,31 +208,22 @@ def clip_line(line: str) -> str:
         values = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
     else:
         values = [min(max(value, 0.0), 1.0) for value in values]
-    return " ".join([label, *(f"{value:.6f}".rstrip("0").rstrip(".") for value in values)])
+    return " ".join([label, *(f"{value:.9f}".rstrip("0").rstrip(".") for value in values)])
 
 
-def detach_yaml(yaml_file: Path, source: Path) -> None:
-    """Make a copied data.yaml point to its own folder where it pointed into the source."""
-    text = yaml_file.read_bytes().decode("utf-8-sig", "replace")
-    own = re.sub(r"^path[ \t]*:.*$", "path: .", text, flags=re.MULTILINE)
-    own = own.replace(f"{source}{os.sep}", "")
-    if own != text:
-        yaml_file.unlink()  # it may be a hard link to the source
-        write_text_atomic(yaml_file, own)
-
-
-def repair_list_file(
-    source: Path, listing: Path, gone: Collection[str], names: Mapping[str, str]
+def repair_lists(
+    work: Path, layout: Layout, gone: Collection[str], names: Mapping[str, str]
 ) -> None:
-    """Rewrite a list of images without those left out and with the new names."""
-    lines = []
-    for line in listing.read_bytes().decode("utf-8-sig", "replace").splitlines():
-        path = Path(os.path.normpath(source / line.strip()))
-        if not line.strip() or source not in path.parents or label_path(path) == path:
-            lines.append(line)
-            continue
-        key = path.relative_to(source).as_posix()
-        if key not in gone:
-            lines.append(names.get(key, line.strip()))
-    listing.unlink()  # it may be a hard link to the source
-    write_text_atomic(listing, "".join(line + "\n" for line in lines))
+    """Rewrite the lists of images without those left out and with the new names."""
+    for listing in _lists(layout, work):
+        lines = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
+        new = []
+        for line in lines:
+            place = Path(os.path.normpath(listing.parent / line))
+            key = _shown(place, work)
+            if key in names:
+                new.append(Path(os.path.relpath(work / names[key], listing.parent)).as_posix())
+            elif key not in gone:
+                new.append(line)
+        if new != lines:
+            replace_text(listing, "".join(line + "\n" for line in new))

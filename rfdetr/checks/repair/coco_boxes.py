@@ -1,0 +1,88 @@
+"""Boxes of COCO annotations that can be read although they are not written as they must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+Record = dict[str, Any]
+FLAGS = {"0": 0, "false": 0, "no": 0, "": 0, "1": 1, "true": 1, "yes": 1}
+
+
+def restore_annotation(record: Record, image: Mapping[str, Any] | None) -> int:
+    """Correct the values of one annotation in place; return how many were corrected."""
+    changed = 0
+    box = _plain_box(record.get("bbox"))
+    outline = _outline_box(record.get("segmentation"))
+    if box is not None and min(box[2:]) < 0:
+        box = outline or _unflipped(box, image) or box
+    elif box is None or min(box[2:]) == 0:
+        box = outline or box
+    if box is not None and box != record.get("bbox"):
+        record["bbox"] = box
+        changed += 1
+    area = record.get("area")
+    if area is not None and not _is_number(area):
+        del record["area"]
+        changed += 1
+    flag = record.get("iscrowd")
+    if isinstance(flag, str) and flag.strip().lower() in FLAGS:
+        record["iscrowd"] = FLAGS[flag.strip().lower()]
+        changed += 1
+    return changed
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300  # also False for NaN
+
+
+def _plain_box(value: Any) -> list[Any] | None:
+    """Four finite numbers, also if they are text or in a list of their own."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+        value = value[0]
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    numbers = [_number(item) for item in value]
+    return None if None in numbers else numbers
+
+
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return value if _is_number(value) else None
+
+
+def _outline_box(segmentation: Any) -> list[float] | None:
+    """The box around polygons, None if it has no area."""
+    if not isinstance(segmentation, list) or not segmentation:
+        return None
+    xs: list[float] = []
+    ys: list[float] = []
+    for ring in segmentation:
+        if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2:
+            return None
+        if not all(_is_number(value) for value in ring):
+            return None
+        xs += ring[::2]
+        ys += ring[1::2]
+    box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    return box if min(box[2:]) > 0 else None
+
+
+def _unflipped(box: list[float], image: Mapping[str, Any] | None) -> list[float] | None:
+    """A box drawn from another corner, if it lies within the image."""
+    x, y, w, h = box
+    flipped = [x + min(w, 0), y + min(h, 0), abs(w), abs(h)]
+    width, height = (image or {}).get("width"), (image or {}).get("height")
+    if not _is_number(width) or not _is_number(height) or min(flipped[2:]) == 0:
+        return None
+    assert width is not None and height is not None
+    inside = flipped[0] >= 0 and flipped[1] >= 0
+    inside &= flipped[0] + flipped[2] <= width and flipped[1] + flipped[3] <= height
+    return flipped if inside and all(map(math.isfinite, flipped)) else None
