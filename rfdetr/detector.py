@@ -51,6 +51,7 @@ class RFDETR:
             raise ConfigError(
                 "RFDETR has no size: use RFDETRNano or another size, or RFDETR.from_checkpoint."
             )
+        _ignore_trust(settings)
         config = self.config_class(**settings)
         network = build_network(config)
         self._begin(network, config, initialise_weights(network, config))
@@ -83,6 +84,7 @@ class RFDETR:
         are configuration fields, for example device or num_classes. Raises CheckpointError,
         FileNotFoundError or ValueError.
         """
+        _ignore_trust(overrides)
         file = resolve_weights(path)
         record = read_checkpoint(file, mmap=True)
         sized = cls if cls is not RFDETR else DETECTOR_CLASSES[infer_config_class(record)]
@@ -228,10 +230,25 @@ class RFDETR:
         """Predict with the network itself again."""
         self.model.optimized = None
 
-    def export(self, output_dir: StrPath = "output", **options: Any) -> OnnxExport:
-        """Write an ONNX file and check it against the network; see `rfdetr.export.onnx`."""
+    inference = optimize_for_inference
+
+    def export(
+        self, output_dir: StrPath = "output", *, format: str = "onnx", **options: Any
+    ) -> OnnxExport:
+        """Write an ONNX file and check it against the network; see `rfdetr.export.onnx`.
+
+        The result is path-like. `opset_version` is another name of `opset`. Raises InputError for
+        a `format` other than onnx.
+        """
         from rfdetr.export.onnx import export_onnx
 
+        if format != "onnx":
+            raise InputError(
+                f"format {format!r} is not offered: export writes ONNX files. Convert the file "
+                "with the tools of the other format."
+            )
+        if "opset_version" in options:
+            options["opset"] = options.pop("opset_version")
         self._warn_of_resized_head()
         return export_onnx(self.model.model, output_dir, **options)
 
@@ -282,6 +299,16 @@ def _device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _ignore_trust(settings: dict[str, Any]) -> None:
+    if settings.pop("trust_checkpoint", None) is not None:
+        warnings.warn(
+            "trust_checkpoint is ignored: checkpoints are data here, and loading one never runs "
+            "code from it.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _take_retired(settings: dict[str, Any]) -> list[Any]:

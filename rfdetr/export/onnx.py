@@ -36,7 +36,10 @@ PROBES = 8  # random batches to try
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """An exported file; `max_difference` is the largest absolute difference from the network."""
+    """An exported file, usable as its path.
+
+    `max_difference` is the largest absolute difference from the network.
+    """
 
     path: Path
     opset: int
@@ -44,6 +47,12 @@ class OnnxExport:
     batch_size: int | None  # None: any
     outputs: tuple[str, ...]
     max_difference: float | None  # None: not checked
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
 def export_onnx(

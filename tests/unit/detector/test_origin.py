@@ -157,3 +157,12 @@ def test_names_of_number_formats() -> None:
         with pytest.raises(InputError, match="use float32, float16, bfloat16, float64"):
             detector.optimize_for_inference(dtype=wrong)
         assert detector.model.optimized is optimized
+
+
+def test_a_checkpoint_never_needs_trust(known: rfdetr.RFDETR, tmp_path: Path) -> None:
+    file = tmp_path / "known.pth"
+    with pytest.warns(UserWarning, match="trust_checkpoint is ignored"):
+        again = rfdetr.RFDETR.from_checkpoint(file, trust_checkpoint=True, device="cpu")
+    with pytest.warns(UserWarning, match="trust_checkpoint is ignored"):
+        other = small(pretrain_weights=str(file), trust_checkpoint=False)
+    assert again.class_names == other.class_names == known.class_names

@@ -159,3 +159,15 @@ def test_the_lowest_and_the_highest_opset_agree(opset: int, tmp_path: Path) -> N
     result = small(num_classes=3).export(tmp_path, opset=opset)
     assert result.max_difference is not None
     assert result.max_difference < 1e-4
+
+
+def test_the_names_of_the_public_package(tmp_path: Path) -> None:
+    detector = small(num_classes=3)
+    result = detector.export(tmp_path, format="onnx", opset_version=16)
+    assert result.opset == 16
+    assert Path(result) == Path(str(result)) == result.path
+    with pytest.raises(InputError, match="'tensorrt' is not offered: export writes ONNX"):
+        detector.export(tmp_path, format="tensorrt")
+    detector.inference(batch_size=2)
+    assert detector.model.optimized is not None
+    assert detector.model.optimized.batch_size == 2
