@@ -6,6 +6,7 @@ Legacy names let the public RF-DETR tools load the files.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -42,8 +43,6 @@ def best_payload(
     `network_state` is the state dict of the network (no prefix); LoRA adapters are merged into
     their weights. `extra` adds keys, for example the source and the value of the metric.
     """
-    from rfdetr import __version__
-
     names = list(class_names or [])
     num_classes = len(network_state["class_embed.bias"]) - 1
     settings = {**model_config.model_dump(mode="json"), "num_classes": num_classes}
@@ -58,7 +57,7 @@ def best_payload(
         "num_classes": num_classes,
         "model_name": type(model_config).__name__.removesuffix("Config"),
         "model_config": settings,
-        "rfdetr_version": __version__,
+        "rfdetr_version": version("rfdetr-pipeline"),
     }
     if epoch is not None:
         payload["epoch"] = epoch
