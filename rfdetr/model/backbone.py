@@ -72,6 +72,7 @@ class WindowedEncoder(nn.Module):
     """
 
     mask_token: Tensor
+    drop_path_rates: Tensor
     resized_pos_embed: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
@@ -92,6 +93,7 @@ class WindowedEncoder(nn.Module):
         self.patch_embed = PatchEmbed(config.patch_size, dim)
         self.blocks = nn.ModuleList(EncoderBlock(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.register_buffer("drop_path_rates", torch.zeros(depth), persistent=False)
         self.set_drop_path([config.drop_path] * depth)
         self.initialise()
         if config.backbone_lora:
@@ -116,11 +118,14 @@ class WindowedEncoder(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def set_drop_path(self, rates: Sequence[float]) -> None:
-        """Set the drop path rate of every block; it only acts in training mode."""
+        """Set the drop path rate of every block; it only acts in training mode.
+
+        Compiled code remains valid as long as the same blocks have a rate above 0.
+        """
         if len(rates) != len(self.blocks):
             raise ConfigError(f"{len(rates)} drop path rates for {len(self.blocks)} blocks.")
-        for block, rate in zip(self._blocks(), rates, strict=True):
-            block.drop_path1.drop_prob = block.drop_path2.drop_prob = rate
+        self.drop_path_rates.copy_(torch.tensor(rates))
+        self.drops_path = [rate > 0 for rate in rates]
 
     def fix_resolution(self, height: int, width: int) -> None:
         """Resample the position embeddings once, for images of height x width pixels.
@@ -156,7 +161,9 @@ class WindowedEncoder(nn.Module):
         # An index f in out_feature_indexes means two things: the output of the first f blocks is a
         # map, and the next block (number f, counted from 0) attends globally.
         for i, block in enumerate(self._blocks()[: self.out_feature_indexes[-1]]):
-            x = self._run(block, x, is_global=i in self.out_feature_indexes)
+            windows = self.num_windows**2 if i in self.out_feature_indexes else 1
+            rate = self.drop_path_rates[i] if self.training and self.drops_path[i] else None
+            x = self._run(block, x, windows, rate)
             if i + 1 in self.out_feature_indexes:
                 patches = self.norm(x)[:, self.num_prefix_tokens :]
                 patches = join_windows(patches, self.num_windows, h, w)  # (B, h, w, D)
@@ -190,12 +197,11 @@ class WindowedEncoder(nn.Module):
             return self.resized_pos_embed
         return resize_pos_embed(self.pos_embed, h, w)
 
-    def _run(self, block: EncoderBlock, x: Tensor, *, is_global: bool) -> Tensor:
-        windows = self.num_windows**2 if is_global else 1
+    def _run(self, block: EncoderBlock, x: Tensor, windows: int, rate: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and self.training:
-            y: Tensor = checkpoint(block, x, windows, use_reentrant=False)
+            y: Tensor = checkpoint(block, x, windows, rate, use_reentrant=False)
         else:
-            y = block(x, windows)
+            y = block(x, windows, rate)
         return y
 
 

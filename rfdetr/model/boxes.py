@@ -37,11 +37,16 @@ def iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Union and enclosing area are at least 1e-7. GIoU: Rezatofighi et al., CVPR 2019.
     """
     low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    intersection = (high - low).clamp(min=0).prod(dim=-1)
-    area_a = (a[..., 2:] - a[..., :2]).prod(dim=-1)
-    area_b = (b[..., 2:] - b[..., :2]).prod(dim=-1)
+    intersection = _area((high - low).clamp(min=0))
+    area_a, area_b = _area(a[..., 2:] - a[..., :2]), _area(b[..., 2:] - b[..., :2])
     union = area_a + area_b - intersection
     iou = intersection / union.clamp(min=_MIN_AREA)
     low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
-    enclosing = (high - low).clamp(min=0).prod(dim=-1)
+    enclosing = _area((high - low).clamp(min=0))
     return iou, iou - (enclosing - union) / enclosing.clamp(min=_MIN_AREA)
+
+
+def _area(size: Tensor) -> Tensor:
+    """Width times height, (..., 2) to (...); the gradient of `prod` takes ten times the kernels."""
+    width, height = size.unbind(-1)
+    return width * height

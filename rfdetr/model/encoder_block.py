@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from rfdetr.model.feedforward import feed_forward
@@ -67,28 +66,39 @@ class LayerScale(nn.Module):
         return layer.weight * self.gamma[:, None], layer.bias * self.gamma
 
 
-class EncoderBlock(nn.Module):
-    """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))), with drop path on both branches.
+def drop_path(branch: Tensor, rate: Tensor | None) -> Tensor:
+    """Stochastic depth (Huang et al., ECCV 2016): zero the branch (W, N, D) of random windows.
 
-    Drop path (stochastic depth) drops a branch for single windows, not for complete images.
+    Windows are dropped, not complete images, each with the probability `rate`, and the others are
+    scaled up. The rate is a 0-d tensor, so that compiled code is valid for all rates; None drops
+    nothing and draws no random numbers.
     """
+    if rate is None:
+        return branch
+    keep = 1 - rate
+    kept = torch.rand(len(branch), 1, 1, device=branch.device) < keep
+    return branch * (kept / keep.clamp(min=1e-6)).to(branch.dtype)
+
+
+class EncoderBlock(nn.Module):
+    """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))), with drop path on both branches."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.ls1 = LayerScale(dim)
-        self.drop_path1 = DropPath(0.0)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
         self.ls2 = LayerScale(dim)
-        self.drop_path2 = DropPath(0.0)
 
-    def forward(self, x: Tensor, windows_per_sequence: int = 1) -> Tensor:
+    def forward(
+        self, x: Tensor, windows_per_sequence: int = 1, drop_rate: Tensor | None = None
+    ) -> Tensor:
         """Tokens (W, N, D) to (W, N, D).
 
         Attention sees `windows_per_sequence` consecutive windows as one sequence: 1 for windowed
-        attention, all windows of an image for global attention.
+        attention, all windows of an image for global attention. See `drop_path` for `drop_rate`.
         """
         W, N, D = x.shape
         y = self.norm1(x).reshape(-1, windows_per_sequence * N, D)
@@ -98,7 +108,8 @@ class EncoderBlock(nn.Module):
             return self.ls2(x, self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
         # The gradient of a separate layer scale would keep the branch (W, N, D) in memory; folded
         # into the linear layer, it keeps a weight matrix.
-        x = x + self.drop_path1(F.linear(y, *self.ls1.folded_into(self.attn.proj)))
+        y = F.linear(y, *self.ls1.folded_into(self.attn.proj))
+        x = x + drop_path(y, drop_rate)
         fc1, fc2 = self.mlp.fc1, self.ls2.folded_into(self.mlp.fc2)
         y = feed_forward(self.norm2(x), (fc1.weight, fc1.bias), fc2, "gelu")
-        return x + self.drop_path2(y)  # type: ignore[no-any-return]
+        return x + drop_path(y, drop_rate)

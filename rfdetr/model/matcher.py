@@ -26,6 +26,7 @@ from rfdetr.model.types import ImageTarget, LayerOutputs, Masks
 
 Match = tuple[np.ndarray, np.ndarray]  # query indices, target indices within the image; int64
 _FOCAL_ALPHA = 0.25
+_PAIRS_AT_ONCE = 1 << 21  # of a query and a target; bounds the temporaries to about 200 MiB
 
 
 class HungarianMatcher(nn.Module):
@@ -88,23 +89,35 @@ class HungarianMatcher(nn.Module):
         if targets.total == 0:
             empty = np.zeros(0, dtype=np.int64)
             return [[(empty, empty) for _ in targets.counts] for _ in range(L)]
-        cost = self._class_and_box_cost(logits, boxes, targets)  # (L, T, G*Q)
+        T, pairs = targets.total, L * targets.total * GQ
+        packed = logits.new_empty(pairs + T)  # costs and value problems, for a single transfer
+        packed[pairs:] = value_problems(targets, K)
+        cost = packed[:pairs].view(L, T, GQ)
+        step = max(1, _PAIRS_AT_ONCE // (L * GQ))
+        for start in range(0, T, step):
+            rows = slice(start, start + step)
+            cost[:, rows] = self._class_and_box_cost(logits, boxes, targets, rows)
         if masks is not None:
             assert targets.masks is not None
-            cost += torch.stack([self._mask_cost(m, targets, targets.masks) for m in masks])
-        packed = torch.cat([cost.flatten(), value_problems(targets, K)]).cpu().numpy()
-        raise_value_problems(packed[cost.numel() :], targets, K)
-        table = packed[: cost.numel()].reshape(L, targets.total, GQ)
-        return [_assign(_finite(layer), targets.counts, num_groups) for layer in table]
+            for layer, layer_masks in zip(cost, masks, strict=True):
+                self._add_mask_cost(layer, layer_masks, targets, targets.masks)
+        on_host = packed.cpu().numpy()
+        raise_value_problems(on_host[pairs:], targets, K)
+        table = on_host[:pairs].reshape(L, T, num_groups, GQ // num_groups)
+        _replace_non_finite(table)
+        return _assign(table, targets.counts)
 
-    def _class_and_box_cost(self, logits: Tensor, boxes: Tensor, targets: FlatTargets) -> Tensor:
-        """(L, T, G*Q) cost of every target with the queries of its image."""
-        labels = targets.labels.clamp(0, logits.shape[-1] - 1)
-        z = logits[:, targets.batch_idx, :, labels].transpose(0, 1)  # (T, L, G*Q) -> (L, T, G*Q)
+    def _class_and_box_cost(
+        self, logits: Tensor, boxes: Tensor, targets: FlatTargets, rows: slice
+    ) -> Tensor:
+        """(L, t, G*Q) cost of the t targets in `rows` with the queries of their images."""
+        batch_idx = targets.batch_idx[rows]
+        labels = targets.labels[rows].clamp(0, logits.shape[-1] - 1)
+        z = logits[:, batch_idx, :, labels].transpose(0, 1)  # (t, L, G*Q) -> (L, t, G*Q)
         score = z.sigmoid()
         positive = _FOCAL_ALPHA * (1 - score) ** 2 * -F.logsigmoid(z)
         negative = (1 - _FOCAL_ALPHA) * score**2 * -F.logsigmoid(-z)
-        src, tgt = boxes[:, targets.batch_idx], targets.boxes[:, None]  # (L, T, G*Q, 4), (T, 1, 4)
+        src, tgt = boxes[:, batch_idx], targets.boxes[rows, None]  # (L, t, G*Q, 4), (t, 1, 4)
         distance = (src - tgt).abs().sum(dim=-1)
         _, giou = iou_and_giou(cxcywh_to_xyxy(src), cxcywh_to_xyxy(tgt))
         return (
@@ -113,51 +126,80 @@ class HungarianMatcher(nn.Module):
             - self.cost_giou * giou
         )
 
-    def _mask_cost(self, masks: Masks, targets: FlatTargets, target_masks: TargetMasks) -> Tensor:
-        """(T, G*Q) cost of the masks of one layer at P random points, the same for all pairs."""
+    def _add_mask_cost(
+        self, cost: Tensor, masks: Masks, targets: FlatTargets, target_masks: TargetMasks
+    ) -> None:
+        """Add the cost of the masks of one layer at P random points, the same for all pairs.
+
+        cost (T, G*Q) is changed in place.
+        """
         maps = (masks if isinstance(masks, Tensor) else masks["spatial_features"]).float()
         P = max(1, maps.shape[-2] * maps.shape[-1] // self.mask_point_sample_ratio)
         points = torch.rand(1, P, 2, device=maps.device)
         z = sample_logits(maps, points.expand(len(maps), -1, -1))  # (B, G*Q or C, P)
-        if not isinstance(masks, Tensor):
-            queries = masks["query_features"].float()  # (B, G*Q, C)
-            z = torch.einsum("bqc,bcp->bqp", queries, z) + masks["bias"].float()
         which = torch.arange(targets.total, device=maps.device)
         sampled = sample_masks(target_masks, which, points.expand(targets.total, -1, -1))  # (T, P)
-        truth = z.new_zeros(len(maps), max(targets.counts), P)
-        truth[targets.batch_idx, targets.slot] = sampled  # (B, Tmax, P), padded with empty masks
+        largest, stop = max(targets.counts), 0
+        step = max(1, _PAIRS_AT_ONCE // (cost.shape[1] * max(largest, P)))
+        for first in range(0, len(maps), step):
+            images = slice(first, first + step)
+            start, stop = stop, stop + sum(targets.counts[images])
+            image, slot = targets.batch_idx[start:stop] - first, targets.slot[start:stop]
+            logits = z[images]  # (b, G*Q or C, P)
+            if not isinstance(masks, Tensor):
+                queries = masks["query_features"][images].float()  # (b, G*Q, C)
+                logits = torch.einsum("bqc,bcp->bqp", queries, logits) + masks["bias"].float()
+            truth = logits.new_zeros(len(logits), largest, P)
+            truth[image, slot] = sampled[start:stop]  # (b, Tmax, P), padded with empty masks
+            cost[start:stop] += self._pairwise_mask_cost(logits, truth)[image, :, slot]
+
+    def _pairwise_mask_cost(self, z: Tensor, truth: Tensor) -> Tensor:
+        """(b, q, t) cost of logits (b, q, P) and masks (b, t, P) of the same images."""
         score = z.sigmoid()
         overlap = torch.einsum("bqp,btp->bqt", score, truth)
         agreement = torch.einsum("bqp,btp->bqt", z, truth)
-        cross_entropy = (F.softplus(z).sum(-1, keepdim=True) - agreement) / P
-        area = score.sum(-1, keepdim=True) + truth.sum(-1)[:, None]  # (B, G*Q, Tmax)
+        cross_entropy = (F.softplus(z).sum(-1, keepdim=True) - agreement) / z.shape[-1]
+        area = score.sum(-1, keepdim=True) + truth.sum(-1)[:, None]  # (b, q, t)
         dice = 1 - (2 * overlap + 1) / (area + 1)
         cost: Tensor = self.cost_mask_ce * cross_entropy + self.cost_mask_dice * dice
-        return cost[targets.batch_idx, :, targets.slot]
-
-
-def _finite(cost: np.ndarray) -> np.ndarray:
-    """Replace non-finite costs by a value above every finite one."""
-    finite = np.isfinite(cost)
-    if finite.all():
         return cost
-    known = cost[finite]
-    worst = known.max() + np.abs(known).max() + 1 if len(known) else 1.0
-    return np.where(finite, cost, worst).astype(cost.dtype)
 
 
-def _assign(cost: np.ndarray, counts: list[int], num_groups: int) -> list[Match]:
-    """One assignment per image and group for one layer; cost (T, G*Q)."""
-    Q = cost.shape[1] // num_groups
-    matches, start = [], 0
+def _replace_non_finite(table: np.ndarray) -> None:
+    """Replace non-finite costs of a layer by a value above all its finite ones, in place."""
+    for layer in table:
+        finite = np.isfinite(layer)
+        if not finite.all():
+            known = layer[finite]
+            layer[~finite] = known.max() + np.abs(known).max() + 1 if len(known) else 1.0
+
+
+def _assign(table: np.ndarray, counts: Sequence[int]) -> list[list[Match]]:
+    """The cheapest matches of every layer and image, from costs (L, T, G, Q).
+
+    If the cheapest queries of all targets of an image differ, and none of them has an equally cheap
+    alternative, they are the only optimum. Only the groups of which this is not true are solved.
+    """
+    L, _, G, Q = table.shape
+    first_query = np.arange(G)[:, None] * Q
+    cheapest = table.argmin(axis=-1)  # (L, T, G)
+    lowest = np.take_along_axis(table, cheapest[..., None], axis=-1)
+    tied = np.count_nonzero(table == lowest, axis=-1) > 1
+    matches: list[list[Match]] = [[] for _ in range(L)]
+    start = 0
     for count in counts:
-        rows = cost[start : start + count]  # (targets of the image, G*Q)
+        rows = slice(start, start + count)
         start += count
-        queries, targets = [], []
-        for group in range(num_groups):
-            target, query = linear_sum_assignment(rows[:, group * Q : (group + 1) * Q])
-            order = np.argsort(query)
-            queries.append(query[order] + group * Q)
-            targets.append(target[order])
-        matches.append((np.concatenate(queries), np.concatenate(targets)))
+        best = cheapest[:, rows].transpose(0, 2, 1)  # (L, G, n)
+        target = best.argsort(axis=-1)
+        query = np.take_along_axis(best, target, axis=-1)
+        conflict = (query[..., 1:] == query[..., :-1]).any(axis=-1) | tied[:, rows].any(axis=1)
+        query, target = query[..., :Q], target[..., :Q]  # with n > Q all groups have a conflict
+        for layer, group in np.argwhere(conflict):
+            row, column = linear_sum_assignment(table[layer, rows, group])
+            order = column.argsort()
+            query[layer, group], target[layer, group] = column[order], row[order]
+        query = (query + first_query).reshape(L, -1)
+        for own, q, t in zip(matches, query, target.reshape(L, -1), strict=True):
+            own.append((q, t))
     return matches

@@ -45,24 +45,38 @@ class PostProcess(nn.Module):
             )
         K = logits.shape[-1]
         known = logits.sigmoid().nan_to_num(nan=-1.0).flatten(1)  # NaN sorts last
-        ordered = known.sort(dim=1, descending=True, stable=True)
-        scores, flat = (part[:, : self.num_select] for part in ordered)  # (B, num_select)
+        flat = _stable_topk(known, self.num_select)  # (B, num_select)
+        scores = known.gather(1, flat)
         query, labels = flat // K, flat % K
         scale = target_sizes.to(boxes).flip(1).repeat(1, 2)[:, None]  # (B, 1, 4) as W, H, W, H
         corners = cxcywh_to_xyxy(boxes) * scale
         corners = torch.minimum(corners.clamp(min=0), scale)
         selected = corners.gather(1, query[..., None].expand(-1, -1, 4))  # (B, num_select, 4)
-        kept_scores = scores >= 0 if threshold is None else scores > max(threshold, -1.0)
-        counts = kept_scores.sum(1).tolist()
+        kept = scores >= 0 if threshold is None else scores > max(threshold, -1.0)
+        packed = torch.stack([kept.sum(1), *target_sizes.to(flat).unbind(1)])
+        counts, heights, widths = packed.tolist()  # one transfer to the host
         results: list[ImageDetections] = [
             {"scores": s[:n], "labels": k[:n], "boxes": b[:n]}
             for s, k, b, n in zip(scores, labels, selected, counts, strict=True)
         ]
         if masks is not None:
-            for i, (height, width) in enumerate(target_sizes.tolist()):
-                kept = masks[i][query[i, : counts[i]]]  # (n, h, w)
-                results[i]["masks"] = resize_masks(kept, int(height), int(width))
+            for i, result in enumerate(results):
+                chosen = masks[i][query[i, : counts[i]]]  # (n, h, w)
+                result["masks"] = resize_masks(chosen, heights[i], widths[i])
         return results
+
+
+def _stable_topk(scores: Tensor, k: int) -> Tensor:
+    """Indices (B, min(k, n)) of the first columns of a stable descending sort of (B, n).
+
+    `topk` alone leaves the order of ties open. It selects among int64 keys here: the bits of a
+    score, which order scores in 0..1 like their values and -1 below, above the inverted index.
+    """
+    n = scores.shape[1]
+    bits = scores.view(torch.int32).to(torch.int64)
+    inverted = torch.arange(n - 1, -1, -1, device=scores.device)
+    keys = (bits << 32) + inverted
+    return n - 1 - (keys.topk(min(k, n), dim=1).values & 0xFFFFFFFF)
 
 
 def resize_masks(logits: Tensor, height: int, width: int) -> Tensor:

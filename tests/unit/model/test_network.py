@@ -14,6 +14,7 @@ from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.config import MODEL_CONFIGS
 from rfdetr.errors import ConfigError
 from rfdetr.model.criterion import _sum_background_loss, build_criterion
+from rfdetr.model.encoder_block import drop_path
 from rfdetr.model.lora import DoRALinear, merge_adapters
 from rfdetr.model.network import RFDETRNetwork
 from tests.unit.model.parity_case import config, manifest
@@ -125,8 +126,41 @@ def test_drop_path_acts_in_training_only_and_can_be_set_later() -> None:
     assert torch.equal(model.encoder(images())[-1], still)
     with pytest.raises(ConfigError, match="4 blocks"):
         model.set_drop_path([0.1])
-    built = small_network(drop_path=0.3).encoder.blocks
-    assert {block.drop_path1.drop_prob for block in built} == {0.3}
+    built = small_network(drop_path=0.3).encoder
+    assert built.drop_path_rates.tolist() == pytest.approx([0.3] * 4)
+    assert "drop_path_rates" not in built.state_dict()
+
+
+def test_drop_path_zeroes_branches_and_keeps_their_mean() -> None:
+    torch.manual_seed(0)
+    branch = torch.ones(4000, 2, 3)
+    dropped = drop_path(branch, torch.tensor(0.25))
+    assert (dropped == dropped[:, :1, :1]).all()  # complete windows
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(drop_path(branch, torch.tensor(0.0)), branch)
+    assert not drop_path(branch, torch.tensor(1.0)).any()
+    assert drop_path(branch, None) is branch
+
+
+def test_an_annealed_drop_path_does_not_recompile() -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model = small_network().train()
+    model.set_drop_path([0.0, 0.2, 0.3, 0.4])
+    compiled = torch.compile(model.encoder, backend=count, fullgraph=True)
+    for rate in (0.4, 0.3, 0.2, 0.1, 0.05, 0.01, 0.001):
+        model.set_drop_path([0.0, *[rate] * 3])
+        torch.manual_seed(1)
+        found = compiled(images())[-1]
+        torch.manual_seed(1)
+        assert torch.allclose(found, model.encoder(images())[-1], atol=1e-5)
+    assert len(graphs) == 1
 
 
 def _gradients(model: RFDETRNetwork, counts: tuple[int, ...] = (2, 1)) -> dict[str, torch.Tensor]:

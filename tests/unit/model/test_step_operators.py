@@ -1,0 +1,74 @@
+"""What a training step asks of an accelerator: waits of the host, and launched operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rfdetr.config import RFDETRNanoConfig
+from rfdetr.model import feedforward
+from rfdetr.model.criterion import build_criterion
+from rfdetr.model.network import build_network
+from tests.unit.model.host_transfers import HostTransfers
+from tests.unit.model.small import images, small_network, targets, weighted
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_forward_never_touches_the_host(masks: bool, training: bool) -> None:
+    model = small_network(masks=masks).train(training)
+    model.set_drop_path([0.1] * 4)
+    batch = images()
+    with HostTransfers() as transfers:
+        model(batch)
+    assert transfers.to_host == []
+    assert transfers.to_device == 0
+
+
+def test_a_training_step_reads_once_from_the_device() -> None:
+    """The matcher's copy. To the device go the order of the targets and the matched pairs."""
+    model = small_network().train()
+    criterion = build_criterion(model.config).train()
+    given = targets((2, 1))
+    with HostTransfers() as transfers:
+        weighted(criterion(model(images()), given), criterion.weight_dict).backward()
+    assert transfers.to_host == ["cpu"]
+    assert transfers.to_device == 2
+
+
+class _Operators(TorchDispatchMode):
+    """Counts dispatched operators that are not views: on a GPU most of them launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
+            self.counts[func._overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("autocast", "most"), [(False, 1683), (True, 1990)])
+def test_operators_of_a_training_step(
+    autocast: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nano, batch 16, 7 objects per image, forward to backward.
+
+    Fewer queries and smaller images than nano's take the same operators. With `prod` for the
+    areas of boxes, a step took 1683 operators in float32 and 1990 under autocast.
+    """
+    monkeypatch.setattr(feedforward, "_CPU_ROWS", 1 << 30)  # as on a GPU: rows are not divided
+    torch.manual_seed(0)
+    model = build_network(RFDETRNanoConfig(pretrain_weights=None, num_queries=20, num_select=20))
+    criterion = build_criterion(model.train().config).train()
+    batch, given = images(16, 128), targets((7,) * 16)
+    with _Operators() as operators, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        weighted(criterion(model(batch), given), criterion.weight_dict).backward()
+    launched = operators.counts.total()
+    print(launched)
+    assert launched < most
