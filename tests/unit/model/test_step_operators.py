@@ -53,7 +53,7 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("autocast", "most"), [(False, 1683), (True, 1990)])
+@pytest.mark.parametrize(("autocast", "most"), [(False, 1667), (True, 1974)])
 def test_operators_of_a_training_step(
     autocast: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,5 +70,4 @@ def test_operators_of_a_training_step(
     with _Operators() as operators, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         weighted(criterion(model(batch), given), criterion.weight_dict).backward()
     launched = operators.counts.total()
-    print(launched)
-    assert launched < most
+    assert launched <= most
