@@ -118,4 +118,4 @@ def close_run(
         return not journal.unsent
     sender = Sender([journal], uri, advice)
     sender.start()
-    return sender.close()
+    return sender.close(timeout=30)  # nothing else waits: the process has died
