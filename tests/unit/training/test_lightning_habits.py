@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import WandbLogger
 
 from rfdetr.checkpoints.safe_io import load_file, save_file
 from rfdetr.config import TrainConfig
@@ -88,3 +89,19 @@ def test_without_a_validation_the_hint_says_so(
     (hint,) = (str(w.message) for w in caught if "best model" in str(w.message))
     assert "no validation ran" in hint
     assert "ground truth" not in hint
+
+
+def test_an_appended_logger_gets_every_metric(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=1))
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    run.trainer.loggers.append(logger)
+    run.fit()
+    summary = dict(logger.experiment.summary)
+    logger.experiment.finish()
+    keys = {"train/loss", MAP, "val/F1", "val/loss", "val/ema_mAP_50_95", "val/AP/bolt"}
+    assert keys <= summary.keys()
+    assert summary[MAP] == pytest.approx(run.metrics()[MAP])
