@@ -203,17 +203,17 @@ def _restore_values(document: Document, done: Counter[str]) -> None:
         for key in ("width", "height"):
             if image.get(key) is not None and not is_id(image[key]):
                 del image[key]
-                done["read values of the wrong type"] += 1
+                done["corrected values"] += 1
     for category in document.categories:
         name, parent = category.get("name"), category.get("supercategory")
         if isinstance(name, int) and not isinstance(name, bool):
             category["name"] = str(name)
-            done["read values of the wrong type"] += 1
+            done["corrected values"] += 1
         if parent is not None and not isinstance(parent, str):
             category["supercategory"] = "none"
-            done["read values of the wrong type"] += 1
+            done["corrected values"] += 1
     for record in document.annotations:
         number = record.get("image_id")
         corrected = restore_annotation(record, images.get(number) if is_id(number) else None)
         if corrected:
-            done["read values of the wrong type"] += corrected
+            done["corrected values"] += corrected

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -413,3 +417,24 @@ def test_a_repair_never_makes_a_yolo_dataset_worse(
         names = "names: [washer, bolt, nut]\n"
         (folder / "data.yaml").write_text(yaml_text.format(root=folder) + names)
     assert_never_worse(folder, allow_drop)
+
+
+def test_an_interrupted_repair_leaves_nothing(tmp_path: Path) -> None:
+    folder = make_roboflow(tmp_path / "data", splits={"train": 300, "valid": 20}, size=(96, 64))
+    command = [
+        sys.executable,
+        "-m",
+        "rfdetr.checks",
+        str(folder),
+        "--no-progress",
+        "--workers",
+        "1",
+    ]
+    command += ["--cache", str(tmp_path / "cache"), "--fix", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not list(tmp_path.glob(".out.*.tmp/train")):
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data"]
