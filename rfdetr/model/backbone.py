@@ -6,6 +6,7 @@ names are timm's, so that published DINOv2 weights fit. See docs/model.md, "Enco
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -24,16 +25,40 @@ from rfdetr.model.projector import Projector
 def resize_pos_embed(pos_embed: Tensor, h: int, w: int) -> Tensor:
     """Resample position embeddings (1, 1 + S*S, D) to (1, 1 + h*w, D); the class entry is kept.
 
-    Bicubic with antialias (except on MPS, which lacks it), computed in float32.
+    Bicubic with antialias (except on MPS, which lacks it), computed in float32 as one matrix
+    product per axis: in training, the gradient costs no more than two others.
     """
     S = math.isqrt(int(pos_embed.shape[1]) - 1)
     if h == w == S:
         return pos_embed
-    grid = pos_embed[:, 1:].reshape(1, S, S, -1).permute(0, 3, 1, 2)  # (1, D, S, S)
-    antialias = pos_embed.device.type != "mps"
-    grid = F.interpolate(grid.float(), (h, w), mode="bicubic", antialias=antialias)
-    patches = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # (1, h*w, D)
+    device = pos_embed.device
+    with torch.autocast(device.type, enabled=False):
+        grid = pos_embed[0, 1:].float().reshape(S, -1)  # (S, S*D)
+        grid = (_resampling(S, h, device) @ grid).reshape(h, S, -1)  # (h, S, D)
+        grid = _resampling(S, w, device) @ grid  # (h, w, D)
+    patches = grid.reshape(1, h * w, -1).to(pos_embed.dtype)
     return torch.cat([pos_embed[:, :1], patches], dim=1)
+
+
+def _resampling(side: int, size: int, device: torch.device) -> Tensor:
+    """The matrix (size, side) that resamples an axis; computed once unless in compiled code."""
+    if torch.compiler.is_compiling():
+        return _bicubic_matrix(side, size, device)
+    return _cached_bicubic_matrix(side, size, device)
+
+
+def _bicubic_matrix(side: int, size: int, device: torch.device) -> Tensor:
+    # A second axis of `side` equal columns: torch 2.11 resamples maps of width 1 wrongly.
+    unit_vectors = torch.eye(side, device=device)[None, :, :, None].repeat(1, 1, 1, side)
+    antialias = device.type != "mps"
+    maps = F.interpolate(unit_vectors, (size, side), mode="bicubic", antialias=antialias)
+    return maps[0, :, :, 0].t().contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_bicubic_matrix(side: int, size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # the matrix is used in training as well
+        return _bicubic_matrix(side, size, device)
 
 
 def split_windows(x: Tensor, n: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.config import MODEL_CONFIGS
 from rfdetr.errors import ConfigError
+from rfdetr.model.backbone import resize_pos_embed
 from rfdetr.model.criterion import _sum_background_loss, build_criterion
 from rfdetr.model.encoder_block import drop_path
 from rfdetr.model.lora import DoRALinear, merge_adapters
@@ -161,6 +162,41 @@ def test_an_annealed_drop_path_does_not_recompile() -> None:
         torch.manual_seed(1)
         assert torch.allclose(found, model.encoder(images())[-1], atol=1e-5)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 5), (6, 9), (3, 3)])
+def test_position_embeddings_equal_those_of_interpolate(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    table = torch.randn(1, 1 + 36, 7, requires_grad=True)
+    grid = table[:, 1:].reshape(1, 6, 6, 7).permute(0, 3, 1, 2)
+    expected = nn.functional.interpolate(grid, size, mode="bicubic", antialias=True)
+    expected = expected.flatten(2).transpose(1, 2)
+    weight = torch.randn_like(expected)
+    with torch.inference_mode():
+        resize_pos_embed(table, *size)  # what it caches must be usable in training
+    with torch.autocast("cpu", torch.bfloat16):
+        found = resize_pos_embed(table, *size)
+    assert torch.equal(found[:, :1], table[:, :1])
+    assert torch.allclose(found[:, 1:], expected, atol=1e-5)
+    (want,) = torch.autograd.grad((expected * weight).sum(), table)
+    (got,) = torch.autograd.grad((found[:, 1:] * weight).sum(), table)
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_compiled_training_survives_every_size_with_one_recompile() -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model = small_network().train()
+    compiled = torch.compile(model.encoder, backend=count, fullgraph=True)
+    for side in (64, 128, 160, 192, 224):
+        image = images(side=side)
+        assert torch.allclose(compiled(image)[-1], model.encoder(image)[-1], atol=1e-5)
+    assert len(graphs) <= 2
 
 
 def _gradients(model: RFDETRNetwork, counts: tuple[int, ...] = (2, 1)) -> dict[str, torch.Tensor]:
