@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
 import urllib.error
 import urllib.request
@@ -22,7 +21,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 from PIL import Image, UnidentifiedImageError
 
-from rfdetr.data.decode import to_rgb
+from rfdetr.data.decode import ImageTooLargeError, open_image, to_rgb
 
 LARGEST_BYTES = 64 << 20
 LARGEST_PIXELS = 100_000_000
@@ -119,12 +118,10 @@ def read_image(value: Any) -> Image.Image:
     else:
         raise ValueError(f"{type(value).__name__} is not an image")  # noqa: TRY004
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > LARGEST_PIXELS:
-                raise ValueError(
-                    f"{image.width}x{image.height} pixels are more than {LARGEST_PIXELS}"
-                )
+        with open_image(data, LARGEST_PIXELS) as image:
             return to_rgb(image).copy()
+    except ImageTooLargeError:
+        raise
     except UnidentifiedImageError:
         raise ValueError(f"{_shown(value)} is not a readable image file") from None
     except (OSError, SyntaxError) as error:

@@ -10,6 +10,7 @@ from rfdetr.checks.cache import FactsCache
 from rfdetr.checks.check_boxes import check_boxes
 from rfdetr.checks.check_categories import check_categories, training_table
 from rfdetr.checks.check_files import SplitFiles, adopt_sizes, check_files, find_files
+from rfdetr.checks.check_ledger import check_ledger
 from rfdetr.checks.check_segmentations import check_polygons
 from rfdetr.checks.check_splits import check_leaks
 from rfdetr.checks.collector import Collector
@@ -21,6 +22,7 @@ from rfdetr.checks.sources import Sources, read_sources
 from rfdetr.checks.statistics import check_shares, fingerprints, split_statistics
 from rfdetr.config import ModelConfig, RFDETRNanoConfig
 from rfdetr.data.layouts import Kind
+from rfdetr.data.ledger import SplitLedger
 
 Previous = DatasetReport | str | os.PathLike[str] | None
 
@@ -69,13 +71,18 @@ def check_dataset(
         check_leaks(splits, collector, config)
     else:
         splits = [SplitFiles.unread(table) for table in sources.tables]
+    if not model.segmentation_head:  # segmentations are not read
+        unused = dict.fromkeys(("polygon-malformed", "rle-malformed"), "warning")
+        collector.config = config.model_copy(update={"severity": {**unused, **config.severity}})
+    ledgers = {}
     for split in splits:
         adopt_sizes(split)
+        ledgers[split.table.name] = check_ledger(split, sources.tables[0], collector, model)
         split.table.scale_boxes(model.resolution)
         check_boxes(split.table, collector, config, model)
         check_polygons(split.table, collector, config)
     check_categories(sources.tables, collector, config)
-    return _report(sources, splits, collector, model, previous)
+    return _report(sources, splits, collector, model, previous, ledgers=ledgers)
 
 
 def _inspect(
@@ -100,6 +107,8 @@ def _report(
     collector: Collector,
     model: ModelConfig,
     older: DatasetReport | None,
+    *,
+    ledgers: dict[str, SplitLedger],
 ) -> DatasetReport:
     config = collector.config
     classes = training_table(sources.tables)
@@ -120,6 +129,7 @@ def _report(
         resolution=model.resolution,
         patch_size=model.patch_size,
         images_checked=config.check_images,
+        ledger=ledgers,
         class_names=list(classes.class_names),
         annotation_files={
             table.name: table.source for table in sources.tables if table.source is not None

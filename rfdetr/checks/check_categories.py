@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ from rfdetr.checks.table import SplitTable
 from rfdetr.data.categories import (
     HIGHEST_RAW_ID,
     CategoryTable,
+    category_differences,
     category_table,
     id_problems,
     is_raw_label,
@@ -28,10 +29,11 @@ def check_categories(
     tables = [table for table in tables if table.readable]
     if not tables:
         return
+    labels = training_table(tables).labels
     for table in tables:
         if table.label_files is None or table is tables[0]:
-            _check_table(table, collector)
-    _check_equal(tables, collector)
+            _check_table(table, labels, collector)
+    _check_equal(tables, labels, collector)
     counts = {table.name: counts_by_id(table) for table in tables}
     ghosts = ghost_categories(tables)
     first = tables[0]
@@ -78,7 +80,8 @@ def _place(table: SplitTable, row: int) -> dict[str, object]:
     }
 
 
-def _check_table(table: SplitTable, collector: Collector) -> None:
+def _check_table(table: SplitTable, labels: Container[int], collector: Collector) -> None:
+    """Ids and names of one table; names only of the categories that training has `labels` for."""
     ids: dict[int, str] = {}
     names: dict[str, int] = {}
     for row, category in enumerate(table.categories):
@@ -94,40 +97,42 @@ def _check_table(table: SplitTable, collector: Collector) -> None:
                 f"category id {category.id} is used by '{ids[category.id]}' and '{category.name}'"
             )
             collector.add("category-id-duplicate", text, **place)
+        ids.setdefault(category.id, category.name)
         name = category.name.strip()
         if not name:
             text = f"category {category.id} has no name"
             collector.add("category-name-invalid", text, **place)
+        elif category.id not in labels:
+            continue
         elif name in names:
             text = f"'{name}' is the name of the categories {names[name]} and {category.id}"
             collector.add("category-name-duplicate", text, **place)
-        ids.setdefault(category.id, category.name)
         names.setdefault(name, category.id)
 
 
-def _check_equal(tables: Sequence[SplitTable], collector: Collector) -> None:
-    first = tables[0]
-    expected = {category.id: category.name for category in first.categories}
+def _check_equal(
+    tables: Sequence[SplitTable], labels: Container[int], collector: Collector
+) -> None:
+    """Other meanings of an id, and annotations of categories that train does not have."""
     for table in tables[1:]:
         if table.label_files is not None or not table.file_names:  # one data.yaml, or unused
             continue
-        own = {category.id: category.name for category in table.categories}
-        for key in sorted(expected.keys() | own.keys()):
-            if expected.get(key) == own.get(key):
-                continue
-            here = _name_text(own.get(key), table.name)
-            there = _name_text(expected.get(key), first.name)
+        found = category_differences(table.categories, tables[0].categories)
+        differing = {category_id for category_id, _ in found}
+        for category_id, count in counts_by_id(table, crowd=True).items():
+            if count and category_id not in labels and category_id not in differing:
+                text = (
+                    f"{count} annotation(s) have the category {category_id}, not a class of train"
+                )
+                found.append((category_id, text))
+        for category_id, text in found:
             collector.add(
                 "category-split-differs",
-                f"category {key} is {here} and {there}",
+                text,
                 split=table.name,
                 file=table.source,
-                details={"category_id": key},
+                details={"category_id": category_id},
             )
-
-
-def _name_text(name: str | None, split: str) -> str:
-    return f"missing in {split}" if name is None else f"'{name}' in {split}"
 
 
 def _check_presence(
@@ -170,14 +175,14 @@ def counts_by_name(table: SplitTable) -> dict[str, int]:
     return _counts_by([category.name for category in table.categories], table)
 
 
-def counts_by_id(table: SplitTable) -> dict[int, int]:
-    """Number of annotations per category id, without crowd regions."""
-    return _counts_by([category.id for category in table.categories], table)
+def counts_by_id(table: SplitTable, *, crowd: bool = False) -> dict[int, int]:
+    """Number of annotations per category id, with crowd regions if `crowd`."""
+    return _counts_by([category.id for category in table.categories], table, crowd=crowd)
 
 
-def _counts_by(keys: Sequence[Key], table: SplitTable) -> dict[Key, int]:
+def _counts_by(keys: Sequence[Key], table: SplitTable, *, crowd: bool = False) -> dict[Key, int]:
     """Annotations per key of the category; several categories may have one key."""
-    rows = table.category_rows[~table.crowd & (table.category_rows >= 0)]
+    rows = table.category_rows[(~table.crowd | crowd) & (table.category_rows >= 0)]
     per_row = np.bincount(rows, minlength=len(keys))
     counts: dict[Key, int] = {}
     for key, count in zip(keys, per_row.tolist(), strict=True):

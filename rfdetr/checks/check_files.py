@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from rfdetr.checks.collector import Collector
 from rfdetr.checks.image_probe import PLAIN_MODES, ImageFacts
 from rfdetr.checks.table import SplitTable
 from rfdetr.data.decode import FORMAT_SUFFIXES, IMAGE_SUFFIXES
+from rfdetr.data.folders import list_files, missing_hints
 from rfdetr.data.layouts import ANNOTATIONS, YAML_NAMES
+from rfdetr.data.yolo import label_path
 
 STATUS_CODES = {
     "missing": "file-missing",
@@ -25,11 +26,17 @@ STATUS_CODES = {
     "empty": "file-empty",
     "bomb": "file-bomb",
 }
+ABSOLUTE, UPWARDS = "is an absolute path", "leads outside the images folder"
+OUTSIDE = (ABSOLUTE, UPWARDS)
 SAME_SHAPE = 0.02  # relative change of the aspect ratio that a resize may cause
 PLAIN_CHARACTERS = frozenset(
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./()+=,@#~"
 )
 SERVICE_FILES = frozenset({ANNOTATIONS, *YAML_NAMES, "Thumbs.db", "desktop.ini", "classes.txt"})
+# Images that Pillow cannot read without a plugin, or that are not images for a detector.
+OTHER_IMAGES = frozenset(
+    {".heic", ".heif", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+)
 SERVICE_SUFFIXES = frozenset({".json", ".cache", ".yaml", ".yml"})
 
 
@@ -40,12 +47,13 @@ class SplitFiles:
     table: SplitTable
     paths: list[str | None]
     facts: list[Inspected | None]
+    inspected: bool = True
 
     @classmethod
     def unread(cls, table: SplitTable) -> SplitFiles:
         """A split whose images are not opened."""
         count = len(table.file_names)
-        return cls(table, [None] * count, [None] * count)
+        return cls(table, [None] * count, [None] * count, inspected=False)
 
     def usable(self) -> list[tuple[int, Inspected]]:
         """Rows whose image could be decoded."""
@@ -56,17 +64,6 @@ class SplitFiles:
         ]
 
 
-def list_folder(folder: Path) -> list[str]:
-    """Relative names of all files below a folder, sorted, with forward slashes."""
-    names = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        base = os.path.relpath(place, folder)
-        prefix = "" if base == "." else base.replace(os.sep, "/") + "/"
-        names += [prefix + name for name in files]
-    return sorted(names)
-
-
 def find_files(table: SplitTable, collector: Collector) -> SplitFiles:
     """Locate the files of a split; report bad names, wrong case and unreferenced files."""
     if table.label_files is not None:
@@ -74,12 +71,17 @@ def find_files(table: SplitTable, collector: Collector) -> SplitFiles:
         _report_names(table, collector)
         _report_yolo_strays(table, collector)
         return SplitFiles(table, paths, [None] * len(paths))
-    present = list_folder(table.images_dir)
-    listed = frozenset(present)
+    present, hidden = list_files(table.images_dir)
+    _report_hidden(table, [table.images_dir / name for name in hidden], collector)
+    listed = frozenset((*present, *hidden))
     folded = {_fold(name): name for name in reversed(present)}
     paths, used = [], set()
     for row, name in enumerate(table.file_names):
         problem = _name_problem(name)
+        if problem in OUTSIDE and (table.images_dir / name).is_file():
+            collector.add("file-outside", f"{name!r} {problem}", **_record_place(table, row))
+            paths.append(str(table.images_dir / name))
+            continue
         if problem:
             collector.add("file-name-invalid", f"{name!r} {problem}", **_record_place(table, row))
             paths.append(None)
@@ -109,9 +111,9 @@ def _name_problem(name: str) -> str | None:
         return "contains characters that no file name can have"
     path = PurePosixPath(name)
     if path.is_absolute() or (len(name) > 1 and name[1] == ":"):
-        return "is an absolute path"
+        return ABSOLUTE
     if ".." in path.parts:
-        return "leads outside the images folder"
+        return UPWARDS
     if str(path) == ".":
         return "is a folder"
     return None
@@ -148,8 +150,20 @@ def _report_stray(table: SplitTable, path: Path, collector: Collector) -> None:
     if path.suffix.lower() in IMAGE_SUFFIXES:
         source = "annotation file" if table.label_files is None else "split"
         collector.add("file-unreferenced", f"no {source} lists this image", **where)
+    elif path.suffix.lower() in OTHER_IMAGES:
+        text = f"images of the format {path.suffix} are not read"
+        collector.add("file-format", text, **where)
     elif not _is_service(path):
         collector.add("file-stray", "neither an image nor an annotation file", **where)
+
+
+def _report_hidden(table: SplitTable, paths: Collection[Path], collector: Collector) -> None:
+    """Report hidden images: copies of a tool, or images that somebody misses in training."""
+    for path in paths:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            where = {"split": table.name, "file": table.show(path)}
+            text = "images in hidden files and folders are not trained"
+            collector.add("file-hidden", text, **where)
 
 
 def _is_service(path: Path) -> bool:
@@ -159,25 +173,40 @@ def _is_service(path: Path) -> bool:
 
 def _report_yolo_strays(table: SplitTable, collector: Collector) -> None:
     """Report label files without an image and other files next to the images."""
+    assert table.split is not None
     labels = {table.folder / label for label in table.label_files or ()}
     images = {table.images_dir / name for name in table.file_names}
+    sources = [source for source in table.split.images if source.is_dir()]
+    hidden = {source / name for source in sources for name in list_files(source).hidden}
+    _report_hidden(table, sorted(hidden), collector)
+    beside = {image.with_suffix(".txt") for image in images} - labels
     for path in _files_beside(images):
-        if path not in images and path not in labels and path.suffix.lower() != ".txt":
+        if path in beside:
+            where = {"split": table.name, "file": table.show(path)}
+            text = f"training reads the labels of this image from {_labels_of(table, path)}"
+            collector.add("label-beside", text, **where)
+        elif path not in images and path not in labels and path.suffix.lower() != ".txt":
             _report_stray(table, path, collector)
     for path in _files_beside(labels):
-        if path.suffix == ".txt" and path not in labels and not _is_service(path):
+        if path.suffix.lower() == ".txt" and path not in labels | beside and not _is_service(path):
             where = {"split": table.name, "file": table.show(path)}
             collector.add("label-unreferenced", "this label file has no image", **where)
+
+
+def _labels_of(table: SplitTable, beside: Path) -> str:
+    """The label file of the image that has another text file beside it."""
+    return table.show(label_path(beside))
 
 
 def _files_beside(paths: Collection[Path]) -> list[Path]:
     """All files in the folders of `paths`."""
     folders = sorted({path.parent for path in paths})
-    return [folder / name for folder in folders for name in list_folder(folder) if "/" not in name]
+    return [folder / n for folder in folders for n in list_files(folder).visible if "/" not in n]
 
 
 def check_files(files: SplitFiles, collector: Collector) -> None:
     """Report what the inspection of each image found."""
+    hints = _missing_hints(files)
     for row, found in enumerate(files.facts):
         path = files.paths[row]
         if found is None or path is None:
@@ -186,9 +215,25 @@ def check_files(files: SplitFiles, collector: Collector) -> None:
         facts = found.facts
         if facts.status != "ok":
             text = facts.detail or files.table.file_names[row]
+            if row in hints:
+                text += f" ({hints[row]})"
             collector.add(STATUS_CODES[facts.status], text, **place)
         if facts.format and facts.status not in ("missing", "empty"):
             _check_header(files.table, row, facts, collector, place)
+
+
+def _missing_hints(files: SplitFiles) -> dict[int, str]:
+    """What may be meant by the names of missing files, by row."""
+    if files.table.label_files is not None:
+        return {}
+    rows = [
+        row
+        for row, found in enumerate(files.facts)
+        if found is not None and found.facts.status == "missing"
+    ]
+    names = [files.table.file_names[row] for row in rows]
+    found_hints = missing_hints(files.table.images_dir, names)
+    return {row: hint for row, hint in zip(rows, found_hints, strict=True) if hint}
 
 
 def _check_header(
@@ -204,6 +249,8 @@ def _check_header(
         collector.add("file-extension", text, **_with(place, format=facts.format))
     if facts.mode and facts.mode not in PLAIN_MODES:
         collector.add("image-mode", f"colour mode {facts.mode}", **place)
+    if facts.flat:
+        collector.add("image-flat", facts.flat, **place)
     if facts.orientation != 1:
         text = f"EXIF orientation {facts.orientation}, stored {facts.width} x {facts.height}"
         collector.add("image-exif-rotated", text, **place)

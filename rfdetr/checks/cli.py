@@ -190,6 +190,8 @@ def _print_summary(report: DatasetReport) -> None:
         console.print(
             f"{first.severity:8} {code:24} {count}  {first.place()}: {first.message}", markup=False
         )
+    for split, ledger in report.ledger.items():
+        console.print(f"{split}: {ledger}", markup=False)
     images = sum(numbers.images for numbers in report.statistics.values())
     boxes = sum(numbers.boxes for numbers in report.statistics.values())
     console.print(

@@ -71,6 +71,7 @@ def _table(name: str, folder: Path, images_dir: Path, coco: CocoFile) -> SplitTa
         annotation_records=annotations.rows,
         image_lines=_line_finder(coco.data, "images", images.rows),
         annotation_lines=_line_finder(coco.data, "annotations", annotations.rows),
+        rejected=coco.rejected,
     )
 
 
@@ -135,10 +136,10 @@ def _report_missing(table: SplitTable, coco: CocoFile, collector: Collector) -> 
         np.flatnonzero(values == UNKNOWN)
         for values in (coco.images.widths, coco.images.heights, coco.annotations.ids)
     )
-    code = "image-size-invalid"
+    code = "image-size-missing"
     collector.add_images(table, code, no_width, lambda _row: "width is missing")
     collector.add_images(table, code, no_height, lambda _row: "height is missing")
-    collector.add_annotations(table, "key-missing", no_id, lambda _row: "id is missing")
+    collector.add_annotations(table, "annotation-id-missing", no_id, lambda _row: "id is missing")
 
 
 def _report_image_records(table: SplitTable, coco: CocoFile, collector: Collector) -> None:
@@ -146,7 +147,7 @@ def _report_image_records(table: SplitTable, coco: CocoFile, collector: Collecto
     given = np.stack([coco.images.widths, coco.images.heights], axis=1)
     collector.add_images(
         table,
-        "image-size-invalid",
+        "image-size-missing",
         np.flatnonzero(((given <= 0) & (given != UNKNOWN)).any(axis=1)),
         lambda row: f"{names[row]} has the size {given[row, 0]} x {given[row, 1]}",
     )

@@ -11,6 +11,7 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from rfdetr.checks.codes import Severity
+from rfdetr.data.ledger import SplitLedger
 from rfdetr.errors import DatasetError
 from rfdetr.files import write_text_atomic
 
@@ -92,7 +93,9 @@ class Comparison(BaseModel):
 class DatasetReport(BaseModel):
     """Every finding of one dataset, in a fixed order, with its statistics.
 
-    `counts` is the number of findings per code, including those beyond the listing limit.
+    `ledger` says for each split what becomes of every file and every annotation row in training;
+    without image checks the files are left out. `counts` is the number of findings per code,
+    including those beyond the listing limit.
     `fingerprints` maps split -> file name -> [content hash, hash of its boxes]; a later version of
     the dataset is compared with it.
     """
@@ -104,6 +107,7 @@ class DatasetReport(BaseModel):
     resolution: int = 0
     patch_size: int = 0
     images_checked: bool = True
+    ledger: dict[str, SplitLedger] = Field(default_factory=dict)
     class_names: list[str] = Field(default_factory=list)
     annotation_files: dict[str, str] = Field(default_factory=dict)
     image_folders: dict[str, str] = Field(default_factory=dict)

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 from PIL import Image, UnidentifiedImageError
 
-from rfdetr.data.decode import to_rgb
+from rfdetr.data.decode import MAX_PIXELS, ImageTooLargeError, open_image, require_pixels, to_rgb
 
-PROBE_VERSION = 3  # part of the cache key: increase it when a field or its meaning changes
+PROBE_VERSION = 4  # part of the cache key: increase it when a field or its meaning changes
 THUMB_SIDE = 16
-MAX_PIXELS = 89_478_485  # Pillow's own warning limit
-
-# Formats that training reads; Pillow tries no other plugin on an unknown file.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -36,14 +28,16 @@ MAGIC: tuple[tuple[bytes, str], ...] = (
 PLAIN_MODES = frozenset({"RGB", "L", "P", "RGBA", "1", "LA", "PA", "RGBX"})
 
 Status = Literal["ok", "missing", "empty", "unreadable", "truncated", "bomb"]
-_limit_lock = threading.Lock()
+# An image whose levels differ by less than FLAT_RANGE or stay below DARK_LEVEL shows nothing.
+FLAT_RANGE = 3
+DARK_LEVEL = 12
 
 
 class ImageFacts(msgspec.Struct, frozen=True, array_like=True):
     """Everything the checks need to know about one image; sizes are before EXIF rotation.
 
     `dhash` is a 64-bit difference hash, `thumb` 16 x 16 gray bytes, `mean` the RGB mean in 0..255;
-    they are empty if the image could not be decoded.
+    they are empty if the image could not be decoded. `flat` says that nothing can be seen in it.
     """
 
     status: Status
@@ -57,6 +51,7 @@ class ImageFacts(msgspec.Struct, frozen=True, array_like=True):
     dhash: int = 0
     thumb: bytes = b""
     mean: tuple[float, float, float] | None = None
+    flat: str = ""
 
 
 def read_content(path: str) -> tuple[bytes, str, ImageFacts | None]:
@@ -79,18 +74,13 @@ def probe_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFacts:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with _no_pixel_limit():
-                image = Image.open(io.BytesIO(data), formats=_known_formats())
-            return _probe_open(image, data, max_pixels)
+            return _probe_open(open_image(data), data, max_pixels)
+        except ImageTooLargeError as error:
+            return ImageFacts("bomb", _text(error))
         except UnidentifiedImageError:
             return _unopened(data, "no known image format")
         except Exception as error:  # noqa: BLE001 - decoders of hostile files raise anything
             return _unopened(data, _text(error))
-
-
-def _known_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _unopened(data: bytes, detail: str) -> ImageFacts:
@@ -108,9 +98,10 @@ def _probe_open(image: Image.Image, data: bytes, max_pixels: int) -> ImageFacts:
         width=image.width,
         height=image.height,
     )
-    if image.width * image.height > max_pixels:
-        detail = f"{image.width} x {image.height} pixels, more than {max_pixels:,}"
-        return replace(facts, status="bomb", detail=detail)
+    try:
+        require_pixels(image.width, image.height, max_pixels)
+    except ImageTooLargeError as error:
+        return replace(facts, status="bomb", detail=_text(error))
     facts = replace(facts, orientation=_orientation(image), frames=_frames(image))
     try:
         image.load()
@@ -118,13 +109,12 @@ def _probe_open(image: Image.Image, data: bytes, max_pixels: int) -> ImageFacts:
         text = _text(error)
         cut = "truncated" in text.lower() or not _ends_properly(image.format, data)
         return replace(facts, status="truncated" if cut else "unreadable", detail=text)
-    if not _ends_properly(image.format, data):
-        return replace(facts, status="truncated", detail="the end marker of the file is missing")
     return _with_pixels(facts, image)
 
 
 def _with_pixels(facts: ImageFacts, image: Image.Image) -> ImageFacts:
-    small = to_rgb(image).resize((36, 32), Image.Resampling.BOX)
+    complete = to_rgb(image)
+    small = complete.resize((36, 32), Image.Resampling.BOX)
     rgb = np.asarray(small, np.float64)
     gray = (rgb * (0.299, 0.587, 0.114)).sum(axis=2)
     cells = gray.reshape(8, 4, 9, 4).mean(axis=(1, 3))
@@ -136,18 +126,22 @@ def _with_pixels(facts: ImageFacts, image: Image.Image) -> ImageFacts:
         dhash=int.from_bytes(bits.tobytes(), "big"),
         thumb=thumb.tobytes(),
         mean=(red, green, blue),
+        flat=_flatness(complete, small),
     )
 
 
-@contextmanager
-def _no_pixel_limit() -> Iterator[None]:
-    """Open headers of any size: `max_pixels` is checked before a pixel is decoded."""
-    with _limit_lock:
-        kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = kept
+def _flatness(image: Image.Image, small: Image.Image) -> str:
+    """Why nothing can be seen in an RGB image, else an empty text; `small` is its thumbnail."""
+
+    def describe(extrema: Any) -> str:
+        if max(high for _, high in extrema) < DARK_LEVEL:
+            return f"nearly black: no level above {max(high for _, high in extrema)} of 255"
+        if max(high - low for low, high in extrema) < FLAT_RANGE:
+            return f"one colour: {tuple(low for low, _ in extrema)}"
+        return ""
+
+    # The means in a thumbnail lie within the levels, so that few images need the second look.
+    return describe(small.getextrema()) and describe(image.getextrema())
 
 
 def _orientation(image: Image.Image) -> int:
@@ -165,7 +159,7 @@ def _frames(image: Image.Image) -> int:
 
 
 def _ends_properly(format_name: str | None, data: bytes) -> bool:
-    """Whether the file is complete; decoders tolerate a missing end that they do not need."""
+    """Whether a file that cannot be decoded has its end, that is, was damaged and not shortened."""
     if format_name in ("JPEG", "MPO"):
         return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
     if format_name == "PNG":

@@ -8,8 +8,8 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from rfdetr.checks.codes import CODES, Severity
-from rfdetr.checks.image_probe import MAX_PIXELS
 from rfdetr.config import StrictConfig
+from rfdetr.data.decode import MAX_PIXELS
 
 
 class CheckConfig(StrictConfig):
@@ -26,7 +26,12 @@ class CheckConfig(StrictConfig):
     max_findings_per_code: int = Field(default=1000, ge=1, description="Findings listed per code")
 
     check_images: bool = Field(default=True, description="Open and decode the images")
-    max_pixels: int = Field(default=MAX_PIXELS, ge=1, description="Largest image in pixels")
+    max_pixels: int = Field(
+        default=MAX_PIXELS,
+        ge=1,
+        le=MAX_PIXELS,
+        description="Largest image in pixels, at most what training reads",
+    )
     near_duplicate_bits: int = Field(default=7, ge=0, le=7, description="Hash bits that may differ")
     near_duplicate_correlation: float = Field(
         default=0.97, ge=-1, le=1, description="Least correlation of near-duplicates"
@@ -50,6 +55,9 @@ class CheckConfig(StrictConfig):
         default=0.5, ge=0, le=1, description="Largest share of empty images"
     )
     min_valid_share: float = Field(default=0.01, ge=0, le=1, description="Smallest valid / train")
+    max_crowd_share: float = Field(
+        default=0.5, ge=0, le=1, description="Largest share of crowd regions"
+    )
     max_valid_share: float = Field(default=0.6, ge=0, le=1, description="Largest valid / train")
     max_class_shift: float = Field(
         default=0.05, ge=0, le=1, description="Largest shift of a class's share"

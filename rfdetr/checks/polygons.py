@@ -16,7 +16,7 @@ from rfdetr.checks.inspection import process_context, usable_cores
 from rfdetr.checks.table import PolygonExtents
 from rfdetr.data.coco_json import parse_segmentation
 from rfdetr.data.coco_problems import FAILURES
-from rfdetr.data.masks import decode_counts
+from rfdetr.data.masks import checked_rle
 from rfdetr.errors import DatasetError
 
 CHUNK = 256  # segmentations decoded together: few enough that their numbers stay in the cache
@@ -145,21 +145,11 @@ def ring_extents(numbers: Integers, values: Floats) -> tuple[Floats, Floats]:
 
 
 def rle_problem(mask: dict[str, Any], width: float, height: float) -> str | None:
-    """What is wrong with an RLE mask of an image of this size (NaN if unknown), or None.
-
-    `counts` are run lengths, column by column, as a list or in COCO's compressed text form.
-    """
-    size, counts = mask.get("size"), mask.get("counts")
-    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)):
-        return f"size {size!r:.60} is not [height, width]"
+    """What is wrong with an RLE mask of an image of this size (NaN if unknown), or None."""
     try:
-        runs = decode_counts(counts) if isinstance(counts, str) else counts
+        size, _ = checked_rle(mask)
     except DatasetError as error:
-        return f"cannot be decoded: {error}"
-    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
-        return "counts are neither a list of run lengths nor compressed text"
-    if sum(runs) != size[0] * size[1]:
-        return f"counts cover {sum(runs)} pixels, size {size} has {size[0] * size[1]}"
+        return str(error)
     if np.isfinite(width) and np.isfinite(height) and (size[0] != height or size[1] != width):
         return f"size {size} differs from the image's [{height:.0f}, {width:.0f}]"
     return None

@@ -97,9 +97,6 @@ def _report_splits(layout: Layout, tables: list[SplitTable], collector: Collecto
         if not table.file_names:
             code = "split-test-missing" if table.name == "test" else "split-empty"
             collector.add(code, f"{table.name} has no images", split=table.name, file=table.source)
-        elif not len(table.boxes):
-            text = f"{table.name} has {len(table.file_names)} images and no usable annotations"
-            collector.add("split-unannotated", text, split=table.name, file=table.source)
 
 
 def _report_proportions(

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rfdetr.arrays import Bools, Floats, Integers
+from rfdetr.data.layouts import SplitPaths
 
 HUGE = 1e12  # limit of numbers in a report: JSON has no infinity
 NO_ID = np.iinfo(np.int64).min  # the record has no usable id
@@ -56,7 +57,8 @@ class SplitTable:
     `annotation_records` are positions in the lists of the file. A table that is not `readable`
     lacks an entire list, so nothing can be concluded from what is missing in it. `broken_names` are
     the files named by image records that are otherwise unusable. `raw_ids`: category ids are used
-    as labels.
+    as labels. `rejected` annotation rows could not be read. `split` has the folders of a YOLO
+    split.
     """
 
     name: str
@@ -84,6 +86,8 @@ class SplitTable:
     relative: bool = False
     readable: bool = True
     raw_ids: bool = False
+    rejected: int = 0
+    split: SplitPaths | None = None
 
     def __post_init__(self) -> None:
         """Fill the boolean columns that a layout does not have."""

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from rfdetr.checks.dataset_report import DatasetReport, Finding
 from rfdetr.checks.image_probe import probe_bytes
-from rfdetr.data.decode import to_rgb
+from rfdetr.data.decode import open_image, to_rgb
 
 SIDE = 240
 LIMIT = 24
@@ -53,7 +53,7 @@ def _thumbnail(path: Path, box: object) -> str | None:
         return None
     if probe_bytes(data).status != "ok":
         return None
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         rgb = to_rgb(image).copy()
     scale = min(1.0, SIDE / max(rgb.size))
     small = rgb.resize([max(1, round(side * scale)) for side in rgb.size])

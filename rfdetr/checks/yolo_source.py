@@ -14,8 +14,15 @@ import yaml
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.polygons import ring_extents
 from rfdetr.checks.table import CategoryRow, PolygonExtents, SplitTable
-from rfdetr.data.layouts import Layout, SplitPaths, class_names, parse_yaml, yolo_splits
-from rfdetr.data.yolo import LabelRow, image_files, label_path, read_labels
+from rfdetr.data.layouts import (
+    Layout,
+    SplitPaths,
+    class_names,
+    keypoint_values,
+    parse_yaml,
+    yolo_splits,
+)
+from rfdetr.data.yolo import LabelFiles, LabelRow, image_files, read_labels
 from rfdetr.errors import DatasetError
 
 ANY_CLASS = 1 << 31  # number of classes when data.yaml has no usable names
@@ -28,12 +35,13 @@ def read_yolo_layout(root: Path, yaml_file: Path, collector: Collector) -> Layou
     problems: list[str] = []
     notes: list[str] = []
     names = class_names(content, problems)
+    keypoints = keypoint_values(content, problems)
     splits = yolo_splits(yaml_file, content, problems, notes)
     for code, found in (("yaml-structure", problems), ("yaml-path", notes)):
         for problem in found if text is not None else ():
             line = _line_of_key(text or "", problem)
             collector.add(code, problem, file=_show(root, yaml_file), line=line)
-    return Layout("yolo", root, splits, yaml_file, names)
+    return Layout("yolo", root, splits, yaml_file, names, keypoints)
 
 
 def _load_yaml(root: Path, path: Path, collector: Collector) -> tuple[dict[str, Any], str | None]:
@@ -104,9 +112,13 @@ def read_yolo_split(layout: Layout, split: SplitPaths, collector: Collector) -> 
     files = _image_list(layout, split, collector)
     rows: list[LabelRow] = []
     owners: list[int] = []
-    for number, file in enumerate(files):
-        path = label_path(file)
-        found, problems = read_labels(path, len(layout.names) or ANY_CLASS)
+    rejected = 0
+    labels = LabelFiles()
+    paths = [labels.of(file) for file in files]
+    for number, (file, path) in enumerate(zip(files, paths, strict=True)):
+        classes = len(layout.names) or ANY_CLASS
+        found, problems = read_labels(path, classes, layout.keypoint_values)
+        rejected += len(problems)
         rows += found
         owners += [number] * len(found)
         for problem in problems:
@@ -120,7 +132,8 @@ def read_yolo_split(layout: Layout, split: SplitPaths, collector: Collector) -> 
                 repair="drop-annotation",
                 details={"image": _show(layout.root, file)},
             )
-    table = _table(layout, split, files, rows, owners)
+    table = _table(layout, split, (files, paths), rows, owners)
+    table.rejected = rejected
     _report_shared_labels(table, collector)
     return table
 
@@ -155,10 +168,11 @@ def _repeated(files: Sequence[Path]) -> list[Path]:
 def _table(
     layout: Layout,
     split: SplitPaths,
-    files: Sequence[Path],
+    paths: tuple[Sequence[Path], Sequence[Path]],
     rows: Sequence[LabelRow],
     owners: Sequence[int],
 ) -> SplitTable:
+    files, labels = paths
     corners = np.array([row.box for row in rows], np.float64).reshape(-1, 4)
     classes = np.array([row.label for row in rows], np.int64)
     rings = np.array([i for i, row in enumerate(rows) if row.polygon], np.int64)
@@ -183,7 +197,8 @@ def _table(
         masked=masked,
         polygons=PolygonExtents(rings, numbers, low, high),
         categories=[CategoryRow(i, name) for i, name in enumerate(layout.names)],
-        label_files=[_show(layout.root, label_path(file)) for file in files],
+        label_files=[_show(layout.root, label) for label in labels],
+        split=split,
         annotation_lines=lambda chosen: [lines[row] for row in chosen],
         relative=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +67,17 @@ def category_table(
 def exported_table(categories: Sequence[CategoryLike], used_ids: Collection[int]) -> CategoryTable:
     """The table of a COCO export: ids ascending, without categories that only group others.
 
-    Roboflow exports list the project as a parent category. A category is dropped when its name is
-    the supercategory of a differently named one and no annotation uses it; if that leaves nothing,
-    all are kept.
+    Roboflow exports list the project as a parent category, also when it has the name of its only
+    class. A category is dropped when its name is the supercategory of another one and no annotation
+    uses it; if that leaves nothing, all are kept.
     """
-    parents = {c.supercategory for c in categories if c.supercategory != c.name}
-    parents -= {None, "", "none"}
+    children: dict[str | None, set[int]] = defaultdict(set)
+    for c in categories:
+        if c.supercategory not in (None, "", "none"):
+            children[c.supercategory].add(c.id)
     used = set(used_ids)
-    kept = [c for c in categories if c.name not in parents or c.id in used] or list(categories)
+    kept = [c for c in categories if c.id in used or not children[c.name] - {c.id}]
+    kept = kept or list(categories)
     kept = sorted(kept, key=lambda category: category.id)
     return CategoryTable({c.id: i for i, c in enumerate(kept)}, tuple(c.name for c in kept))
 
@@ -116,16 +120,28 @@ def check_same(
     path: Path, categories: Sequence[Category], train: Sequence[Category], train_path: Path
 ) -> None:
     """Raise DatasetError where a split gives a category of train another id or another name."""
-    names = {c.id: c.name for c in train}
-    ids = {c.name: c.id for c in train}
-    problems = []
-    for c in categories:
-        if names.get(c.id, c.name) != c.name:
-            problems.append(f"id {c.id} is {c.name!r} here and {names[c.id]!r} in train")
-        elif ids.get(c.name, c.id) != c.id and c.id not in names:
-            problems.append(f"{c.name!r} has id {c.id} here and id {ids[c.name]} in train")
+    problems = [problem for _, problem in category_differences(categories, train)]
     if problems:
         raise DatasetError(
             f"{path}: the categories differ from those of {train_path}: {'; '.join(problems)}. "
             "Export the splits again with one category list."
         )
+
+
+def category_differences(
+    categories: Sequence[CategoryLike], train: Sequence[CategoryLike]
+) -> list[tuple[int, str]]:
+    """The ids to which a split gives another meaning than train, each with a sentence.
+
+    A split may list a part of the categories, and further ones that it does not use.
+    """
+    names = {c.id: c.name for c in train}
+    ids = {c.name: c.id for c in train}
+    found = []
+    for c in categories:
+        if names.get(c.id, c.name) != c.name:
+            found.append((c.id, f"id {c.id} is {c.name!r} here and {names[c.id]!r} in train"))
+        elif ids.get(c.name, c.id) != c.id and c.id not in names:
+            text = f"{c.name!r} has id {c.id} here and id {ids[c.name]} in train"
+            found.append((c.id, text))
+    return found

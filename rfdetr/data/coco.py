@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from rfdetr.arrays import Integers, find_rows
+from rfdetr.arrays import Floats, Integers, find_rows
 from rfdetr.data.categories import CategoryTable, category_table, check_ids, check_same
-from rfdetr.data.coco_json import Category, CocoFile, read_coco
+from rfdetr.data.coco_json import Category, CocoFile, ImageTable, has_outline, read_coco
+from rfdetr.data.decode import file_size
+from rfdetr.data.folders import missing_hints
 from rfdetr.data.index import (
+    SHOWN,
     AnnotationIndex,
     FileOutlines,
     PackedStrings,
@@ -18,6 +23,14 @@ from rfdetr.data.index import (
     raise_problems,
 )
 from rfdetr.data.layouts import Layout, SplitPaths
+from rfdetr.data.ledger import (
+    TRAINED,
+    SplitLedger,
+    coco_corners,
+    count_files,
+    count_rows,
+    row_accounts,
+)
 
 CHECKS = "`python -m rfdetr.checks` reports all problems of the dataset."
 
@@ -86,14 +99,19 @@ def build_index(
             f"{sorted(table.labels)}"
         )
     if check_files:
-        missing = missing_files(folder, images.names)
-        problems += [f"image file {folder / name} does not exist" for name in missing]
+        missing = list(missing_files(folder, images.names))
+        hints = missing_hints(folder, missing[:SHOWN]) + [""] * len(missing[SHOWN:])
+        for name, hint in zip(missing, hints, strict=True):
+            reason = f" ({hint})" if hint else ""
+            problems.append(f"image file {folder / name} does not exist{reason}")
     raise_problems(coco.path, problems, f"Fix the annotation file. {CHECKS}")
     _warn_dangling(coco, int((owner < 0).sum()))
 
+    corners = coco_corners(rows.boxes)
+    sizes = _sizes(images, folder if check_files else None)
+    row_sizes = np.vstack([sizes, [np.nan, np.nan]])[owner]
+    accounts = row_accounts(corners, row_sizes, rows.crowd, owner)
     kept = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]  # by image, in file order
-    corners = rows.boxes[kept].astype(np.float32)
-    corners[:, 2:] += corners[:, :2]
     box_areas = rows.boxes[kept, 2] * rows.boxes[kept, 3]
     given = rows.areas[kept]
     areas = np.where(given > 0, given, box_areas)  # COCO evaluation ignores boxes of negative area
@@ -103,14 +121,48 @@ def build_index(
         names=PackedStrings(images.names),
         image_ids=images.ids,
         first=np.searchsorted(owner[kept], np.arange(len(images.ids) + 1)),
-        boxes=corners,
+        boxes=corners[kept],
         labels=labels[kept],
         areas=areas.astype(np.float32),
         crowd=rows.crowd[kept],
         class_names=table.class_names,
         num_classes=table.num_classes,
         outlines=FileOutlines.of(coco.path, starts, stops) if masks else None,
+        masked=np.array([has_outline(coco.texts[i]) for i in kept], bool) if masks else None,
+        ledger=coco_ledger(folder, images.names, owner, accounts) if check_files else SplitLedger(),
     )
+
+
+def coco_ledger(
+    folder: Path,
+    names: Sequence[str],
+    owner: Integers,
+    accounts: Integers,
+    *,
+    refused: int = 0,
+    broken: Collection[int] = (),
+) -> SplitLedger:
+    """The ledger of a split from the accounts of its rows and the images that they belong to.
+
+    `refused` is the number of rows that could not be read, `broken` are the images that cannot be
+    decoded.
+    """
+    with_objects = np.zeros(len(names), bool)
+    with_objects[owner[accounts == TRAINED]] = True
+    paths = [os.path.join(folder, name) for name in names]  # noqa: PTH118 - a million names
+    counts, _ = count_files([folder], paths, with_objects, broken=broken)
+    return SplitLedger(counts, count_rows(accounts, refused=refused))
+
+
+def _sizes(images: ImageTable, folder: Path | None) -> Floats:
+    """Width and height (n, 2): of the annotation file, else of the image file, else NaN."""
+    sizes = np.stack([images.widths, images.heights], axis=1).astype(np.float64)
+    unknown = (sizes <= 0).any(axis=1)
+    sizes[unknown] = np.nan
+    for row in np.flatnonzero(unknown) if folder is not None else ():
+        assert folder is not None
+        sizes[row] = file_size(folder / images.names[row]) or (np.nan, np.nan)
+    return sizes
 
 
 def _duplicates(ids: Integers) -> list[str]:

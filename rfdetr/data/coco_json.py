@@ -80,7 +80,8 @@ class AnnotationTable:
 class CocoFile:
     """The content of one annotation file.
 
-    `data` is its text, where byte ranges point. `texts` are the segmentations of the annotations
+    `data` is its text, where byte ranges point. `rejected` is the number of annotation entries with
+    a problem, which are not in the table. `texts` are the segmentations of the annotations
     as JSON text, empty where there is none.
     """
 
@@ -91,6 +92,7 @@ class CocoFile:
     problems: list[Problem]
     data: bytes = field(repr=False)
     texts: list[msgspec.Raw] = field(repr=False)
+    rejected: int = 0
 
 
 def parse_segmentation(text: bytes) -> Any:
@@ -124,12 +126,18 @@ def read_coco(
         annotations = _annotation_table(sections["annotations"], text if segmentation else b"")
         categories = [
             Category(entry.id, entry.name, entry.supercategory, row)
-            for entry, row in zip(*sections["categories"], strict=True)
+            for entry, row in zip(*sections["categories"][:2], strict=True)
         ]
     if problems and not tolerant:
         raise _error(path, problems)
     texts = [entry.segmentation for entry in sections["annotations"].entries]
-    return CocoFile(path, images, annotations, categories, problems, data, texts)
+    rejected = sections["annotations"].rejected
+    return CocoFile(path, images, annotations, categories, problems, data, texts, rejected)
+
+
+def has_outline(text: bytes | msgspec.Raw) -> bool:
+    """Whether the JSON text of a segmentation contains anything."""
+    return bytes(text).strip() not in (b"", b"[]", b"{}", b"null", b'""')
 
 
 @contextmanager

@@ -7,6 +7,7 @@ every other entry.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Sequence
@@ -57,10 +58,11 @@ class Problem:
 
 
 class Section(NamedTuple):
-    """The valid entries of one list of the file, and their positions in that list."""
+    """The valid entries of one list of the file, their positions in it, and how many others."""
 
     entries: list[Any]
     numbers: Sequence[int]
+    rejected: int = 0
 
 
 def byte_offset(raw: msgspec.Raw, data: bytes) -> int:
@@ -92,12 +94,18 @@ def outline(data: bytes) -> tuple[dict[str, msgspec.Raw], bytes, list[Problem]]:
         reason = "the top level is not an object {}"
         return {}, data, [Problem("json-structure", "file", None, None, "", reason)]
     except UnicodeDecodeError as error:
-        reason = f"not UTF-8 text: {error.reason}"
+        reason = f"not UTF-8 text: {error.reason}{_encoding_hint(data)}"
     except RecursionError:
         reason = "lists are nested too deeply"
     except msgspec.DecodeError as error:
         return _outline_of_python_json(data, str(error))
     return {}, data, [Problem("json-malformed", "file", None, None, "", reason)]
+
+
+def _encoding_hint(data: bytes) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        return "; it looks like UTF-16: save the file as UTF-8"
+    return "; it may be Latin-1 or Windows-1252: save the file as UTF-8"
 
 
 def _outline_of_python_json(
@@ -199,7 +207,7 @@ def _check_section(
     if left_out:
         reason = f"{left_out} further problems"
         problems.append(Problem("json-structure", name, None, None, "", reason))
-    return Section(entries, numbers), problems
+    return Section(entries, numbers, len(raws) - len(entries)), problems
 
 
 class _Place(NamedTuple):
@@ -232,8 +240,10 @@ def _examine(
         if value is not None:
             try:
                 values[key] = rule.convert(value)
-            except (ValueError, TypeError, OverflowError):
+            except (ValueError, TypeError, OverflowError) as error:
                 code, reason = value_code(key, value, rule), f"is not {rule.expected}"
+                if isinstance(error, OverflowError) and isinstance(value, int):
+                    reason = "is an integer beyond 64 bits"
                 problems.append(place.problem(code, key, _short(value), reason, own_id))
         elif rule.required:
             reason = "is null" if key in entry else "the key is missing"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import random
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -80,7 +80,6 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         self.masks = masks
         self.augmentation = augmentation
         self.seed = seed
-        self._warned = False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -180,14 +179,20 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         if isinstance(self.index.outlines, PolygonOutlines):
             points = self.index.outlines[row] * np.array([file.width, file.height])
             if not len(points):
-                x0, y0, x1, y1 = self.index.pixel_boxes(np.array([row]), file.width, file.height)[0]
-                points = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+                points = self._corners(row, file)
             return fill_polygon(points, file.height, file.width)
         segmentation = self._segmentation(row)
+        if segmentation is None:
+            return fill_polygon(self._corners(row, file), file.height, file.width)
         try:
             return rasterise(segmentation, file.height, file.width)
         except DatasetError as error:
             raise self._failure(file.path, error) from error
+
+    def _corners(self, row: int, file: ImageFile) -> npt.NDArray[np.float32]:
+        """Corner points (4, 2) of the box, the mask of an object without an outline."""
+        x0, y0, x1, y1 = self.index.pixel_boxes(np.array([row]), file.width, file.height)[0]
+        return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], np.float32)
 
     def _rle(self, row: int, file: ImageFile) -> RLE:
         try:
@@ -196,14 +201,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             raise self._failure(file.path, error) from error
 
     def _segmentation(self, row: int) -> Any:
-        found = self.index.outlines[row] if self.index.outlines is not None else None
-        if found is None and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self.index.root}: objects without a segmentation get empty masks.",
-                stacklevel=2,
-            )
-        return found
+        return self.index.outlines[row] if self.index.outlines is not None else None
 
     @staticmethod
     def _failure(path: Path, error: DatasetError) -> DatasetError:

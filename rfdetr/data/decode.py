@@ -1,6 +1,7 @@
 """Image files to RGB pixels, without torch, so that checking processes start fast.
 
-EXIF rotation is not applied: annotations refer to the pixels as they are stored.
+The dataset checks, training, predict and serving all decode here. EXIF rotation is not applied:
+annotations refer to the pixels as they are stored.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,9 @@ FORMAT_SUFFIXES: dict[str, frozenset[str]] = {
     "AVIF": frozenset({".avif"}),
 }
 IMAGE_SUFFIXES = frozenset().union(*FORMAT_SUFFIXES.values())
+# Pillow tries no other plugin; it opens MPO through JPEG.
+FORMATS = tuple(name for name in FORMAT_SUFFIXES if name != "MPO")
+MAX_PIXELS = 1_000_000_000  # 3 GB as RGB; a larger image is taken for a decompression bomb
 JPEG_START = b"\xff\xd8\xff"
 FAILURES = (
     OSError,
@@ -42,22 +48,72 @@ FAILURES = (
     struct.error,  # from Pillow on a PNG truncated between two chunks
     Image.DecompressionBombError,
 )
+_limit_lock = threading.Lock()
+
+
+class ImageTooLargeError(ValueError):
+    """An image with more pixels than allowed, recognised by its header."""
+
+
+def require_pixels(width: int, height: int, limit: int = MAX_PIXELS) -> None:
+    """Raise ImageTooLargeError for an image of more than `limit` pixels."""
+    if width * height > limit:
+        raise ImageTooLargeError(f"{width} x {height} pixels, more than {limit:,}")
+
+
+def open_image(data: bytes, limit: int = MAX_PIXELS) -> Image.Image:
+    """The image of a file's content, header read, pixels not yet decoded.
+
+    Raises one of FAILURES; ImageTooLargeError, one of them, for more than `limit` pixels.
+    """
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    with _limit_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow about metadata that is not read
+        kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(io.BytesIO(data), formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = kept
+    require_pixels(image.width, image.height, limit)
+    return image
+
+
+def file_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) in pixels from the header of an image file, None if it has none."""
+    try:
+        file = ImageFile(path)
+    except DatasetError:
+        return None
+    return file.width, file.height
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any PIL mode to RGB; 16-bit grey levels are scaled to 8 bits, alpha is dropped.
-
-    The bit depth of the file decides, not the content: a dark frame of a 16-bit camera stays dark.
-    32-bit integers do not tell their depth; they count as 8 bits if no level is above 255.
-    """
+    """Convert any PIL mode to RGB; deep grey levels are scaled to 8 bits, alpha is dropped."""
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
-        deep = image.mode != "I" or image.format == "PPM" or levels.max(initial=0) > 255
-        eight_bit = levels >> 8 if deep else levels
-        return Image.fromarray(eight_bit.astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(eight_bit_levels(np.asarray(image))).convert("RGB")
     return image.convert("RGB")
+
+
+def eight_bit_levels(levels: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    """Grey levels of a 16-bit, 32-bit or float image as 8 bits.
+
+    The levels of the image decide, not the number type, which says nothing about a 12-bit camera
+    or a thermal sensor: levels within 0..255 stay as they are, floats within 0..1 are multiplied
+    by 255, and all others are scaled linearly from the smallest and largest finite level of the
+    image to 0..255. NaN becomes the smallest level, an infinity the nearest finite one.
+    """
+    values = levels.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    if low >= 0 and high <= 1 and levels.dtype.kind == "f":
+        values *= 255
+    elif low < 0 or high > 255:
+        values = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+    return np.rint(values).astype(np.uint8)
 
 
 class ImageFile:
@@ -86,9 +142,10 @@ class ImageFile:
                 pass  # let Pillow try, and report the error
             else:
                 if space != "CMYK":
+                    self._require_pixels(width, height)
                     return width, height, True
         try:
-            with Image.open(io.BytesIO(self._data)) as image:
+            with open_image(self._data) as image:
                 return image.width, image.height, False
         except FAILURES as error:
             raise self._failure("cannot be decoded", error) from error
@@ -108,10 +165,16 @@ class ImageFile:
             except ValueError:
                 pass  # let Pillow try, and report the error
         try:
-            with Image.open(io.BytesIO(self._data)) as image:
+            with open_image(self._data) as image:
                 return np.asarray(to_rgb(image))
         except FAILURES as error:
             raise self._failure("cannot be decoded", error) from error
+
+    def _require_pixels(self, width: int, height: int) -> None:
+        try:
+            require_pixels(width, height)
+        except ImageTooLargeError as error:
+            raise self._failure("is too large", error) from error
 
     def _failure(self, what: str, why: object) -> DatasetError:
         return DatasetError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import urllib.error
 import urllib.request
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rfdetr.data.decode import FAILURES, ImageFile, Pixels, to_rgb
+from rfdetr.data.decode import FAILURES, ImageFile, Pixels, open_image, to_rgb
 from rfdetr.errors import DatasetError, InputError
 
 ImageLike = Image.Image | npt.NDArray[np.uint8] | Tensor
@@ -112,7 +111,7 @@ def _fetch(url: str) -> Image.Image:
     if len(data) > URL_LIMIT_BYTES:
         raise InputError(f"{url} is larger than {URL_LIMIT_BYTES >> 20} MiB; download it first.")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             return to_rgb(image).copy()
     except FAILURES as error:
         raise InputError(f"{url} is not an image that can be decoded: {error}.") from error

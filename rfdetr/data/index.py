@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from rfdetr.arrays import Integers
 from rfdetr.data.coco_json import parse_segmentation
+from rfdetr.data.ledger import SplitLedger
 from rfdetr.errors import DatasetError
 
 SHOWN = 20
@@ -125,6 +126,8 @@ class AnnotationIndex:
     num_classes: int
     relative: bool = False
     outlines: FileOutlines | PolygonOutlines | None = None
+    masked: npt.NDArray[np.bool_] | None = None  # rows with an outline, if outlines are read
+    ledger: SplitLedger = field(default_factory=SplitLedger)
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -40,7 +40,8 @@ class Layout:
     """A recognised dataset folder.
 
     `kind` is "roboflow" for a COCO export, "coco" for plain COCO, "yolo" for YOLO. `splits` has
-    the existing splits by name. `names` are the class names of a YOLO data.yaml.
+    the existing splits by name. `names` are the class names of a YOLO data.yaml, `keypoint_values`
+    the count of numbers that follow the box in a line of pose labels, 0 without `kpt_shape`.
     """
 
     kind: Kind
@@ -48,6 +49,7 @@ class Layout:
     splits: Mapping[str, SplitPaths]
     yaml_file: Path | None = None
     names: tuple[str, ...] = ()
+    keypoint_values: int = 0
 
     def require(self, name: str) -> SplitPaths:
         """The split. Raises DatasetError that says what was expected and what was found."""
@@ -146,12 +148,13 @@ def _yolo(root: Path) -> Layout:
     problems: list[str] = []
     notes: list[str] = []
     names = class_names(content, problems)
+    keypoints = keypoint_values(content, problems)
     splits = yolo_splits(path, content, problems, notes)
     if problems:
         raise DatasetError(f"{path}: " + " ".join(problems))
     if notes:
         warnings.warn(f"{path}: " + " ".join(notes), stacklevel=3)
-    return Layout("yolo", root, splits, path, names)
+    return Layout("yolo", root, splits, path, names, keypoints)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -217,6 +220,22 @@ def class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, .
             f"nc: is {count!r} but names: has {len(names)} entries; correct one of them."
         )
     return tuple(str(name) for name in names)
+
+
+def keypoint_values(content: Mapping[str, Any], problems: list[str]) -> int:
+    """Numbers per object that `kpt_shape: [keypoints, 2 or 3]` puts behind the box."""
+    shape = content.get("kpt_shape")
+    if shape is None:
+        return 0
+    if (
+        not isinstance(shape, list)
+        or [type(value) for value in shape] != [int, int]
+        or shape[0] < 1
+        or shape[1] not in (2, 3)
+    ):
+        problems.append(f"kpt_shape: must be [number of keypoints, 2 or 3], found {shape!r}.")
+        return 0
+    return int(shape[0] * shape[1])
 
 
 def yolo_splits(

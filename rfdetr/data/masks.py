@@ -67,18 +67,39 @@ def _numbers(polygon: Any, limit: float) -> list[float]:
 
 
 def _run_lengths(segmentation: RLE, height: int, width: int) -> RLE:
-    size, counts = segmentation.get("size"), segmentation.get("counts")
+    size, counts = checked_rle(segmentation)
     if size != [height, width]:
         raise DatasetError(f"RLE size {size} is not the image's [{height}, {width}].")
-    if isinstance(counts, str):
-        counts = decode_counts(counts)
-    if not isinstance(counts, list) or not all(type(c) is int and c >= 0 for c in counts):
-        raise DatasetError(f"RLE counts must be a string or integers, found {counts!r:.60}.")
-    if sum(counts) != height * width:
-        raise DatasetError(
-            f"RLE counts cover {sum(counts)} pixels, the image has {height * width}."
-        )
     return dict(coco_mask.frPyObjects({"size": size, "counts": counts}, height, width))
+
+
+def checked_rle(segmentation: RLE) -> tuple[list[int], list[int]]:
+    """[height, width] and the run lengths, column by column, of an RLE mask.
+
+    Integers may be written as 7.0. Raises DatasetError that says what is wrong.
+    """
+    size, counts = _integers(segmentation.get("size")), segmentation.get("counts")
+    if size is None or len(size) != 2:
+        raise DatasetError(f"RLE size {segmentation.get('size')!r:.60} is not [height, width].")
+    runs = decode_counts(counts) if isinstance(counts, str) else _integers(counts)
+    if runs is None or min(runs, default=0) < 0:
+        raise DatasetError(
+            f"RLE counts must be run lengths or compressed text, found {counts!r:.60}."
+        )
+    if sum(runs) != size[0] * size[1]:
+        raise DatasetError(
+            f"RLE counts cover {sum(runs)} pixels, its size {size} has {size[0] * size[1]}."
+        )
+    return size, runs
+
+
+def _integers(values: Any) -> list[int] | None:
+    """A list of integers, also if written as 7.0; None for anything else."""
+    if not isinstance(values, list):
+        return None
+    if not all(type(v) is int or (type(v) is float and v.is_integer()) for v in values):
+        return None
+    return [int(value) for value in values]
 
 
 def decode_counts(text: str) -> list[int]:

@@ -21,7 +21,9 @@ from rfdetr.data.augment import Augmentation
 from rfdetr.data.batch import collate
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.dataset import DetectionDataset
+from rfdetr.data.index import AnnotationIndex
 from rfdetr.data.layouts import detect_layout
+from rfdetr.data.ledger import SplitLedger
 from rfdetr.data.sampler import EpochSampler, ResumableLoader
 from rfdetr.data.spawn import safe_workers
 from rfdetr.data.transforms import EvalTransform, TrainTransform
@@ -39,9 +41,10 @@ class RFDETRDataModule(pl.LightningDataModule):
     """Datasets and loaders for a model and a training configuration.
 
     A split is read when it is first needed and then kept; this neither uses nor changes global
-    random state and writes nothing. There is no predict loader: pass one to `trainer.predict`.
-    Raises DatasetError that lists what is wrong with a split, and ConfigError when the
-    configuration has another number of `class_names` than the data has classes.
+    random state and writes nothing. `ledgers` says for each split what became of every file and
+    annotation; it is logged when the split is read. There is no predict loader: pass one to
+    `trainer.predict`. Raises DatasetError that lists what is wrong with a split, and ConfigError
+    when the configuration has another number of `class_names` than the data has classes.
     """
 
     def __init__(self, model_config: ModelConfig, train_config: TrainConfig) -> None:
@@ -50,6 +53,7 @@ class RFDETRDataModule(pl.LightningDataModule):
         self.train_config = train_config
         self.order_seed = train_config.seed if train_config.seed is not None else _free_seed()
         self._datasets: dict[str, DetectionDataset] = {}
+        self.ledgers: dict[str, SplitLedger] = {}
         self._splits: CocoSplits | YoloSplits | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -149,6 +153,7 @@ class RFDETRDataModule(pl.LightningDataModule):
             return self._val_as_test("a test split without images")
         if len(index) == 0:
             raise DatasetError(f"{splits.layout.root}: the {name!r} split has no images.")
+        self._check_objects(name, index)
         augmentation = None
         if name == "train" and self.train_config.aug_config:
             augmentation = Augmentation(self.train_config.aug_config)
@@ -161,6 +166,32 @@ class RFDETRDataModule(pl.LightningDataModule):
         )
         self._check_names(dataset)
         return dataset
+
+    def _check_objects(self, name: str, index: AnnotationIndex) -> None:
+        """Log the ledger of a split; refuse to train on nothing."""
+        root, ledger = self._source().layout.root, index.ledger
+        self.ledgers[name] = ledger
+        log.info("%s, %s: %s.", root, name, ledger)
+        if name == "train" and not ledger.objects:
+            raise DatasetError(
+                f"{root}: the 'train' split has {ledger.without_objects()}. "
+                "`python -m rfdetr.checks` lists the reasons."
+            )
+        if index.masked is None or index.masked.all():
+            return
+        boxes = int((~index.masked & ~index.crowd).sum())
+        if name == "train" and not index.masked.any():
+            raise DatasetError(
+                f"{root}: no annotation of the 'train' split has a segmentation, which "
+                f"{type(self.model_config).__name__} needs. Train a detection model, or export "
+                "polygons or masks."
+            )
+        if boxes:
+            warnings.warn(
+                f"{root}: {boxes:,} object(s) of the {name!r} split have no segmentation; their "
+                "boxes are used as masks.",
+                stacklevel=5,
+            )
 
     def _val_as_test(self, cause: str) -> DetectionDataset:
         if cause:

@@ -142,7 +142,7 @@ for _name, _code, _change in (
     ("box_missing", "key-missing", _without("bbox")),
     ("image_id_missing", "key-missing", _without("image_id")),
     ("category_id_null", "key-missing", _set(category_id=None)),
-    ("annotation_id_missing", "key-missing", _without("id")),
+    ("annotation_id_missing", "annotation-id-missing", _without("id")),
     ("category_id_text", "value-type", _set(category_id="one")),
     ("area_text", "value-type", _set(area="big")),
     ("iscrowd_text", "iscrowd-invalid", _set(iscrowd="no")),
@@ -192,8 +192,8 @@ for _name, _code, _edit in (
     ("file_name_outside", "file-name-invalid", lambda i: i.update(file_name="../../secret.jpg")),
     ("file_name_absolute", "file-name-invalid", lambda i: i.update(file_name="/etc/x.jpg")),
     ("width_text", "image-size-invalid", lambda i: i.update(width="wide")),
-    ("width_zero", "image-size-invalid", lambda i: i.update(width=0)),
-    ("height_missing", "image-size-invalid", lambda i: i.pop("height")),
+    ("width_zero", "image-size-missing", lambda i: i.update(width=0)),
+    ("height_missing", "image-size-missing", lambda i: i.pop("height")),
     ("image_id_text", "value-type", lambda i: i.update(id="first")),
 ):
     image_plant(_name, _code, _edit)
@@ -342,8 +342,8 @@ def _cut(path: Path) -> None:
 
 
 def _bomb(path: Path) -> None:
-    """A PNG whose header announces 400 million pixels."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    """A PNG whose header announces 1,600 million pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
     chunks = (header, b"IDAT" + zlib.compress(bytes(1000)), b"IEND")
     body = b"".join(
         struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
@@ -387,5 +387,7 @@ for _name, _code, _change_file in (
     ("file_exif", "image-exif-rotated", _exif),
     ("file_sixteen_bits", "image-mode", _sixteen_bits),
     ("file_cmyk", "image-mode", _cmyk),
+    ("file_black", "image-flat", lambda p: Image.new("RGB", (96, 64), (3, 2, 9)).save(p)),
+    ("file_one_colour", "image-flat", lambda p: Image.new("RGB", (96, 64), "red").save(p)),
 ):
     file_plant(_name, _code, _change_file)

@@ -25,6 +25,70 @@ def file_unreferenced(root: Path) -> Expected:
 
 
 @coco
+def file_hidden(root: Path) -> Expected:
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    copy = root / "train" / ".ipynb_checkpoints" / "image_0001-checkpoint.jpg"
+    shutil.copy(root / "train" / "image_0001.jpg", copy)
+    return Expected("file-hidden", {"file": f"train/.ipynb_checkpoints/{copy.name}"})
+
+
+@yolo
+def file_hidden_yolo(root: Path) -> Expected:
+    folder = root / "train" / "images"
+    shutil.copy(folder / "image_0001.png", folder / "._image_0001.png")
+    return Expected("file-hidden", {"file": "train/images/._image_0001.png"})
+
+
+@yolo
+def file_of_a_phone(root: Path) -> Expected:
+    (root / "train" / "images" / "a.HEIC").write_bytes(b"x")
+    return Expected("file-format", {"file": "train/images/a.HEIC"})
+
+
+@coco
+def category_of_val_alone(root: Path) -> Expected:
+    data = Coco(root, "valid")
+    data.categories.append({"id": 9, "name": "screw", "supercategory": "none"})
+    data.annotations[0]["category_id"] = 9
+    data.save()
+    return Expected("category-split-differs", {"split": "val"})
+
+
+@coco
+def file_outside(root: Path) -> Expected:
+    data = Coco(root)
+    (data.folder / "image_0000.jpg").rename(root / "image_0000.jpg")
+    data.images[0]["file_name"] = "../image_0000.jpg"
+    data.save()
+    return Expected("file-outside", {"image_id": 1})
+
+
+@coco
+def every_object_is_a_crowd(root: Path) -> Expected:
+    data = Coco(root)
+    for annotation in data.annotations:
+        annotation["iscrowd"] = 1
+    data.save()
+    return Expected("split-nothing-to-train", {"split": "train"})
+
+
+@coco
+def most_objects_are_crowds(root: Path) -> Expected:
+    every_object_is_a_crowd(root)
+    data = Coco(root)
+    data.annotations[0]["iscrowd"] = 0
+    data.save()
+    return Expected("crowd-share", {"split": "train"})
+
+
+@yolo
+def label_beside_the_image(root: Path) -> Expected:
+    folder = root / "train" / "images"
+    (folder / "image_0001.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    return Expected("label-beside", {"file": "train/images/image_0001.txt"})
+
+
+@coco
 def file_stray(root: Path) -> Expected:
     (root / "valid" / "notes.docx").write_bytes(b"x")
     return Expected("file-stray", {"file": "valid/notes.docx"})

@@ -35,11 +35,11 @@ def test_errors_exit_1_and_options_change_that(
     clean: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(clean["coco"], tmp_path / "data"))
-    COCO["box_zero"](folder)
+    COCO["box_nan"](folder)
     assert main([str(folder), *QUIET]) == 1
-    assert "box-zero-area" in capsys.readouterr().out
-    assert main([str(folder), *QUIET, "--silence", "box-zero-area"]) == 0
-    assert main([str(folder), *QUIET, "--severity", "box-zero-area=warning"]) == 0
+    assert "box-nan" in capsys.readouterr().out
+    assert main([str(folder), *QUIET, "--silence", "box-nan"]) == 0
+    assert main([str(folder), *QUIET, "--severity", "box-nan=warning"]) == 0
     assert main([str(folder), *QUIET, "--fix", str(tmp_path / "repaired"), "--fix-plan"]) == 0
     assert main([str(tmp_path / "repaired"), *QUIET, "--model", "small"]) == 0
 

@@ -6,7 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rfdetr.data.categories import check_ids, exported_table, raw_table
+from rfdetr.data.categories import (
+    category_differences,
+    check_ids,
+    exported_table,
+    raw_table,
+)
 from rfdetr.data.coco_json import Category
 from rfdetr.errors import DatasetError
 
@@ -47,3 +52,22 @@ def test_unusable_lists(rows: list[dict], raw: bool, words: str) -> None:
     with pytest.raises(DatasetError, match=words):
         check_ids(Path("a.json"), categories(rows), raw)
     check_ids(Path("a.json"), categories([{"id": -1, "name": "a"}]), False)
+
+
+def test_a_project_named_like_its_only_class() -> None:
+    rows = [
+        {"id": 0, "name": "washer", "supercategory": "none"},
+        {"id": 1, "name": "washer", "supercategory": "washer"},
+    ]
+    assert exported_table(categories(rows), {1}).labels == {1: 0}
+    alone = [{"id": 1, "name": "washer", "supercategory": "washer"}]
+    assert exported_table(categories(alone), {1}).labels == {1: 0}
+    assert exported_table(categories(rows), {0, 1}).class_names == ("washer", "washer")
+
+
+def test_a_split_may_list_a_part_of_the_categories() -> None:
+    train = categories([{"id": 1, "name": "a"}, {"id": 2, "name": "b"}])
+    assert category_differences(train[:1], train) == []
+    assert category_differences([*train, *categories([{"id": 3, "name": "c"}])], train) == []
+    other = categories([{"id": 1, "name": "b"}, {"id": 5, "name": "a"}])
+    assert [number for number, _ in category_differences(other, train)] == [1, 5]

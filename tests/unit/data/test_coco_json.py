@@ -74,7 +74,7 @@ def test_columns(tmp_path: Path) -> None:
         ({"image_id": "7"}, "image_id", "not an integer"),
         ({"image_id": None}, "image_id", "null"),
         ({"category_id": 2.5}, "category_id", "not an integer"),
-        ({"id": 2**70}, "id", "not an integer"),
+        ({"id": 2**70}, "id", "beyond 64 bits"),
         ({"iscrowd": "no"}, "iscrowd", "0 or 1"),
     ],
 )

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rfdetr.data.decode import ImageFile
+from rfdetr.data.decode import ImageFile, open_image, require_pixels
+from rfdetr.data.image_input import as_rgb_image
 from rfdetr.errors import DatasetError
 
 
@@ -80,21 +81,45 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 
 def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "bomb.png"
-    image().save(path)
+    monkeypatch.setattr(require_pixels, "__defaults__", (1000,))
+    monkeypatch.setattr(open_image, "__defaults__", (1000,))
+    for name in ("bomb.png", "bomb.jpg"):
+        image().save(tmp_path / name)
+        with pytest.raises(DatasetError, match=rf"{name}.*70 x 50 pixels, more than 1,000"):
+            ImageFile(tmp_path / name)
+
+
+def test_images_beyond_the_limit_of_pillow_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image().save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(DatasetError, match=r"bomb\.png.*decompression bomb"):
-        ImageFile(path)
+    assert ImageFile(tmp_path / "a.png").decode().shape == (50, 70, 3)
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
-def test_dark_frames_of_a_16_bit_camera_stay_dark(tmp_path: Path, name: str) -> None:
-    for level in (200, 60_000):
-        pixels = np.full((5, 7), level, np.uint16)
-        Image.fromarray(pixels).save(tmp_path / name)
-        assert set(ImageFile(tmp_path / name).decode().ravel().tolist()) == {level >> 8}
+DEEP = [
+    (np.uint16, [0, 1000, 4000], [0, 64, 255]),  # a 12-bit camera
+    (np.uint16, [29000, 30000, 31000], [0, 128, 255]),  # a thermal sensor
+    (np.uint16, [3, 100, 200], [3, 100, 200]),
+    (np.int32, [0, 100, 200], [0, 100, 200]),
+    (np.int32, [-100, 0, 300], [0, 64, 255]),
+    (np.float32, [0.0, 0.5, 1.0], [0, 128, 255]),
+    (np.float32, [0.0, 0.1, 0.2], [0, 26, 51]),
+    (np.float32, [280.0, 290.0, 300.0], [0, 128, 255]),
+    (np.float32, [0.0, 100.0, 255.0], [0, 100, 255]),
+    (np.float32, [np.nan, 0.0, 1.0], [0, 0, 255]),
+    (np.float32, [-np.inf, 0.5, np.inf], [128, 128, 128]),
+    (np.float32, [np.nan, np.nan, np.nan], [0, 0, 0]),
+]
 
 
-def test_32_bit_levels_that_fit_into_8_bits_stay(tmp_path: Path) -> None:
-    Image.fromarray(np.full((5, 7), 200, np.int32)).save(tmp_path / "a.tif")
-    assert ImageFile(tmp_path / "a.tif").decode().max() == 200
+@pytest.mark.parametrize(("kind", "levels", "expected"), DEEP)
+def test_levels_of_deep_images(
+    tmp_path: Path, kind: type, levels: list[float], expected: list[int]
+) -> None:
+    Image.fromarray(np.array([levels], kind)).save(tmp_path / "a.tif")
+    pixels = ImageFile(tmp_path / "a.tif").decode()
+    assert pixels[0].tolist() == [[level] * 3 for level in expected]
+    served = as_rgb_image(Image.open(tmp_path / "a.tif"))
+    np.testing.assert_array_equal(np.asarray(served), pixels)

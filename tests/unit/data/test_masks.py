@@ -58,7 +58,7 @@ def test_union_of_polygons_and_what_is_skipped() -> None:
         {"size": [12, 10], "counts": [120]},
         {"size": [10, 12], "counts": [119]},
         {"size": [10, 12], "counts": [-1, 121]},
-        {"size": [10, 12], "counts": [60.0, 60.0]},
+        {"size": [10, 12], "counts": [60.5, 59.5]},
         {"size": [10, 12], "counts": "oooooooooooooo"},
         {"size": [10, 12], "counts": "\x01"},
         {"size": [10, 12], "counts": "ü"},
@@ -81,3 +81,8 @@ def test_areas_of_any_number_of_masks(count: int) -> None:
     areas = mask_areas([encode(mask) for mask in masks])
     assert areas.dtype == np.float64
     np.testing.assert_array_equal(areas, [mask.sum() for mask in masks])
+
+
+def test_integers_of_rle_may_be_written_as_floats() -> None:
+    mask = rasterise({"size": [10.0, 12.0], "counts": [60.0, 60.0]}, 10, 12)
+    assert mask[:, 6:].all() and not mask[:, :6].any()

@@ -98,12 +98,12 @@ def test_masks_and_crowd_regions(conversion: dict, tmp_path: Path) -> None:
     assert isinstance(crowd["counts"], bytes)
 
 
-def test_empty_segmentation_is_an_empty_mask_and_one_warning(tmp_path: Path) -> None:
+def test_the_mask_of_an_object_without_a_segmentation_is_its_box(tmp_path: Path) -> None:
     row = {"bbox": [1, 1, 5, 5], "category_id": 4, "area": 25}
-    with pytest.warns(UserWarning, match="without a segmentation"):
-        _, target = coco_dataset(tmp_path, [row, {**row, "segmentation": []}], {4: 0}, True)
+    _, target = coco_dataset(tmp_path, [row, {**row, "segmentation": []}], {4: 0}, True)
     assert target["masks"].shape == (2, HEIGHT, WIDTH)
-    assert not target["masks"].any()
+    assert target["masks"][:, 1:6, 1:6].all()
+    assert not target["masks"][:, 7:].any() and not target["masks"][:, :, 7:].any()
 
 
 @pytest.mark.parametrize("area", [-3, 0])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from rfdetr.data.decode import ImageFile
 from rfdetr.data.transforms import (
@@ -66,7 +66,9 @@ def test_preprocess_takes_every_pil_mode(mode: str) -> None:
     gray = Image.fromarray(formula(30, 20, 0)).convert("L")
     image = gray.convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
-        image = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+        full = ImageOps.autocontrast(gray)  # the range of the image is scaled to 0..255
+        image = Image.fromarray(np.asarray(full).astype(np.uint16) * 257)
+        gray = full
     out = preprocess(image, 16)
     assert out.shape == (3, 16, 16)
     if mode in ("I;16", "I", "F", "LA", "RGBA"):
