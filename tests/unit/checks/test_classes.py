@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rfdetr.checks import DatasetReport, check_dataset
+from rfdetr.config import RFDETRSegNanoConfig
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.layouts import Kind, detect_layout
 from rfdetr.data.yolo import YoloSplits
@@ -92,3 +93,24 @@ def test_a_class_that_is_no_plain_number(first: str, tmp_path: Path) -> None:
     assert [finding.line for finding in found] == [2]
     with pytest.raises(DatasetError, match=r"line 2: the class .* is not an integer"):
         YoloSplits(detect_layout(root)).index("train")
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_segmentation_model_needs_segmentations(every: int, tmp_path: Path) -> None:
+    root = make_roboflow(tmp_path / "data", segmentation=True)
+    path = root / "train" / "_annotations.coco.json"
+    document = json.loads(path.read_text())
+    for row in document["annotations"][::every]:
+        row["segmentation"] = []
+    path.write_text(json.dumps(document))
+    model = RFDETRSegNanoConfig.model_validate({"pretrain_weights": None})
+    report = check_dataset(
+        root, model_config=model, workers=1, cache_dir=tmp_path / "cache", progress=False
+    )
+    found = {finding.code: finding.severity for finding in report.findings}
+    if every == 1:
+        assert found["segmentation-none"] == "error"
+    else:
+        assert found["segmentation-missing"] == "warning"
+        assert report.counts["segmentation-missing"] == len(document["annotations"][::2])
+        assert "segmentation-none" not in found
