@@ -12,8 +12,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from PIL import Image
 
-from rfdetr.checks.check_files import list_folder
 from rfdetr.data.decode import FAILURES, IMAGE_SUFFIXES
+from rfdetr.data.folders import list_files
 
 Size = tuple[int, int] | None  # width, height
 
@@ -33,7 +33,7 @@ class ImageFinder:
         self._by_path: dict[str, list[str]] = defaultdict(list)
         self._by_name: dict[str, list[str]] = defaultdict(list)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
-        for file in list_folder(root):
+        for file in list_files(root).visible:
             path = PurePosixPath(file)
             if path.suffix.lower() in IMAGE_SUFFIXES and file not in claimed:
                 self._by_path[fold(file)].append(file)

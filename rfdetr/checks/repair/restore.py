@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from rfdetr.checks.check_files import list_folder
 from rfdetr.checks.repair.coco_boxes import restore_annotation
 from rfdetr.checks.repair.coco_ids import IdMap, is_id, number_annotations, unique_names
 from rfdetr.checks.repair.file_names import ImageFinder, Wanted, claimed_files
 from rfdetr.checks.repair.tree import replace_text
+from rfdetr.data.folders import list_files
 
 Record = dict[str, Any]
 SECTIONS = ("images", "annotations", "categories")
@@ -86,7 +86,9 @@ def _listed(content: Record, section: str) -> list[Any]:
 def _restore_names(root: Path, documents: list[Document], done: Counter[str]) -> set[str]:
     """Use the files that the names mean; return the splits that changed."""
     folders = {document.split.name: document.split.folder for document in documents}
-    present = {name: frozenset(list_folder(root / folder)) for name, folder in folders.items()}
+    present = {
+        name: frozenset(list_files(root / folder).visible) for name, folder in folders.items()
+    }
     names = {
         document.split.name: {
             str(PurePosixPath(image["file_name"])): image
