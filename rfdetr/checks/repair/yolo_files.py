@@ -120,9 +120,7 @@ def restore_labels(work: Path, layout: Layout) -> Counter[str]:
         data = label.read_bytes()
         if new != lines or data.removeprefix(codecs.BOM_UTF8) != text.encode():
             replace_text(label, "".join(line + "\n" for line in new))
-        done["corrected values"] += sum(
-            a != b for a, b in zip(lines, new, strict=True)
-        )
+        done["corrected values"] += sum(a != b for a, b in zip(lines, new, strict=True))
     return +done
 
 
