@@ -126,7 +126,8 @@ def test_a_dataset_with_errors_stops_before_training_and_leaves_its_report(
     file.chmod(0o644)
     document = json.loads(file.read_text())
     document["annotations"][0]["category_id"] = 99
-    document["annotations"][1]["bbox"] = [10, 10, -5, 4]
+    document["annotations"][1]["category_id"] = 98
+    document["annotations"][2]["bbox"] = [10, 10, -5, 4]  # training drops it: a warning
     file.write_text(json.dumps(document))
     done = run(copy, "dvc", "repro", "evaluate", check=False)
     assert done.returncode != 0

@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from rfdetr.errors import NonFiniteLossError
+from rfdetr.errors import DatasetError, NonFiniteLossError
 from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 from tests.datasets import make_roboflow
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
@@ -119,9 +119,9 @@ def test_weights_that_are_not_finite_are_reported_too(shapes, tmp_path):
         ({"train": 1, "valid": 1}, ("washer", "bolt"), {}),
         ({"train": 3, "valid": 2}, ("washer",), {}),
         ({"train": 2, "valid": 1}, ("washer",), {"grad_accum_steps": 8, "batch_size": 1}),
-        ({"train": 3, "valid": 2}, ("washer", "bolt"), {"background": 1}),
+        ({"train": 2, "valid": 2}, ("washer", "bolt"), {"background": 2, "batch_size": 1}),
     ],
-    ids=["one image", "one class", "window longer than the data", "no labels at all"],
+    ids=["one image", "one class", "window longer than the data", "batches without labels"],
 )
 def test_unusual_datasets_train(tmp_path, splits, names, fields):
     background = fields.pop("background", 5)
@@ -130,6 +130,12 @@ def test_unusual_datasets_train(tmp_path, splits, names, fields):
     run = Run(tiny_model(num_classes=len(names)), config).fit()
     assert run.trainer.global_step == 5
     assert torch.isfinite(run.trainer.callback_metrics["train/loss"])
+
+
+def test_a_dataset_without_labels_is_refused(tmp_path):
+    dataset = make_roboflow(tmp_path / "data", splits={"train": 3, "valid": 2}, background=1)
+    with pytest.raises(DatasetError, match="has no object to train"):
+        Run(tiny_model(), tiny_run(dataset, tmp_path / "out", epochs=1)).fit()
 
 
 def test_repeated_model_settings_in_the_training_configuration_are_ignored_with_a_warning(
