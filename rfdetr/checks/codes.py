@@ -1,4 +1,4 @@
-"""Finding codes: default severity, meaning, advice and automatic repair, read from codes.toml."""
+"""Finding codes: severity, action, meaning, advice and repair of each, read from codes.toml."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 Severity = Literal["error", "warning", "info"]
+Action = Literal["fix", "repair", "decide", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+ACTIONS: tuple[Action, ...] = ("fix", "repair", "decide", "info")
 
 
 class CodeInfo(NamedTuple):
-    """One kind of finding. `repair` is empty where only the user can decide what to do."""
+    """One kind of finding, as codes.toml explains it; `repair` is empty where --fix has none."""
 
     severity: Severity
+    action: Action
     meaning: str
     advice: str
     repair: str = ""

@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from rfdetr.checks import CheckConfig, DatasetReport, check_dataset
+from rfdetr.checks.codes import ACTIONS, CODES
 from rfdetr.checks.html import write_html
 from rfdetr.checks.markdown import to_markdown
 from rfdetr.config import RFDETRNanoConfig
@@ -178,3 +179,11 @@ def test_a_file_name_that_is_not_utf8_is_in_the_report(
     read = DatasetReport.read(tmp_path / "report.json")
     places = [f"{finding.file} {finding.message}" for finding in read.findings]
     assert any(r"bad\udcff" in place for place in places)
+
+
+def test_every_code_has_an_action_that_its_repair_allows() -> None:
+    for code, info in CODES.items():
+        assert info.action in ACTIONS, code
+        assert info.repair or info.action != "repair", code
+        assert info.severity == "info" or info.action != "info", code
+    assert {CODES[c].action for c in ("annotation-id-zero", "file-name-portability")} == {"info"}
