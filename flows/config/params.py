@@ -95,6 +95,9 @@ def parse_params(data: Any, *, origin: str = PARAMS_FILE, needed: Iterable[str] 
     values = {
         name: _section(name, kind, data.get(name), problems) for name, kind in SECTIONS.items()
     }
+    dataset, registry = values["dataset"], values["registry"]
+    if dataset and registry and "name" not in registry.model_fields_set:
+        values["registry"] = RegistrySettings(name=dataset.name)
     sources = _sources(data.get("sources"), problems)
     problems.extend(_combinations(values))
     problems.extend(_missing(data, needed))

@@ -219,7 +219,7 @@ class GateSettings(Section):
 class RegistrySettings(Section):
     """The registered model of this detector line."""
 
-    name: Name = Field("rfdetr-demo", description="Name of the registered model")
+    name: Name = Field("demo", description="Registered model; default: the name of the dataset")
 
 
 class RuntimeSettings(Section):

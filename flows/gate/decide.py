@@ -150,6 +150,11 @@ def _same_classes(case: _Case) -> Rule:
     if case.same_classes:
         return Rule(name="same_classes", passed=True, reason=f"same {len(new)} classes")
     reason = f"class list changed: added {sorted(new - old)}, removed {sorted(old - new)}"
+    if origin := case.policy.champion_origin:
+        reason = (
+            f"{origin} with the classes {', '.join(sorted(old))}: choose another registry.name for "
+            "this dataset"
+        )
     if not case.policy.allow_class_change:
         reason += " (set gate.allow_class_change to accept it)"
     return Rule(name="same_classes", passed=case.policy.allow_class_change, reason=reason)

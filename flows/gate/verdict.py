@@ -56,9 +56,10 @@ class Scores(_Record):
 
 
 class GatePolicy(GateSettings):
-    """The `gate` section of params.yaml, and facts about this challenger."""
+    """The `gate` section of params.yaml, and facts about this challenger and the champion."""
 
     rolled_back: str | None = None  # reason, if the challenger was promoted before and rolled back
+    champion_origin: str | None = None  # version and dataset of a champion of another dataset
 
 
 class Rule(_Record):

@@ -25,13 +25,14 @@ from flows.orchestration.limits import registry_slot
 from flows.orchestration.notify import notify
 from flows.project.project import Project
 from flows.registry.model_folder import ModelFiles
-from flows.registry.registry import Registry, now
+from flows.registry.registry import Registry, Version, now
 from flows.release import champion
 from flows.release.champion import AuditRecord
 from flows.release.freshness import GATE_KEY, gate_key, pinned_version, registry_of
 from rfdetr.files import write_text_atomic
 
 DATASET_VERSION = "lineage.dataset_version"
+DATASET = "lineage.dataset"
 
 
 class Registered(BaseModel, frozen=True):
@@ -124,12 +125,24 @@ def judge(project: Project, number: int) -> Verdict:
     reason = None
     if tags.get("promotion.rolled_back") == "true":
         reason = tags.get("promotion.rolled_back_reason", "no reason recorded")
-    policy = GatePolicy(**params.gate.model_dump(), rolled_back=reason)
+    policy = GatePolicy(
+        **params.gate.model_dump(),
+        rolled_back=reason,
+        champion_origin=other_origin(project, registry.name, champion) if champion else None,
+    )
     verdict = decide(old, challenger, policy, champion.number if champion else None)
     record_verdict(registry, number, verdict)
     registry.set_tags(number, {GATE_KEY: gate_key(params, digest)})
     write_text_atomic(project.verdict, verdict.model_dump_json(indent=2))
     return verdict
+
+
+def other_origin(project: Project, name: str, champion: Version) -> str | None:
+    """Which dataset the champion was trained on, as a clause; None if it is the current one."""
+    trained_on = champion.tags.get(DATASET)
+    if trained_on in (None, project.params.dataset.name):
+        return None
+    return f"version {champion.number} of {name} was trained on the dataset {trained_on}"
 
 
 def record_verdict(registry: Registry, number: int, verdict: Verdict) -> None:
@@ -259,6 +272,7 @@ def _lineage(project: Project, card: dict[str, Any], flow_run: str | None) -> di
         "lineage.git_commit": made.git_commit,
         "lineage.git_dirty": made.git_dirty,
         "lineage.dvc_lock": made.dvc_lock_sha256,
+        DATASET: card["dataset"]["name"],
         "lineage.data_digest": card["dataset"]["digest"],
         DATASET_VERSION: str(pinned_version(project)),
         "lineage.flow_run": flow_run,

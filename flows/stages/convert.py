@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from flows.stages.runner import run_stage
 from flows.storage.objects import download
 from flows.storage.s3 import is_s3
 from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
-from rfdetr.checkpoints.structure import structure_mismatch
-from rfdetr.errors import CheckpointError
+from rfdetr.checkpoints.structure import infer_config, structure_mismatch
+from rfdetr.config import MODEL_CONFIGS
+from rfdetr.errors import CheckpointError, DownloadError
 from rfdetr.files import sha256_file
 
 SECTIONS = ["model", "convert"]
@@ -62,6 +65,11 @@ def _locate(source: str, project: Project) -> Path:
         return resolve_weights(source)
     except FileNotFoundError as error:
         raise CheckpointError(f"convert.source: {error}") from error
+    except DownloadError as error:
+        raise DownloadError(
+            f"convert.source: {error} A path to a downloaded file works too, and "
+            "`convert: {source: null}` trains from scratch."
+        ) from error
 
 
 def _from_file(path: Path, source: str, project: Project, target: Path) -> dict[str, Any]:
@@ -71,7 +79,10 @@ def _from_file(path: Path, source: str, project: Project, target: Path) -> dict[
     old = read_checkpoint(path, mmap=True)
     problem = structure_mismatch(old, params.model.config())
     if problem:
-        raise CheckpointError(f"convert.source {source} does not fit the model section: {problem}")
+        raise CheckpointError(
+            f"convert.source {source} does not fit the model section: {problem}\n"
+            + _ways_out(old, params.model)
+        )
     card = _about(old) | {"source_sha256": sha256_file(path)}
     if old.kind == "lightning":
         copy_atomic(path, target)
@@ -92,6 +103,32 @@ def _from_file(path: Path, source: str, project: Project, target: Path) -> dict[
     }
     summary = report.summary.partition(": ")[2]
     return card | {"proof": facts | {"summary": summary}}
+
+
+def _ways_out(old: CheckpointRecord, model: ModelSettings) -> str:
+    """The parameters that keep the model section, and those that keep the checkpoint."""
+    published = MODEL_CONFIGS[model.variant].model_fields["pretrain_weights"].default
+    changed = sorted(model.model_dump(exclude={"variant"}, exclude_none=True))
+    fields = f" without {', '.join(changed)}" if changed else ""
+    ways = [
+        f"To train {model.variant}{fields}: `convert: {{source: {published}}}` (published weights) "
+        "or `convert: {source: null}` (from scratch)."
+    ]
+    with contextlib.suppress(CheckpointError):  # of a structure that no configuration describes
+        ways.append(f"To keep the checkpoint: `model: {_section_of(old)}`.")
+    return "\n".join(f"- {way}" for way in ways)
+
+
+def _section_of(old: CheckpointRecord) -> str:
+    """The model section that fits a checkpoint: its variant, and the fields that differ from it."""
+    config = infer_config(old)
+    usual = MODEL_CONFIGS[config.variant].model_validate({"pretrain_weights": None})
+    names = set(ModelSettings.model_fields) - {"positional_encoding_size"}
+    fields = {
+        name: value for name, value in config if name in names and value != getattr(usual, name)
+    }
+    text = json.dumps({"variant": config.variant, **fields})
+    return text.replace('"', "")
 
 
 def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path) -> dict[str, Any]:

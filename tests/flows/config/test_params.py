@@ -349,3 +349,12 @@ def test_an_empty_change_is_applied_where_null_is_a_value() -> None:
 def test_an_empty_change_of_an_unknown_field_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'epochs'"):
         checked(RetrainParams, overrides=parse_changes(["fit.epoch="]))
+
+
+def test_the_registered_model_is_named_after_the_dataset() -> None:
+    trees: dict[str, Any] = {"dataset": {"name": "trees", "dir": "data/trees"}}
+    assert parse_params(trees).registry.name == "trees"
+    assert parse_params({**trees, "registry": None}).registry.name == "trees"
+    assert parse_params({**trees, "registry": {"name": "oaks"}}).registry.name == "oaks"
+    assert parse_params({}).registry.name == "demo"
+    assert load_params(ROOT / "params.yaml").registry.name == "rfdetr-demo"

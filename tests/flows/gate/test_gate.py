@@ -117,6 +117,14 @@ def test_changed_class_list_needs_consent() -> None:
     assert judge(scores(0.5), other, allow_class_change=True).promote
 
 
+def test_a_champion_of_another_dataset_is_named_as_that() -> None:
+    origin = "version 3 of trees was trained on the dataset oaks"
+    refused = judge(scores(0.5), scores(0.9, class_names=("7",)), champion_origin=origin)
+    assert failed(refused) == {"same_classes"}
+    assert f"{origin} with the classes 0, 1, 4: choose another registry.name" in refused.reason
+    assert judge(scores(0.5), scores(0.9), champion_origin=origin).promote  # a renamed dataset
+
+
 def test_one_class_may_not_drop_too_far() -> None:
     per_class = {**scores(0.7).per_class, "4": ClassScore(ap=0.4, boxes=100)}
     worse = scores(0.7, per_class=per_class)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flows.config.params import parse_params
 from flows.project.project import Project
@@ -15,7 +17,7 @@ from flows.storage.objects import upload
 from rfdetr.checkpoints.best_file import best_payload
 from rfdetr.checkpoints.record import read_checkpoint
 from rfdetr.checkpoints.safe_io import save_file
-from rfdetr.errors import CheckpointError, RFDETRError
+from rfdetr.errors import CheckpointError, DownloadError, RFDETRError
 from rfdetr.model.network import build_network
 from tests.flows.projects import TINY
 from tests.flows.servers import S3Server
@@ -66,6 +68,16 @@ def test_from_scratch_the_seed_decides(start: Path) -> None:
     assert card()["kind"] == "scratch"
 
 
+def test_published_weights_without_network_are_one_sentence(
+    start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RF_WEIGHTS_URL", "http://127.0.0.1:9")
+    with pytest.raises(DownloadError) as refused:
+        convert(project("rf-detr-nano.pth"))
+    assert "`convert: {source: null}` trains from scratch" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_weights_come_from_s3(start: Path, s3: S3Server) -> None:
     upload(start, "s3://data/weights/start.pth", progress=False)
     convert(project("s3://data/weights/start.pth"))
@@ -93,5 +105,17 @@ def test_a_damaged_file_is_one_clear_error(start: Path, name: str) -> None:
 def test_weights_of_another_network_and_missing_files_are_named(start: Path) -> None:
     with pytest.raises(CheckpointError, match="does not fit the model section"):
         convert(project(str(start), patch_size=8, resolution=64))
+    other = Project()
+    other.params = parse_params({"model": {"variant": "medium"}, "convert": {"source": str(start)}})
+    with pytest.raises(CheckpointError) as refused:
+        convert(other)
+    text = str(refused.value)
+    assert "`convert: {source: rf-detr-medium.pth}`" in text
+    kept = re.search(r"`(model: .*)`", text)
+    assert kept, text
+    fitting = parse_params({**yaml.safe_load(kept[1]), "convert": {"source": str(start)}})
+    other.params = fitting  # the proposed section is accepted as it is printed
+    convert(other)
+    assert card()["proof"]["max_abs_difference"] == 0
     with pytest.raises((RFDETRError, FileNotFoundError), match="nothing"):
         convert(project("weights/nothing.pth"))
