@@ -12,9 +12,11 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Self
 
+from flows.core.names import check_names
 from flows.core.redact import redact
 from flows.storage.objects import download, upload
 from flows.storage.s3 import DamagedError, NotFoundError, StorageError, list_objects
@@ -62,7 +64,10 @@ class Mirror:
             ) from None
 
     def _fetch_all(self) -> None:
-        names = {item.address.rpartition("/")[2] for item in list_objects(str(self.url))}
+        listed = (item.address.rpartition("/")[2] for item in list_objects(str(self.url)))
+        known = (*PATTERNS, *SLOTS, POINTER)
+        names = {name for name in listed if any(fnmatch(name, pattern) for pattern in known)}
+        check_names(names, self.folder, str(self.url))
         arrived = self.folder / f".{LAST}.fetched"
         newest = self._newest_slot()
         slots = [slot for slot in (SLOTS[newest], SLOTS[1 - newest]) if slot in names]

@@ -19,21 +19,26 @@ class Progress:
     """`progress.jsonl`: a header, the names of the classes, then one line per finished batch.
 
     If the header differs (another model or threshold), a new file is started. A truncated last
-    line, left by a kill, is dropped, so a batch is recorded completely or not at all.
+    line, left by a kill, is dropped, so a batch is recorded completely or not at all. Of a file
+    that was damaged, for example by a power failure, the lines before the damage are used.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         self.file = folder / PROGRESS
         self.categories: dict[int, str] = {}
         self._rows: dict[str, Row] = {}
-        lines = self.file.read_text(encoding="utf-8").split("\n") if self.file.exists() else [""]
-        complete = lines[:-1]
-        if not complete or json.loads(complete[0]) != header:
-            complete = [json.dumps(header)]
-        if lines != [*complete, ""]:
-            write_text_atomic(self.file, "\n".join(complete) + "\n")
-        for line in complete[1:]:
-            self._read(json.loads(line))
+        content = self.file.read_bytes() if self.file.exists() else b""
+        first, *lines = content.split(b"\n")[:-1] or [b""]
+        intact = [first] if first == json.dumps(header).encode() else []
+        for line in lines if intact else ():
+            try:
+                self._read(json.loads(line))
+            except (ValueError, TypeError, KeyError):
+                break
+            intact.append(line)
+        wanted = b"\n".join([*(intact or [json.dumps(header).encode()]), b""])
+        if content != wanted:
+            write_text_atomic(self.file, wanted.decode("utf-8"))
 
     def set_categories(self, names: dict[int, str]) -> None:
         """Record label -> name of every class of the model."""

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from flows.core.child_report import report_failure, report_start
 from flows.core.process import die_with_parent, exit_on_sigterm
 from flows.core.redact import redact
-from flows.inference.images import SourceImage, fetch_image, list_images, newest
+from flows.inference.images import UNUSABLE, SourceImage, fetch_image, list_images, newest
 from flows.inference.predict import find_version, load_detector
 from flows.project.project import Project
 from flows.registry.image_profile import PROFILE
@@ -133,25 +133,31 @@ def _measure(
             )
         reference = ImageProfile.load(artifacts / PROFILE)
         detector = load_detector(artifacts, device=params.device)
-        files = _fetch(images, Path(temporary) / "images")
+        files = fetch_images(images, Path(temporary) / "images")
         recent = profile_images(detector, files, limit=params.limit, threshold=reference.threshold)
     report = compare(reference, recent, params.thresholds)
     draw_drift(reference, recent, report, root / PLOT)
     return report
 
 
-def _fetch(images: Sequence[SourceImage], folder: Path) -> list[Path]:
-    """The paths of the images, downloaded to `folder` if they are on S3."""
+def fetch_images(images: Sequence[SourceImage], folder: Path) -> list[Path]:
+    """The paths of the images, downloaded to `folder` if they are on S3; vanished ones are skipped.
+
+    Raises StorageError.
+    """
     client = make_client() if any(is_s3(image.address) for image in images) else None
     files: dict[int, Path] = {}
 
     def fetch(item: tuple[int, SourceImage]) -> None:
         number, image = item
-        target = folder / str(number) / Path(image.name).name
-        files[number] = fetch_image(image, target, client)
+        target = folder / f"{number}{Path(image.name).suffix}"
+        try:
+            files[number] = fetch_image(image, target, client)
+        except UNUSABLE as error:
+            print(f"skipped: {redact(str(error))}", file=sys.stderr)
 
     on_threads(fetch, enumerate(images))
-    return [files[number] for number in range(len(images))]
+    return [files[number] for number in sorted(files)]
 
 
 def _record(root: Path, registry: Registry, version: Version, check: DriftCheck) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from flows.storage.objects import download
-from flows.storage.s3 import Address, guard, is_s3, make_client
+from flows.storage.s3 import Address, ChangedError, DamagedError, guard, is_s3, make_client
 from rfdetr.data.decode import IMAGE_SUFFIXES
 from rfdetr.errors import DatasetError
+
+# Errors of a single object; other errors of S3 concern all of them.
+UNUSABLE = (FileNotFoundError, DamagedError, ChangedError)
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,9 @@ def _in_folder(source: str, exclude: Path | None) -> Iterator[SourceImage]:
     if base.is_file():
         yield _of_file(base, base.name)
     elif base.is_dir():
+        inner = None if exclude is None else os.path.realpath(exclude)  # no error for a link loop
         for file in sorted(base.rglob("*")):
-            excluded = exclude is not None and file.resolve().is_relative_to(exclude.resolve())
+            excluded = inner is not None and Path(os.path.realpath(file)).is_relative_to(inner)
             if file.suffix.lower() in IMAGE_SUFFIXES and not excluded:
                 yield _of_file(file, file.relative_to(base).as_posix())
     else:
@@ -77,7 +82,10 @@ def _in_folder(source: str, exclude: Path | None) -> Iterator[SourceImage]:
 
 
 def _of_file(file: Path, name: str) -> SourceImage:
-    status = file.stat()
+    try:
+        status = file.stat()
+    except OSError:  # a dangling link or a vanished file: reading it says what is wrong
+        return SourceImage(name, str(file), "missing", 0.0)
     stamp = f"{status.st_size}-{status.st_mtime_ns}"
     return SourceImage(name, str(file), stamp, status.st_mtime)
 

@@ -6,7 +6,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from flows.core.digest import digest_of
 from flows.core.locks import locked
+from flows.core.names import local_names
 from flows.inference.coco_results import DATASET, PROGRESS, RESULTS, Progress, Row, write_coco
-from flows.inference.images import SourceImage, fetch_image, list_images
+from flows.inference.images import UNUSABLE, SourceImage, fetch_image, list_images
 from flows.project.project import Project
 from flows.registry.registry import CHAMPION, Registry, Version
 from flows.storage.objects import download, upload
@@ -90,8 +91,9 @@ def predict_images(
         if remaining:
             detector = load_version(registry, version, Path(temporary))
             progress.set_categories(detector.model.label_names())
+            drawn = _drawn_files(images, folder) if draw else {}
             for batch in _loaded(remaining, Path(temporary)):
-                progress.add(_detect(detector, batch, threshold, folder if draw else None))
+                progress.add(_detect(detector, batch, threshold, drawn))
                 uploads.tick()
         rows = progress.rows(images)
         count = write_coco(folder, header, rows, progress.categories)
@@ -137,10 +139,17 @@ def load_detector(artifacts: Path, **overrides: Any) -> RFDETR:
 
 
 def _working_folder(out: str, state_dir: Path) -> Path:
-    """The local folder of the results: `out`, or for an s3:// prefix one in the state folder."""
+    """The local folder of the results: `out`, or for an s3:// prefix one in the state folder.
+
+    Raises ConfigError if `out` is a file or below one.
+    """
     if is_s3(out):
         return state_dir / "predictions" / digest_of([out.rstrip("/")])[:24]
-    return Path(out)
+    folder = Path(out)
+    file = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if file is not None:
+        raise ConfigError(f"the results need a folder, but {file} is a file; choose another --out.")
+    return folder
 
 
 class _Uploads:
@@ -201,7 +210,7 @@ def _load(batch: Sequence[SourceImage], folder: Path, client: Any) -> list[Loade
         target = folder / f"image-{number}{Path(image.name).suffix}"
         try:
             pixels[image.name] = read_image(fetch_image(image, target, client))
-        except (InputError, FileNotFoundError) as error:
+        except (InputError, *UNUSABLE) as error:
             reason = str(error).replace(str(target), image.address)
             pixels[image.name] = InputError(reason)
         target.unlink(missing_ok=True)
@@ -211,7 +220,7 @@ def _load(batch: Sequence[SourceImage], folder: Path, client: Any) -> list[Loade
 
 
 def _detect(
-    detector: RFDETR, batch: Sequence[Loaded], threshold: float, folder: Path | None
+    detector: RFDETR, batch: Sequence[Loaded], threshold: float, drawn: Mapping[str, Path]
 ) -> list[Row]:
     readable = [pixels for _, pixels in batch if not isinstance(pixels, InputError)]
     found = iter(detector.predict(readable, threshold=threshold) if readable else [])
@@ -224,8 +233,8 @@ def _detect(
             continue
         detections = next(found)
         rows.append({**row, **_fields(pixels, detections)})
-        if folder is not None:
-            _draw(pixels, detections, folder / DRAWN / _drawn_name(image.name))
+        if image.name in drawn:
+            _draw(pixels, detections, drawn[image.name])
     return rows
 
 
@@ -248,8 +257,13 @@ def _fields(pixels: Any, detections: Any) -> Row:
     return fields
 
 
-def _drawn_name(name: str) -> str:
-    return name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg"
+def _drawn_files(images: Sequence[SourceImage], folder: Path) -> dict[str, Path]:
+    """Image name -> file of the image with its detections drawn in, which is a JPEG file."""
+    wanted = {
+        i.name: i.name if i.name.lower().endswith((".jpg", ".jpeg")) else f"{i.name}.jpg"
+        for i in images
+    }
+    return {name: folder / DRAWN / path for name, path in local_names(wanted).items()}
 
 
 def _draw(pixels: Any, detections: Any, target: Path) -> None:

@@ -1,14 +1,16 @@
 """Single files to and from s3:// addresses, by boto3's transfer manager, with a progress bar.
 
-Every uploaded object carries its SHA-256 in the metadata; a download is checked against it. An
-interrupted transfer of one object restarts: for 1 GB that costs the seconds already spent, and
-transfers are as fast as the hand-written resume of parts that this replaced (measured by
-tests/benchmarks/bench_storage.py). Transfers of folders resume per file: `flows.storage.prefixes`.
+Every uploaded object carries its SHA-256 in the metadata. A download is checked against it, or else
+against the MD5 sum that is the ETag of most objects. An interrupted transfer of one object
+restarts: for 1 GB that costs the seconds already spent, and transfers are as fast as the
+hand-written resume of parts that this replaced (measured by tests/benchmarks/bench_storage.py).
+Transfers of folders resume per file: `flows.storage.prefixes`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,9 @@ from flows.storage.s3 import (
     THREADS,
     TRIES,
     Address,
+    ChangedError,
     DamagedError,
+    ObjectInfo,
     StorageError,
     guard,
     head,
@@ -39,36 +43,78 @@ def download(
     progress: bool = True,
     client: Any = None,
     threads: int = THREADS,
+    etag: str | None = None,
 ) -> Path:
     """Fetch one object into the file `target`, which appears or changes only when it is complete.
 
-    Raises NotFoundError, DamagedError if the size or SHA-256 is wrong, or another StorageError.
+    The content is that of one object, never parts of two, whether or not the server supports
+    conditional requests. An object that is replaced meanwhile is fetched again, or refused if
+    `etag` names the wanted one. Raises NotFoundError, ChangedError, DamagedError if the size or
+    SHA-256 is wrong, or another StorageError.
     """
     client = client or make_client()
     address, path = Address.parse(uri), Path(target)
-    info = head(uri, client)
+    last = None
     with atomic_path(path) as temporary:
-        with open(temporary, "wb") as stream, _bar(path, info["size"], progress) as advance:
-            guard(
-                lambda: client.download_fileobj(
-                    **address.ids(), Fileobj=stream, Callback=advance, Config=_config(threads)
-                ),
-                str(address),
-            )
-        _check(temporary, info, address)
-    return path
+        for _ in range(TRIES):
+            info = head(uri, client)
+            if etag not in (None, info.etag):
+                break
+            try:
+                with _bar(path, info.size, progress) as advance:
+                    _receive(client, address, temporary, advance, threads)
+            except ChangedError:
+                continue
+            matches = _matches(temporary, info)
+            if matches:
+                return path
+            if head(uri, client) != info:
+                continue
+            if matches is False:
+                raise DamagedError(_damage(temporary, info, address))
+            found = info, sha256_file(temporary)
+            if not info.etag_is_md5 or found == last:
+                return path
+            last = found
+        raise ChangedError(f"{address} was replaced during the transfer. Try again.")
 
 
-def _check(path: Path, info: dict[str, Any], address: Address) -> None:
-    size = path.stat().st_size
-    if size != info["size"]:
-        raise DamagedError(f"{address}: {size} of {info['size']} bytes arrived. Try again.")
-    found = sha256_file(path) if info["sha256"] else None
-    if found != info["sha256"]:
-        raise DamagedError(
-            f"{address}: the content does not match its SHA-256 (expected {info['sha256']}, found "
-            f"{found}). The download was removed; upload the object again."
+def _receive(
+    client: Any, address: Address, target: Path, advance: Callable[[int], object], threads: int
+) -> None:
+    with open(target, "wb") as stream:
+        guard(
+            lambda: client.download_fileobj(
+                **address.ids(), Fileobj=stream, Callback=advance, Config=_config(threads)
+            ),
+            str(address),
         )
+
+
+def _matches(path: Path, info: ObjectInfo) -> bool | None:
+    """Whether the file is the content of an object; None if what the server says cannot tell.
+
+    An ETag that differs from the MD5 sum is no proof: some servers compute it in another way.
+    """
+    if path.stat().st_size != info.size:
+        return False
+    if info.sha256 is not None:
+        return sha256_file(path) == info.sha256
+    if not info.etag_is_md5:
+        return None
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
+    return digest.hexdigest() == info.etag or None
+
+
+def _damage(path: Path, info: ObjectInfo, address: Address) -> str:
+    size = path.stat().st_size
+    if size != info.size:
+        return f"{address}: {size} of {info.size} bytes arrived. Try again."
+    return (
+        f"{address}: the content does not match its SHA-256 (expected {info.sha256}, found "
+        f"{sha256_file(path)}). The download was removed; upload the object again."
+    )
 
 
 def upload(
@@ -85,12 +131,10 @@ def upload(
     if not path.is_file():
         raise StorageError(f"{path} is not a file.")
     digest, size = sha256_file(path), path.stat().st_size
-    try:
+    with contextlib.suppress(StorageError):  # missing, or keys that may write but not read
         present = head(uri, client)
-    except StorageError:  # missing, or keys that may write but not read
-        present = {}
-    if (present.get("sha256"), present.get("size")) == (digest, size):
-        return digest
+        if (present.sha256, present.size) == (digest, size):
+            return digest
     with _bar(path, size, progress) as advance:
         guard(
             lambda: client.upload_file(
@@ -103,6 +147,8 @@ def upload(
             ),
             str(address),
         )
+    if sha256_file(path) != digest:
+        raise ChangedError(f"{path} changed while it was uploaded to {address}. Upload it again.")
     return digest
 
 

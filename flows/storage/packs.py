@@ -21,6 +21,7 @@ from tqdm import tqdm
 from flows.core.digest import digest_of, list_files
 from flows.core.files import new_folder, read_json, write_json
 from flows.core.locks import locked
+from flows.core.names import UnsafeNameError, check_names
 from rfdetr.errors import DatasetError
 from rfdetr.files import sha256_file, to_disk
 
@@ -118,8 +119,10 @@ def _unpack_shard(shard: Path, sha256: str, target: Path) -> None:
         raise DatasetError(f"{shard} is missing or damaged; fetch the pack again (dvc pull).")
     try:
         with tarfile.open(shard) as archive:
-            archive.extractall(target, members=_regular_files(archive, shard), filter="data")
-    except tarfile.TarError as error:
+            entries = list(_regular_files(archive, shard))
+            check_names([entry.name for entry in entries], target, str(shard))
+            archive.extractall(target, members=entries, filter="data")
+    except (tarfile.TarError, UnsafeNameError) as error:
         raise DatasetError(f"{shard} is refused: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from flows.core.digest import list_files
+from flows.core.names import check_names, inside
 from flows.storage.objects import download, upload
 from flows.storage.s3 import (
     THREADS,
+    TRIES,
     Address,
+    ChangedError,
     Listed,
     NotFoundError,
     StorageError,
@@ -37,18 +41,29 @@ def download_tree(uri: str, folder: str | os.PathLike[str], *, progress: bool = 
     """Fetch everything under a prefix into the new `folder`.
 
     Files arrive in `.<name>.partial`, so the folder appears only when it is complete. After an
-    interruption the next call fetches only files that are missing or have changed since. Raises
-    StorageError, also if the folder exists.
+    interruption the next call fetches only files that are missing or have changed since. If objects
+    change or vanish meanwhile, the prefix is listed again. Raises StorageError, also if the folder
+    exists, and UnsafeNameError if a name cannot be a file in it.
     """
     target = Path(folder)
     if target.exists():
         raise StorageError(f"{target} exists already; remove it or fetch to another folder.")
     client = make_client()
     prefix = str(Address.parse(uri)).rstrip("/") + "/"
-    objects = list(list_objects(uri, client))
-    if not objects:
-        raise NotFoundError(f"{prefix} is empty or does not exist.")
-    partial = _PartialTree(target, [item.address.removeprefix(prefix) for item in objects])
+    for _ in range(TRIES):
+        objects = list(list_objects(uri, client))
+        if not objects:
+            raise NotFoundError(f"{prefix} is empty or does not exist.")
+        with contextlib.suppress(ChangedError, NotFoundError):
+            _download_listed(objects, prefix, target, client, progress=progress)
+            return target
+    raise ChangedError(f"{prefix} keeps changing. Fetch it when nothing writes there.")
+
+
+def _download_listed(
+    objects: list[Listed], prefix: str, target: Path, client: Any, *, progress: bool
+) -> None:
+    partial = _PartialTree(target, [item.address.removeprefix(prefix) for item in objects], prefix)
     with _bar(target, sum(item.size for item in objects), progress) as bar:
 
         def get(item: Listed) -> None:
@@ -60,13 +75,13 @@ def download_tree(uri: str, folder: str | os.PathLike[str], *, progress: bool = 
                     progress=False,
                     client=client,
                     threads=_threads_of_each(len(objects)),
+                    etag=item.etag,
                 )
                 partial.note(name, item.etag)
             bar.update(item.size)
 
         on_threads(get, objects)
     partial.finish(target)
-    return target
 
 
 def upload_tree(folder: str | os.PathLike[str], uri: str, *, progress: bool = True) -> int:
@@ -105,11 +120,13 @@ def _threads_of_each(files: int) -> int:
 class _PartialTree:
     """The finished files of an unfinished download, and beside them a list of their ETags."""
 
-    def __init__(self, target: Path, names: list[str]) -> None:
+    def __init__(self, target: Path, names: list[str], prefix: str) -> None:
         self.folder = target.with_name(f".{target.name}.partial")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        check_names(names, self.folder, prefix)
         self.journal = target.with_name(f".{target.name}.partial.etags")
-        lines = self.journal.read_text("utf-8").splitlines() if self.journal.exists() else []
-        self.etags = dict(map(_etag_line, lines))
+        known = self.journal.read_bytes() if self.journal.exists() else b""
+        self.etags = dict(map(_etag_line, known.splitlines()))
         self._keep_only({self.path(name) for name in names})
 
     def path(self, name: str) -> Path:
@@ -136,18 +153,10 @@ class _PartialTree:
                 path.unlink()
 
 
-def _etag_line(line: str) -> tuple[str, str]:
-    """Name and ETag; empty for a truncated line."""
+def _etag_line(line: bytes) -> tuple[str, str]:
+    """Name and ETag; empty for a truncated or damaged line."""
     try:
         name, etag = json.loads(line)
-    except ValueError:
+    except (ValueError, TypeError):
         return "", ""
     return str(name), str(etag)
-
-
-def inside(folder: Path, name: str) -> Path:
-    """The file `name` in `folder`. Raises StorageError if a name from outside leads elsewhere."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise StorageError(f"the object name '{name}' leads out of {folder}; refused.")
-    return path

@@ -6,8 +6,10 @@ Endpoint and keys come from the AWS_* environment variables or the files that bo
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from flows.core.redact import redact
@@ -16,6 +18,7 @@ from rfdetr.errors import RFDETRError
 THREADS = 8
 TRIES = 5
 SHA_KEY = "sha256"
+MD5_ETAG = re.compile(r"[0-9a-f]{32}")
 
 
 class StorageError(RFDETRError, OSError):
@@ -28,6 +31,10 @@ class NotFoundError(StorageError, FileNotFoundError):
 
 class DamagedError(StorageError):
     """An object whose content differs from what was uploaded."""
+
+
+class ChangedError(StorageError):
+    """An object that was replaced during its transfer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +65,10 @@ def is_s3(text: str) -> bool:
 
 
 def make_client() -> Any:
-    """A boto3 client with timeouts, retries, and signatures that every S3 server accepts."""
+    """A boto3 client with timeouts, retries, and signatures that every S3 server accepts.
+
+    Raises StorageError if the address of the server is not a URL.
+    """
     import boto3
     from botocore.config import Config
 
@@ -71,7 +81,13 @@ def make_client() -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return guard(lambda: boto3.session.Session().client("s3", config=config), "S3")
+    try:
+        return guard(lambda: boto3.session.Session().client("s3", config=config), "S3")
+    except ValueError as error:  # boto3's own words: "Invalid endpoint: 127.0.0.1:9000"
+        raise StorageError(
+            f"S3: {redact(str(error))}. An address in AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3, or "
+            "endpoint_url in the AWS configuration file) starts with http:// or https://."
+        ) from None
 
 
 HINTS = {
@@ -85,6 +101,7 @@ HINTS = {
     "PreconditionFailed": "it changed during the transfer",
 }
 MISSING = {"404", "NoSuchKey", "NoSuchBucket"}
+CHANGED = {"412", "PreconditionFailed"}
 
 
 def guard(call: Callable[[], Any], what: str) -> Any:
@@ -112,25 +129,39 @@ def _storage_error(what: str, error: BaseException) -> StorageError:
     if not isinstance(error, ClientError):
         return StorageError(f"{what}: {redact(str(error))}")
     code = str(error.response.get("Error", {}).get("Code", "unknown"))
-    kind = NotFoundError if code in MISSING else StorageError
+    kind = StorageError
+    if code in MISSING | CHANGED:
+        kind = NotFoundError if code in MISSING else ChangedError
     return kind(f"{what}: {HINTS.get(code, redact(str(error)))} ({code}).")
 
 
-def head(uri: str, client: Any = None) -> dict[str, Any]:
-    """Size, etag and sha256 (None when unknown) of one object."""
+class ObjectInfo(NamedTuple):
+    """What a server says about one object. Equal for two requests if nothing replaced it."""
+
+    size: int
+    etag: str  # without quotes
+    modified: datetime
+    sha256: str | None  # in the metadata of objects that this package uploaded
+    etag_is_md5: bool  # it looks like the MD5 sum of the content
+
+
+def head(uri: str, client: Any = None) -> ObjectInfo:
+    """Size, ETag, time and SHA-256 of one object. Raises NotFoundError or another StorageError."""
     address = Address.parse(uri)
     client = client or make_client()
     answer = guard(lambda: client.head_object(**address.ids()), str(address))
-    return {
-        "size": int(answer["ContentLength"]),
-        "etag": answer["ETag"],
-        "sha256": _sha_of(answer),
-    }
-
-
-def _sha_of(answer: dict[str, Any]) -> str | None:
     metadata = {key.lower(): value for key, value in answer.get("Metadata", {}).items()}
-    return metadata.get(SHA_KEY)
+    etag = str(answer.get("ETag", "")).strip('"')
+    encrypted = answer.get("SSECustomerAlgorithm") or "kms" in answer.get(
+        "ServerSideEncryption", ""
+    )
+    return ObjectInfo(
+        size=int(answer["ContentLength"]),
+        etag=etag,
+        modified=answer["LastModified"],
+        sha256=metadata.get(SHA_KEY),
+        etag_is_md5=bool(MD5_ETAG.fullmatch(etag)) and not encrypted,
+    )
 
 
 class Listed(NamedTuple):
@@ -173,4 +204,4 @@ def list_versions(uri: str, client: Any = None) -> list[tuple[str, str]]:
     """
     client = client or make_client()
     found = sorted((item.address, item.etag) for item in list_objects(uri, client))
-    return found or [(uri, head(uri, client)["etag"].strip('"'))]
+    return found or [(uri, head(uri, client).etag)]

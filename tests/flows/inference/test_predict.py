@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from moto.server import ThreadedMotoServer
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from flows.batch_predict import batch_predict
+from flows.core.names import UnsafeNameError
+from flows.inference import drift
 from flows.inference.coco_results import PROGRESS
-from flows.inference.images import list_images, newest
+from flows.inference.images import SourceImage, list_images, newest
 from flows.inference.predict import BATCH, Predictions, predict_images
 from flows.project.project import Project
-from flows.storage.prefixes import upload_tree
+from flows.storage.prefixes import fetch, upload_tree
+from flows.storage.s3 import make_client
 from rfdetr import RFDETR
 from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.checkpoints.safe_io import save_file
@@ -256,6 +263,105 @@ def test_from_and_to_s3_and_on_another_machine(
         assert (s3.folder / "data/found" / name).read_bytes() == (complete / name).read_bytes()
     monkeypatch.setenv("RFDETR_STATE_DIR", str(project / "other-machine"))
     assert predict(project, "s3://data/images", "s3://data/found").detected == 0
+
+
+HOSTILE = ["set/../../evil.png", "set//abs/evil.png", "set/a.png", "set/A.PNG", "set/a.png.jpg"]
+HOSTILE += ["set/C:\\evil.png", "set/..\\evil.png", "set/a.png/b.png"]
+
+
+@pytest.fixture
+def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A prefix whose keys try to leave a folder; served by moto, which accepts every key."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    client = make_client()
+    client.create_bucket(Bucket="data")
+    for key in HOSTILE:
+        client.put_object(Bucket="data", Key=key, Body=png())
+    yield "s3://data/set"
+    server.stop()
+
+
+def png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_object_keys_cannot_lead_out_of_a_folder(
+    project: Path, hostile: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "a/b/out"
+    found = predict(project, hostile, out, draw=True)
+    assert (found.images, found.unreadable) == (len(HOSTILE), 0)
+    drawn = [path for path in (out / "pictures").rglob("*") if path.is_file()]
+    assert len({str(path).casefold() for path in drawn}) == len(HOSTILE)
+    assert {path for path in tmp_path.rglob("*evil*") if path.is_file()} <= set(drawn)
+    files = drift.fetch_images(list_images([hostile]), tmp_path / "recent")
+    assert len(files) == len(HOSTILE)
+    assert {path.parent for path in files} == {tmp_path / "recent"}
+    with pytest.raises(UnsafeNameError, match="not a plain relative path"):
+        fetch(hostile, tmp_path / "fetched", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".fetched.partial", "a", "recent"]
+    assert not list((tmp_path / ".fetched.partial").iterdir())
+
+
+def test_a_vanished_object_skips_one_image(
+    project: Path, hostile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(sources: list[str], **options: Any) -> list[SourceImage]:
+        images = list_images(sources, **options)
+        make_client().delete_object(Bucket="data", Key="set/a.png")
+        return images
+
+    monkeypatch.setattr("flows.inference.predict.list_images", listed)
+    found = predict(project, hostile, tmp_path / "out")
+    assert (found.images, found.unreadable) == (len(HOSTILE), 1)
+    info = json.loads((tmp_path / "out/detections.json").read_text())["info"]
+    assert list(info["unreadable"]) == ["a.png"]
+    files = drift.fetch_images([*list_images([hostile]), GONE], tmp_path / "recent")
+    assert len(files) == len(HOSTILE) - 1
+
+
+GONE = SourceImage("a.png", "s3://data/set/a.png", "etag", 0.0)
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0\0\n", b"\n\n", b"\xff\xfe\n", b"null\n", b'{"a":\n'])
+def test_a_damaged_progress_file_costs_only_what_it_held(
+    project: Path, images_dir: Path, tmp_path: Path, damage: bytes
+) -> None:
+    source = images_dir / "day-0/000.png"
+    predict(project, source, tmp_path / "out")
+    file = tmp_path / "out" / PROGRESS
+    intact = file.read_bytes()
+    file.write_bytes(intact + damage)
+    assert predict(project, source, tmp_path / "out").detected == 0
+    assert file.read_bytes() == intact
+    file.write_bytes(damage)
+    assert predict(project, source, tmp_path / "out").detected == 1
+
+
+def test_a_dangling_link_is_one_unreadable_image(
+    project: Path, images_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(images_dir / "day-0/000.png", tmp_path / "in")
+    (tmp_path / "in/dangling.jpg").symlink_to("/nonexistent.jpg")
+    (tmp_path / "in/loop.jpg").symlink_to(tmp_path / "in/loop.jpg")
+    found = predict(project, tmp_path / "in", tmp_path / "out")
+    assert (found.images, found.unreadable) == (3, 2)
+    assert len(newest(list_images([str(tmp_path / "in")]), limit=5)) == 3
+
+
+def test_results_below_a_file_are_refused(project: Path, images_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(ConfigError, match="is a file; choose another --out"):
+            predict(project, images_dir, out)
 
 
 def test_masks_are_written_as_run_lengths(
