@@ -63,6 +63,7 @@ def _progress_bar(value: Any) -> Any:
 
 
 Positive = Annotated[int, Field(ge=1)]
+Workers = Annotated[int, Field(ge=0)] | Literal["auto"]
 NonNegative = Annotated[float, Field(ge=0)]
 Factor = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -532,7 +533,9 @@ class TrainConfig(Hyperparameters):
     class_names: list[str] | None = Field(
         None, description="Class names; default: those of the dataset"
     )
-    num_workers: int = Field(2, ge=0, description="Data loader processes per device")
+    num_workers: Workers = Field(
+        "auto", description="Data loader processes per device; auto: the cores of its share"
+    )
     pin_memory: bool | None = Field(None, description="Pin memory; default: on CUDA")
     persistent_workers: bool | None = Field(None, description="Keep loader processes; default: yes")
     prefetch_factor: Positive | None = Field(None, description="Batches prefetched per process")

@@ -26,6 +26,7 @@ from rfdetr.config import (
     ModelConfig,
     Positive,
     StrictConfig,
+    Workers,
     optional_fields,
 )
 
@@ -34,7 +35,7 @@ Variant = Annotated[str, Field(min_length=1)]
 
 SOURCE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # a folder of data/; DVC splits names at dots
 
-EVALUATOR_VERSION = 1  # increased when the same weights would get other numbers
+EVALUATOR_VERSION = 2  # increased when the same weights would get other numbers
 
 
 def _devices(value: Any) -> Any:
@@ -233,7 +234,9 @@ class RuntimeSettings(Section):
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = Field(
         "auto", description="Lightning accelerator"
     )
-    num_workers: int = Field(2, ge=0, description="Data loader processes per device")
+    num_workers: Workers = Field(
+        "auto", description="Data loader processes per device; auto: the cores of its share"
+    )
     gpu_slot: Name = Field("gpu", description="Prefect concurrency limit")
     timeout_s: float | None = Field(None, gt=0, description="Seconds that the training may take")
     stage_timeout_s: float = Field(21600, gt=0, description="Seconds that other stages may take")

@@ -19,7 +19,7 @@ from flows.core.quiet import quiet_libraries
 from flows.gate.verdict import ClassScore, Scores
 from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
 from rfdetr.checkpoints.structure import infer_config
-from rfdetr.config import ModelConfig, TrainConfig
+from rfdetr.config import ModelConfig, TrainConfig, Workers
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.layouts import detect_layout
 from rfdetr.errors import DatasetError
@@ -128,7 +128,7 @@ def score_model(
     settings: EvaluateSettings,
     *,
     accelerator: str = "auto",
-    num_workers: int = 0,
+    num_workers: Workers = 0,
 ) -> ScoredModel:
     """Evaluate the checkpoint `weights` (any supported format) on a split.
 

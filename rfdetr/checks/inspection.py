@@ -17,6 +17,7 @@ from tqdm import TMonitor, tqdm
 
 from rfdetr.checks.cache import FactsCache, FileStamp, Inspected
 from rfdetr.checks.image_probe import ImageFacts, probe_bytes, read_content
+from rfdetr.data.spawn import usable_cores
 
 BATCH = 32
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -134,14 +135,6 @@ def _in_own_process(task: Task, path: str, max_pixels: int) -> Inspected:
             return future.result()[0]
         except BrokenProcessPool:
             return Inspected("", ImageFacts("unreadable", "the decoder crashed on this file"))
-
-
-def usable_cores() -> int:
-    """Number of cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not available on macOS and Windows
-        return os.cpu_count() or 1
 
 
 def process_context() -> multiprocessing.context.BaseContext:

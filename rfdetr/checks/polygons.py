@@ -12,11 +12,12 @@ import msgspec
 import numpy as np
 
 from rfdetr.arrays import Floats, Integers
-from rfdetr.checks.inspection import process_context, usable_cores
+from rfdetr.checks.inspection import process_context
 from rfdetr.checks.table import PolygonExtents
 from rfdetr.data.coco_json import parse_segmentation
 from rfdetr.data.coco_problems import FAILURES
 from rfdetr.data.masks import checked_rle
+from rfdetr.data.spawn import usable_cores
 from rfdetr.errors import DatasetError
 
 CHUNK = 256  # segmentations decoded together: few enough that their numbers stay in the cache

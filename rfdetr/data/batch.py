@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from rfdetr.data.packed import PackedTargets, Target
 from rfdetr.errors import InputError
 
-Target = dict[str, Any]
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 (..., 3, H, W) to float32: (value / 255 - mean) / std, on the device of the pixels."""
+    mean, scale = _statistics(pixels.device)
+    out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    return out.copy_(pixels).sub_(mean).mul_(scale)
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation (3, 1, 1) of pixel values in 0..255."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(values).mul(255).view(3, 1, 1) for values in (MEAN, STD))
+        return mean.to(device), std.reciprocal().to(device)
 
 
 class NestedTensor:
     """A batch of images, padded to one size.
 
-    `tensors` is (B, 3, H, W) float, `mask` is (B, H, W) bool with True on padding, or None.
+    `tensors` is (B, 3, H, W): float, or uint8 as loaders pass it; `normalised` makes it float.
+    `mask` is (B, H, W) bool with True on padding, or None.
     `padded` is False when the host knows that nothing is padded; the network then skips the mask.
     Reading it from the mask would synchronise with the accelerator.
     """
@@ -33,6 +52,15 @@ class NestedTensor:
     def pin_memory(self) -> Self:
         """The same batch in page-locked host memory."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def normalised(self) -> Self:
+        """The batch as float32 network input with zeros as padding; unchanged if it is float."""
+        if self.tensors.dtype != torch.uint8:
+            return self
+        tensors = normalise(self.tensors)
+        if self.padded and self.mask is not None:
+            tensors.masked_fill_(self.mask[:, None], 0)
+        return type(self)(tensors, self.mask, padded=self.padded)
 
     def decompose(self) -> tuple[Tensor, Tensor | None]:
         """(tensors, mask)."""
@@ -56,8 +84,8 @@ class NestedTensor:
 def pad_images(images: Sequence[Tensor], block_size: int = 1) -> NestedTensor:
     """Pad images (3, h, w) at the right and bottom with zeros to one size (B, 3, H, W).
 
-    H and W are the largest h and w, rounded up to multiples of `block_size`. Raises InputError for
-    an empty list and for images of another shape.
+    H and W are the largest h and w, rounded up to multiples of `block_size`. There is no mask if
+    nothing is padded. Raises InputError for an empty list and for images of another shape.
     """
     if not images:
         raise InputError("The batch has no images; pass at least one.")
@@ -70,8 +98,7 @@ def pad_images(images: Sequence[Tensor], block_size: int = 1) -> NestedTensor:
         -(-max(size[axis] for size in sizes) // block_size) * block_size for axis in (0, 1)
     )
     if sizes == {(height, width)}:
-        mask = torch.zeros(len(images), height, width, dtype=torch.bool)
-        return NestedTensor(torch.stack(list(images)), mask, padded=False)
+        return NestedTensor(torch.stack(list(images)), None)
     tensors = images[0].new_zeros(len(images), 3, height, width)
     mask = torch.ones(len(images), height, width, dtype=torch.bool)
     for i, image in enumerate(images):
@@ -82,9 +109,10 @@ def pad_images(images: Sequence[Tensor], block_size: int = 1) -> NestedTensor:
 
 def collate(
     samples: Sequence[tuple[Tensor, Target]], block_size: int = 1
-) -> tuple[NestedTensor, tuple[Target, ...]]:
-    """Batch (image, target) pairs; targets are not changed.
+) -> tuple[NestedTensor, PackedTargets]:
+    """Batch (image, target) pairs; the targets keep their values, packed into one tensor per key.
 
     `block_size` is patch size x windows per side; bind it with `functools.partial`.
     """
-    return pad_images([image for image, _ in samples], block_size), tuple(t for _, t in samples)
+    images = pad_images([image for image, _ in samples], block_size)
+    return images, PackedTargets.pack([target for _, target in samples])

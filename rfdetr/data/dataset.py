@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 
 from rfdetr.arrays import Integers
 from rfdetr.data.augment import Augmentation
-from rfdetr.data.batch import Target
 from rfdetr.data.decode import ImageFile
 from rfdetr.data.geometry import ImageObjects, Mask, Masks, View, clip, relative, show, show_mask
 from rfdetr.data.index import AnnotationIndex, PolygonOutlines
 from rfdetr.data.masks import RLE, encode, fill_polygon, rasterise, to_rle
-from rfdetr.data.transforms import EvalTransform, TrainTransform, normalise
+from rfdetr.data.packed import Target
+from rfdetr.data.transforms import EvalTransform, TrainTransform
 from rfdetr.errors import DatasetError
 
 
@@ -50,7 +50,8 @@ def _one_thread() -> Iterator[None]:
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     """Images and targets of one split.
 
-    An item is a normalised image (3, H, W) float32 and a target with
+    An item is an image (3, H, W) uint8, which `NestedTensor.normalised` makes network input on the
+    device, and a target with
 
         boxes      (n, 4) centre x, centre y, width, height, fractions of the image
         labels, area, iscrowd   (n,); area in pixels of the resized image, iscrowd all zero
@@ -110,8 +111,8 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         original = self._objects(rows[~crowd], file)
         objects = show(original, view)
         masks = self._shown_masks(objects.rows, file, view) if self.masks else None
-        if isinstance(self.transform, TrainTransform):
-            image, objects, masks = self._finish(image, objects, masks, rng)
+        if self.augmentation is not None:
+            image, objects, masks = self._augment(image, objects, masks, rng)
         target = self._target(key.image, file, objects, masks)
         if isinstance(self.transform, EvalTransform):
             if self.masks:
@@ -133,15 +134,13 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             )
         return objects
 
-    def _finish(
+    def _augment(
         self, image: Tensor, objects: ImageObjects, masks: Masks | None, rng: random.Random
     ) -> tuple[Tensor, ImageObjects, Masks | None]:
-        if self.augmentation is not None:
-            pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-            seed = rng.getrandbits(32)
-            pixels, objects, masks = self.augmentation(pixels, objects, masks, seed)
-            image = torch.from_numpy(pixels).permute(2, 0, 1)
-        return normalise(image), objects, masks
+        assert self.augmentation is not None
+        pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+        pixels, objects, masks = self.augmentation(pixels, objects, masks, rng.getrandbits(32))
+        return torch.from_numpy(pixels).permute(2, 0, 1), objects, masks
 
     def _target(
         self, number: int, file: ImageFile, objects: ImageObjects, masks: Masks | None

@@ -23,8 +23,8 @@ URL_TIMEOUT_S = 20.0
 URL_LIMIT_BYTES = 256 << 20
 
 
-def read_image(source: Any) -> ImageLike:
-    """Pixels of a path, an http(s) URL, a PIL image, an array (H, W, 3) or a tensor (3, H, W).
+def read_image(source: Any) -> Pixels:
+    """uint8 RGB (H, W, 3) of a path, an http(s) URL, or what `rgb_pixels` takes.
 
     EXIF rotation is not applied, as in training. Raises FileNotFoundError for a missing file and
     InputError for anything that is not an image.
@@ -47,13 +47,13 @@ def read_image(source: Any) -> ImageLike:
     )
 
 
-def as_rgb_image(image: ImageLike) -> Image.Image:
-    """An RGB PIL image from a PIL image of any mode, a uint8 array (H, W, 3) or a tensor (3, H, W).
+def rgb_pixels(image: ImageLike) -> Pixels:
+    """uint8 RGB (H, W, 3) of a PIL image of any mode, such an array, or a tensor (3, H, W).
 
     A tensor is uint8, or float in 0..1. Raises InputError for anything else.
     """
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return np.asarray(to_rgb(image))
     if isinstance(image, Tensor):
         image = _tensor_pixels(image)
     if not isinstance(image, np.ndarray):
@@ -66,7 +66,14 @@ def as_rgb_image(image: ImageLike) -> Image.Image:
             f"expected a uint8 RGB array of shape (H, W, 3), got {image.dtype} "
             f"{tuple(image.shape)}. Convert the image to RGB first."
         )
-    return Image.fromarray(np.ascontiguousarray(image))
+    return image
+
+
+def as_rgb_image(image: ImageLike) -> Image.Image:
+    """An RGB PIL image of what `rgb_pixels` takes."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    return Image.fromarray(np.ascontiguousarray(rgb_pixels(image)))
 
 
 def height_and_width(image: ImageLike) -> tuple[int, int]:
@@ -91,18 +98,16 @@ def _tensor_pixels(image: Tensor) -> Pixels:
     return pixels
 
 
-def _decoded(source: Image.Image | npt.NDArray[np.uint8] | Tensor) -> Image.Image:
+def _decoded(source: Image.Image | npt.NDArray[np.uint8] | Tensor) -> Pixels:
     try:
-        image = as_rgb_image(source)
-        image.load()
-        return image
+        return rgb_pixels(source)
     except InputError:
         raise
     except FAILURES as error:  # a PIL image is decoded when it is first used
         raise InputError(f"The PIL image cannot be decoded: {error}.") from error
 
 
-def _fetch(url: str) -> Image.Image:
+def _fetch(url: str) -> Pixels:
     try:
         with urllib.request.urlopen(url, timeout=URL_TIMEOUT_S) as response:  # noqa: S310
             data = response.read(URL_LIMIT_BYTES + 1)
@@ -112,6 +117,6 @@ def _fetch(url: str) -> Image.Image:
         raise InputError(f"{url} is larger than {URL_LIMIT_BYTES >> 20} MiB; download it first.")
     try:
         with open_image(data) as image:
-            return to_rgb(image).copy()
+            return np.asarray(to_rgb(image))
     except FAILURES as error:
         raise InputError(f"{url} is not an image that can be decoded: {error}.") from error

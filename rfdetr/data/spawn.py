@@ -1,12 +1,31 @@
-"""Loader workers under the start method "spawn", which runs the main script in each worker."""
+"""How many loader workers: those that the machine and the start method of processes allow."""
 
 from __future__ import annotations
 
 import ast
 import multiprocessing
+import os
 import sys
 import warnings
 from pathlib import Path
+
+MOST_WORKERS = 12  # a GPU that needs more is rare, and each takes memory
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not available on macOS and Windows
+        return os.cpu_count() or 1
+
+
+def workers_of_share(processes: int, batches: int) -> int:
+    """Workers of a loader of `batches` batches in one of `processes` trainings on this machine.
+
+    One per core of the training's share, at most MOST_WORKERS and at most one per batch.
+    """
+    return max(1, min(usable_cores() // processes, MOST_WORKERS, batches))
 
 
 def safe_workers(workers: int) -> int:

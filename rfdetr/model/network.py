@@ -62,7 +62,9 @@ class RFDETRNetwork(nn.Module):
         H/4 x W/4 pixels. Raises InputError for images or a mask that do not fit.
         """
         del targets
-        images, mask = (samples, None) if isinstance(samples, Tensor) else samples.decompose()
+        images, mask = (
+            (samples, None) if isinstance(samples, Tensor) else samples.normalised().decompose()
+        )
         if isinstance(samples, NestedTensor) and not samples.padded:
             mask = None
         if mask is not None and mask.shape != (images.shape[0], *images.shape[2:]):

@@ -25,7 +25,7 @@ from rfdetr.data.index import AnnotationIndex
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.ledger import SplitLedger
 from rfdetr.data.sampler import EpochSampler, ResumableLoader
-from rfdetr.data.spawn import safe_workers
+from rfdetr.data.spawn import safe_workers, workers_of_share
 from rfdetr.data.transforms import EvalTransform, TrainTransform
 from rfdetr.data.yolo import YoloSplits
 from rfdetr.errors import ConfigError, DatasetError
@@ -253,7 +253,7 @@ class RFDETRDataModule(pl.LightningDataModule):
         """Arguments that all loaders share; None in the configuration means automatic."""
         self._check_classes(dataset)
         config = self.train_config
-        workers = safe_workers(config.num_workers)
+        workers = safe_workers(self._workers(len(dataset)))
         pin, persistent = config.pin_memory, config.persistent_workers
         return {
             "batch_size": config.batch_size,
@@ -265,6 +265,14 @@ class RFDETRDataModule(pl.LightningDataModule):
             "worker_init_fn": _seed_worker,
             "generator": torch.Generator().manual_seed(self.order_seed),
         }
+
+    def _workers(self, images: int) -> int:
+        """Loader processes; "auto" shares the cores among the trainings on this machine."""
+        config = self.train_config
+        if config.num_workers != "auto":
+            return config.num_workers
+        trainings = 1 if self.trainer is None else self.trainer.num_devices
+        return workers_of_share(trainings, -(-images // config.batch_size))
 
     def _on_cuda(self) -> bool:
         if self.trainer is not None:

@@ -18,6 +18,7 @@ from rfdetr.checkpoints.pretrained import initialise_weights
 from rfdetr.checkpoints.record import class_names_of, read_checkpoint
 from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.data.batch import NestedTensor
+from rfdetr.data.packed import PackedTargets
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
@@ -159,11 +160,21 @@ class RFDETRModule(pl.LightningModule):
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> tuple[Any, list[dict[str, Any]]]:
-        """Move images, mask and every tensor of every target; returns the targets as a list."""
+        """Move the images, normalise those of a loader, and move the targets of a training batch.
+
+        Targets are a list of one dictionary per image, moved in one copy per key. In evaluation
+        they stay on the host, where the metrics read them.
+        """
         samples, targets = batch
         move = functools.partial(_to_device, device=device)
-        moved = [{key: move(value) for key, value in target.items()} for target in targets]
-        return move(samples), moved
+        samples = move(samples)
+        if isinstance(samples, NestedTensor):
+            samples = samples.normalised()
+        if not self.training:
+            return samples, list(targets)
+        if not isinstance(targets, PackedTargets):
+            targets = PackedTargets.pack(targets)
+        return samples, targets.map(move)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted loss, divided by `accumulate_grad_batches`.

@@ -28,13 +28,15 @@ def draw_size(sizes: Sequence[int], global_step: int) -> int:
 
 
 def resize_batch(nested: NestedTensor | Tensor, size: int) -> None:
-    """Resize a batch in place to (size, size): bilinear without antialias; the mask nearest."""
+    """Resize a batch in place to (size, size): bilinear without antialias; the mask nearest.
+
+    uint8 images are normalised first.
+    """
     if isinstance(nested, Tensor):
         nested.data = F.interpolate(nested, (size, size), mode="bilinear", align_corners=False)
         return
-    nested.tensors = F.interpolate(
-        nested.tensors, (size, size), mode="bilinear", align_corners=False
-    )
+    images = nested.normalised().tensors
+    nested.tensors = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
     if nested.mask is not None:
         mask = F.interpolate(nested.mask[None].float(), (size, size), mode="nearest")
         nested.mask = mask[0].bool()

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from rfdetr.config import ModelConfig, RFDETRNanoConfig, RFDETRSegNanoConfig, TrainConfig
+from rfdetr.data import spawn
 from rfdetr.data.batch import NestedTensor
 from rfdetr.errors import DatasetError
 from rfdetr.training.datamodule import RFDETRDataModule
@@ -173,6 +174,33 @@ def test_loader_arguments(exported: Path) -> None:
     assert (busy.prefetch_factor, busy.persistent_workers, busy.pin_memory) == (2, True, False)
     busy = module(exported, num_workers=1, **asked).val_dataloader()
     assert (busy.prefetch_factor, busy.persistent_workers) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("cores", "trainings", "batch_size", "workers"),
+    [(2, None, 1, 2), (64, None, 1, 12), (64, 8, 1, 8), (4, 8, 1, 1), (64, 1, 3, 5)],
+)
+def test_automatic_workers_follow_cores_processes_and_batches(
+    exported: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    trainings: int | None,
+    batch_size: int,
+    workers: int,
+) -> None:
+    monkeypatch.setattr(spawn, "usable_cores", lambda: cores)
+    data = module(exported, num_workers="auto", batch_size=batch_size)
+    if trainings is not None:
+        strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda seed: seed)
+        data.trainer = SimpleNamespace(
+            strategy=strategy,
+            world_size=1,
+            global_rank=0,
+            num_devices=trainings,
+            accumulate_grad_batches=1,
+        )
+    assert data.train_dataloader().num_workers == workers
+    assert TrainConfig(dataset_dir=exported).num_workers == "auto"
 
 
 @pytest.mark.parametrize(

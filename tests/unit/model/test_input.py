@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rfdetr.data.batch import NestedTensor, collate, pad_images
+from rfdetr.data.batch import NestedTensor, collate, normalise, pad_images
 from rfdetr.errors import InputError
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork
@@ -29,17 +29,24 @@ def test_collate_pads_to_the_block_and_leaves_targets_alone() -> None:
     assert (~batch.mask).sum(dim=(1, 2)).tolist() == [30 * 40, 50 * 20]
     assert batch.tensors.sum() == 3 * (30 * 40 + 50 * 20)
     assert batch.padded
-    assert kept == tuple(marks)
+    assert kept == marks
 
 
 def test_a_batch_of_equal_images_is_known_to_be_unpadded(network: RFDETRNetwork) -> None:
     batch = pad_images(list(images()), 32)
     assert not batch.padded
     assert not batch.to("cpu").padded
-    plain, masked = network(images()), network(NestedTensor(batch.tensors, batch.mask))
+    mask = torch.zeros(len(batch), *batch.tensors.shape[2:], dtype=torch.bool)
+    plain, masked = network(images()), network(NestedTensor(batch.tensors, mask))
     for name in ("pred_logits", "pred_boxes"):
         assert torch.allclose(network(batch)[name], plain[name])
         assert torch.allclose(masked[name], plain[name], atol=1e-5)
+
+
+def test_pixels_of_a_loader_are_network_input_as_they_are(network: RFDETRNetwork) -> None:
+    pixels = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    found = network(NestedTensor(pixels, None))["pred_logits"]
+    assert torch.equal(found, network(normalise(pixels))["pred_logits"])
 
 
 def test_the_mask_changes_the_selected_boxes(network: RFDETRNetwork) -> None:

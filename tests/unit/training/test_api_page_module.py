@@ -129,10 +129,30 @@ def test_transfer_batch_to_device_moves_nested_tensors_and_targets(run):
     moved, on_device = run.module.transfer_batch_to_device(
         (samples, targets), torch.device("meta"), 0
     )
-    assert moved.tensors.device.type == moved.mask.device.type == "meta"
+    assert moved.tensors.device.type == "meta"
+    assert moved.tensors.dtype == torch.float32
+    assert moved.mask is None
     assert isinstance(on_device, list)
     assert all(v.device.type == "meta" for target in on_device for v in target.values())
     assert "transfer_batch_to_device" not in vars(RFDETRDataModule)
+
+
+def test_transfer_batch_to_device_takes_the_batches_of_other_loaders(run):
+    mask = torch.ones(1, 8, 8, dtype=torch.bool)
+    given = (NestedTensor(torch.rand(1, 3, 8, 8), mask), ({"labels": torch.ones(2), "note": "a"},))
+    moved, targets = run.module.transfer_batch_to_device(given, torch.device("meta"), 0)
+    assert moved.tensors.device.type == moved.mask.device.type == "meta"
+    assert targets[0]["labels"].device.type == "meta"
+    assert targets[0]["note"] == "a"
+
+
+def test_targets_stay_on_the_host_in_evaluation(run):
+    samples, targets = next(iter(run.data.val_dataloader()))
+    run.module.eval()
+    moved, kept = run.module.transfer_batch_to_device((samples, targets), torch.device("meta"), 0)
+    assert moved.tensors.device.type == "meta"
+    assert isinstance(kept, list)
+    assert all(v.device.type == "cpu" for target in kept for v in target.values())
 
 
 def test_training_step_divides_the_loss_and_logs_it_undivided(run):

@@ -85,6 +85,7 @@ def test_compile_trains_the_compiled_network(
     for compiled in (False, True):
         run = Run(tiny_model(compile=compiled), tiny_run(shapes, tmp_path))
         batch = next(iter(run.data.train_dataloader()))
+        batch = run.module.transfer_batch_to_device(batch, torch.device("cpu"), 0)
         run.module.model.eval()  # without dropout
         run.module.log = run.module.log_dict = lambda *_, **__: None
         losses.append(run.module.training_step(batch, 0))
