@@ -18,8 +18,9 @@ from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
 from rfdetr.checkpoints.safe_io import StrPath
 from rfdetr.checkpoints.structure import infer_config, infer_config_class
 from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, TrainConfig
+from rfdetr.data.upload import read_batches
 from rfdetr.errors import CheckpointError, ConfigError, InputError
-from rfdetr.export.frozen import FrozenNetwork
+from rfdetr.export.frozen import FrozenNetwork, number_format
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.prediction import DetectorState, Origin, eval_mode
 
@@ -179,7 +180,12 @@ class RFDETR:
             )
 
     def predict(
-        self, images: Any, threshold: float = 0.5, *, batch_size: int = IMAGES_AT_ONCE
+        self,
+        images: Any,
+        threshold: float = 0.5,
+        *,
+        batch_size: int = IMAGES_AT_ONCE,
+        dtype: torch.dtype | str = torch.float32,
     ) -> supervision.Detections | list[supervision.Detections]:
         """Detections with a score above `threshold`, boxes xyxy in pixels of the image.
 
@@ -187,22 +193,31 @@ class RFDETR:
         (3, H, W) in 0..1, or a list of these; a list gives a list. `class_id` are the labels of
         the network, `data["class_name"]` their names, `mask` (N, H, W) for segmentation. Weights
         trained with square_resize_div_64=False see images as in validation: at their own aspect
-        ratio, padded to the largest of the batch. Raises InputError or FileNotFoundError for
-        anything that is not an image.
+        ratio, padded to the largest of the batch. A list is processed in batches of `batch_size`;
+        at most two are in memory. `dtype` float16 or bfloat16 runs the network in mixed precision.
+        Raises InputError or FileNotFoundError for anything that is not an image.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be an integer of at least 1; got {batch_size}.")
         self._warn_of_resized_head()
         single = not isinstance(images, list | tuple)
         sources: Sequence[Any] = [images] if single else images
+        dtype = number_format(dtype)
+        if dtype == torch.float64:
+            raise InputError("predict computes in float32, float16 or bfloat16.")
         optimized = self.model.optimized
         if optimized is not None:
+            if dtype != torch.float32:
+                raise InputError(
+                    "The optimized model has a number format of its own: pass dtype to "
+                    "optimize_for_inference, or call remove_optimized_model()."
+                )
             optimized.check(len(sources), self.model.resolution)
             batch_size = optimized.batch_size
         found: list[supervision.Detections] = []
         with torch.inference_mode(), eval_mode(self.model.model):
-            for start in range(0, len(sources), batch_size):
-                found += self.model.detect(sources[start : start + batch_size], threshold)
+            for batch in read_batches(sources, batch_size):
+                found += self.model.detect(batch, threshold, dtype)
         return found[0] if single else found
 
     def optimize_for_inference(

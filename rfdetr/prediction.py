@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from rfdetr.config import ModelConfig
-from rfdetr.data.batch import pad_images
+from rfdetr.data.batch import normalise, pad_images
 from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
-from rfdetr.data.image_input import ImageLike, height_and_width, read_image
-from rfdetr.data.transforms import EvalTransform, preprocess
-from rfdetr.export.frozen import FINAL_OUTPUTS, FrozenNetwork
+from rfdetr.data.decode import Pixels
+from rfdetr.data.transforms import EvalTransform
+from rfdetr.data.upload import resized
+from rfdetr.export.frozen import FrozenNetwork
 from rfdetr.model.network import RFDETRNetwork
-from rfdetr.model.postprocess import PostProcess
+from rfdetr.model.postprocess import PostProcess, image_masks
+from rfdetr.model.types import HostDetections
 
 if TYPE_CHECKING:
     import supervision
@@ -81,45 +82,43 @@ class DetectorState:
             return dict(COCO_CATEGORIES)
         return {index + self.label_offset: name for index, name in enumerate(names)}
 
-    def detect(self, sources: Sequence[Any], threshold: float) -> list[supervision.Detections]:
-        """Detections of one batch of images of any kind that `RFDETR.predict` takes."""
-        images = [read_image(source) for source in sources]
-        sizes = [height_and_width(image) for image in images]
+    def detect(
+        self, images: Sequence[Pixels], threshold: float, dtype: torch.dtype = torch.float32
+    ) -> list[supervision.Detections]:
+        """Detections of one batch; the network runs under autocast unless `dtype` is float32."""
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
         network = self.model if self.optimized is None else self.optimized
-        outputs = network(self._batch(images, sizes))
-        found = []
-        for i, size in enumerate(sizes):  # one at a time: masks have the size of the image
-            own = {name: outputs[name][i : i + 1] for name in FINAL_OUTPUTS if name in outputs}
-            target = torch.tensor([size], device=self.device)
-            (result,) = self.postprocess(own, target, threshold)
-            found.append(self._detections(result))
-        return found
+        half = dtype != torch.float32
+        with torch.autocast(self.device.type, dtype if half else None, enabled=half):
+            outputs: Any = network(self._batch(images, sizes))
+        found = self.postprocess.on_host(outputs, torch.tensor(sizes), threshold)
+        return [self._detections(one, size) for one, size in zip(found, sizes, strict=True)]
 
-    def _batch(self, images: Sequence[ImageLike], sizes: Sequence[tuple[int, int]]) -> Any:
+    def _batch(self, images: Sequence[Pixels], sizes: Sequence[tuple[int, int]]) -> Any:
         """The batch as validation builds it: a tensor of squares, or padded with a mask."""
         square = self.square or self.optimized is not None
         transform = EvalTransform(self.resolution, square=square)
         views = [transform.view(height, width) for height, width in sizes]
-        tensors = [
-            preprocess(image, (view.out_height, view.out_width))
-            for image, view in zip(images, views, strict=True)
-        ]
+        pixels = resized(images, [(v.out_height, v.out_width) for v in views], self.device)
         if square:
-            return torch.stack(tensors).to(self.device)
-        return pad_images(tensors, self.config.block_size).to(self.device)
+            return normalise(torch.stack(pixels))
+        return pad_images(pixels, self.config.block_size).normalised()
 
-    def _detections(self, result: dict[str, Tensor]) -> supervision.Detections:
+    def _detections(self, result: HostDetections, size: tuple[int, int]) -> supervision.Detections:
         import numpy as np
         import supervision
 
-        arrays = {name: value.cpu().numpy() for name, value in result.items()}
+        labels = result["labels"].numpy().astype(int)
         known = self.label_names()
-        names = [known.get(label, str(label)) for label in arrays["labels"].tolist()]
+        names = [known.get(label, str(label)) for label in labels.tolist()]
+        mask = None
+        if "mask_logits" in result:  # one image at a time: masks have the size of the image
+            mask = image_masks(result, *size)[:, 0].cpu().numpy()
         return supervision.Detections(
-            xyxy=arrays["boxes"],
-            confidence=arrays["scores"],
-            class_id=arrays["labels"].astype(int),
-            mask=arrays["masks"][:, 0] if "masks" in arrays else None,
+            xyxy=result["boxes"].numpy().copy(),  # not a view that keeps the batch
+            confidence=result["scores"].numpy().copy(),
+            class_id=labels,
+            mask=mask,
             data={"class_name": np.array(names, dtype=str)},
         )
 

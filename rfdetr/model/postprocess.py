@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfdetr.errors import InputError
 from rfdetr.model.boxes import cxcywh_to_xyxy
-from rfdetr.model.types import ImageDetections, LayerOutputs
+from rfdetr.model.types import HostDetections, ImageDetections, LayerOutputs
 
 _PIXELS_AT_ONCE = 1 << 24  # of resized mask logits; bounds their memory to 64 MiB or one mask
+
+
+class Selection(NamedTuple):
+    """The S best (query, class) pairs of B images, scores descending; -1 is not a detection."""
+
+    scores: Tensor  # (B, S) in 0..1
+    labels: Tensor  # (B, S) int64
+    boxes: Tensor  # (B, S, 4) xyxy in pixels
+    queries: Tensor  # (B, S) int64
+
+    def to_host(self) -> Selection:
+        """The same on the CPU, in one copy."""
+        whole = torch.stack([self.scores, self.labels, self.queries], dim=2)  # exact to 2^24
+        packed = torch.cat([whole, self.boxes], dim=2).cpu()
+        scores, labels, queries = packed[..., :3].unbind(2)
+        return Selection(scores, labels.long(), packed[..., 3:], queries.long())
 
 
 class PostProcess(nn.Module):
@@ -32,38 +50,82 @@ class PostProcess(nn.Module):
         to. With `threshold`, only scores above it are returned and only their masks are resized.
         Raises InputError if target_sizes does not fit the batch or the masks are not dense.
         """
+        found = self.select(outputs, target_sizes)
+        kept = _kept(found.scores, threshold)
+        packed = torch.stack([kept.sum(1), *target_sizes.to(found.labels).unbind(1)])
+        counts, heights, widths = packed.tolist()  # one transfer to the host
+        results: list[ImageDetections] = [
+            {"scores": s[:n], "labels": k[:n], "boxes": b[:n]}
+            for s, k, b, n in zip(found.scores, found.labels, found.boxes, counts, strict=True)
+        ]
+        masks = _dense_masks(outputs)
+        if masks is not None:
+            for i, result in enumerate(results):
+                chosen = masks[i][found.queries[i, : counts[i]]]  # (n, h, w)
+                result["masks"] = resize_masks(chosen, heights[i], widths[i])
+        return results
+
+    @torch.no_grad()
+    def on_host(
+        self, outputs: LayerOutputs, target_sizes: Tensor, threshold: float | None = None
+    ) -> list[HostDetections]:
+        """As `forward`, with everything but the masks on the CPU in one copy for the batch.
+
+        Masks stay logits of the network's size, on its device: `mask_logits` (Q, h, w) of all
+        queries, of which `queries` (n,) are the detections'. `image_masks` makes them masks.
+        """
+        found = self.select(outputs, target_sizes).to_host()
+        masks = _dense_masks(outputs)
+        results: list[HostDetections] = []
+        for i, kept in enumerate(_kept(found.scores, threshold).sum(1).tolist()):
+            result: HostDetections = {
+                "scores": found.scores[i, :kept],
+                "labels": found.labels[i, :kept],
+                "boxes": found.boxes[i, :kept],
+            }
+            if masks is not None:
+                result["queries"] = found.queries[i, :kept]
+                result["mask_logits"] = masks[i]
+            results.append(result)
+        return results
+
+    @torch.no_grad()
+    def select(self, outputs: LayerOutputs, target_sizes: Tensor) -> Selection:
+        """The best pairs of every image, on the device of the outputs. Errors as of `forward`."""
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
-        masks = outputs.get("pred_masks")
         if tuple(target_sizes.shape) != (len(logits), 2):
             raise InputError(
                 f"target_sizes {tuple(target_sizes.shape)} must be ({len(logits)}, 2): "
                 "height and width of every image."
             )
-        if isinstance(masks, dict):
-            raise InputError(
-                "pred_masks come from a network in training mode; call .eval() on it first."
-            )
+        _dense_masks(outputs)
         K = logits.shape[-1]
         known = logits.sigmoid().nan_to_num(nan=-1.0).flatten(1)  # NaN sorts last
         flat = _stable_topk(known, self.num_select)  # (B, num_select)
-        scores = known.gather(1, flat)
-        query, labels = flat // K, flat % K
+        queries = flat // K
         scale = target_sizes.to(boxes).flip(1).repeat(1, 2)[:, None]  # (B, 1, 4) as W, H, W, H
         corners = cxcywh_to_xyxy(boxes) * scale
         corners = torch.minimum(corners.clamp(min=0), scale)
-        selected = corners.gather(1, query[..., None].expand(-1, -1, 4))  # (B, num_select, 4)
-        kept = scores >= 0 if threshold is None else scores > max(threshold, -1.0)
-        packed = torch.stack([kept.sum(1), *target_sizes.to(flat).unbind(1)])
-        counts, heights, widths = packed.tolist()  # one transfer to the host
-        results: list[ImageDetections] = [
-            {"scores": s[:n], "labels": k[:n], "boxes": b[:n]}
-            for s, k, b, n in zip(scores, labels, selected, counts, strict=True)
-        ]
-        if masks is not None:
-            for i, result in enumerate(results):
-                chosen = masks[i][query[i, : counts[i]]]  # (n, h, w)
-                result["masks"] = resize_masks(chosen, heights[i], widths[i])
-        return results
+        return Selection(
+            scores=known.gather(1, flat),
+            labels=flat % K,
+            boxes=corners.gather(1, queries[..., None].expand(-1, -1, 4)),
+            queries=queries,
+        )
+
+
+def _dense_masks(outputs: LayerOutputs) -> Tensor | None:
+    """Mask logits (B, Q, h, w); InputError for their factors."""
+    masks = outputs.get("pred_masks")
+    if isinstance(masks, dict):
+        raise InputError(
+            "pred_masks come from a network in training mode; call .eval() on it first."
+        )
+    return masks
+
+
+def _kept(scores: Tensor, threshold: float | None) -> Tensor:
+    return scores >= 0 if threshold is None else scores > max(threshold, -1.0)
 
 
 def _stable_topk(scores: Tensor, k: int) -> Tensor:
@@ -77,6 +139,11 @@ def _stable_topk(scores: Tensor, k: int) -> Tensor:
     inverted = torch.arange(n - 1, -1, -1, device=scores.device)
     keys = (bits << 32) + inverted
     return n - 1 - (keys.topk(min(k, n), dim=1).values & 0xFFFFFFFF)
+
+
+def image_masks(result: HostDetections, height: int, width: int) -> Tensor:
+    """Masks (n, 1, height, width) bool of the detections of an image, on the network's device."""
+    return resize_masks(result["mask_logits"][result["queries"]], height, width)
 
 
 def resize_masks(logits: Tensor, height: int, width: int) -> Tensor:

@@ -57,3 +57,13 @@ class ImageDetections(TypedDict):
     labels: Tensor  # (n,) int64
     boxes: Tensor  # (n, 4) xyxy in pixels
     masks: NotRequired[Tensor]  # (n, 1, H, W) bool
+
+
+class HostDetections(TypedDict):
+    """Detections of one image on the CPU, whose masks are not resized yet."""
+
+    scores: Tensor  # (n,) in 0..1
+    labels: Tensor  # (n,) int64
+    boxes: Tensor  # (n, 4) xyxy in pixels
+    queries: NotRequired[Tensor]  # (n,) int64
+    mask_logits: NotRequired[Tensor]  # (Q, h, w) on the network's device
