@@ -111,6 +111,7 @@ SET_ELSEWHERE = {
     "fit.accelerator": "use runtime.accelerator",
     "fit.dataset_dir": "use dataset.dir",
     "fit.dataset_file": "use dataset.layout",
+    "gate.bootstrap": "the interval is always computed, and gate.evidence says how it decides",
 }
 
 
@@ -195,6 +196,9 @@ class EvaluateSettings(Section):
         return digest_of([self.split, self.max_dets, EVALUATOR_VERSION])[:16]
 
 
+GateEvidence = Literal["superior", "non_inferior", "point"]
+
+
 class GateSettings(Section):
     """When a challenger replaces the champion."""
 
@@ -203,14 +207,18 @@ class GateSettings(Section):
     )
     floor: float = Field(0.0, ge=0, le=1, description="Minimum value for a first champion")
     min_delta: float = Field(0.0, ge=-1, le=1, description="Minimum gain over the champion")
+    evidence: GateEvidence = Field(
+        "superior",
+        description="What must reach min_delta: the lower end of the interval (superior) or the "
+        "difference itself (point); or a gain whose lower end reaches -tolerance (non_inferior)",
+    )
+    tolerance: float = Field(0.01, ge=0, le=1, description="Loss that non_inferior accepts")
     max_class_drop: float = Field(
         0.05, ge=0, le=1, description="Largest accepted drop of the AP of a class"
     )
     class_min_boxes: int = Field(20, ge=1, description="Classes with fewer boxes are ignored")
     min_images: int = Field(50, ge=1, description="Minimum number of test images")
     allow_class_change: bool = Field(False, description="Accept another list of classes")
-    bootstrap: int = Field(0, ge=0, description="Bootstrap resamples; 0: none")
-    tolerance: float | None = Field(None, ge=0, description="Tolerated loss at the lower bound")
     max_latency_ms: float | None = Field(None, gt=0, description="Largest latency per image")
     max_size_mb: float | None = Field(None, gt=0, description="Largest weights file, 10^6 bytes")
     require_export_parity: bool = Field(True, description="ONNX must match the network")

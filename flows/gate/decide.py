@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import get_args
 
+from flows.config.sections import GateEvidence
+from flows.gate.case import EPSILON, Case, not_compared, skip
+from flows.gate.gain import gain, images_needed
 from flows.gate.verdict import GatePolicy, Outcome, Rule, Scores, Verdict
-from rfdetr.errors import InputError
-from rfdetr.evaluation.bootstrap import Interval, Metric, paired_bootstrap
 
-EPSILON = 1e-9  # smaller differences are rounding errors
-DEFAULT_RESAMPLES = 1000
+WOULD: dict[Outcome, str] = {
+    "promote": "promote",
+    "refuse": "refuse",
+    "approval": "wait for approval",
+    "no-op": "do nothing",
+}
 
 
 def decide(
@@ -26,71 +32,53 @@ def decide(
     rule fails, and `promote` otherwise. Comparing rules are skipped when the two models were not
     scored on the same test set with the same settings.
     """
-    case = _Case(champion, challenger, policy)
-    rules = tuple(rule(case) for rule in RULES)
-    failed = [rule for rule in rules if rule.passed is False]
-    names = {rule.name for rule in failed}
-    outcome: Outcome = "refuse"
-    if "new_weights" in names:
-        outcome = "no-op"
-        failed = [rule for rule in failed if rule.name == "new_weights"]
-    elif not failed:
-        outcome = "promote"
-    elif names == {"approval"}:
-        outcome = "approval"
+    case = Case(champion, challenger, policy)
+    rules = [rule(case) for rule in RULES]
+    outcome, failed = _outcome(rules)
     why = "; ".join(rule.reason for rule in failed)
     if not failed:
         why = next(r for r in rules if r.name == ("gain" if champion else "floor")).reason
+    others = _with_other_evidence(case, rules)
+    if any(other != outcome for other in others.values()):
+        why += "; " + ", ".join(f"{name} would {WOULD[other]}" for name, other in others.items())
     return Verdict(
         outcome=outcome,
         reason=why,
-        rules=rules,
+        rules=tuple(rules),
         challenger=challenger.model_copy(update={"evidence": None}),
         champion=champion and champion.model_copy(update={"evidence": None}),
         champion_version=champion_version,
         interval=case.interval,
+        images_needed=images_needed(case, policy.evidence),
+        other_evidence=others,
         policy=policy,
     )
 
 
-class _Case:
-    """The two sets of scores, and values that several rules need."""
-
-    def __init__(self, champion: Scores | None, challenger: Scores, policy: GatePolicy) -> None:
-        self.champion, self.challenger, self.policy = champion, challenger, policy
-        self.comparable = champion is not None and (
-            (champion.dataset_sha256, champion.settings, champion.iou_type)
-            == (challenger.dataset_sha256, challenger.settings, challenger.iou_type)
-        )
-        self.same_classes = champion is None or (
-            sorted(champion.class_names) == sorted(challenger.class_names)
-        )
-        self.interval: Interval | None = None
-
-    def value(self, scores: Scores) -> float:
-        """The primary metric; NaN if missing."""
-        return scores.metrics.get(self.policy.metric, math.nan)
-
-    @property
-    def old(self) -> float:
-        return math.nan if self.champion is None else self.value(self.champion)
-
-    @property
-    def new(self) -> float:
-        return self.value(self.challenger)
+def _outcome(rules: Sequence[Rule]) -> tuple[Outcome, list[Rule]]:
+    """The outcome, and the rules that explain it."""
+    failed = [rule for rule in rules if rule.passed is False]
+    names = {rule.name for rule in failed}
+    if "new_weights" in names:
+        return "no-op", [rule for rule in failed if rule.name == "new_weights"]
+    if not failed:
+        return "promote", []
+    return ("approval" if names == {"approval"} else "refuse"), failed
 
 
-def _skip(name: str, reason: str) -> Rule:
-    return Rule(name=name, passed=None, reason=reason)
+def _with_other_evidence(case: Case, rules: Sequence[Rule]) -> dict[GateEvidence, Outcome]:
+    """What the gate would have decided with the other two values of `gate.evidence`."""
+    if not case.comparable:
+        return {}
+    kinds: tuple[GateEvidence, ...] = get_args(GateEvidence)
+    return {
+        kind: _outcome([gain(case, kind) if rule.name == "gain" else rule for rule in rules])[0]
+        for kind in kinds
+        if kind != case.policy.evidence
+    }
 
 
-def _not_compared(case: _Case) -> str:
-    if case.champion is None:
-        return "no champion yet"
-    return "not scored on the same test set with the same settings"
-
-
-def _finite(case: _Case) -> Rule:
+def _finite(case: Case) -> Rule:
     wrong = []
     for who, scores in (("challenger", case.challenger), ("champion", case.champion)):
         if scores is not None and not math.isfinite(case.value(scores)):
@@ -100,16 +88,16 @@ def _finite(case: _Case) -> Rule:
     return Rule(name="finite", passed=not wrong, observed=case.new, reason=reason)
 
 
-def _new_weights(case: _Case) -> Rule:
+def _new_weights(case: Case) -> Rule:
     if case.champion is None:
-        return _skip("new_weights", "no champion yet")
+        return skip("new_weights", "no champion yet")
     same = case.champion.weights_sha256 == case.challenger.weights_sha256
     reason = "already champion: same weights" if same else "weights differ from the champion's"
     short = case.challenger.weights_sha256[:12]
     return Rule(name="new_weights", passed=not same, observed=short, reason=reason)
 
 
-def _not_rolled_back(case: _Case) -> Rule:
+def _not_rolled_back(case: Case) -> Rule:
     why = case.policy.rolled_back
     reason = "was not rolled back"
     if why is not None:
@@ -117,9 +105,9 @@ def _not_rolled_back(case: _Case) -> Rule:
     return Rule(name="not_rolled_back", passed=why is None, reason=reason)
 
 
-def _same_test_set(case: _Case) -> Rule:
+def _same_test_set(case: Case) -> Rule:
     if case.champion is None:
-        return _skip("same_test_set", "no champion yet")
+        return skip("same_test_set", "no champion yet")
     reason = "scored on the same test set with the same settings"
     if not case.comparable:
         reason = _scoring_difference(case.champion, case.challenger)
@@ -143,11 +131,11 @@ def _scoring_difference(old: Scores, new: Scores) -> str:
     return f"scored with different {what}: score the champion again before comparing"
 
 
-def _same_classes(case: _Case) -> Rule:
+def _same_classes(case: Case) -> Rule:
     if case.champion is None:
-        return _skip("same_classes", "no champion yet")
+        return skip("same_classes", "no champion yet")
     old, new = set(case.champion.class_names), set(case.challenger.class_names)
-    if case.same_classes:
+    if old == new:
         return Rule(name="same_classes", passed=True, reason=f"same {len(new)} classes")
     reason = f"class list changed: added {sorted(new - old)}, removed {sorted(old - new)}"
     if origin := case.policy.champion_origin:
@@ -160,7 +148,7 @@ def _same_classes(case: _Case) -> Rule:
     return Rule(name="same_classes", passed=case.policy.allow_class_change, reason=reason)
 
 
-def _min_images(case: _Case) -> Rule:
+def _min_images(case: Case) -> Rule:
     found, limit = case.challenger.images, case.policy.min_images
     return Rule(
         name="min_images",
@@ -171,9 +159,9 @@ def _min_images(case: _Case) -> Rule:
     )
 
 
-def _floor(case: _Case) -> Rule:
+def _floor(case: Case) -> Rule:
     if case.champion is not None:
-        return _skip("floor", "applies only without a champion")
+        return skip("floor", "applies only without a champion")
     return Rule(
         name="floor",
         passed=case.new >= case.policy.floor - EPSILON,
@@ -184,26 +172,9 @@ def _floor(case: _Case) -> Rule:
     )
 
 
-def _gain(case: _Case) -> Rule:
-    if not case.comparable:
-        return _skip("gain", _not_compared(case))
-    gain, limit = case.new - case.old, case.policy.min_delta
-    # without a margin, a tie keeps the champion, which is proven in production
-    passed = gain > EPSILON if limit == 0 else gain >= limit - EPSILON
-    tie = " (tie: the champion stays)" if not passed and abs(gain) <= EPSILON else ""
-    return Rule(
-        name="gain",
-        passed=passed,
-        observed=gain,
-        limit=limit,
-        reason=f"{case.policy.metric} {case.old:.4f} -> {case.new:.4f}, gain {gain:+.4f}, "
-        f"required {'more than 0' if limit == 0 else f'{limit:+.4f}'}{tie}",
-    )
-
-
-def _class_drop(case: _Case) -> Rule:
+def _class_drop(case: Case) -> Rule:
     if not case.comparable or case.champion is None:
-        return _skip("class_drop", _not_compared(case))
+        return skip("class_drop", not_compared(case))
     limit, worst, bad = case.policy.max_class_drop, 0.0, []
     kept = set(case.challenger.class_names)
     for name, old in case.champion.per_class.items():
@@ -221,66 +192,24 @@ def _class_drop(case: _Case) -> Rule:
     return Rule(name="class_drop", passed=not bad, observed=worst, limit=limit, reason=reason)
 
 
-def _no_interval(case: _Case) -> str | None:
-    """Why the difference has no confidence interval, or None."""
-    if not case.comparable:
-        return _not_compared(case)
-    if not case.same_classes:
-        return "class lists differ: no confidence interval"
-    assert case.champion is not None
-    if case.champion.evidence is None or case.challenger.evidence is None:
-        return "no per-image matches were recorded"
-    return None
-
-
-def _bootstrap(case: _Case) -> Rule:
-    policy, tolerance = case.policy, case.policy.tolerance
-    if not policy.bootstrap and tolerance is None:
-        return _skip("bootstrap", "not requested")
-    if case.champion is None:
-        return _skip("bootstrap", _not_compared(case))
-    required = None if tolerance is None else False
-    missing = _no_interval(case)
-    if missing is not None:
-        return Rule(name="bootstrap", passed=required, reason=missing)
-    old, new = case.champion.evidence, case.challenger.evidence
-    assert old is not None and new is not None
-    metric: Metric = "map_50_95" if policy.metric == "f1" else policy.metric
-    try:
-        case.interval = paired_bootstrap(
-            old, new, metric=metric, resamples=policy.bootstrap or DEFAULT_RESAMPLES
-        )
-    except InputError as error:
-        return Rule(name="bootstrap", passed=required, reason=str(error))
-    lower, upper = case.interval.lower, case.interval.upper
-    limit = None if tolerance is None else -tolerance
-    needed = "" if limit is None else f", lower bound must be at least {limit:+.4f}"
-    return Rule(
-        name="bootstrap",
-        passed=None if limit is None else lower >= limit - EPSILON,
-        observed=lower,
-        limit=limit,
-        reason=f"{metric} difference in [{lower:+.4f}, {upper:+.4f}] at 95 %{needed}",
-    )
-
-
-def _budget(name: str, field: str, unit: str) -> Callable[[_Case], Rule]:
-    def rule(case: _Case) -> Rule:
+def _budget(name: str, field: str, unit: str) -> Callable[[Case], Rule]:
+    def rule(case: Case) -> Rule:
         limit: float | None = getattr(case.policy, f"max_{field}")
         found: float | None = getattr(case.challenger, field)
         if limit is None:
-            return _skip(name, "no budget set")
+            return skip(name, "no budget set")
         passed = found is not None and found <= limit
         shown = "not measured" if found is None else f"{found:.2f} {unit}"
-        reason = f"{name} {shown}, budget {limit:.2f} {unit}"
+        on = case.challenger.latency_on if name == "latency" else None
+        reason = f"{name} {shown}{f' on {on}' if on else ''}, budget {limit:.2f} {unit}"
         return Rule(name=name, passed=passed, observed=found, limit=limit, reason=reason)
 
     return rule
 
 
-def _export(case: _Case) -> Rule:
+def _export(case: Case) -> Rule:
     if not case.policy.require_export_parity:
-        return _skip("export_parity", "not required")
+        return skip("export_parity", "not required")
     parity = case.challenger.export_parity
     reason = "the export was not compared with the weights"
     if parity is not None:
@@ -288,13 +217,13 @@ def _export(case: _Case) -> Rule:
     return Rule(name="export_parity", passed=parity is True, reason=reason)
 
 
-def _approval(case: _Case) -> Rule:
+def _approval(case: Case) -> Rule:
     if not case.policy.manual_approval:
-        return _skip("approval", "not required")
+        return skip("approval", "not required")
     return Rule(name="approval", passed=False, reason="awaiting manual approval")
 
 
-RULES: tuple[Callable[[_Case], Rule], ...] = (
+RULES: tuple[Callable[[Case], Rule], ...] = (
     _finite,
     _new_weights,
     _not_rolled_back,
@@ -302,9 +231,8 @@ RULES: tuple[Callable[[_Case], Rule], ...] = (
     _same_classes,
     _min_images,
     _floor,
-    _gain,
+    gain,
     _class_drop,
-    _bootstrap,
     _budget("latency", "latency_ms", "ms"),
     _budget("size", "size_mb", "MB"),
     _export,

@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Callback
 from flows.config.sections import DatasetSettings, EvaluateSettings
 from flows.core.quiet import quiet_libraries
 from flows.gate.verdict import ClassScore, Scores
+from flows.tracking.provenance import cpu_name
 from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
 from rfdetr.checkpoints.structure import infer_config
 from rfdetr.config import ModelConfig, TrainConfig, Workers
@@ -24,9 +25,9 @@ from rfdetr.data.coco import CocoSplits
 from rfdetr.data.layouts import detect_layout
 from rfdetr.errors import DatasetError
 from rfdetr.evaluation import report
-from rfdetr.evaluation.bootstrap import collect_evidence
 from rfdetr.evaluation.box_table import EvaluationData, IouType
 from rfdetr.evaluation.evaluator import CocoEvaluator, EvaluationResult, evaluate
+from rfdetr.evaluation.evidence import collect_evidence
 from rfdetr.evaluation.plots import Sample
 from rfdetr.files import sha256_file
 from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
@@ -37,7 +38,8 @@ from rfdetr.training.sample_images import take_samples
 class ScoredModel:
     """The results of one model on one split. All labels are those of the dataset.
 
-    `latency_ms` is the median batch time per image, `size_mb` the file size in 10^6 bytes.
+    `latency_ms` is the median time of a batch, per image, with the device `latency_on`, after a
+    warm-up; `size_mb` the file size in 10^6 bytes.
     `settings` is a key of everything that affects the numbers.
     """
 
@@ -49,6 +51,7 @@ class ScoredModel:
     columns: EvaluationData
     samples: list[Sample]
     latency_ms: float
+    latency_on: str
     settings: str
     category_ids: dict[int, int]
 
@@ -100,6 +103,8 @@ class ScoredModel:
     def scores(self, model: str, dataset_sha256: str) -> Scores:
         """The record that the gate compares."""
         kind: IouType = "bbox" if self.result.segm is None else "segm"
+        part = self.result.segm or self.result.bbox
+        assert part is not None
         classes = {
             row["class"]: ClassScore(ap=row["ap_50_95"], boxes=row["boxes"])
             for row in self.per_class()
@@ -116,8 +121,14 @@ class ScoredModel:
             metrics=self.metrics(),
             per_class=classes,
             latency_ms=self.latency_ms,
+            latency_on=self.latency_on,
             size_mb=self.size_mb,
-            evidence=collect_evidence(self.columns, self.result.class_ids.tolist(), iou_type=kind),
+            evidence=collect_evidence(
+                self.columns,
+                self.result.class_ids.tolist(),
+                iou_type=kind,
+                max_dets=part.summary.max_dets,
+            ),
         )
 
 
@@ -170,6 +181,7 @@ def score_model(
         columns=columns,
         samples=collector.samples,
         latency_ms=collector.latency_ms,
+        latency_on=f"{collector.device}, batches of {settings.batch_size}",
         settings=settings.key(),
         category_ids=_category_ids(dataset_dir, dataset, settings.split),
     )
@@ -238,29 +250,50 @@ class _Collector(Callback):
     def __init__(self, settings: EvaluateSettings, *, masks: bool) -> None:
         self.evaluator = CocoEvaluator(("bbox", "segm") if masks else ("bbox",), settings.max_dets)
         self.samples: list[Sample] = []
+        self.device = ""
         self._wanted = settings.pictures
         self._times: list[float] = []
         self._started = 0.0
 
     @property
     def latency_ms(self) -> float:
-        """Median over the batches, per image; the first batch is a warm-up."""
-        times = self._times[1:] or self._times
-        return round(1000 * statistics.median(times), 3)
+        """Median over the batches, per image."""
+        return round(1000 * statistics.median(self._times), 3)
 
-    def on_test_batch_start(self, *_: Any) -> None:
+    def on_test_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
+        if not self._times:
+            self.device = device_name(module.device)
+            with trainer.precision_plugin.test_step_context():
+                module.test_step(batch, 0)  # warm-up: first kernels, memory and caches
+        synchronize(module.device)
         self._started = time.perf_counter()
 
     def on_test_batch_end(
-        self, _trainer: Any, _module: Any, outputs: Any, batch: Any, *_: Any
+        self, _trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # or only the kernel launches would be timed
+        synchronize(module.device)  # or only the kernel launches would be timed
         self._times.append((time.perf_counter() - self._started) / max(1, len(outputs["targets"])))
         self.evaluator.update(outputs["results"], outputs["targets"])
         missing = self._wanted - len(self.samples)
         if missing > 0:
             self.samples += take_samples(batch[0], outputs["targets"], missing)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything that was queued on a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """A device as latencies are compared by: the model of the GPU, or of the CPU with threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{cpu_name()} with {torch.get_num_threads()} threads"
+    return device.type
 
 
 def _category_ids(folder: str | Path, dataset: DatasetSettings, split: str) -> dict[int, int]:

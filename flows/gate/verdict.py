@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
 
-from flows.config.sections import GateSettings
-from rfdetr.evaluation.bootstrap import Interval, MatchEvidence
+from flows.config.sections import GateEvidence, GateSettings
+from rfdetr.evaluation.bootstrap import Interval
+from rfdetr.evaluation.evidence import MatchEvidence
 
 Outcome = Literal["promote", "refuse", "approval", "no-op"]
 Evidence = Annotated[
@@ -35,9 +36,9 @@ class Scores(_Record):
 
     `settings` identifies the evaluate parameters and the version of the evaluator; scores with
     different settings are not comparable. `metrics` are COCO-style numbers from 0 to 1,
-    `latency_ms` is per image, `size_mb` counts 10^6 bytes. `evidence` holds the matches per image
-    and class that the bootstrap resamples. `export_parity` is None if the ONNX export was not
-    compared with the weights.
+    `latency_ms` is per image, measured on `latency_on`; `size_mb` counts 10^6 bytes. `evidence`
+    holds the matches per image and class that the bootstrap resamples. `export_parity` is None if
+    the ONNX export was not compared with the weights.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Scores(_Record):
     metrics: dict[str, float]
     per_class: dict[str, ClassScore] = {}
     latency_ms: float | None = None
+    latency_on: str | None = None
     size_mb: float | None = None
     export_parity: bool | None = None
     evidence: Evidence | None = None
@@ -76,7 +78,10 @@ class Verdict(_Record):
     """The decision: outcome, every rule, and both sets of scores (without evidence).
 
     `champion_version` is the registered version that the challenger was compared with; None if
-    there was no champion.
+    there was no champion. `interval` is the paired interval of the primary metric, whatever
+    `gate.evidence` is, and `other_evidence` what the gate would have decided with its other two
+    values. `images_needed` is how many test images would decide if the observed difference stays;
+    None if the test set is large enough.
     """
 
     outcome: Outcome
@@ -86,6 +91,8 @@ class Verdict(_Record):
     champion: Scores | None
     champion_version: int | None = None
     interval: Interval | None = None
+    images_needed: int | None = None
+    other_evidence: dict[GateEvidence, Outcome] = {}
     policy: GatePolicy
 
     @property
@@ -105,6 +112,9 @@ class Verdict(_Record):
         for rule in self.rules:
             cells = (rule.name, marks[rule.passed], rule.observed, rule.limit, rule.reason)
             lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+        if self.other_evidence:
+            others = ", ".join(f"`{kind}`: {out}" for kind, out in self.other_evidence.items())
+            lines += ["", f"Decided by `{self.policy.evidence}`. By other evidence: {others}."]
         return "\n".join(lines) + "\n"
 
 

@@ -86,6 +86,7 @@ def numbers(scored: ScoredModel) -> dict[str, Any]:
         },
         "per_class": {row["class"]: row["ap_50_95"] for row in scored.per_class() if row["boxes"]},
         "latency_ms": scored.latency_ms,
+        "latency_on": scored.latency_on,
         "size_mb": scored.size_mb,
     }
 

@@ -78,7 +78,7 @@ def collect_provenance(root: str | os.PathLike[str] = ".") -> Provenance:
         python=platform.python_version(),
         platform=platform.platform(),
         packages=_packages(),
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cpu_count=os.cpu_count() or 1,
         memory_gb=round(psutil.virtual_memory().total / 2**30, 1),
         gpus=_gpu_names(),
@@ -112,7 +112,8 @@ def _packages() -> dict[str, str]:
     return dict(sorted((name, version) for name, version in found.items() if name))
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The name of this machine's processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

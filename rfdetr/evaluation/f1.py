@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rfdetr.arrays import Bools, Floats, Integers
 from rfdetr.evaluation.matching import Matches
@@ -39,15 +40,20 @@ class F1Sweep:
         return float(SCORE_THRESHOLDS[self.best])
 
 
+def score_bins(score: NDArray[np.floating]) -> Integers:
+    """The number of SCORE_THRESHOLDS that each score reaches."""
+    # Compare scores in the precision of the network's output: float32 0.29 is below 0.29.
+    exact = score.astype(np.float32).astype(np.float64)
+    return np.searchsorted(SCORE_THRESHOLDS, exact, side="right")
+
+
 def count_matches(matches: Matches, max_dets: int) -> tuple[Integers, Integers]:
     """True and false positives with score >= threshold, per class and threshold (K, 101).
 
     Counts the `max_dets` best detections of each image and class.
     """
-    # Compare scores in the precision of the network's output: float32 0.29 is below 0.29.
-    score = matches.score.astype(np.float32).astype(np.float64)
-    bins = np.searchsorted(SCORE_THRESHOLDS, score, side="right")
-    true = np.zeros(len(score), dtype=bool)
+    bins = score_bins(matches.score)
+    true = np.zeros(len(bins), dtype=bool)
     counted = matches.inside[:, 0].copy()
     true[matches.candidate] = matches.matched[:, 0, 0] & ~matches.ignored[:, 0, 0]
     counted[matches.candidate] = ~matches.ignored[:, 0, 0]

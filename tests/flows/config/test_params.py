@@ -341,9 +341,9 @@ def test_an_empty_change_of_the_command_line_is_an_error(change: str) -> None:
 
 
 def test_an_empty_change_is_applied_where_null_is_a_value() -> None:
-    changes = parse_changes(["convert.source=", "gate.tolerance=null"])
+    changes = parse_changes(["convert.source=", "gate.max_size_mb=null"])
     params = checked(RetrainParams, overrides=changes)
-    assert params.changes() == {"convert": {"source": None}, "gate": {"tolerance": None}}
+    assert params.changes() == {"convert": {"source": None}, "gate": {"max_size_mb": None}}
 
 
 def test_an_empty_change_of_an_unknown_field_names_the_nearest() -> None:

@@ -87,7 +87,7 @@ def test_verdicts_are_tags_and_json_and_a_refusal_blocks_promotion(
 ) -> None:
     three(registry)
     promote(registry, 1, **WHO)
-    refused = decide(scores(0.6), scores(0.5), GatePolicy())
+    refused = decide(scores(0.6), scores(0.5), GatePolicy(evidence="point"))
     steps.record_verdict(registry, 2, refused)
     version = registry.version(2)
     assert version.tags["gate.outcome"] == "refuse"
@@ -100,7 +100,9 @@ def test_verdicts_are_tags_and_json_and_a_refusal_blocks_promotion(
     assert registry.aliases()["champion"] == 1
     forced = promote(registry, 2, **WHO, force=True)
     assert forced is not None and forced.forced
-    steps.record_verdict(registry, 3, decide(scores(0.5), scores(0.6), GatePolicy()))
+    steps.record_verdict(
+        registry, 3, decide(scores(0.5), scores(0.6), GatePolicy(evidence="point"))
+    )
     assert promote(registry, 3, **WHO) is not None
 
 
@@ -361,7 +363,9 @@ def test_a_user_without_a_name_acts_as_a_number(monkeypatch: pytest.MonkeyPatch)
 def test_a_verdict_counts_only_against_the_champion_it_is_about(registry: Registry) -> None:
     three(registry)
     promote(registry, 1, **WHO)
-    waiting = decide(scores(0.5), scores(0.6), GatePolicy(manual_approval=True), 1)
+    waiting = decide(
+        scores(0.5), scores(0.6), GatePolicy(manual_approval=True, evidence="point"), 1
+    )
     with pytest.raises(RegistryError, match="version 2 was not judged by the gate"):
         promote(registry, 2, **WHO, expected_champion="judged")
     steps.record_verdict(registry, 2, waiting)
@@ -376,7 +380,9 @@ def test_a_verdict_counts_only_against_the_champion_it_is_about(registry: Regist
 
 def test_a_first_champion_by_hand_needs_a_verdict_without_one(registry: Registry) -> None:
     three(registry)
-    steps.record_verdict(registry, 1, decide(None, scores(0.6), GatePolicy(manual_approval=True)))
+    steps.record_verdict(
+        registry, 1, decide(None, scores(0.6), GatePolicy(manual_approval=True, evidence="point"))
+    )
     assert promote(registry, 1, **WHO, expected_champion="judged") is not None
 
 

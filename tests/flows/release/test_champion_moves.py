@@ -63,7 +63,7 @@ def judged(number: int, champion: int, values: tuple[float, float] = (0.6, 0.5))
         )  # fmt: skip
 
     old, new = scores(champion, values[1]), scores(number, values[0])
-    return decide(old, new, GatePolicy(), champion)
+    return decide(old, new, GatePolicy(evidence="point"), champion)
 
 
 def test_every_manual_move_is_announced_once(

@@ -124,9 +124,11 @@ def test_a_model_of_other_classes_scores_zero_and_the_gate_says_why(tmp_path: Pa
     challenger = scored.model_copy(
         update={**better, "weights_sha256": "other", "export_parity": True}
     )
-    verdict = decide(scored, challenger, GatePolicy(min_images=1))
+    policy = GatePolicy(min_images=1, evidence="point")
+    verdict = decide(scored, challenger, policy)
     assert [rule.name for rule in verdict.rules if rule.passed is False] == ["same_classes"]
-    assert decide(scored, challenger, GatePolicy(min_images=1, allow_class_change=True)).promote
+    consent = policy.model_copy(update={"allow_class_change": True})
+    assert decide(scored, challenger, consent).promote
 
 
 @pytest.mark.parametrize(

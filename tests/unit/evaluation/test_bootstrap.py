@@ -9,14 +9,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rfdetr.errors import InputError
-from rfdetr.evaluation.bootstrap import (
-    MatchEvidence,
-    Metric,
-    Resampler,
-    collect_evidence,
-    paired_bootstrap,
-)
+from rfdetr.evaluation.bootstrap import paired_bootstrap
 from rfdetr.evaluation.box_table import data_from_coco
+from rfdetr.evaluation.evaluator import evaluate_coco
+from rfdetr.evaluation.evidence import MatchEvidence, collect_evidence
+from rfdetr.evaluation.resample import Metric, statistic
 
 CLASSES = (3, 7, 9)
 
@@ -83,6 +80,11 @@ def oracle(truth: list[dict], found: list[dict], images: int) -> dict[Metric, fl
     }
 
 
+def value(record: MatchEvidence, metric: Metric = "map_50_95", weights=None) -> float:
+    ones = np.ones(record.images, dtype=np.int64)
+    return float(statistic(record, metric)(np.array([ones if weights is None else weights]))[0])
+
+
 def evidence(truth: list[dict], found: list[dict], images: int) -> MatchEvidence:
     return collect_evidence(data_from_coco(document(truth, images), found), CLASSES)
 
@@ -92,8 +94,10 @@ def test_without_resampling_it_is_the_map_of_pycocotools(seed: int) -> None:
     truth, random = scene(seed)
     found = detector(truth, random, 4.0)
     record = evidence(truth, found, 12)
-    for metric, value in oracle(truth, found, 12).items():
-        assert Resampler(record, metric).mean_average_precision() == pytest.approx(value, abs=1e-9)
+    for metric, expected in oracle(truth, found, 12).items():
+        assert value(record, metric) == pytest.approx(expected, abs=1e-9)
+    sweep = evaluate_coco(document(truth, 12), found).sweep
+    assert value(record, "f1") == pytest.approx(sweep.macro_f1[sweep.best], abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -116,8 +120,20 @@ def test_weighted_images_equal_copied_images(seed: int) -> None:
         ]
 
     expected = oracle(copied(truth), copied(found), len(copies))["map_50_95"]
-    resampler = Resampler(evidence(truth, found, 12))
-    assert resampler.mean_average_precision(weights) == pytest.approx(expected, abs=1e-9)
+    record = evidence(truth, found, 12)
+    assert value(record, weights=weights) == pytest.approx(expected, abs=1e-9)
+    copies_of = document(copied(truth), len(copies))
+    sweep = evaluate_coco(copies_of, copied(found)).sweep
+    assert value(record, "f1", weights) == pytest.approx(sweep.macro_f1[sweep.best], abs=1e-9)
+
+
+def test_a_batch_of_resamples_gives_the_numbers_of_single_ones() -> None:
+    truth, random = scene(6, images=30)
+    record = evidence(truth, detector(truth, random, 4.0), 30)
+    weights = random.integers(0, 3, (50, 30))
+    for metric in ("map_50_95", "f1"):
+        alone = [value(record, metric, row) for row in weights]
+        assert statistic(record, metric)(weights).tolist() == alone
 
 
 def test_interval_holds_zero_for_equals_and_leaves_it_for_a_clear_winner() -> None:
@@ -148,8 +164,7 @@ def test_evidence_survives_its_text_form_and_refuses_foreign_text() -> None:
     truth, random = scene(3)
     record = evidence(truth, detector(truth, random, 4.0), 12)
     copy = MatchEvidence.decode(record.encode())
-    value = Resampler(record).mean_average_precision()
-    assert Resampler(copy).mean_average_precision() == value
+    assert value(copy) == value(record)
     assert np.array_equal(copy.positives, record.positives)
     for text in ("", "not base64!", "aGVsbG8="):
         with pytest.raises(InputError, match="cannot be decoded"):
@@ -170,6 +185,6 @@ def test_different_ground_truth_and_empty_sets_are_refused() -> None:
 def test_a_detector_without_detections_scores_zero() -> None:
     truth, random = scene(5)
     nothing = evidence(truth, [], 12)
-    assert Resampler(nothing).mean_average_precision() == 0.0
+    assert value(nothing) == value(nothing, "f1") == 0.0
     some = evidence(truth, detector(truth, random, 1.0), 12)
     assert paired_bootstrap(nothing, some, resamples=50).lower > 0

@@ -1,0 +1,112 @@
+"""The matches of a detector on a test set, image by image: what comparisons are computed from."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rfdetr.arrays import Integers
+from rfdetr.errors import InputError
+from rfdetr.evaluation.box_table import EvaluationData, IouType
+from rfdetr.evaluation.matching import IOU_THRESHOLDS, match
+
+_FIELDS = ("positives", "image", "label", "score", "matched", "ignored")
+
+
+@dataclass(frozen=True, eq=False)
+class MatchEvidence:
+    """The matches of one detector on one test set, image by image.
+
+    positives: (I, K) ground-truth boxes that count, per image and class.
+    image, label: (D,) image and class index of each detection, in the order of evaluation.
+    score: (D,). matched, ignored: (D,) bit t is set when the detection matched (or is ignored,
+    e.g. because of a crowd region) at IoU 0.5 + 0.05 t.
+    """
+
+    positives: NDArray[np.int32]
+    image: NDArray[np.int32]
+    label: NDArray[np.int32]
+    score: NDArray[np.float32]
+    matched: NDArray[np.uint16]
+    ignored: NDArray[np.uint16]
+
+    def __post_init__(self) -> None:
+        lengths = {len(getattr(self, name)) for name in _FIELDS[1:]}
+        if self.positives.ndim != 2 or len(lengths) != 1:
+            raise InputError(
+                "match evidence needs positives (images, classes) and five arrays of one length; "
+                f"found positives {self.positives.shape} and arrays of lengths {sorted(lengths)}"
+            )
+        for name, limit in (("image", self.positives.shape[0]), ("label", self.positives.shape[1])):
+            column = getattr(self, name)
+            if len(column) and (column.min() < 0 or column.max() >= limit):
+                raise InputError(f"match evidence: {name} index outside 0..{limit - 1}")
+
+    @property
+    def images(self) -> int:
+        """Number of images of the test set, images without boxes included."""
+        return int(self.positives.shape[0])
+
+    def take(self, images: Integers) -> MatchEvidence:
+        """The evidence of the images at these positions, in that order."""
+        new = np.full(self.images, -1)
+        new[images] = np.arange(len(images))
+        kept = new[self.image] >= 0
+        columns = {name: getattr(self, name)[kept] for name in _FIELDS[1:]}
+        columns["image"] = new[columns["image"]].astype(np.int32)
+        return MatchEvidence(self.positives[images], **columns)
+
+    def encode(self) -> str:
+        """Compressed base64 text for a JSON record."""
+        stream = io.BytesIO()
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in _FIELDS}
+        np.savez_compressed(stream, **arrays)
+        return base64.b64encode(stream.getvalue()).decode("ascii")
+
+    @classmethod
+    def decode(cls, text: str) -> MatchEvidence:
+        """The inverse of `encode`. Raises InputError for any other text; never unpickles."""
+        try:
+            with np.load(
+                io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False
+            ) as z:
+                return cls(**{name: z[name] for name in _FIELDS})
+        except (ValueError, KeyError, OSError, EOFError) as error:
+            raise InputError(f"match evidence cannot be decoded: {error}") from error
+
+
+def collect_evidence(
+    data: EvaluationData,
+    class_ids: Sequence[int],
+    *,
+    iou_type: IouType = "bbox",
+    max_dets: int = 500,
+) -> MatchEvidence:
+    """Match detections to ground truth as the evaluator does and keep the flags per image.
+
+    The class axis follows ascending `class_ids`.
+    """
+    ids = np.unique(np.asarray(class_ids, dtype=np.int64))
+    matches = match(data, ids, iou_type, max_dets)
+    truth = data.truth
+    counted = ~truth.crowd & np.isin(truth.label, ids)
+    positives = np.zeros((len(data.image_ids), len(ids)), dtype=np.int32)
+    np.add.at(positives, (truth.image[counted], np.searchsorted(ids, truth.label[counted])), 1)
+    bits = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
+    flags = np.zeros((2, len(matches.row)), dtype=np.uint16)  # zero unless near ground truth
+    flags[0, matches.candidate] = matches.matched[:, :, 0] @ bits
+    flags[1, matches.candidate] = matches.ignored[:, :, 0] @ bits
+    return MatchEvidence(
+        positives=positives,
+        image=data.detections.image[matches.row].astype(np.int32),
+        label=matches.label.astype(np.int32),
+        score=matches.score.astype(np.float32),
+        matched=flags[0],
+        ignored=flags[1],
+    )
