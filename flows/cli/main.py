@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows.cli import commands as run
+from flows.cli import import_data
 from flows.core.child_report import report_failure
 from flows.core.errors import FAILED, INTERRUPTED
 
@@ -92,6 +93,10 @@ def parser() -> argparse.ArgumentParser:
     drift.add_argument("--exit-code", action="store_true", help="status 3 when there is drift")
     demo = _add(commands, "demo", run.demo_command, "build the demo dataset in a folder")
     demo.add_argument("folder", type=Path, nargs="?", default=Path("data/demo"))
+    importing = _add(
+        commands, "import", import_data.import_command, "convert a dataset from another format"
+    )
+    import_data.add_options(importing)
     pack = _add(commands, "pack", run.pack_command, "many small files as a few tar shards for DVC")
     pack.add_argument("folder", type=Path, metavar="FOLDER", help="the small files")
     pack.add_argument("pack", type=Path, metavar="PACK", help="the folder of the shards")

@@ -144,7 +144,7 @@ def _yolo(root: Path) -> Layout:
     path = _yaml_file(root)
     if path is None:
         raise DatasetError(f"{root}: expected data.yaml or data.yml. {found_in(root)}")
-    content = _read_yaml(path)
+    content = read_data_yaml(path)
     problems: list[str] = []
     notes: list[str] = []
     names = class_names(content, problems)
@@ -157,7 +157,8 @@ def _yolo(root: Path) -> Layout:
     return Layout("yolo", root, splits, path, names, keypoints)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_data_yaml(path: Path) -> dict[str, Any]:
+    """The content of a data.yaml. Raises DatasetError."""
     try:
         content = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:

@@ -1,0 +1,198 @@
+"""Which annotation format a folder has, and what to do about those that are not read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+
+from rfdetr.data.layouts import found_in
+from rfdetr.data.yolo import LabelFiles
+from rfdetr.errors import DatasetError
+from rfdetr.importers.coco import read_coco_files
+from rfdetr.importers.cvat import read_cvat
+from rfdetr.importers.label_studio import is_task, read_label_studio
+from rfdetr.importers.labelme import read_labelme
+from rfdetr.importers.pascal_voc import read_pascal_voc
+from rfdetr.importers.records import Collection, SourceFiles
+from rfdetr.importers.xml_files import root_tag
+from rfdetr.importers.yolo import find_yaml, read_yolo
+
+READERS: dict[str, Callable[[SourceFiles], Collection]] = {
+    "coco": lambda files: read_coco_files(files, coco_names(files)),
+    "cvat": read_cvat,
+    "voc": read_pascal_voc,
+    "labelme": read_labelme,
+    "label-studio": read_label_studio,
+    "yolo": read_yolo,
+}
+SAMPLES = 20  # XML, label and JSON files that are opened to recognise a format of many files
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+
+
+# The keys of a JSON object by which a format is recognised.
+JSON_KEYS = {
+    "coco": {"images", "annotations", "categories"},
+    "labelme": {"shapes"},
+    "datumaro": {"items", "categories"},
+    "via": {"_via_img_metadata"},
+    "fiftyone": {"samples"},
+    "supervisely": {"objects", "size"},
+}
+
+
+def read_source(root: Path, format_name: str | None = None) -> Collection:
+    """Read a folder in the format that its files have, or in the one that is named.
+
+    Raises DatasetError that names a format which cannot be read and the export that can.
+    """
+    files = SourceFiles(_only_folder(root))
+    name = format_name or next(_formats(files), None)
+    if name is None:
+        raise DatasetError(f"{root}: {_foreign(files)}")
+    found = READERS[name](files)
+    found.root = files.root
+    others = [other for other in _formats(files) if other != name]
+    if others and format_name is None:
+        text = (
+            f"annotations in other formats are not read: {', '.join(others)} (--format reads one)"
+        )
+        found.notes.append(text)
+    if not found.images:
+        raise DatasetError(f"{root}: {_nothing(found, files)}")
+    return found
+
+
+def _only_folder(root: Path) -> Path:
+    """The folder that holds everything: exports often put all into one subfolder."""
+    root = root.expanduser().absolute()
+    if not root.is_dir():
+        archive = root.suffix.lower() in ARCHIVES and root.is_file()
+        advice = "unpack the archive first" if archive else "name the folder of the export"
+        kind = "is a file" if root.exists() else "does not exist"
+        raise DatasetError(f"{root} {kind}; {advice}.")
+    while True:
+        inside = [p for p in root.iterdir() if not p.name.startswith((".", "__MACOSX"))]
+        if len(inside) != 1 or not inside[0].is_dir():
+            return root
+        root = inside[0]
+
+
+def _formats(files: SourceFiles) -> Iterator[str]:
+    """The formats of which the folder has annotation files."""
+    json_kinds = {kind for _, kind in _json_kinds(files)}
+    tags = {root_tag(files.path(name)) for name in files.with_suffix(".xml")[:SAMPLES]}
+    if "coco" in json_kinds:
+        yield "coco"
+    if "annotations" in tags:
+        yield "cvat"
+    if "annotation" in tags:
+        yield "voc"
+    yield from (kind for kind in ("labelme", "label-studio") if kind in json_kinds)
+    if _has_labels(files):
+        yield "yolo"
+
+
+def coco_names(files: SourceFiles) -> list[str]:
+    """The JSON files whose content is COCO."""
+    return [name for name, kind in _json_kinds(files) if kind == "coco"]
+
+
+def _json_kinds(files: SourceFiles) -> Iterator[tuple[str, str]]:
+    """JSON files with their formats; of many files, a part is opened.
+
+    COCO files are few and lie at the top, files per image are many.
+    """
+    names = sorted(files.with_suffix(".json"), key=lambda name: (name.count("/"), name))
+    per_folder = itertools.groupby(sorted(names, key=_folder), key=_folder)
+    for _, inside in per_folder:
+        for name in itertools.islice(inside, SAMPLES):
+            if kind := _json_kind(files.path(name)):
+                yield name, kind
+
+
+def _folder(name: str) -> str:
+    return str(PurePosixPath(name).parent)
+
+
+def _json_kind(path: Path) -> str | None:
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
+        if data.startswith(b"["):
+            return _list_kind(msgspec.json.decode(data))
+        keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).keys()
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
+        return None
+    return next((kind for kind, wanted in JSON_KEYS.items() if wanted <= keys), None)
+
+
+def _list_kind(entries: Any) -> str | None:
+    tasks = [entry for entry in entries[:SAMPLES] if isinstance(entry, dict)]
+    if any(map(is_task, tasks)):
+        return "label-studio"
+    return "createml" if any({"image", "annotations"} <= task.keys() for task in tasks) else None
+
+
+def _has_labels(files: SourceFiles) -> bool:
+    """Whether an image has a YOLO label file, or a YAML file names classes."""
+    if find_yaml(files)[0]:
+        return True
+    labels = LabelFiles()
+    step = max(1, len(files.images) // SAMPLES)
+    return any(_is_label(labels.of(files.path(image))) for image in files.images[::step])
+
+
+def _is_label(path: Path) -> bool:
+    try:
+        words = path.read_text("utf-8-sig").split("\n", 1)[0].split()
+        return len(words) >= 5 and all(map(_is_number, words))
+    except (OSError, ValueError):
+        return False
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+ADVICE = {
+    "datumaro": "a Datumaro export; in CVAT choose 'CVAT for images 1.1' or 'COCO 1.0'",
+    "via": "a VIA project; in VIA choose Annotation > Export Annotations (COCO format)",
+    "fiftyone": "a FiftyOne dataset; export it with `dataset_type=fo.types.COCODetectionDataset`",
+    "supervisely": "a Supervisely project; export it as COCO or Pascal VOC",
+    "createml": "CreateML; export it again as COCO or Pascal VOC",
+}
+
+
+def _foreign(files: SourceFiles) -> str:
+    """A sentence about a folder in no format that is read."""
+    kind = next((kind for _, kind in _json_kinds(files) if kind in ADVICE), None)
+    if kind:
+        return f"this is {ADVICE[kind]}."
+    if files.with_suffix(".tfrecord", ".tfrecords"):
+        return "TFRecord files; export the dataset as COCO or Pascal VOC."
+    if files.with_suffix(".csv") and not files.with_suffix(".xml", ".json"):
+        return (
+            "annotations in CSV files, which have no common form; export the dataset as COCO, "
+            "Pascal VOC or YOLO."
+        )
+    if any(name.lower().endswith(ARCHIVES) for name in files.names) and not files.images:
+        return "only archives; unpack them first."
+    known = "COCO, Pascal VOC, CVAT for images, labelme, Label Studio (JSON), YOLO"
+    return f"no annotations in a format that is read ({known}). {found_in(files.root)}"
+
+
+def _nothing(found: Collection, files: SourceFiles) -> str:
+    if not files.images:
+        return (
+            f"{found.format} annotations, but no images. Export again with the images (CVAT: 'Save "
+            "images'; Label Studio: a format 'with Images'), or put them into this folder."
+        )
+    why = "; ".join(f"{len(what)} {reason}" for reason, what in found.skipped.items())
+    return f"{found.format}: no image can be used ({why or 'none is listed'})."

@@ -1,0 +1,40 @@
+"""XML files of strangers: no document type, no entities, nothing fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree.ElementTree import Element, ParseError
+
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import iterparse, parse
+
+from rfdetr.errors import DatasetError
+
+
+class XmlError(DatasetError):
+    """An XML file that is not valid or not safe; `reason` is a short clause."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}.")
+        self.reason = reason
+
+
+def read_xml(path: Path) -> Element:
+    """The root element. Raises XmlError."""
+    try:
+        root: Element = parse(path, forbid_dtd=True).getroot()
+    except DefusedXmlException:
+        raise XmlError(path, "a document type or entities, which can be an attack") from None
+    except (ParseError, ValueError, LookupError, OSError) as error:
+        raise XmlError(path, f"{error}") from None
+    return root
+
+
+def root_tag(path: Path) -> str | None:
+    """The name of the root element, read without the rest of the file; None if it is not XML."""
+    try:
+        for _, element in iterparse(path, events=("start",), forbid_dtd=True):
+            return str(element.tag)
+    except (DefusedXmlException, ParseError, ValueError, LookupError, OSError):
+        pass
+    return None
