@@ -19,6 +19,7 @@ from rfdetr.config import ModelConfig
 from rfdetr.errors import ConfigError, InputError
 from rfdetr.model.encoder_block import EncoderBlock
 from rfdetr.model.lora import DoRALinear
+from rfdetr.model.precision import call_with_cast_weights, cast_together
 from rfdetr.model.projector import Projector
 
 
@@ -183,6 +184,7 @@ class WindowedEncoder(nn.Module):
         h, w = (int(side) // self.patch_size for side in images.shape[-2:])
         x = self.embed(images)
         maps = []
+        gain, shift = cast_together(x.dtype, self.norm.weight, self.norm.bias)
         # An index f in out_feature_indexes means two things: the output of the first f blocks is a
         # map, and the next block (number f, counted from 0) attends globally.
         for i, block in enumerate(self._blocks()[: self.out_feature_indexes[-1]]):
@@ -190,7 +192,9 @@ class WindowedEncoder(nn.Module):
             rate = self.drop_path_rates[i] if self.training and self.drops_path[i] else None
             x = self._run(block, x, windows, rate)
             if i + 1 in self.out_feature_indexes:
-                patches = self.norm(x)[:, self.num_prefix_tokens :]
+                with torch.autocast(x.device.type, enabled=False):  # it would convert to float32
+                    y = F.layer_norm(x, gain.shape, gain, shift, self.norm.eps)
+                patches = y[:, self.num_prefix_tokens :]
                 patches = join_windows(patches, self.num_windows, h, w)  # (B, h, w, D)
                 maps.append(patches.permute(0, 3, 1, 2))
         return maps
@@ -240,5 +244,5 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) to one feature map (B, C, h_l, w_l) per level of the config."""
-        features: list[Tensor] = self.projector(self.encoder(images))
+        features: list[Tensor] = call_with_cast_weights(self.projector, self.encoder(images))
         return features

@@ -10,7 +10,8 @@ _MIN_AREA = 1e-7
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Corners of centre-size boxes; negative sizes count as 0."""
-    centre, half = boxes[..., :2], boxes[..., 2:].clamp(min=0) * 0.5
+    centre, size = boxes.chunk(2, dim=-1)
+    half = size.clamp(min=0) * 0.5
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
@@ -26,9 +27,9 @@ def apply_box_delta(delta: Tensor, reference: Tensor) -> Tensor:
     cx = dx * w_ref + cx_ref and w = exp(dw) * w_ref, likewise for y and h: the parametrisation of
     R-CNN (Girshick et al., CVPR 2014). Results are not clamped. Computed in the reference's dtype.
     """
-    delta = delta.to(reference.dtype)
-    size = reference[..., 2:]
-    return torch.cat([delta[..., :2] * size + reference[..., :2], delta[..., 2:].exp() * size], -1)
+    move, stretch = delta.to(reference.dtype).chunk(2, dim=-1)
+    centre, size = reference.chunk(2, dim=-1)
+    return torch.cat([torch.addcmul(centre, move, size), stretch.exp() * size], dim=-1)
 
 
 def iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,13 +37,12 @@ def iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     Union and enclosing area are at least 1e-7. GIoU: Rezatofighi et al., CVPR 2019.
     """
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    intersection = _area((high - low).clamp(min=0))
-    area_a, area_b = _area(a[..., 2:] - a[..., :2]), _area(b[..., 2:] - b[..., :2])
-    union = area_a + area_b - intersection
+    (low_a, high_a), (low_b, high_b) = a.chunk(2, dim=-1), b.chunk(2, dim=-1)
+    overlap = torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b)
+    intersection = _area(overlap.clamp(min=0))
+    union = _area(high_a - low_a) + _area(high_b - low_b) - intersection
     iou = intersection / union.clamp(min=_MIN_AREA)
-    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
-    enclosing = _area((high - low).clamp(min=0))
+    enclosing = _area((torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b)).clamp(min=0))
     return iou, iou - (enclosing - union) / enclosing.clamp(min=_MIN_AREA)
 
 

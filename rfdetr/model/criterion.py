@@ -85,8 +85,9 @@ class SetCriterion(nn.Module):
         terms = _class_and_box_losses(logits, boxes, indices, flat, num_boxes)
         losses: dict[str, Tensor] = {}
         counts = [len(query) for query, _ in matches[0]]
+        of_layers = {name: values.unbind() for name, values in terms.items()}
         for i, suffix in enumerate(layers):
-            for name, values in terms.items():
+            for name, values in of_layers.items():
                 if name != "class_error" or suffix == "":
                     losses[name + suffix] = values[i]
             if masks is not None:
@@ -185,10 +186,11 @@ def _matched_class_loss(z: Tensor, iou: Tensor) -> Tensor:
     IoU-aware BCE (Align-DETR, Cai et al., 2023): -t log s - (1 - t) log(1 - s) with the target
     t = s^alpha IoU^(1 - alpha), detached and at least 0.01.
     """
-    quality = z.detach().sigmoid() ** _ALPHA * iou.clamp(min=0) ** (1 - _ALPHA)
+    score, background = z.sigmoid(), F.softplus(z)  # softplus(z) is -log(1 - s)
+    quality = score.detach() ** _ALPHA * iou.clamp(min=0) ** (1 - _ALPHA)
     t = quality.clamp(min=_MIN_CLASS_TARGET)
-    matched = t * F.softplus(-z) + (1 - t) * F.softplus(z)
-    return matched - z.sigmoid().square() * F.softplus(z)
+    # -t log s - (1 - t) log(1 - s) = softplus(z) - t z
+    return (1 - score.square()) * background - t * z
 
 
 @torch.no_grad()
@@ -202,10 +204,7 @@ def _class_error(logits: Tensor, labels: Tensor) -> Tensor:
 def _cardinality_error(logits: Tensor, targets: FlatTargets) -> Tensor:
     """Mean over images of | queries with a best score above 0.5 - targets |: (L,)."""
     confident = (logits.amax(dim=-1) > 0).sum(dim=-1)  # (L, B)
-    counts = torch.zeros(logits.shape[1], device=logits.device)
-    ones = torch.ones_like(targets.batch_idx, dtype=counts.dtype)
-    counts = counts.index_add(0, targets.batch_idx, ones)  # (B,)
-    return (confident - counts).abs().mean(dim=1)
+    return (confident - targets.counts_on_device).abs().float().mean(dim=1)
 
 
 def _pair_indices(

@@ -52,8 +52,8 @@ class SelfAttention(nn.Module):
     def forward(self, tgt: Tensor, pos: Tensor, num_groups: int) -> Tensor:
         """Queries tgt and their positions pos, both (B, G*Q, C), to (B, G*Q, C)."""
         B, GQ, C = tgt.shape
-        qk_weight, v_weight = self.in_proj_weight[: 2 * C], self.in_proj_weight[2 * C :]
-        qk_bias, v_bias = self.in_proj_bias[: 2 * C], self.in_proj_bias[2 * C :]
+        qk_weight, v_weight = torch.split(self.in_proj_weight, [2 * C, C])
+        qk_bias, v_bias = torch.split(self.in_proj_bias, [2 * C, C])
         # Groups become part of the batch: (B*G, Q, 2 or 1, heads, C/heads)
         split = (B * num_groups, GQ // num_groups, -1, self.num_heads, C // self.num_heads)
         qk = F.linear(tgt + pos, qk_weight, qk_bias).reshape(split)

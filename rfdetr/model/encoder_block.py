@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfdetr.model.feedforward import feed_forward
+from rfdetr.model.block_gradients import finish_block, norm_linear
 from rfdetr.model.lora import DoRALinear
+from rfdetr.model.precision import own_gradients
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection to query, key and value.
 
-    The block applies `proj`, because in training it folds the layer scale into it.
+    The block applies `qkv` and `proj`, in training together with their neighbours.
     """
 
     qkv: nn.Linear | DoRALinear
@@ -27,11 +28,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, D) to the concatenated heads (B, N, D), before `proj`."""
-        B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D/heads)
+    def forward(self, qkv: Tensor) -> Tensor:
+        """Queries, keys and values (B, N, 3*D) to the concatenated heads (B, N, D)."""
+        B, N, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        split = qkv.reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = (part.transpose(1, 2) for part in split.unbind(2))  # (B, heads, N, D/heads)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
         return x.transpose(1, 2).reshape(B, N, D)
 
@@ -61,23 +62,19 @@ class LayerScale(nn.Module):
         """Returns x + gamma * branch, all (..., D)."""
         return torch.addcmul(x, branch, self.gamma.to(branch.dtype))
 
-    def folded_into(self, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight and bias that compute gamma * layer(x)."""
-        return layer.weight * self.gamma[:, None], layer.bias * self.gamma
 
-
-def drop_path(branch: Tensor, rate: Tensor | None) -> Tensor:
-    """Stochastic depth (Huang et al., ECCV 2016): zero the branch (W, N, D) of random windows.
+def draw_kept(x: Tensor, rate: Tensor | None) -> Tensor | None:
+    """Factors (W, 1, 1) for a branch of x (W, N, D): stochastic depth (Huang et al., ECCV 2016).
 
     Windows are dropped, not complete images, each with the probability `rate`, and the others are
     scaled up. The rate is a 0-d tensor, so that compiled code is valid for all rates; None drops
     nothing and draws no random numbers.
     """
     if rate is None:
-        return branch
+        return None
     keep = 1 - rate
-    kept = torch.rand(len(branch), 1, 1, device=branch.device) < keep
-    return branch * (kept / keep.clamp(min=1e-6)).to(branch.dtype)
+    kept = torch.rand(len(x), 1, 1, device=x.device) < keep
+    return (kept / keep.clamp(min=1e-6)).to(x.dtype)
 
 
 class EncoderBlock(nn.Module):
@@ -98,18 +95,21 @@ class EncoderBlock(nn.Module):
         """Tokens (W, N, D) to (W, N, D).
 
         Attention sees `windows_per_sequence` consecutive windows as one sequence: 1 for windowed
-        attention, all windows of an image for global attention. See `drop_path` for `drop_rate`.
+        attention, all windows of an image for global attention. See `draw_kept` for `drop_rate`.
         """
         W, N, D = x.shape
-        y = self.norm1(x).reshape(-1, windows_per_sequence * N, D)
-        y = self.attn(y).reshape(W, N, D)
-        if not self.training and not torch.is_grad_enabled():
-            x = self.ls1(x, self.attn.proj(y))
-            return self.ls2(x, self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
-        # The gradient of a separate layer scale would keep the branch (W, N, D) in memory; folded
-        # into the linear layer, it keeps a weight matrix.
-        y = F.linear(y, *self.ls1.folded_into(self.attn.proj))
-        x = x + drop_path(y, drop_rate)
-        fc1, fc2 = self.mlp.fc1, self.ls2.folded_into(self.mlp.fc2)
-        y = feed_forward(self.norm2(x), (fc1.weight, fc1.bias), fc2, "gelu")
-        return x + drop_path(y, drop_rate)
+        kept = draw_kept(x, drop_rate), draw_kept(x, drop_rate)
+        fused = own_gradients()
+        if fused and isinstance(self.attn.qkv, nn.Linear):
+            qkv = norm_linear(x, self.norm1, self.attn.qkv)
+        else:
+            qkv = self.attn.qkv(self.norm1(x))
+        heads = self.attn(qkv.reshape(-1, windows_per_sequence * N, 3 * D)).reshape(W, N, D)
+        if fused:
+            return finish_block(self, x, heads, kept)
+        x = self.ls1(x, _scale(self.attn.proj(heads), kept[0]))
+        return self.ls2(x, _scale(self.mlp(self.norm2(x)), kept[1]))  # type: ignore[no-any-return]
+
+
+def _scale(branch: Tensor, kept: Tensor | None) -> Tensor:
+    return branch if kept is None else branch * kept

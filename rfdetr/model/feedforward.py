@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from rfdetr.model.precision import cast_together, compute_dtype, own_gradients
 
 Activation = Literal["relu", "gelu"]
 _CPU_ROWS = 1024  # rows of the hidden layer that fit into the cache between two products
@@ -36,12 +39,14 @@ def feed_forward(
     """Linear, activation, linear over the last axis: (..., C_in) to (..., C_out).
 
     `first` and `second` are (weight, bias): (C_hidden, C_in), (C_hidden,) and (C_out, C_hidden),
-    (C_out,). Eager training without autocast stores one copy of the hidden layer instead of two.
+    (C_out,). Eager training stores one copy of the hidden layer instead of two.
     """
     rows = x.flatten(0, -2)  # (R, C_in)
-    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    if torch.is_grad_enabled() and not graph and not torch.is_autocast_enabled(x.device.type):
-        y: Tensor = _FeedForward.apply(rows, *first, *second, act)  # type: ignore[no-untyped-call]
+    if own_gradients():
+        dtype = compute_dtype(x)
+        weights = cast_together(dtype, *first, *second)
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = _FeedForward.apply(rows.to(dtype), *weights, act)  # type: ignore[no-untyped-call]
     else:
         hidden = F.linear(rows, *first)
         y = F.linear(F.relu(hidden) if act == "relu" else F.gelu(hidden), *second)
@@ -49,47 +54,71 @@ def feed_forward(
 
 
 class _FeedForward(torch.autograd.Function):
-    """Saves the hidden layer only, recomputes the activation, and works on chunks of rows."""
+    """Saves the hidden layer only and recomputes the activation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *layers: Any) -> Tensor:
         w1, b1, w2, b2, act = layers
-        hidden = x.new_empty(len(x), len(w1))
-        y = x.new_empty(len(x), len(w2))
-        for rows in _chunks(x):
-            h = torch.addmm(b1, x[rows], w1.t(), out=hidden[rows])
-            torch.addmm(b2, h.relu_() if act == "relu" else F.gelu(h), w2.t(), out=y[rows])
-        ctx.save_for_backward(x, w1, w2, hidden)
+        y, hidden = feed_forward_rows(x, (w1, b1), (w2, b2), act)
+        ctx.save_for_backward(x, hidden, w1, w2)
         ctx.act = act
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, w2, hidden = ctx.saved_tensors
-        first, second = ctx.needs_input_grad[1], ctx.needs_input_grad[3]  # False when frozen
-        dx, dw1, dw2 = torch.empty_like(x), torch.zeros_like(w1), torch.zeros_like(w2)
-        db1 = w1.new_zeros(len(w1))
-        for rows in _chunks(x):
-            h, dh = hidden[rows], grad[rows] @ w2
-            if second:
-                dw2.addmm_(grad[rows].t(), h if ctx.act == "relu" else F.gelu(h))
-            if ctx.act == "relu":
-                torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
-            else:
-                torch.ops.aten.gelu_backward.grad_input(dh, h, grad_input=dh)
-            if first:
-                dw1.addmm_(dh.t(), x[rows])
-                db1 += dh.sum(dim=0)
-            torch.mm(dh, w1, out=dx[rows])
-        return (
-            dx,
-            dw1 if first else None,
-            db1 if first else None,
-            dw2 if second else None,
-            grad.sum(dim=0) if second else None,
-            None,
-        )
+        with torch.autocast(grad.device.type, enabled=False):
+            gradients = feed_forward_gradients(
+                grad, ctx.saved_tensors, ctx.act, weights=any(ctx.needs_input_grad[1:])
+            )
+        return *gradients, None
+
+
+def feed_forward_rows(
+    x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], act: Activation
+) -> tuple[Tensor, Tensor]:
+    """Output (R, C_out) and hidden layer (R, C_hidden) of rows x (R, C_in), without gradients.
+
+    The hidden layer is that before GELU, or that after ReLU.
+    """
+    (w1, b1), (w2, b2) = first, second
+    hidden = x.new_empty(len(x), len(w1))
+    y = x.new_empty(len(x), len(w2))
+    for rows in _chunks(x):
+        h = torch.addmm(b1, x[rows], w1.t(), out=hidden[rows])
+        torch.addmm(b2, h.relu_() if act == "relu" else F.gelu(h), w2.t(), out=y[rows])
+    return y, hidden
+
+
+def feed_forward_gradients(
+    grad: Tensor, saved: Sequence[Tensor], act: Activation, *, weights: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w1, b1, w2, b2 from that of the output (R, C_out) of `feed_forward_rows`.
+
+    `saved` are x, the hidden layer, w1 and w2. Without `weights`, only x has a gradient.
+    """
+    x, hidden, w1, w2 = saved
+    dx = torch.empty_like(x)
+    dw1 = db1 = dw2 = None
+    for rows in _chunks(x):
+        h, dh = hidden[rows], grad[rows] @ w2
+        if weights:
+            activated = h if act == "relu" else F.gelu(h)
+            dw2 = _add_product(dw2, grad[rows], activated)
+        if act == "relu":
+            torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
+        else:
+            torch.ops.aten.gelu_backward.grad_input(dh, h, grad_input=dh)
+        if weights:
+            dw1 = _add_product(dw1, dh, x[rows])
+            db1 = dh.sum(dim=0) if db1 is None else db1.add_(dh.sum(dim=0))
+        torch.mm(dh, w1, out=dx[rows])
+    return dx, dw1, db1, dw2, grad.sum(dim=0) if weights else None
+
+
+def _add_product(total: Tensor | None, grad: Tensor, x: Tensor) -> Tensor:
+    """Add grad^T x to `total`, in place unless it is None."""
+    return grad.t() @ x if total is None else total.addmm_(grad.t(), x)
 
 
 def _chunks(x: Tensor) -> list[slice]:

@@ -20,7 +20,6 @@ from rfdetr.model.targets import (
     TargetMasks,
     flatten_targets,
     raise_value_problems,
-    value_problems,
 )
 from rfdetr.model.types import ImageTarget, LayerOutputs, Masks
 
@@ -90,8 +89,9 @@ class HungarianMatcher(nn.Module):
             empty = np.zeros(0, dtype=np.int64)
             return [[(empty, empty) for _ in targets.counts] for _ in range(L)]
         T, pairs = targets.total, L * targets.total * GQ
-        packed = logits.new_empty(pairs + T)  # costs and value problems, for a single transfer
-        packed[pairs:] = value_problems(targets, K)
+        packed = logits.new_empty(pairs + 5 * T)  # costs and targets, for a single transfer
+        packed[pairs : pairs + T] = targets.labels
+        packed[pairs + T :] = targets.boxes.flatten()
         cost = packed[:pairs].view(L, T, GQ)
         step = max(1, _PAIRS_AT_ONCE // (L * GQ))
         for start in range(0, T, step):
@@ -102,7 +102,8 @@ class HungarianMatcher(nn.Module):
             for layer, layer_masks in zip(cost, masks, strict=True):
                 self._add_mask_cost(layer, layer_masks, targets, targets.masks)
         on_host = packed.cpu().numpy()
-        raise_value_problems(on_host[pairs:], targets, K)
+        labels, target_boxes = on_host[pairs : pairs + T], on_host[pairs + T :].reshape(T, 4)
+        raise_value_problems(labels, target_boxes, targets, K)
         table = on_host[:pairs].reshape(L, T, num_groups, GQ // num_groups)
         _replace_non_finite(table)
         return _assign(table, targets.counts)
@@ -114,17 +115,15 @@ class HungarianMatcher(nn.Module):
         batch_idx = targets.batch_idx[rows]
         labels = targets.labels[rows].clamp(0, logits.shape[-1] - 1)
         z = logits[:, batch_idx, :, labels].transpose(0, 1)  # (t, L, G*Q) -> (L, t, G*Q)
-        score = z.sigmoid()
-        positive = _FOCAL_ALPHA * (1 - score) ** 2 * -F.logsigmoid(z)
-        negative = (1 - _FOCAL_ALPHA) * score**2 * -F.logsigmoid(-z)
+        score, background = z.sigmoid(), F.softplus(z)  # softplus(z) is -log(1 - score)
+        positive = (1 - score).square() * (background - z)
+        negative = score.square() * background
+        focal = torch.sub(_FOCAL_ALPHA * positive, negative, alpha=1 - _FOCAL_ALPHA)
         src, tgt = boxes[:, batch_idx], targets.boxes[rows, None]  # (L, t, G*Q, 4), (t, 1, 4)
         distance = (src - tgt).abs().sum(dim=-1)
         _, giou = iou_and_giou(cxcywh_to_xyxy(src), cxcywh_to_xyxy(tgt))
-        return (
-            self.cost_bbox * distance
-            + self.cost_class * (positive - negative)
-            - self.cost_giou * giou
-        )
+        cost = torch.add(self.cost_bbox * distance, focal, alpha=self.cost_class)
+        return cost.sub_(giou, alpha=self.cost_giou)
 
     def _add_mask_cost(
         self, cost: Tensor, masks: Masks, targets: FlatTargets, target_masks: TargetMasks

@@ -17,8 +17,9 @@ from rfdetr.model.backbone import Backbone, WindowedEncoder
 from rfdetr.model.boxes import apply_box_delta
 from rfdetr.model.decoder import Transformer, TransformerOutput
 from rfdetr.model.feedforward import MLP
+from rfdetr.model.precision import call_with_cast_weights
 from rfdetr.model.segmentation import SegmentationHead, dense_masks
-from rfdetr.model.types import LayerOutputs, Masks, Outputs
+from rfdetr.model.types import LayerOutputs, Masks, Outputs, SparseMasks
 
 _PRIOR = 0.01  # initial score of every class (RetinaNet, Lin et al., ICCV 2017)
 
@@ -76,7 +77,8 @@ class RFDETRNetwork(nn.Module):
         masks = None if mask is None else [_resize_mask(mask, src) for src in srcs]
         num_groups = self.group_detr if self.training else 1
         rows = num_groups * self.num_queries
-        decoded: TransformerOutput = self.transformer(
+        decoded: TransformerOutput = call_with_cast_weights(
+            self.transformer,
             srcs,
             masks,
             self.refpoint_embed.weight[:rows],
@@ -125,16 +127,26 @@ class RFDETRNetwork(nn.Module):
         """Masks of every decoder layer, then of the selected tokens."""
         if self.segmentation_head is None:
             return None
-        masks = self.segmentation_head(
-            src, decoded.hidden_states, decoded.selection.memory, image_size
+        masks: list[SparseMasks] = call_with_cast_weights(
+            self.segmentation_head,
+            src,
+            decoded.hidden_states,
+            decoded.selection.memory,
+            image_size,
         )
         return masks if self.training else [dense_masks(m) for m in masks]
 
     def _outputs(self, decoded: TransformerOutput, masks: Sequence[Masks] | None) -> Outputs:
-        layers: list[LayerOutputs] = []
-        for hidden in decoded.hidden_states:
-            boxes = apply_box_delta(self.bbox_embed(hidden), decoded.reference_points)
-            layers.append({"pred_logits": self.class_embed(hidden), "pred_boxes": boxes})
+        hidden_states = decoded.hidden_states
+        if self.training:  # at once; an exported graph needs the last layer's heads only
+            logits, boxes = self._heads(torch.stack(hidden_states), decoded.reference_points)
+            heads = list(zip(logits, boxes, strict=True))
+        else:
+            heads = [self._heads(hidden, decoded.reference_points) for hidden in hidden_states]
+        layers: list[LayerOutputs] = [
+            {"pred_logits": layer_logits, "pred_boxes": layer_boxes}
+            for layer_logits, layer_boxes in heads
+        ]
         selection = decoded.selection
         layers.append({"pred_logits": selection.logits, "pred_boxes": selection.boxes})
         if masks is not None:
@@ -142,6 +154,12 @@ class RFDETRNetwork(nn.Module):
                 layer["pred_masks"] = mask
         *aux, last, encoder = layers
         return {**last, "aux_outputs": aux, "enc_outputs": encoder}
+
+    def _heads(self, hidden: Tensor, reference_points: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (..., B, Q, K) and boxes (..., B, Q, 4) of hidden states (..., B, Q, C)."""
+        logits: Tensor = call_with_cast_weights(self.class_embed, hidden)
+        delta: Tensor = call_with_cast_weights(self.bbox_embed, hidden)
+        return logits, apply_box_delta(delta, reference_points)
 
 
 def build_network(config: ModelConfig, *, initialise: bool = True) -> RFDETRNetwork:

@@ -24,8 +24,9 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to (B, C, h, w)."""
-        x = x.permute(0, 2, 3, 1)  # (B, h, w, C)
-        x = F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-6)
+        x = x.permute(0, 2, 3, 1).to(self.weight.dtype)  # (B, h, w, C)
+        with torch.autocast(x.device.type, enabled=False):  # it would convert to float32
+            x = F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-6)
         return x.permute(0, 3, 1, 2)
 
 

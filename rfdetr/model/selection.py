@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rfdetr.config import ModelConfig
 from rfdetr.model.boxes import apply_box_delta
 from rfdetr.model.feedforward import MLP
+from rfdetr.model.precision import compute_dtype, own_gradients, stack_together
 from rfdetr.model.types import SpatialShapes
 
 _LOW, _HIGH = 0.01, 0.99  # limits of valid proposals
@@ -90,9 +92,7 @@ class QuerySelection(nn.Module):
         """
         B, S, C = memory.shape
         G = num_groups
-        project = _stack(self.enc_output, G)
-        norm = _stack(self.enc_output_norm, G)
-        classify = _stack(self.enc_out_class_embed, G)
+        project, norm, classify, *box_layers = self._stacked(G, memory)
         with torch.no_grad():
             scores = _best_logits(memory, project, norm, classify)  # (G, B, S)
             indices = scores.topk(min(self.num_queries, S), dim=-1).indices  # (G, B, Q)
@@ -102,7 +102,7 @@ class QuerySelection(nn.Module):
         tokens = _layer_norm(_linear(tokens, *project), *norm)
         logits = _linear(tokens, *classify)  # (G, B*Q, K)
         anchors = proposals.expand(B, -1, -1).reshape(-1, 4)[rows]  # (G, B*Q, 4)
-        boxes = apply_box_delta(self._box_delta(tokens), anchors)
+        boxes = apply_box_delta(_box_delta(tokens, box_layers), anchors)
 
         def join_groups(x: Tensor) -> Tensor:
             """(G, B*Q, X) to (B, G*Q, X)."""
@@ -111,13 +111,32 @@ class QuerySelection(nn.Module):
         indices = indices.transpose(0, 1).flatten(1)  # (B, G*Q)
         return Selection(indices, join_groups(tokens), join_groups(boxes), join_groups(logits))
 
-    def _box_delta(self, tokens: Tensor) -> Tensor:
-        """The box MLP of every group: (G, R, C) to (G, R, 4)."""
+    def _stacked(self, num_groups: int, memory: Tensor) -> list[Affine]:
+        """Projection, norm, class head and box layers of the first groups, stacked."""
         mlps = [mlp.layers for mlp in self.enc_out_bbox_embed if isinstance(mlp, MLP)]
-        *hidden, last = [_stack(layers, len(tokens)) for layers in zip(*mlps, strict=True)]
-        for weight, bias in hidden:
-            tokens = F.relu(_linear(tokens, weight, bias), inplace=True)
-        return _linear(tokens, *last)
+        kinds: list[Iterable[Any]] = [
+            self.enc_output,
+            self.enc_output_norm,
+            self.enc_out_class_embed,
+            *zip(*mlps, strict=True),
+        ]
+        stacks = []
+        for kind in kinds:
+            layers = list(kind)[:num_groups]
+            stacks += [[layer.weight for layer in layers], [layer.bias for layer in layers]]
+        if own_gradients():
+            stacked = stack_together(compute_dtype(memory), stacks)
+        else:
+            stacked = tuple(torch.stack(stack) for stack in stacks)
+        return list(zip(stacked[::2], stacked[1::2], strict=True))
+
+
+def _box_delta(tokens: Tensor, layers: list[Affine]) -> Tensor:
+    """The box MLP of every group: (G, R, C) to (G, R, 4)."""
+    *hidden, last = layers
+    for weight, bias in hidden:
+        tokens = F.relu(_linear(tokens, weight, bias), inplace=True)
+    return _linear(tokens, *last)
 
 
 def _best_logits(memory: Tensor, project: Affine, norm: Affine, classify: Affine) -> Tensor:
@@ -130,15 +149,28 @@ def _best_logits(memory: Tensor, project: Affine, norm: Affine, classify: Affine
     return logits.amax(dim=-1).reshape(-1, B, S)
 
 
-def _stack(layers: Iterable[Any], num_groups: int) -> Affine:
-    """Weights and biases of the first layers, stacked on a new first axis."""
-    first = list(layers)[:num_groups]
-    return torch.stack([layer.weight for layer in first]), torch.stack([x.bias for x in first])
+class _GroupLinear(torch.autograd.Function):
+    """`_linear` whose weight gradient has the layout of the weights, so that no copy is made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.transpose(1, 2) @ x, grad.sum(dim=1)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One linear layer per group: x (G, R, in), weight (G, out, in), bias (G, out)."""
-    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))  # (G, R, out)
+    if not own_gradients():
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))  # (G, R, out)
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = _GroupLinear.apply(x.to(weight.dtype), weight, bias)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class FlatTargets(NamedTuple):
     """The T targets of all images, one image after the other."""
 
     counts: list[int]  # per image
+    counts_on_device: Tensor  # (B,) int64, the same
     batch_idx: Tensor  # (T,) int64, index of the image
     slot: Tensor  # (T,) int64, position within the image
     labels: Tensor  # (T,) int64
@@ -45,16 +46,18 @@ def flatten_targets(
     """Concatenate the targets of `batch` images on `device`.
 
     Reads shapes but no values, so it does not wait for an accelerator. Raises InputError for
-    shapes that do not fit; `value_problems` checks the values.
+    shapes that do not fit; `raise_value_problems` checks the values.
     """
     _check_shapes(targets, batch, with_masks=with_masks)
     counts = [len(target["labels"]) for target in targets]
     batch_idx = np.repeat(np.arange(batch), counts)
     slot = np.concatenate([np.arange(n) for n in counts])
-    packed = np.stack([batch_idx, slot]).astype(np.int64)
-    order = torch.from_numpy(packed).to(device, non_blocking=True)  # (2, T)
+    packed = np.concatenate([batch_idx, slot, counts]).astype(np.int64)
+    on_device = torch.from_numpy(packed).to(device, non_blocking=True)
+    order = on_device[: 2 * len(slot)].view(2, -1)  # (2, T)
     return FlatTargets(
         counts,
+        counts_on_device=on_device[2 * len(slot) :],
         batch_idx=order[0],
         slot=order[1],
         labels=torch.cat([target["labels"] for target in targets]).to(device, torch.int64),
@@ -63,28 +66,29 @@ def flatten_targets(
     )
 
 
-def value_problems(targets: FlatTargets, num_outputs: int) -> Tensor:
-    """(T,) float32: 1 for a label outside 0..num_outputs-1, plus 2 for an invalid box."""
-    label = (targets.labels < 0) | (targets.labels >= num_outputs)
-    box = ~targets.boxes.isfinite().all(dim=-1) | (targets.boxes[:, 2:] < 0).any(dim=-1)
-    return label.float() + 2 * box.float()
+def raise_value_problems(
+    labels: np.ndarray, boxes: np.ndarray, targets: FlatTargets, num_outputs: int
+) -> None:
+    """Raise InputError for a label outside 0..num_outputs-1 or an invalid box.
 
-
-def raise_value_problems(codes: np.ndarray, targets: FlatTargets, num_outputs: int) -> None:
-    """Raise InputError if `value_problems`, copied to the host, found any."""
-    found = np.flatnonzero(codes)
+    `labels` (T,) float32 and `boxes` (T, 4) are those of `targets`, copied to the host.
+    """
+    bad_label = ~((labels >= 0) & (labels < num_outputs))
+    bad_box = ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < 0).any(axis=1)
+    found = np.flatnonzero(bad_label | bad_box)
     if not len(found):
         return
-    batch_idx, slot, labels, boxes = (
-        part.tolist() for part in (targets.batch_idx, targets.slot, targets.labels, targets.boxes)
+    batch_idx, slot, exact = (
+        part.tolist() for part in (targets.batch_idx, targets.slot, targets.labels)
     )
     lines = []
     for i in found[:_SHOWN].tolist():
         where = f"image {batch_idx[i]} of the batch, target {slot[i]}"
-        if int(codes[i]) & 1:
-            lines.append(f"{where}: label {labels[i]} is not within 0..{num_outputs - 1}")
-        if int(codes[i]) & 2:
-            lines.append(f"{where}: box {boxes[i]} has a non-finite number or a negative size")
+        if bad_label[i]:
+            lines.append(f"{where}: label {exact[i]} is not within 0..{num_outputs - 1}")
+        if bad_box[i]:
+            box = boxes[i].tolist()
+            lines.append(f"{where}: box {box} has a non-finite number or a negative size")
     more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
     raise InputError(
         "Targets do not fit the model: " + "; ".join(lines) + more + ". The class head has "

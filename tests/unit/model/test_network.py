@@ -15,7 +15,7 @@ from rfdetr.config import MODEL_CONFIGS
 from rfdetr.errors import ConfigError
 from rfdetr.model.backbone import resize_pos_embed
 from rfdetr.model.criterion import _sum_background_loss, build_criterion
-from rfdetr.model.encoder_block import drop_path
+from rfdetr.model.encoder_block import draw_kept
 from rfdetr.model.lora import DoRALinear, merge_adapters
 from rfdetr.model.network import RFDETRNetwork
 from tests.unit.model.parity_case import config, manifest
@@ -134,14 +134,19 @@ def test_drop_path_acts_in_training_only_and_can_be_set_later() -> None:
 
 def test_drop_path_zeroes_branches_and_keeps_their_mean() -> None:
     torch.manual_seed(0)
-    branch = torch.ones(4000, 2, 3)
-    dropped = drop_path(branch, torch.tensor(0.25))
-    assert (dropped == dropped[:, :1, :1]).all()  # complete windows
-    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
-    assert torch.equal(drop_path(branch, torch.tensor(0.0)), branch)
-    assert not drop_path(branch, torch.tensor(1.0)).any()
-    assert drop_path(branch, None) is branch
+    x = torch.ones(4000, 2, 3)
+    kept = draw_kept(x, torch.tensor(0.25))
+    assert kept is not None
+    assert kept.shape == (4000, 1, 1)  # complete windows
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert kept.mean().item() == pytest.approx(1, abs=0.05)
+    kept = draw_kept(x, torch.tensor(0.0))
+    assert kept is not None
+    assert (kept == 1).all()
+    kept = draw_kept(x, torch.tensor(1.0))
+    assert kept is not None
+    assert not kept.any()
+    assert draw_kept(x, None) is None
 
 
 def test_an_annealed_drop_path_does_not_recompile() -> None:

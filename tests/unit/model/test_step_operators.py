@@ -40,27 +40,31 @@ def test_a_training_step_reads_once_from_the_device() -> None:
     assert transfers.to_device == 2
 
 
+_NO_KERNEL = {"_unsafe_view", "empty", "empty_like", "new_empty", "new_empty_strided"}
+
+
 class _Operators(TorchDispatchMode):
-    """Counts dispatched operators that are not views: on a GPU most of them launch a kernel."""
+    """Counts dispatched operators that launch a kernel on a GPU: no views, no allocations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
-            self.counts[func._overloadpacket.__name__] += 1
+        name = func._overloadpacket.__name__
+        if not func.is_view and name not in _NO_KERNEL:
+            self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("autocast", "most"), [(False, 1674), (True, 1983)])
+@pytest.mark.parametrize(("autocast", "most"), [(False, 1250), (True, 1380)])
 def test_operators_of_a_training_step(
     autocast: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nano, batch 16, 7 objects per image, forward to backward.
 
-    Fewer queries and smaller images than nano's take the same operators. With `prod` for the
-    areas of boxes, a step took 1683 operators in float32 and 1990 under autocast.
+    Fewer queries and smaller images than nano's take the same operators. With one autograd node
+    per layer, a step took 1597 operators in float32 and 1914 under autocast.
     """
     monkeypatch.setattr(feedforward, "_CPU_ROWS", 1 << 30)  # as on a GPU: rows are not divided
     torch.manual_seed(0)
