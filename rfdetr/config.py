@@ -195,7 +195,7 @@ class ModelConfig(StrictConfig):
     pretrain_weights: PathText | None = Field(None, description="File, published name or null")
     device: DeviceText = Field("auto", description="Device of the detector")
     amp: bool = Field(True, description="Mixed precision in training")
-    compile: bool = Field(False, description="Use torch.compile in training")
+    compile: bool = Field(False, description="Use torch.compile in training, layer by layer")
     fused_optimizer: bool = Field(True, description="Fused AdamW where available")
     freeze_encoder: bool = Field(False, description="Do not train the backbone")
     backbone_lora: bool = Field(False, description="Train DoRA adapters only")

@@ -223,8 +223,9 @@ class RFDETR:
     def optimize_for_inference(
         self, compile: bool = True, batch_size: int = 1, dtype: torch.dtype | str = torch.float32
     ) -> None:
-        """Predict with a fixed copy: traced if `compile`, in `dtype`, for `batch_size` images.
+        """Predict with a fixed copy in `dtype`, for `batch_size` images at a time.
 
+        If `compile`, its operators are recorded once and replayed: as a CUDA graph on a GPU.
         `dtype` is float32, float16, bfloat16 or float64, also as a name. Until
         `remove_optimized_model`, another number of images or another resolution raises ValueError.
         Images are resized to squares, with a warning if the weights were trained with
@@ -238,7 +239,7 @@ class RFDETR:
                 stacklevel=2,
             )
         self.model.optimized = FrozenNetwork(
-            self.model.model, self.model.resolution, batch_size, dtype, trace=compile
+            self.model.model, self.model.resolution, batch_size, dtype, capture=compile
         )
 
     def remove_optimized_model(self) -> None:

@@ -56,6 +56,38 @@ def number_format(dtype: torch.dtype | str) -> torch.dtype:
     return NUMBER_FORMATS[name]
 
 
+class _CudaGraph:
+    """The kernels of a module, recorded once for images like `example` and replayed."""
+
+    def __init__(self, module: nn.Module, example: Tensor) -> None:
+        self._images = example
+        stream = torch.cuda.Stream(example.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(example.device))
+        with torch.inference_mode():
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # libraries choose their algorithms before the recording
+                    module(example)
+            torch.cuda.current_stream(example.device).wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._outputs: tuple[Tensor, ...] = module(example)
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        self._images.copy_(images)
+        self._graph.replay()
+        return tuple(output.clone() for output in self._outputs)
+
+
+def _graph(module: nn.Module, example: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The operators of a module for images like `example`, without the Python around them."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported: Callable[[Tensor], tuple[Tensor, ...]] = torch.export.export(
+            module, (example,)
+        ).module()
+    return exported
+
+
 class FrozenNetwork:
     """A copy of a network for one resolution, batch size and number format.
 
@@ -70,7 +102,7 @@ class FrozenNetwork:
         batch_size: int = 1,
         dtype: torch.dtype | str = torch.float32,
         *,
-        trace: bool = True,
+        capture: bool = True,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1; got {batch_size}.")
@@ -80,13 +112,13 @@ class FrozenNetwork:
         frozen = frozen_copy(network, (resolution, resolution), dtype=self.dtype)
         self.names = frozen.names
         self._model: Callable[[Tensor], tuple[Tensor, ...]] = frozen
-        if trace:
+        if capture:
             device = next(network.parameters()).device
             shape = (batch_size, 3, resolution, resolution)
             example = torch.zeros(shape, dtype=self.dtype, device=device)
-            with torch.inference_mode(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about sizes that become constants, as intended
-                self._model = torch.jit.trace(frozen, example, check_trace=False)  # type: ignore[no-untyped-call]
+            self._model = (
+                _CudaGraph(frozen, example) if device.type == "cuda" else _graph(frozen, example)
+            )
 
     def check(self, images: int, resolution: int) -> None:
         """Raise InputError unless the images fill batches of this size at this resolution."""

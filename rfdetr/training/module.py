@@ -24,6 +24,7 @@ from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
 from rfdetr.training.callbacks.ema import RFDETREMACallback
 from rfdetr.training.callbacks.process_settings import ProcessSettings
+from rfdetr.training.compilation import Compilation, compile_regions
 from rfdetr.training.lightning_adapter import attached_trainer, unscales_gradients
 from rfdetr.training.loaded_checkpoint import normalise_loaded
 from rfdetr.training.multi_scale import draw_size, multi_scale_sizes, resize_batch
@@ -75,7 +76,7 @@ class RFDETRModule(pl.LightningModule):
         self.stored_class_names: list[str] | None = None  # of the checkpoint that was loaded
         self.strict_loading = False  # on_load_checkpoint checks and reports
         if model_config.compile:
-            self.model.compile()
+            compile_regions(self.model)
         self.save_hyperparameters(hyper_parameters(model_config, train_config))
 
     @classmethod
@@ -137,7 +138,8 @@ class RFDETRModule(pl.LightningModule):
         returned, because Lightning would move the user's callbacks before those that save.
         """
         callbacks: list[Callback] = list(self.trainer.callbacks)  # type: ignore[attr-defined]
-        for kind in (ProcessSettings, ResumeCallback):
+        needed = [ProcessSettings, ResumeCallback, *[Compilation] * self.model_config.compile]
+        for kind in needed:
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
         order = {RFDETREMACallback: 0, ProcessSettings: 1, ResumeCallback: 3}

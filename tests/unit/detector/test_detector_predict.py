@@ -25,6 +25,7 @@ from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_NAMES
 from rfdetr.data.transforms import preprocess
 from rfdetr.errors import InputError
 from rfdetr.model import postprocess
+from rfdetr.model.network import RFDETRNetwork
 from rfdetr.model.postprocess import resize_masks
 from tests.unit.detector.small import pixels, small, small_segmentation
 
@@ -226,6 +227,20 @@ def test_an_optimized_copy_gives_the_same(compile: bool) -> None:
     _same(detector.predict(pixels(), threshold=0.0), before)
     detector.remove_optimized_model()
     assert len(detector.predict(pixels(), threshold=0.01)) == 0
+
+
+def test_only_a_recorded_copy_runs_without_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, plain = small(num_classes=3), small(num_classes=3)
+    recorded.optimize_for_inference(compile=True)
+    plain.optimize_for_inference(compile=False)
+
+    def forbidden(*args: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(RFDETRNetwork, "forward", forbidden)
+    assert len(recorded.predict(pixels(), threshold=0.0)) == 10
+    with pytest.raises(AssertionError):
+        plain.predict(pixels())
 
 
 def test_an_optimized_copy_refuses_other_numbers() -> None:

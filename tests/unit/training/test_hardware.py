@@ -58,10 +58,10 @@ def test_fp16_eval_evaluates_under_autocast_on_cuda(
     entered: list[tuple[Any, ...]] = []
 
     @contextlib.contextmanager
-    def autocast(*args: Any):
-        entered.append(args)
+    def autocast(*args: Any, enabled: bool = True):
+        entered.extend([args] * enabled)
         yield
-        entered.append(("left",))
+        entered.extend([("left",)] * enabled)
 
     monkeypatch.setattr(torch, "autocast", autocast)
     monkeypatch.setattr(RFDETRModule, "device", torch.device(device))
