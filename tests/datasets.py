@@ -185,7 +185,7 @@ def make_yolo(
             if lines:
                 (labels / f"image_{i:04d}.txt").write_text("\n".join(lines) + "\n")
     keys = {"train": "train", "valid": "val", "val": "val", "test": "test"}
-    paths = "".join(f"{keys[split]}: {split}/images\n" for split in chosen)
+    paths = "".join(f"{keys.get(split, split)}: {split}/images\n" for split in chosen)
     text = yaml_text or f"{paths}nc: {len(names)}\nnames: {json.dumps(list(names))}\n"
     (root / yaml_name).write_text(text)
     return root

@@ -10,8 +10,8 @@ from rfdetr.checks.cache import FactsCache
 from rfdetr.checks.check_boxes import check_boxes
 from rfdetr.checks.check_categories import check_categories, training_table
 from rfdetr.checks.check_files import SplitFiles, adopt_sizes, check_files, find_files
-from rfdetr.checks.check_ledger import check_ledger
-from rfdetr.checks.check_segmentations import check_polygons
+from rfdetr.checks.check_ledger import check_ledger, split_ledger
+from rfdetr.checks.check_segmentations import check_segmentations
 from rfdetr.checks.check_splits import check_leaks
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.compare import compare_versions
@@ -71,16 +71,15 @@ def check_dataset(
         check_leaks(splits, collector, config)
     else:
         splits = [SplitFiles.unread(table) for table in sources.tables]
-    if not model.segmentation_head:  # segmentations are not read
-        unused = dict.fromkeys(("polygon-malformed", "rle-malformed"), "warning")
-        collector.config = config.model_copy(update={"severity": {**unused, **config.severity}})
     ledgers = {}
     for split in splits:
         adopt_sizes(split)
-        ledgers[split.table.name] = check_ledger(split, sources.tables[0], collector, model)
+        ledger, accounts = split_ledger(split, sources.tables[0])
+        ledgers[split.table.name] = ledger
+        check_ledger(split.table, ledger, accounts, collector, model)
         split.table.scale_boxes(model.resolution)
         check_boxes(split.table, collector, config, model)
-        check_polygons(split.table, collector, config)
+        check_segmentations(split.table, accounts, collector, model)
     check_categories(sources.tables, collector, config)
     return _report(sources, splits, collector, model, previous, ledgers=ledgers)
 

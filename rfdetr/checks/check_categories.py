@@ -30,9 +30,7 @@ def check_categories(
     if not tables:
         return
     labels = training_table(tables).labels
-    for table in tables:
-        if table.label_files is None or table is tables[0]:
-            _check_table(table, labels, collector)
+    _check_table(tables[0], labels, collector)
     _check_equal(tables, labels, collector)
     counts = {table.name: counts_by_id(table) for table in tables}
     ghosts = ghost_categories(tables)

@@ -151,7 +151,7 @@ def _report_stray(table: SplitTable, path: Path, collector: Collector) -> None:
         source = "annotation file" if table.label_files is None else "split"
         collector.add("file-unreferenced", f"no {source} lists this image", **where)
     elif path.suffix.lower() in OTHER_IMAGES:
-        text = f"images of the format {path.suffix} are not read"
+        text = f"images of the format {path.suffix} are not read; convert them to JPEG or PNG"
         collector.add("file-format", text, **where)
     elif not _is_service(path):
         collector.add("file-stray", "neither an image nor an annotation file", **where)

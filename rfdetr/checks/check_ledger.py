@@ -17,12 +17,13 @@ from rfdetr.data.ledger import (
     CROWD,
     REFUSED,
     TRAINED,
+    UNSEEN,
     SplitLedger,
     coco_corners,
     count_rows,
     row_accounts,
 )
-from rfdetr.data.yolo import yolo_ledger
+from rfdetr.data.yolo import label_accounts, yolo_ledger
 
 
 def split_ledger(files: SplitFiles, first: SplitTable) -> tuple[SplitLedger, Integers]:
@@ -32,21 +33,19 @@ def split_ledger(files: SplitFiles, first: SplitTable) -> tuple[SplitLedger, Int
     before the boxes of a YOLO split are scaled. Without image checks the files are left out.
     """
     table = files.table
+    accounts = _accounts(files)
+    listed = table.image_rows >= 0
+    accounts[~_known_categories(table, first) & listed] = REFUSED
+    if not files.inspected:
+        rows = count_rows(accounts, refused=table.rejected)
+        return SplitLedger({}, rows, table.images_listed), accounts
+    unread = np.array([found is None or found.facts.status != "ok" for found in files.facts], bool)
+    accounts[listed & np.append(unread, False)[table.image_rows]] = UNSEEN
     broken = {
         row
         for row, found in enumerate(files.facts)
         if found is not None and found.facts.status not in ("ok", "missing")
     }
-    if table.relative:
-        corners = np.concatenate([table.boxes[:, :2], table.boxes[:, :2] + table.boxes[:, 2:]], 1)
-        accounts = row_accounts(corners, np.ones((len(corners), 2)), table.crowd, table.image_rows)
-    else:
-        corners = coco_corners(table.boxes)
-        accounts = row_accounts(corners, table.image_sizes(), table.crowd, table.image_rows)
-    known = _known_categories(table, first)
-    accounts[~known & (table.image_rows >= 0)] = REFUSED
-    if not files.inspected:
-        return SplitLedger({}, count_rows(accounts, refused=table.rejected)), accounts
     if table.split is not None:
         paths = [table.images_dir / name for name in table.file_names]
         labels = [table.folder / name for name in table.label_files or ()]
@@ -54,7 +53,7 @@ def split_ledger(files: SplitFiles, first: SplitTable) -> tuple[SplitLedger, Int
             table.split,
             paths,
             labels,
-            corners.astype(np.float64),
+            accounts,
             table.image_rows,
             refused=table.rejected,
             broken=broken,
@@ -70,9 +69,24 @@ def split_ledger(files: SplitFiles, first: SplitTable) -> tuple[SplitLedger, Int
         table.image_rows,
         accounts,
         refused=table.rejected,
+        unusable=table.rejected_images,
         broken=broken,
     )
     return ledger, accounts
+
+
+def _accounts(files: SplitFiles) -> Integers:
+    """The account of each row by its box; boxes are clipped to the image as it is on disk."""
+    table = files.table
+    if table.relative:
+        corners = np.concatenate([table.boxes[:, :2], table.boxes[:, :2] + table.boxes[:, 2:]], 1)
+        return label_accounts(corners, table.image_rows)
+    actual = [
+        (found.facts.width, found.facts.height) if found and found.facts.width else size
+        for found, size in zip(files.facts, table.sizes.tolist(), strict=True)
+    ]
+    sizes = np.array([*actual, (np.nan, np.nan)], np.float64)[table.image_rows]
+    return row_accounts(coco_corners(table.boxes), sizes, table.crowd, table.image_rows)
 
 
 def _known_categories(table: SplitTable, first: SplitTable) -> Bools:
@@ -83,16 +97,15 @@ def _known_categories(table: SplitTable, first: SplitTable) -> Bools:
 
 
 def check_ledger(
-    files: SplitFiles, first: SplitTable, collector: Collector, model: ModelConfig
-) -> SplitLedger:
-    """The ledger of a split, as `split_ledger`.
-
-    Reports nothing to train, many crowd regions, and objects without a mask.
-    """
-    table = files.table
-    ledger, accounts = split_ledger(files, first)
+    table: SplitTable,
+    ledger: SplitLedger,
+    accounts: Integers,
+    collector: Collector,
+    model: ModelConfig,
+) -> None:
+    """Report nothing to train, many crowd regions, and objects without a mask."""
     if not table.readable or not table.file_names:
-        return ledger
+        return
     place = {"split": table.name, "file": table.source}
     if not ledger.objects:
         code = "split-nothing-to-train" if table.name == "train" else "split-unannotated"
@@ -106,7 +119,6 @@ def check_ledger(
         collector.add("crowd-share", text, **place)
     if model.segmentation_head:
         _check_masks(table, accounts, collector)
-    return ledger
 
 
 def _check_masks(table: SplitTable, accounts: Integers, collector: Collector) -> None:

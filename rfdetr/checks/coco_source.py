@@ -9,7 +9,7 @@ import numpy as np
 
 from rfdetr.arrays import Integers, find_rows
 from rfdetr.checks.collector import Collector
-from rfdetr.checks.polygons import Segmentations, measure_segmentations, rle_problem
+from rfdetr.checks.polygons import Segmentations, measure_segmentations
 from rfdetr.checks.table import NO_ID, CategoryRow, SplitTable, repeated_rows
 from rfdetr.data.coco_json import UNKNOWN, CocoFile, parse_segmentation, read_coco
 from rfdetr.data.coco_problems import (
@@ -31,26 +31,34 @@ def read_coco_split(
     *,
     collector: Collector,
     workers: int | None = None,
+    known: Sequence[CategoryRow] = (),
 ) -> SplitTable:
-    """Read one annotation file tolerantly. DatasetError only if the file cannot be opened."""
+    """Read one annotation file tolerantly. DatasetError only if the file cannot be opened.
+
+    `known` are the categories of the first split, which this one need not list.
+    """
     coco = read_coco(annotation_file, tolerant=True, segmentation=False)
     measured = measure_segmentations(coco.texts, workers)
-    table = _table(name, folder, images_dir, coco)
+    table = _table(name, folder, images_dir, coco, known)
     table.readable = all(problem.section != "file" for problem in coco.problems)
     table.broken_names = _broken_names(coco)
     _report_problems(coco.problems, table, collector)
     _report_missing(table, coco, collector)
     _report_image_records(table, coco, collector)
     _report_links(table, coco, collector)
-    _add_segmentations(table, measured, collector)
+    _add_segmentations(table, measured())
     return table
 
 
-def _table(name: str, folder: Path, images_dir: Path, coco: CocoFile) -> SplitTable:
+def _table(
+    name: str, folder: Path, images_dir: Path, coco: CocoFile, known: Sequence[CategoryRow]
+) -> SplitTable:
     images, annotations = coco.images, coco.annotations
     sizes = np.stack([images.widths, images.heights], axis=1).astype(np.float64)
     sizes[(sizes <= 0)] = np.nan
     categories = [CategoryRow(c.id, c.name, c.supercategory or "") for c in coco.categories]
+    listed = {category.id for category in categories}
+    categories += [category for category in known if category.id not in listed]
     category_ids = np.array([category.id for category in categories], np.int64)
     return SplitTable(
         name=name,
@@ -72,6 +80,7 @@ def _table(name: str, folder: Path, images_dir: Path, coco: CocoFile) -> SplitTa
         image_lines=_line_finder(coco.data, "images", images.rows),
         annotation_lines=_line_finder(coco.data, "annotations", annotations.rows),
         rejected=coco.rejected,
+        rejected_images=coco.rejected_images,
     )
 
 
@@ -176,26 +185,7 @@ def _report_links(table: SplitTable, coco: CocoFile, collector: Collector) -> No
         collector.add_annotations(table, code, np.flatnonzero(rows < 0), describe(key, ids))
 
 
-def _add_segmentations(
-    table: SplitTable, measured: Callable[[], Segmentations], collector: Collector
-) -> None:
-    found = measured()
-    table.polygons = found.polygons
+def _add_segmentations(table: SplitTable, found: Segmentations) -> None:
+    table.polygons, table.masks, table.bad_segmentations = found
     table.masked[table.polygons.owner] = True
-    table.masked[[row for row, _ in found.masks]] = True
-    wrong = [(row, f"segmentation {problem}") for row, problem in found.wrong]
-    _report_rows(table, collector, "polygon-malformed", wrong)
-    sizes = table.image_sizes()
-    broken = []
-    for row, mask in found.masks:
-        problem = rle_problem(mask, *sizes[row])
-        if problem:
-            broken.append((row, f"segmentation {problem}"))
-    _report_rows(table, collector, "rle-malformed", broken)
-
-
-def _report_rows(
-    table: SplitTable, collector: Collector, code: str, found: Sequence[tuple[int, str]]
-) -> None:
-    rows = np.array([row for row, _ in found], np.int64)
-    collector.add_annotations(table, code, rows, dict(found).__getitem__)
+    table.masked[[row for row, _ in (*table.masks, *table.bad_segmentations)]] = True

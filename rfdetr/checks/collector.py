@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rfdetr.arrays import Integers
-from rfdetr.checks.codes import CODES, SEVERITIES
+from rfdetr.checks.codes import CODES, SEVERITIES, Severity
 from rfdetr.checks.dataset_report import Finding, printable
 from rfdetr.checks.options import CheckConfig
 from rfdetr.checks.table import SplitTable
@@ -19,6 +19,7 @@ class Collector:
     def __init__(self, config: CheckConfig) -> None:
         self.config = config
         self.counts: Counter[str] = Counter()
+        self._levels: Counter[Severity] = Counter()
         self._silent = frozenset(config.silence)
         self._listed: Counter[str] = Counter()
         self._findings: list[Finding] = []
@@ -38,29 +39,41 @@ class Collector:
             self.note(code, message(row), details=details, **table.image_place(row))
 
     def add_annotations(
-        self, table: SplitTable, code: str, rows: Integers, message: Callable[[int], str]
+        self,
+        table: SplitTable,
+        code: str,
+        rows: Integers,
+        message: Callable[[int], str],
+        severity: Severity | None = None,
     ) -> None:
         """Record a finding for each of these annotations; the image's name is added."""
-        listed: list[int] = self.take(code, rows).tolist()
+        listed: list[int] = self.take(code, rows, severity).tolist()
         for row, place in zip(listed, table.annotation_places(listed), strict=True):
             text = f"{message(row)} ({table.image_name(row)})"
-            self.note(code, text, details=table.annotation_details(row), **place)
+            details = table.annotation_details(row)
+            self.note(code, text, severity=severity, details=details, **place)
 
-    def take(self, code: str, places: Any) -> Any:
-        """Count all `places` (a sequence or array); return those still to be listed by `note`."""
+    def take(self, code: str, places: Any, severity: Severity | None = None) -> Any:
+        """Count all `places` (a sequence or array); return those still to be listed by `note`.
+
+        `severity` is that of these places, unless the configuration sets the severity of the code.
+        """
         if code in self._silent or len(places) == 0:
             return places[:0]
         self.counts[code] += len(places)
+        self._levels[self.config.severity_of(code, severity)] += len(places)
         return places[: max(0, self.config.max_findings_per_code - self._listed[code])]
 
-    def note(self, code: str, message: str, **fields: Any) -> None:
+    def note(
+        self, code: str, message: str, *, severity: Severity | None = None, **fields: Any
+    ) -> None:
         """List a finding that `take` has counted."""
         self._listed[code] += 1
         info = CODES[code]
         self._findings.append(
             Finding(
                 code=code,
-                severity=self.config.severity_of(code),
+                severity=self.config.severity_of(code, severity),
                 message=printable(message),
                 advice=info.advice,
                 **{"repair": info.repair, **printable(fields)},
@@ -73,10 +86,7 @@ class Collector:
 
     def severities(self) -> dict[str, int]:
         """Number of findings of every severity."""
-        total: dict[str, int] = dict.fromkeys(SEVERITIES, 0)
-        for code, count in self.counts.items():
-            total[self.config.severity_of(code)] += count
-        return total
+        return {severity: self._levels[severity] for severity in SEVERITIES}
 
 
 def _sort_key(finding: Finding) -> tuple[Any, ...]:

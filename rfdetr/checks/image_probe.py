@@ -12,9 +12,16 @@ import numpy as np
 from msgspec.structs import replace
 from PIL import Image, UnidentifiedImageError
 
-from rfdetr.data.decode import MAX_PIXELS, ImageTooLargeError, open_image, require_pixels, to_rgb
+from rfdetr.data.decode import (
+    MAX_PIXELS,
+    ImageTooLargeError,
+    describe_content,
+    open_image,
+    require_pixels,
+    to_rgb,
+)
 
-PROBE_VERSION = 4  # part of the cache key: increase it when a field or its meaning changes
+PROBE_VERSION = 5  # part of the cache key: increase it when a field or its meaning changes
 THUMB_SIDE = 16
 MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -78,7 +85,7 @@ def probe_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFacts:
         except ImageTooLargeError as error:
             return ImageFacts("bomb", _text(error))
         except UnidentifiedImageError:
-            return _unopened(data, "no known image format")
+            return _unopened(data, describe_content(data))
         except Exception as error:  # noqa: BLE001 - decoders of hostile files raise anything
             return _unopened(data, _text(error))
 

@@ -76,6 +76,6 @@ class CheckConfig(StrictConfig):
             )
         return self
 
-    def severity_of(self, code: str) -> Severity:
-        """The severity of a code: as configured, else its default."""
-        return self.severity.get(code, CODES[code].severity)
+    def severity_of(self, code: str, otherwise: Severity | None = None) -> Severity:
+        """The severity of a code: as configured, else `otherwise`, else its default."""
+        return self.severity.get(code, otherwise or CODES[code].severity)

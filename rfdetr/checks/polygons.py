@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -27,8 +26,7 @@ SegmentationText = Any  # anything with the buffer protocol
 _decoder = msgspec.json.Decoder(list[list[list[float]] | dict[str, Any] | None])
 
 
-@dataclass
-class Segmentations:
+class Segmentations(NamedTuple):
     """The polygons of a split, and the masks and unusable segmentations by annotation row."""
 
     polygons: PolygonExtents
@@ -119,7 +117,7 @@ def _problems(text: bytes) -> list[str]:
     """What is wrong with a segmentation that could not be decoded; nothing if it is empty."""
     value = parse_segmentation(text)
     if value is None:
-        return [] if text.strip() == b'""' else ["cannot be read"]
+        return []
     if not isinstance(value, list):
         return [f"is {type(value).__name__}, not a list of polygons"]
     return ["contains something that is not a list of numbers"]

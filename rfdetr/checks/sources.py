@@ -49,7 +49,13 @@ def read_sources(
         else:
             folder, file = split.images[0], split.annotations
             table = read_coco_split(
-                split.name, root, folder, file, collector=collector, workers=workers
+                split.name,
+                root,
+                folder,
+                file,
+                collector=collector,
+                workers=workers,
+                known=tables[0].categories if tables else (),
             )
             table.raw_ids = layout.kind == "coco"
             tables.append(table)

@@ -57,8 +57,9 @@ class SplitTable:
     `annotation_records` are positions in the lists of the file. A table that is not `readable`
     lacks an entire list, so nothing can be concluded from what is missing in it. `broken_names` are
     the files named by image records that are otherwise unusable. `raw_ids`: category ids are used
-    as labels. `rejected` annotation rows could not be read. `split` has the folders of a YOLO
-    split.
+    as labels. `rejected` annotation rows and `rejected_images` image records could not be read.
+    `masks` are the RLE masks by row, `bad_segmentations` what is wrong with those that are neither
+    polygons nor RLE. `split` has the folders of a YOLO split.
     """
 
     name: str
@@ -87,6 +88,9 @@ class SplitTable:
     readable: bool = True
     raw_ids: bool = False
     rejected: int = 0
+    rejected_images: int = 0
+    bad_segmentations: list[tuple[int, str]] = field(default_factory=list)
+    masks: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     split: SplitPaths | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +98,11 @@ class SplitTable:
         for name in ("crowd", "masked"):
             if len(getattr(self, name)) != len(self.boxes):
                 setattr(self, name, np.zeros(len(self.boxes), bool))
+
+    @property
+    def images_listed(self) -> int:
+        """Images that the split lists."""
+        return len(set(self.file_names)) + self.rejected_images
 
     @property
     def source(self) -> str | None:

@@ -22,7 +22,9 @@ from rfdetr.data.layouts import (
     parse_yaml,
     yolo_splits,
 )
-from rfdetr.data.yolo import LabelFiles, LabelRow, image_files, read_labels
+from rfdetr.data.text import read_text
+from rfdetr.data.yolo import LabelFiles, image_files
+from rfdetr.data.yolo_labels import LabelRow, read_labels
 from rfdetr.errors import DatasetError
 
 ANY_CLASS = 1 << 31  # number of classes when data.yaml has no usable names
@@ -48,12 +50,11 @@ def _load_yaml(root: Path, path: Path, collector: Collector) -> tuple[dict[str, 
     """Content and text; the text is None if the file is unusable, which findings then report."""
     where = _show(root, path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        line = path.read_bytes().count(b"\n", 0, error.start) + 1
-        collector.add("yaml-malformed", f"not UTF-8: {error.reason}", file=where, line=line)
+    except UnicodeError as error:
+        collector.add("yaml-malformed", str(error), file=where)
         return {}, None
     deep = _too_deep(text)
     if deep is not None:
@@ -142,10 +143,9 @@ def _image_list(layout: Layout, split: SplitPaths, collector: Collector) -> list
     """Images of the split, each once."""
     try:
         files = list(image_files(split))
-    except (OSError, UnicodeDecodeError) as error:
-        text = f"the list of images cannot be read: {error}"
+    except DatasetError as error:
         place = _show(layout.root, split.images[0])
-        collector.add("yaml-structure", text, split=split.name, file=place)
+        collector.add("yaml-structure", str(error), split=split.name, file=place)
         return []
     seen = dict.fromkeys(files)
     for file in collector.take("file-repeated", _repeated(files)):

@@ -104,6 +104,8 @@ def id_problems(categories: Sequence[CategoryLike], raw: bool) -> list[str]:
         if category.id in seen:
             problems.append(f"id {category.id} is both {seen[category.id]!r} and {category.name!r}")
         seen.setdefault(category.id, category.name)
+        if not category.name.strip():
+            problems.append(f"id {category.id} has no name")
     if raw and not all(map(is_raw_label, seen)):
         problems.append(f"ids of plain COCO become labels and must be in 0..{HIGHEST_RAW_ID}")
     if not categories:

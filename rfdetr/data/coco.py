@@ -140,18 +140,19 @@ def coco_ledger(
     accounts: Integers,
     *,
     refused: int = 0,
+    unusable: int = 0,
     broken: Collection[int] = (),
 ) -> SplitLedger:
     """The ledger of a split from the accounts of its rows and the images that they belong to.
 
-    `refused` is the number of rows that could not be read, `broken` are the images that cannot be
-    decoded.
+    `refused` and `unusable` are the numbers of annotation rows and of image records that could not
+    be read, `broken` are the images that cannot be decoded.
     """
     with_objects = np.zeros(len(names), bool)
     with_objects[owner[accounts == TRAINED]] = True
     paths = [os.path.join(folder, name) for name in names]  # noqa: PTH118 - a million names
     counts, _ = count_files([folder], paths, with_objects, broken=broken)
-    return SplitLedger(counts, count_rows(accounts, refused=refused))
+    return SplitLedger(counts, count_rows(accounts, refused=refused), len(set(names)) + unusable)
 
 
 def _sizes(images: ImageTable, folder: Path | None) -> Floats:

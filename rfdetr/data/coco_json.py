@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import gc
 import itertools
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from rfdetr.data.coco_problems import (
 from rfdetr.errors import DatasetError
 
 UNKNOWN = -(2**63)  # an id, width or height that the file does not give
+LONG = 32  # bytes of a segmentation that cannot be empty
+EMPTY = frozenset({b"", b"[]", b"{}", b"null", b'""', b"0", b"false"})
 SHOWN = 20  # problems that an error lists
 
 
@@ -80,9 +83,9 @@ class AnnotationTable:
 class CocoFile:
     """The content of one annotation file.
 
-    `data` is its text, where byte ranges point. `rejected` is the number of annotation entries with
-    a problem, which are not in the table. `texts` are the segmentations of the annotations
-    as JSON text, empty where there is none.
+    `data` is its text, where byte ranges point. `rejected` and `rejected_images` are the numbers of
+    annotation and image entries with a problem, which are not in the tables. `texts` are the
+    segmentations of the annotations as JSON text, empty where there is none.
     """
 
     path: Path
@@ -93,14 +96,22 @@ class CocoFile:
     data: bytes = field(repr=False)
     texts: list[msgspec.Raw] = field(repr=False)
     rejected: int = 0
+    rejected_images: int = 0
 
 
 def parse_segmentation(text: bytes) -> Any:
-    """Polygons (list of lists) or RLE (dict) from JSON text; None if absent, empty or invalid."""
-    try:
-        return (msgspec.json.decode(text) or None) if text else None
-    except FAILURES:
+    """Polygons (list of lists) or RLE (dict) from JSON text; None if it is absent or empty.
+
+    Anything else comes as it is, also NaN, which JSON forbids; text that is not JSON as text.
+    """
+    if not text:
         return None
+    for decode in (msgspec.json.decode, json.loads):
+        try:
+            return decode(text) or None
+        except FAILURES:
+            continue
+    return text.decode("utf-8", "replace")
 
 
 def read_coco(
@@ -131,13 +142,14 @@ def read_coco(
     if problems and not tolerant:
         raise _error(path, problems)
     texts = [entry.segmentation for entry in sections["annotations"].entries]
-    rejected = sections["annotations"].rejected
-    return CocoFile(path, images, annotations, categories, problems, data, texts, rejected)
+    lost = (sections[name].rejected for name in ("annotations", "images"))
+    return CocoFile(path, images, annotations, categories, problems, data, texts, *lost)
 
 
 def has_outline(text: bytes | msgspec.Raw) -> bool:
     """Whether the JSON text of a segmentation contains anything."""
-    return bytes(text).strip() not in (b"", b"[]", b"{}", b"null", b'""')
+    content = bytes(text)
+    return len(content) > LONG or b"".join(content.split()) not in EMPTY
 
 
 @contextmanager

@@ -7,7 +7,6 @@ every other entry.
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from rfdetr.data.coco_entries import (
     SegmentationText,
     value_code,
 )
+from rfdetr.data.text import not_utf8
 
 MAX_PROBLEMS = 10_000  # of one section; the rest is counted
 SECTIONS = ("images", "annotations", "categories")
@@ -93,19 +93,13 @@ def outline(data: bytes) -> tuple[dict[str, msgspec.Raw], bytes, list[Problem]]:
     except msgspec.ValidationError:
         reason = "the top level is not an object {}"
         return {}, data, [Problem("json-structure", "file", None, None, "", reason)]
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8 text: {error.reason}{_encoding_hint(data)}"
+    except UnicodeDecodeError:
+        reason = not_utf8(data)
     except RecursionError:
         reason = "lists are nested too deeply"
     except msgspec.DecodeError as error:
         return _outline_of_python_json(data, str(error))
     return {}, data, [Problem("json-malformed", "file", None, None, "", reason)]
-
-
-def _encoding_hint(data: bytes) -> str:
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-        return "; it looks like UTF-16: save the file as UTF-8"
-    return "; it may be Latin-1 or Windows-1252: save the file as UTF-8"
 
 
 def _outline_of_python_json(

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from rfdetr.errors import DatasetError
 
@@ -49,6 +49,29 @@ FAILURES = (
     Image.DecompressionBombError,
 )
 _limit_lock = threading.Lock()
+
+
+# Contents that are taken for images, by where in the file they start, and what to do about them.
+OTHER_CONTENT: tuple[tuple[int, bytes, str], ...] = (
+    (4, b"ftyphei", "HEIC, which is not read; convert it: `magick mogrify -format jpg *.heic`"),
+    (4, b"ftyphev", "HEIC, which is not read; convert it: `magick mogrify -format jpg *.heic`"),
+    (4, b"ftypmif1", "HEIF, which is not read; convert it: `magick mogrify -format jpg *.heif`"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS; run `git lfs pull`"),
+    (0, b"8BPS", "a Photoshop file; export it as PNG"),
+    (0, b"\xff\x0a", "JPEG XL, which is not read; convert it to PNG or JPEG"),
+    (0, b"\0\0\0\x0cJXL", "JPEG XL, which is not read; convert it to PNG or JPEG"),
+    (0, b"%PDF", "a PDF document; export its pages as PNG"),
+    (0, b"<svg", "an SVG drawing; export it as PNG"),
+    (0, b"<!DOCTYPE", "a web page, not an image (a failed download?)"),
+    (0, b"<html", "a web page, not an image (a failed download?)"),
+    (0, b"<?xml", "an XML document, not an image"),
+)
+
+
+def describe_content(data: bytes) -> str:
+    """What a file is that no image format accepts."""
+    names = (text for at, magic, text in OTHER_CONTENT if data.startswith(magic, at))
+    return next(names, "no known image format")
 
 
 class ImageTooLargeError(ValueError):
@@ -147,6 +170,8 @@ class ImageFile:
         try:
             with open_image(self._data) as image:
                 return image.width, image.height, False
+        except UnidentifiedImageError as error:
+            raise self._failure("cannot be decoded", describe_content(self._data)) from error
         except FAILURES as error:
             raise self._failure("cannot be decoded", error) from error
 

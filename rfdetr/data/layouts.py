@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 import yaml
 
+from rfdetr.data.text import read_text
 from rfdetr.errors import DatasetError
 
 Kind = Literal["roboflow", "coco", "yolo"]
 SPLITS = ("train", "val", "test")
-FOLDERS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
-YAML_KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+FOLDERS = {"train": ("train",), "val": ("valid", "val", "validation"), "test": ("test",)}
+YAML_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 ANNOTATIONS = "_annotations.coco.json"
 YAML_NAMES = ("data.yaml", "data.yml")
 YAML_TEXT, YAML_NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
@@ -160,8 +161,10 @@ def _yolo(root: Path) -> Layout:
 def read_data_yaml(path: Path) -> dict[str, Any]:
     """The content of a data.yaml. Raises DatasetError."""
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        content = parse_yaml(read_text(path))
+    except UnicodeError as error:
+        raise DatasetError(f"{path}: {error}.") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise DatasetError(f"{path}: not valid YAML: {error}") from error
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -213,8 +216,8 @@ def class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, .
     if not isinstance(names, list) or not names:
         problems.append(f"names: must be a list of class names, found {names!r}.")
         return ()
-    if any(isinstance(name, dict | list) or name is None for name in names):
-        problems.append(f"names: must contain only strings, found {names!r}.")
+    if any(isinstance(n, dict | list) or n is None or not str(n).strip() for n in names):
+        problems.append(f"names: must contain only strings that are not empty, found {names!r}.")
     count = content.get("nc")
     if count is not None and count != len(names):
         problems.append(

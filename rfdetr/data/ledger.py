@@ -19,7 +19,7 @@ from rfdetr.data.decode import IMAGE_SUFFIXES
 from rfdetr.data.folders import list_files
 
 # Accounts of annotation rows; the first ones by the number that `row_accounts` returns.
-TRAINED, CROWD, FLAT, OUTSIDE, UNLISTED, REFUSED = range(6)
+TRAINED, CROWD, FLAT, OUTSIDE, UNLISTED, REFUSED, UNSEEN = range(7)
 ROW_ACCOUNTS = (
     "trained",
     "crowd",
@@ -27,6 +27,7 @@ ROW_ACCOUNTS = (
     "dropped: the box lies outside the image",
     "ignored: the image is not listed",
     "refused: the row cannot be used",
+    "refused: the image cannot be read",
 )
 LOST_ROWS = "ignored: the label file has no image"
 
@@ -45,15 +46,24 @@ NOTES = frozenset({"classes.txt", "labels.txt"})
 
 @dataclass(frozen=True)
 class SplitLedger:
-    """Number of files and of annotation rows per account; accounts without any are left out."""
+    """Number of files and of annotation rows per account; accounts without any are left out.
+
+    `images` is the number of images that the split lists, missing ones included.
+    """
 
     files: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    images: int = 0
 
     @property
     def objects(self) -> int:
         """Annotation rows that are trained."""
         return self.rows.get(ROW_ACCOUNTS[TRAINED], 0)
+
+    @property
+    def rows_listed(self) -> int:
+        """Annotation rows of the split, without those of label files that have no image."""
+        return sum(self.rows.values()) - self.rows.get(LOST_ROWS, 0)
 
     def __str__(self) -> str:
         return f"files: {_text(self.files)}; annotations: {_text(self.rows)}"
@@ -72,17 +82,19 @@ def row_accounts(
     sizes: npt.NDArray[np.floating],
     crowd: Bools,
     owner: Integers,
+    least: float = 0.0,
 ) -> Integers:
     """The account of each annotation row: a position in ROW_ACCOUNTS.
 
     `boxes` (n, 4) are x0, y0, x1, y1, `sizes` (n, 2) width and height of the image in the same
     unit, NaN if unknown, and `owner` is negative for an image that is not listed. A box counts as
-    training clips it: what is left must have a width and a height.
+    training clips it: what is left must be wider and higher than `least`.
     """
     known = np.where(np.isfinite(sizes), sizes, np.inf)
     low, high = np.maximum(boxes[:, :2], 0), np.minimum(boxes[:, 2:], known)
-    flat = ~(boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-    outside = ~(high > low).all(axis=1)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        flat = ~(boxes[:, 2:] - boxes[:, :2] > least).all(axis=1)
+        outside = ~(high - low > least).all(axis=1)
     accounts = np.full(len(boxes), TRAINED, np.int64)
     for account, chosen in (
         (OUTSIDE, outside),

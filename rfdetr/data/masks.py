@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
@@ -29,13 +30,9 @@ def to_rle(segmentation: Any, height: int, width: int) -> RLE:
     """
     if isinstance(segmentation, dict):
         return _run_lengths(segmentation, height, width)
-    if segmentation is not None and not isinstance(segmentation, list):
-        raise DatasetError(f"a segmentation must be polygons or RLE, found {segmentation!r:.60}.")
-    polygons = []
-    for polygon in segmentation or []:
-        values = _numbers(polygon, FAR * max(height, width))
-        if len(values) >= 6:
-            polygons.append(values[: len(values) // 2 * 2])
+    limit = FAR * max(height, width)
+    rings = [] if segmentation is None else checked_polygons(segmentation)
+    polygons = [ring.clip(-limit, limit).tolist() for ring in rings if len(ring) >= 6]
     if not polygons:
         return dict(coco_mask.encode(np.zeros((height, width), np.uint8, order="F")))
     return dict(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
@@ -55,15 +52,27 @@ def mask_areas(codes: Sequence[RLE]) -> Floats:
     return areas
 
 
-def _numbers(polygon: Any, limit: float) -> list[float]:
-    try:
-        values = np.asarray(polygon, np.float64)
-    except (TypeError, ValueError):
-        values = np.array([np.nan])
-    if values.ndim != 1 or not np.isfinite(values).all():
-        raise DatasetError(f"a polygon must be a list of finite numbers, found {polygon!r:.60}.")
-    listed: list[float] = values.clip(-limit, limit).tolist()
-    return listed
+def checked_polygons(segmentation: Any) -> list[Floats]:
+    """The numbers x, y, x, y ... of each polygon. Raises DatasetError that says what is wrong."""
+    if not isinstance(segmentation, list):
+        raise DatasetError(f"a segmentation must be polygons or RLE, found {segmentation!r:.60}.")
+    rings = []
+    for polygon in segmentation:
+        try:
+            values = np.array(msgspec.convert(polygon, list[float]), np.float64)
+        except (msgspec.ValidationError, OverflowError):
+            values = np.array([np.nan])
+        if not np.isfinite(values).all():
+            raise DatasetError(
+                f"a polygon must be a list of finite numbers, found {polygon!r:.60}."
+            )
+        if len(values) % 2:
+            raise DatasetError(
+                f"a polygon has {len(values)} numbers, an odd count: {polygon!r:.60}. Write x, y "
+                "for each point."
+            )
+        rings.append(values)
+    return rings
 
 
 def _run_lengths(segmentation: RLE, height: int, width: int) -> RLE:

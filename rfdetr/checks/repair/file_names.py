@@ -10,9 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from PIL import Image
-
-from rfdetr.data.decode import FAILURES, IMAGE_SUFFIXES
+from rfdetr.data.decode import IMAGE_SUFFIXES, file_size
 from rfdetr.data.folders import list_files
 
 Size = tuple[int, int] | None  # width, height
@@ -85,16 +83,7 @@ class ImageFinder:
         """Files of this size, also if EXIF turns them; none if the size is unknown."""
         if size is None:
             return []
-        return [file for file in files if image_size(self._root / file) in (size, size[::-1])]
-
-
-def image_size(path: Path) -> Size:
-    """Width and height as stored, None if the file is not an image."""
-    try:
-        with Image.open(path) as image:
-            return image.width, image.height
-    except FAILURES:
-        return None
+        return [file for file in files if file_size(self._root / file) in (size, size[::-1])]
 
 
 def fold(name: str) -> str:

@@ -7,10 +7,8 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
 from rfdetr.checks.image_probe import probe_bytes
-from rfdetr.data.decode import FORMAT_SUFFIXES, ImageFile
+from rfdetr.data.decode import FORMAT_SUFFIXES, ImageFile, open_image
 from rfdetr.errors import DatasetError
 
 PREFERRED_SUFFIX = {
@@ -53,7 +51,7 @@ def viewed_orientation(data: bytes, annotated: tuple[Any, Any]) -> int | None:
 
 def converted(data: bytes) -> bytes | None:
     """The image in RGB with its tags; None if its mode cannot be converted faithfully."""
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         if image.mode not in CONVERTED_MODES:
             return None
         pixels, format_name = image.convert("RGB"), image.format or ""

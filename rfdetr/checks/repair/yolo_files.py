@@ -13,10 +13,13 @@ from typing import Any
 import yaml
 
 from rfdetr.checks.dataset_report import Finding
-from rfdetr.checks.repair.file_names import ImageFinder, Wanted, fold, image_size
+from rfdetr.checks.repair.file_names import ImageFinder, Wanted, fold
 from rfdetr.checks.repair.tree import replace_text
+from rfdetr.data.decode import file_size
 from rfdetr.data.layouts import YAML_KEYS, YAML_NAMES, Layout, parse_yaml, yolo_splits
-from rfdetr.data.yolo import LineError, image_files, label_path, parse_line, read_labels
+from rfdetr.data.text import read_text
+from rfdetr.data.yolo import image_files, label_path
+from rfdetr.data.yolo_labels import LineError, parse_line, read_labels
 
 CLIPS = frozenset({"clip-box", "clip-polygon"})
 PIXELS = 2.0  # coordinates above are pixels: fractions exceed 1 only slightly
@@ -31,7 +34,7 @@ def detach_yaml(source: Path, work: Path) -> None:
     if name is None:
         return
     try:
-        content = parse_yaml(read_text(work / name))
+        content = parse_yaml(any_text(work / name))
     except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError):
         return
     if not isinstance(content, dict):
@@ -63,15 +66,12 @@ def _shown(place: Path, work: Path) -> str:
     return place.relative_to(work).as_posix() if place.is_relative_to(work) else str(place)
 
 
-def read_text(file: Path) -> str:
-    """The text of a file in UTF-8, UTF-16 with a byte order mark, or a Windows code page."""
-    data = file.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", "replace")
+def any_text(file: Path) -> str:
+    """The text of a file as training reads it, else in a Windows code page."""
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("cp1252", "replace")
+        return read_text(file)
+    except UnicodeError:
+        return file.read_bytes().decode("cp1252", "replace")
 
 
 def restore_lists(source: Path, work: Path, layout: Layout) -> Counter[str]:
@@ -79,7 +79,7 @@ def restore_lists(source: Path, work: Path, layout: Layout) -> Counter[str]:
     done: Counter[str] = Counter()
     for listing in _lists(layout, work):
         folder = source / listing.parent.relative_to(work)
-        lines = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
+        lines = [line.strip() for line in any_text(listing).splitlines() if line.strip()]
         places = [_moved(Path(os.path.normpath(folder / line)), source, work) for line in lines]
         lost = [line for line, place in zip(lines, places, strict=True) if not place.is_file()]
         claimed = {_shown(place, work) for place in places if place.is_file()}
@@ -114,7 +114,7 @@ def restore_labels(work: Path, layout: Layout) -> Counter[str]:
         label = label_path(image)
         if not label.is_relative_to(work) or not label.is_file():
             continue
-        text = read_text(label)
+        text = any_text(label)
         lines = text.splitlines()
         new = [_restored_line(line, layout.names, image) for line in lines]
         data = label.read_bytes()
@@ -159,7 +159,7 @@ def _restored_line(line: str, names: Sequence[str], image: Path) -> str:
         return _reread(line, names)
     words = line.split()
     values = [float(word) for word in words[1:]]
-    size = image_size(image) if max(values) > PIXELS else None
+    size = file_size(image) if max(values) > PIXELS else None
     if size is None or min(values) < 0:
         return line
     fractions = [value / size[i % 2] for i, value in enumerate(values)]
@@ -188,7 +188,7 @@ def repair_label_file(file: Path, findings: Sequence[tuple[Finding, str]]) -> No
     dropped = {finding.line for finding, repair in findings if repair.startswith("drop")}
     clipped = {finding.line for finding, repair in findings if repair in CLIPS}
     lines = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in enumerate(any_text(file).splitlines(), 1):
         if number in dropped:
             continue
         lines.append(clip_line(line) if number in clipped else line)
@@ -214,7 +214,7 @@ def repair_lists(
 ) -> None:
     """Rewrite the lists of images without those left out and with the new names."""
     for listing in _lists(layout, work):
-        lines = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
+        lines = [line.strip() for line in any_text(listing).splitlines() if line.strip()]
         new = []
         for line in lines:
             place = Path(os.path.normpath(listing.parent / line))

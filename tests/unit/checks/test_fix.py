@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from rfdetr.checks import CODES, CheckConfig, DatasetReport, check_dataset
-from rfdetr.checks.repair.copy import RepairResult, plan_repair, repair_dataset
+from rfdetr.checks.repair.copy import plan_repair, repair_dataset
 from rfdetr.checks.repair.plan import REPAIRS
+from rfdetr.checks.repair.result import RepairResult
 from rfdetr.errors import DatasetError
 from tests.unit.checks import planted_more  # noqa: F401 - registers plants
 from tests.unit.checks.conftest import snapshot

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from rfdetr.checks import polygons
+from rfdetr.checks import check_dataset, polygons
 from rfdetr.checks.polygons import Segmentations, measure_segmentations, rle_problem
+from rfdetr.config import ModelConfig, RFDETRNanoConfig, RFDETRSegNanoConfig
+from tests.datasets import make_roboflow
 
 
 def texts_of(values: list[object], indent: int | None) -> list[bytes]:
@@ -75,3 +78,27 @@ def test_compressed_masks_are_understood_as_pycocotools_writes_them() -> None:
         assert rle_problem({"size": [37, 53], "counts": text}, 37, 53) is not None
         assert rle_problem({"size": [37, 54], "counts": text}, 54, 37) is not None
         assert rle_problem({"size": [37, 53], "counts": text[:-1]}, 53, 37) is not None
+
+
+def test_a_malformed_segmentation_is_an_error_only_where_training_reads_it(tmp_path: Path) -> None:
+    root = make_roboflow(tmp_path / "data", splits={"train": 4, "valid": 2}, segmentation=True)
+    path = root / "train/_annotations.coco.json"
+    document = json.loads(path.read_text())
+    first, second = document["annotations"][:2]
+    first["segmentation"] = [[1, 1, 5, 5, 7]]
+    second |= {"segmentation": {"size": [1, 1], "counts": [5]}, "iscrowd": 1}
+    path.write_text(json.dumps(document))
+
+    def levels(model: ModelConfig) -> dict[str, str]:
+        report = check_dataset(
+            root, model_config=model, workers=1, cache_dir=tmp_path / "cache", progress=False
+        )
+        found = report.of("polygon-malformed", "rle-malformed")
+        assert report.errors == sum(finding.severity == "error" for finding in report.findings)
+        return {finding.code: finding.severity for finding in found}
+
+    weights = {"pretrain_weights": None}
+    expected = {"polygon-malformed": "error", "rle-malformed": "warning"}
+    assert levels(RFDETRSegNanoConfig.model_validate(weights)) == expected
+    expected["polygon-malformed"] = "warning"
+    assert levels(RFDETRNanoConfig.model_validate(weights)) == expected

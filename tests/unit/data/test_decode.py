@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rfdetr.data.decode import ImageFile, open_image, require_pixels
+from rfdetr.data.decode import IMAGE_SUFFIXES, ImageFile, open_image, require_pixels
 from rfdetr.data.image_input import as_rgb_image
 from rfdetr.errors import DatasetError
 
@@ -123,3 +123,30 @@ def test_levels_of_deep_images(
     assert pixels[0].tolist() == [[level] * 3 for level in expected]
     served = as_rgb_image(Image.open(tmp_path / "a.tif"))
     np.testing.assert_array_equal(np.asarray(served), pixels)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0", "HEIC.*magick mogrify"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"hello", "no known image format"),
+    ],
+)
+def test_a_file_that_is_not_an_image_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(DatasetError, match=words):
+        ImageFile(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".webp", ".avif", ".jpe", ".JPG"])
+def test_less_common_suffixes_are_read(tmp_path: Path, suffix: str) -> None:
+    kind = "JPEG" if suffix.lower().startswith(".j") else suffix[1:].upper()
+    if kind not in Image.SAVE and not (Image.init() and kind in Image.SAVE):
+        pytest.skip(f"this Pillow has no {kind}")
+    image().save(tmp_path / f"a{suffix}", kind)
+    pixels = ImageFile(tmp_path / f"a{suffix}").decode().astype(int)
+    assert np.abs(pixels - np.asarray(image(), int)).mean() < 12
+    assert suffix.lower() in IMAGE_SUFFIXES

@@ -8,7 +8,8 @@ import pytest
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.folders import list_files, missing_hints
 from rfdetr.data.layouts import detect_layout
-from rfdetr.data.yolo import LabelFiles, LineError, YoloSplits, parse_line
+from rfdetr.data.yolo import LabelFiles, YoloSplits
+from rfdetr.data.yolo_labels import LineError, parse_line
 from rfdetr.errors import DatasetError
 from tests.datasets import make_roboflow, make_yolo
 

@@ -43,7 +43,7 @@ def test_plain_coco(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("yaml_name", ["data.yaml", "data.yml"])
-@pytest.mark.parametrize("valid", ["val", "valid"])
+@pytest.mark.parametrize("valid", ["val", "valid", "validation"])
 def test_yolo(tmp_path: Path, yaml_name: str, valid: str) -> None:
     splits = {"train": 4, valid: 2, "test": 1}
     root = make_yolo(tmp_path, splits=splits, yaml_name=yaml_name)
@@ -271,3 +271,31 @@ def test_reading_leaves_the_folder_alone(tmp_path: Path) -> None:
         reader(layout, masks=True).index("train")
         assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
         shutil.rmtree(root)
+
+
+def test_an_image_that_is_listed_twice_is_one_image(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path, splits={"train": 3, "valid": 1})
+    names = [f"./train/images/{path.name}" for path in sorted((root / "train/images").iterdir())]
+    (root / "train.txt").write_text("\n".join([*names, names[0]]))
+    text = (root / "data.yaml").read_text().replace("train: train/images", "train: train.txt")
+    (root / "data.yaml").write_text(text)
+    assert len(YoloSplits(detect_layout(root)).index("train")) == 3
+
+
+@pytest.mark.parametrize("names", ["[a, ' ']", "{0: a, 1: ''}"])
+def test_a_class_without_a_name_is_refused(tmp_path: Path, names: str) -> None:
+    make_yolo(tmp_path, splits={"train": 1, "valid": 1})
+    (tmp_path / "data.yaml").write_text(f"names: {names}\n")
+    with pytest.raises(DatasetError, match="not empty"):
+        detect_layout(tmp_path)
+
+
+def test_a_split_may_leave_out_categories_of_train(tmp_path: Path) -> None:
+    root = make_roboflow(tmp_path, splits={"train": 4, "valid": 2})
+    path = root / "valid/_annotations.coco.json"
+    document = json.loads(path.read_text())
+    expected = CocoSplits(detect_layout(root)).index("val").labels
+    path.write_text(json.dumps({**document, "categories": []}))
+    splits = CocoSplits(detect_layout(root))
+    splits.index("train")
+    assert (splits.index("val").labels == expected).all()

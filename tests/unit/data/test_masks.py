@@ -86,3 +86,18 @@ def test_areas_of_any_number_of_masks(count: int) -> None:
 def test_integers_of_rle_may_be_written_as_floats() -> None:
     mask = rasterise({"size": [10.0, 12.0], "counts": [60.0, 60.0]}, 10, 12)
     assert mask[:, 6:].all() and not mask[:, :6].any()
+
+
+@pytest.mark.parametrize(
+    ("polygon", "words"),
+    [
+        ([1, 1, 5, 1, 5, 5, 1], "7 numbers, an odd count"),
+        ([1, 1, 5, 1, 5, float("nan")], "finite numbers"),
+        (["1", "1", "5", "1", "5", "5"], "finite numbers"),
+        ([True, 1, 5, 1, 5, 5], "finite numbers"),
+        ([10**400, 1, 5, 1, 5, 5], "finite numbers"),
+    ],
+)
+def test_a_polygon_of_anything_but_pairs_of_numbers_is_refused(polygon: Any, words: str) -> None:
+    with pytest.raises(DatasetError, match=words):
+        to_rle([[1, 1, 5, 1, 5, 5], polygon], 8, 8)

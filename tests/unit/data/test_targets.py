@@ -16,7 +16,8 @@ from rfdetr.data.coco_json import read_coco
 from rfdetr.data.dataset import DetectionDataset
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.transforms import EvalTransform
-from rfdetr.data.yolo import YoloSplits, parse_line, read_labels
+from rfdetr.data.yolo import YoloSplits
+from rfdetr.data.yolo_labels import parse_line, read_labels
 from rfdetr.errors import DatasetError
 
 WIDTH, HEIGHT = 40, 30

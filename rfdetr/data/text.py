@@ -1,0 +1,36 @@
+"""Text files of people's datasets: UTF-8, or UTF-16 where a byte order mark says so."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+
+def read_text(path: Path) -> str:
+    """The text of a file without its byte order mark.
+
+    Raises OSError, and UnicodeError that says what the file is not and how to save it.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-16" if is_utf16(data) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnicodeError(not_utf8(data)) from error
+
+
+def is_utf16(data: bytes) -> bool:
+    """Whether the bytes start with a mark of UTF-16."""
+    return data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
+def not_utf8(data: bytes) -> str:
+    """What is wrong with text that cannot be decoded, with the remedy."""
+    found = "it looks like UTF-16"
+    if not is_utf16(data) and b"\0" not in data[:4]:
+        found = "it may be Latin-1 or Windows-1252"
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            found = f"byte 0x{data[error.start]:02x} in line {line}; {found}"
+    return f"not UTF-8 text ({found}). Save the file as UTF-8"

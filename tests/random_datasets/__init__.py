@@ -1,0 +1,1 @@
+"""Random datasets: a clean one in any layout, and the defects that people bring."""

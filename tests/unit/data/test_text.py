@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rfdetr.data.layouts import detect_layout
+from rfdetr.data.text import read_text
+from rfdetr.data.yolo import YoloSplits
+from rfdetr.data.yolo_labels import read_labels
+from rfdetr.errors import DatasetError
+from tests.datasets import make_yolo
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_in_a_certain_encoding_is_read(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("0 0.5 0.5 0.2 0.4\nö", encoding=encoding)
+    assert read_text(path) == "0 0.5 0.5 0.2 0.4\nö"
+    rows, problems = read_labels(path, 2)
+    assert rows[0].box == pytest.approx((0.4, 0.3, 0.6, 0.7))
+    assert [problem.line for problem in problems] == [2]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words"),
+    [
+        ("latin-1", r"byte 0xf6 in line 2; it may be Latin-1 or Windows-1252"),
+        ("utf-16-le", "it looks like UTF-16"),
+    ],
+)
+def test_other_text_is_refused_with_the_remedy(tmp_path: Path, encoding: str, words: str) -> None:
+    path = tmp_path / "a.txt"
+    text = "0 0.5\nö" if encoding == "latin-1" else "0 0.5\n\ud800"
+    path.write_bytes(text.encode(encoding, "surrogatepass"))
+    with pytest.raises(UnicodeError, match=rf"{words}.*Save the file as UTF-8"):
+        read_text(path)
+    assert "Save the file as UTF-8" in str(read_labels(path, 2)[1][0])
+
+
+def test_every_text_of_a_yolo_dataset_may_be_utf_16(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data", splits={"train": 3, "valid": 2})
+    expected = YoloSplits(detect_layout(root)).index("train")
+    (root / "train.txt").write_text("\n".join(map(str, sorted(root.glob("train/images/*")))))
+    (root / "data.yaml").write_text(
+        (root / "data.yaml").read_text().replace("train/images", "train.txt")
+    )
+    for path in [*root.glob("**/*.txt"), root / "data.yaml"]:
+        path.write_text(path.read_text(), encoding="utf-16")
+    index = YoloSplits(detect_layout(root)).index("train")
+    assert len(index) == 3
+    assert (index.boxes == expected.boxes).all()
+    (root / "train.txt").write_bytes(b"caf\xe9.png")
+    with pytest.raises(DatasetError, match=r"train\.txt: the list of images is not UTF-8"):
+        YoloSplits(detect_layout(root)).index("train")
