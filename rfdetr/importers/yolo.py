@@ -9,7 +9,8 @@ from typing import Any
 
 from rfdetr.data.decode import file_size
 from rfdetr.data.layouts import class_names, keypoint_values, read_data_yaml, yolo_splits
-from rfdetr.data.yolo import LabelFiles, image_files, read_labels
+from rfdetr.data.yolo import LabelFiles, image_files
+from rfdetr.data.yolo_labels import read_labels
 from rfdetr.errors import DatasetError
 from rfdetr.importers.json_files import read_json
 from rfdetr.importers.records import (
