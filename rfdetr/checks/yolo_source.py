@@ -14,14 +14,8 @@ import yaml
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.polygons import ring_extents
 from rfdetr.checks.table import CategoryRow, PolygonExtents, SplitTable
-from rfdetr.data.layouts import (
-    Layout,
-    SplitPaths,
-    class_names,
-    keypoint_values,
-    parse_yaml,
-    yolo_splits,
-)
+from rfdetr.data.data_yaml import class_names, keypoint_values, parse_yaml
+from rfdetr.data.layouts import Layout, SplitPaths, yolo_splits
 from rfdetr.data.text import read_text
 from rfdetr.data.yolo import LabelFiles, image_files
 from rfdetr.data.yolo_labels import LabelRow, read_labels

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from rfdetr.data.text import read_text
+from rfdetr.data.data_yaml import class_names, keypoint_values, read_data_yaml
+from rfdetr.data.foreign import foreign_hint
 from rfdetr.errors import DatasetError
 
 Kind = Literal["roboflow", "coco", "yolo"]
@@ -23,8 +22,7 @@ SPLITS = ("train", "val", "test")
 FOLDERS = {"train": ("train",), "val": ("valid", "val", "validation"), "test": ("test",)}
 YAML_KEYS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 ANNOTATIONS = "_annotations.coco.json"
-YAML_NAMES = ("data.yaml", "data.yml")
-YAML_TEXT, YAML_NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
+YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")  # the last ones: FiftyOne
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def detect_layout(dataset_dir: str | os.PathLike[str], dataset_file: Kind = "rob
         return _yolo(root)
     raise DatasetError(
         f"{root}: neither a COCO export (train/{ANNOTATIONS}) nor a YOLO dataset (data.yaml or "
-        f"data.yml) was found. {found_in(root)}"
+        f"data.yml) was found. {found_in(root)} {foreign_hint(root)}"
     )
 
 
@@ -123,7 +121,9 @@ def _plain_coco(root: Path) -> Layout:
         if annotations.is_file():
             splits[name] = SplitPaths(name, (images,), annotations)
     if not splits:
-        raise DatasetError(f"{root}: expected {_expected('coco', 'train')}. {found_in(root)}")
+        raise DatasetError(
+            f"{root}: expected {_expected('coco', 'train')}. {found_in(root)} {foreign_hint(root)}"
+        )
     return Layout("coco", root, splits)
 
 
@@ -144,7 +144,9 @@ def _yaml_file(root: Path) -> Path | None:
 def _yolo(root: Path) -> Layout:
     path = _yaml_file(root)
     if path is None:
-        raise DatasetError(f"{root}: expected data.yaml or data.yml. {found_in(root)}")
+        raise DatasetError(
+            f"{root}: expected data.yaml or data.yml. {found_in(root)} {foreign_hint(root)}"
+        )
     content = read_data_yaml(path)
     problems: list[str] = []
     notes: list[str] = []
@@ -156,90 +158,6 @@ def _yolo(root: Path) -> Layout:
     if notes:
         warnings.warn(f"{path}: " + " ".join(notes), stacklevel=3)
     return Layout("yolo", root, splits, path, names, keypoints)
-
-
-def read_data_yaml(path: Path) -> dict[str, Any]:
-    """The content of a data.yaml. Raises DatasetError."""
-    try:
-        content = parse_yaml(read_text(path))
-    except UnicodeError as error:
-        raise DatasetError(f"{path}: {error}.") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise DatasetError(f"{path}: not valid YAML: {error}") from error
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not isinstance(content, dict):
-        raise DatasetError(f"{path}: expected keys such as names: and train:, found {content!r}.")
-    return content
-
-
-def parse_yaml(text: str) -> Any:
-    """The content of a data.yaml, with class names as written: yes, no, on and 01 are names.
-
-    Raises the errors of `yaml.safe_load`.
-    """
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        _mark_names_as_text(node)
-        return None if node is None else loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _mark_names_as_text(document: yaml.Node | None) -> None:
-    if not isinstance(document, yaml.MappingNode):
-        return
-    for key, value in document.value:
-        if key.value != "names" or not isinstance(value, yaml.CollectionNode):
-            continue
-        mapping = isinstance(value, yaml.MappingNode)
-        for name in [pair[1] for pair in value.value] if mapping else value.value:
-            if isinstance(name, yaml.ScalarNode) and name.tag != YAML_NULL:
-                name.tag = YAML_TEXT
-
-
-def class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
-    """The `names` list, or the values of a `names` mapping with the keys 0..N-1."""
-    names = content.get("names")
-    if isinstance(names, dict):
-        keys = list(range(len(names)))
-        if (
-            any(isinstance(k, bool) or not isinstance(k, int) for k in names)
-            or sorted(names) != keys
-        ):
-            problems.append(
-                f"the keys of names: must be 0..{len(names) - 1}, found {list(names)[:20]}."
-            )
-            return ()
-        names = [names[key] for key in keys]
-    if not isinstance(names, list) or not names:
-        problems.append(f"names: must be a list of class names, found {names!r}.")
-        return ()
-    if any(isinstance(n, dict | list) or n is None or not str(n).strip() for n in names):
-        problems.append(f"names: must contain only strings that are not empty, found {names!r}.")
-    count = content.get("nc")
-    if count is not None and count != len(names):
-        problems.append(
-            f"nc: is {count!r} but names: has {len(names)} entries; correct one of them."
-        )
-    return tuple(str(name) for name in names)
-
-
-def keypoint_values(content: Mapping[str, Any], problems: list[str]) -> int:
-    """Numbers per object that `kpt_shape: [keypoints, 2 or 3]` puts behind the box."""
-    shape = content.get("kpt_shape")
-    if shape is None:
-        return 0
-    if (
-        not isinstance(shape, list)
-        or [type(value) for value in shape] != [int, int]
-        or shape[0] < 1
-        or shape[1] not in (2, 3)
-    ):
-        problems.append(f"kpt_shape: must be [number of keypoints, 2 or 3], found {shape!r}.")
-        return 0
-    return int(shape[0] * shape[1])
 
 
 def yolo_splits(

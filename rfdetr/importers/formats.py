@@ -5,20 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import msgspec
-
+from rfdetr.data.foreign import ADVICE, SAMPLES, json_kind, root_tag
 from rfdetr.data.layouts import found_in
 from rfdetr.data.yolo import LabelFiles
 from rfdetr.errors import DatasetError
 from rfdetr.importers.coco import read_coco_files
 from rfdetr.importers.cvat import read_cvat
-from rfdetr.importers.label_studio import is_task, read_label_studio
+from rfdetr.importers.label_studio import read_label_studio
 from rfdetr.importers.labelme import read_labelme
 from rfdetr.importers.pascal_voc import read_pascal_voc
 from rfdetr.importers.records import Collection, SourceFiles
-from rfdetr.importers.xml_files import root_tag
 from rfdetr.importers.yolo import find_yaml, read_yolo
 
 READERS: dict[str, Callable[[SourceFiles], Collection]] = {
@@ -29,19 +26,7 @@ READERS: dict[str, Callable[[SourceFiles], Collection]] = {
     "label-studio": read_label_studio,
     "yolo": read_yolo,
 }
-SAMPLES = 20  # XML, label and JSON files that are opened to recognise a format of many files
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
-
-
-# The keys of a JSON object by which a format is recognised.
-JSON_KEYS = {
-    "coco": {"images", "annotations", "categories"},
-    "labelme": {"shapes"},
-    "datumaro": {"items", "categories"},
-    "via": {"_via_img_metadata"},
-    "fiftyone": {"samples"},
-    "supervisely": {"objects", "size"},
-}
 
 
 def read_source(root: Path, format_name: str | None = None) -> Collection:
@@ -110,30 +95,12 @@ def _json_kinds(files: SourceFiles) -> Iterator[tuple[str, str]]:
     per_folder = itertools.groupby(sorted(names, key=_folder), key=_folder)
     for _, inside in per_folder:
         for name in itertools.islice(inside, SAMPLES):
-            if kind := _json_kind(files.path(name)):
+            if kind := json_kind(files.path(name)):
                 yield name, kind
 
 
 def _folder(name: str) -> str:
     return str(PurePosixPath(name).parent)
-
-
-def _json_kind(path: Path) -> str | None:
-    try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()
-        if data.startswith(b"["):
-            return _list_kind(msgspec.json.decode(data))
-        keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).keys()
-    except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
-        return None
-    return next((kind for kind, wanted in JSON_KEYS.items() if wanted <= keys), None)
-
-
-def _list_kind(entries: Any) -> str | None:
-    tasks = [entry for entry in entries[:SAMPLES] if isinstance(entry, dict)]
-    if any(map(is_task, tasks)):
-        return "label-studio"
-    return "createml" if any({"image", "annotations"} <= task.keys() for task in tasks) else None
 
 
 def _has_labels(files: SourceFiles) -> bool:
@@ -159,15 +126,6 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-ADVICE = {
-    "datumaro": "a Datumaro export; in CVAT choose 'CVAT for images 1.1' or 'COCO 1.0'",
-    "via": "a VIA project; in VIA choose Annotation > Export Annotations (COCO format)",
-    "fiftyone": "a FiftyOne dataset; export it with `dataset_type=fo.types.COCODetectionDataset`",
-    "supervisely": "a Supervisely project; export it as COCO or Pascal VOC",
-    "createml": "CreateML; export it again as COCO or Pascal VOC",
-}
 
 
 def _foreign(files: SourceFiles) -> str:

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from rfdetr.data.foreign import is_label_studio_task, is_region
 from rfdetr.importers.json_files import read_json
 from rfdetr.importers.masks import ellipse, turned
 from rfdetr.importers.records import (
@@ -31,7 +32,7 @@ def read_label_studio(files: SourceFiles) -> Collection:
         if not isinstance(tasks, list):
             continue
         for task in tasks:
-            if not isinstance(task, dict) or not is_task(task):
+            if not isinstance(task, dict) or not is_label_studio_task(task):
                 continue
             entry = _image(task, name, files, found)
             if entry is None:
@@ -47,19 +48,6 @@ def read_label_studio(files: SourceFiles) -> Collection:
             _add_objects(regions, entry, found)
             found.images.append(entry)
     return found
-
-
-def is_task(task: dict[str, Any]) -> bool:
-    """Whether an entry is a task of the JSON or the JSON-MIN export."""
-    if isinstance(task.get("data"), dict):
-        return isinstance(task.get("annotations", task.get("completions")), list)
-    return any(
-        isinstance(value, list) and value and all(map(_is_region, value)) for value in task.values()
-    )
-
-
-def _is_region(value: Any) -> bool:
-    return isinstance(value, dict) and "original_width" in value
 
 
 def _image(
@@ -97,7 +85,7 @@ def _regions(task: dict[str, Any], image: str, found: Collection) -> list[Any] |
     """The regions of the last annotation that was not cancelled; None without any."""
     annotations = task.get("annotations", task.get("completions"))
     if not isinstance(annotations, list):  # JSON-MIN
-        lists = (v for v in task.values() if isinstance(v, list) and v and all(map(_is_region, v)))
+        lists = (v for v in task.values() if isinstance(v, list) and v and all(map(is_region, v)))
         return [{"value": value, **value} for value in next(lists, [])]
     done = [a for a in annotations if isinstance(a, dict) and not a.get("was_cancelled")]
     for _ in done[:-1]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
 from defusedxml import DefusedXmlException
-from defusedxml.ElementTree import iterparse, parse
+from defusedxml.ElementTree import parse
 
 from rfdetr.errors import DatasetError
 
@@ -28,13 +28,3 @@ def read_xml(path: Path) -> Element:
     except (ParseError, ValueError, LookupError, OSError) as error:
         raise XmlError(path, f"{error}") from None
     return root
-
-
-def root_tag(path: Path) -> str | None:
-    """The name of the root element, read without the rest of the file; None if it is not XML."""
-    try:
-        for _, element in iterparse(path, events=("start",), forbid_dtd=True):
-            return str(element.tag)
-    except (DefusedXmlException, ParseError, ValueError, LookupError, OSError):
-        pass
-    return None

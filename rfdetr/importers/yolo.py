@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rfdetr.data.data_yaml import class_names, keypoint_values, read_data_yaml
 from rfdetr.data.decode import file_size
-from rfdetr.data.layouts import class_names, keypoint_values, read_data_yaml, yolo_splits
+from rfdetr.data.layouts import yolo_splits
 from rfdetr.data.yolo import LabelFiles, image_files
 from rfdetr.data.yolo_labels import read_labels
 from rfdetr.errors import DatasetError

@@ -15,8 +15,9 @@ import yaml
 from rfdetr.checks.dataset_report import Finding
 from rfdetr.checks.repair.file_names import ImageFinder, Wanted, fold
 from rfdetr.checks.repair.tree import replace_text
+from rfdetr.data.data_yaml import parse_yaml
 from rfdetr.data.decode import file_size
-from rfdetr.data.layouts import YAML_KEYS, YAML_NAMES, Layout, parse_yaml, yolo_splits
+from rfdetr.data.layouts import YAML_KEYS, YAML_NAMES, Layout, yolo_splits
 from rfdetr.data.text import read_text
 from rfdetr.data.yolo import image_files, label_path
 from rfdetr.data.yolo_labels import LineError, parse_line, read_labels
