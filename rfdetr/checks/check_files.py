@@ -14,7 +14,7 @@ from rfdetr.checks.cache import Inspected
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.image_probe import PLAIN_MODES, ImageFacts
 from rfdetr.checks.table import SplitTable
-from rfdetr.data.decode import FORMAT_SUFFIXES, IMAGE_SUFFIXES
+from rfdetr.data.decode import CONVERT, FORMAT_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from rfdetr.data.folders import list_files, missing_hints
 from rfdetr.data.layouts import ANNOTATIONS, YAML_NAMES
 from rfdetr.data.yolo import label_path
@@ -33,10 +33,6 @@ PLAIN_CHARACTERS = frozenset(
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./()+=,@#~"
 )
 SERVICE_FILES = frozenset({ANNOTATIONS, *YAML_NAMES, "Thumbs.db", "desktop.ini", "classes.txt"})
-# Images that Pillow cannot read without a plugin, or that are not images for a detector.
-OTHER_IMAGES = frozenset(
-    {".heic", ".heif", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
-)
 SERVICE_SUFFIXES = frozenset({".json", ".cache", ".yaml", ".yml"})
 
 
@@ -150,8 +146,8 @@ def _report_stray(table: SplitTable, path: Path, collector: Collector) -> None:
     if path.suffix.lower() in IMAGE_SUFFIXES:
         source = "annotation file" if table.label_files is None else "split"
         collector.add("file-unreferenced", f"no {source} lists this image", **where)
-    elif path.suffix.lower() in OTHER_IMAGES:
-        text = f"images of the format {path.suffix} are not read; convert them to JPEG or PNG"
+    elif path.suffix.lower() in UNREAD_SUFFIXES:
+        text = f"images of the format {path.suffix} are not read; {CONVERT.format(path.suffix)}"
         collector.add("file-format", text, **where)
     elif not _is_service(path):
         collector.add("file-stray", "neither an image nor an annotation file", **where)

@@ -130,6 +130,7 @@ def read_yolo_split(layout: Layout, split: SplitPaths, collector: Collector) -> 
     table = _table(layout, split, (files, paths), rows, owners)
     table.rejected = rejected
     _report_shared_labels(table, collector)
+    _report_rotated_boxes(table, collector)
     return table
 
 
@@ -196,6 +197,15 @@ def _table(
         annotation_lines=lambda chosen: [lines[row] for row in chosen],
         relative=True,
     )
+
+
+def _report_rotated_boxes(table: SplitTable, collector: Collector) -> None:
+    """Report a split in which every label has four corners, as YOLO OBB writes rotated boxes."""
+    if table.polygons is not None and len(table.boxes):
+        numbers = table.polygons.numbers
+        if len(numbers) == len(table.boxes) and (numbers == 8).all():
+            text = f"all {len(numbers):,} labels of {table.name} have four corners"
+            collector.add("label-rotated", text, split=table.name, file=table.source)
 
 
 def _report_shared_labels(table: SplitTable, collector: Collector) -> None:

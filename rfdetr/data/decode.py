@@ -36,6 +36,11 @@ FORMAT_SUFFIXES: dict[str, frozenset[str]] = {
     "AVIF": frozenset({".avif"}),
 }
 IMAGE_SUFFIXES = frozenset().union(*FORMAT_SUFFIXES.values())
+# Images that Pillow cannot read without a plugin, or that are not images for a detector.
+UNREAD_SUFFIXES = frozenset(
+    {".heic", ".heif", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+)
+CONVERT = "convert them: `magick mogrify -format jpg *{}`"
 # Pillow tries no other plugin; it opens MPO through JPEG.
 FORMATS = tuple(name for name in FORMAT_SUFFIXES if name != "MPO")
 MAX_PIXELS = 1_000_000_000  # 3 GB as RGB; a larger image is taken for a decompression bomb

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rfdetr.arrays import Integers
-from rfdetr.data.decode import IMAGE_SUFFIXES
+from rfdetr.data.decode import CONVERT, IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from rfdetr.data.folders import list_files
 from rfdetr.data.index import AnnotationIndex, PackedStrings, PolygonOutlines, raise_problems
 from rfdetr.data.layouts import Layout, SplitPaths
@@ -49,6 +49,7 @@ class YoloSplits:
             places = ", ".join(map(str, split.images))
             raise DatasetError(
                 f"{places}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) for {name!r}."
+                f"{_unread_images(split)}"
             )
         listed = [file for file in files if not file.is_file()]
         raise_problems(root, [f"image {f} does not exist" for f in listed], "Fix the list files.")
@@ -160,6 +161,17 @@ def image_files(split: SplitPaths) -> Iterator[Path]:
                     yield Path(os.path.normpath(source.parent / line.strip()))
         else:
             yield source
+
+
+def _unread_images(split: SplitPaths) -> str:
+    """A sentence about images of a split in a format that is not read."""
+    names = [n for folder in split.images if folder.is_dir() for n in list_files(folder).visible]
+    suffixes = [
+        suffix for name in names if (suffix := Path(name).suffix.lower()) in UNREAD_SUFFIXES
+    ]
+    if not suffixes:
+        return ""
+    return f" {len(suffixes)} file(s) are {suffixes[0]}; {CONVERT.format(suffixes[0])}."
 
 
 def _list_lines(source: Path) -> list[str]:

@@ -307,6 +307,13 @@ for _name, _code, _line in (
 
 
 @yolo
+def labels_of_rotated_boxes(root: Path) -> Expected:
+    for path in (root / "train" / "labels").iterdir():
+        path.write_text("0 0.1 0.2 0.4 0.1 0.5 0.4 0.2 0.5\n")
+    return Expected("label-rotated", {"split": "train"})
+
+
+@yolo
 def label_line_twice(root: Path) -> Expected:
     path = root / LABELS
     lines = path.read_text().splitlines()

@@ -36,7 +36,7 @@ def test_a_foreign_format_is_named_with_the_command(tmp_path: Path, name: str, k
 
 def test_a_format_that_is_not_imported_is_named_with_the_export(tmp_path: Path) -> None:
     (tmp_path / "samples.json").write_text(json.dumps({"samples": []}))
-    with pytest.raises(DatasetError, match="FiftyOne.*COCODetectionDataset"):
+    with pytest.raises(DatasetError, match=r"FiftyOne.*COCODetectionDataset"):
         detect_layout(tmp_path)
 
 
