@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import orjson
 
 from rfdetr.arrays import Floats, Integers
 from rfdetr.checks.inspection import process_context
 from rfdetr.checks.table import PolygonExtents
+from rfdetr.data.coco_entries import NO_BYTES
 from rfdetr.data.coco_json import parse_segmentation
 from rfdetr.data.coco_problems import FAILURES
 from rfdetr.data.masks import checked_rle
@@ -21,6 +23,9 @@ from rfdetr.errors import DatasetError
 
 CHUNK = 256  # segmentations decoded together: few enough that their numbers stay in the cache
 PARALLEL_FROM = 100_000  # segmentations; below, starting processes costs more than it saves
+NO_POLYGONS = b"[]"
+# Of null, true, false and texts: without them, lists of numbers are the only JSON that is left.
+LETTERS = (b"l", b"t", b'"')
 SegmentationText = Any  # anything with the buffer protocol
 
 _decoder = msgspec.json.Decoder(list[list[list[float]] | dict[str, Any] | None])
@@ -92,6 +97,37 @@ def _joined(parts: Iterable[Segmentations]) -> Segmentations:
 
 def _measure_chunk(texts: Sequence[SegmentationText], first: int) -> Segmentations:
     """Segmentations of the annotation rows from `first` on."""
+    joined = b"[" + b",".join([NO_POLYGONS if text is NO_BYTES else text for text in texts]) + b"]"
+    if not any(letter in joined for letter in LETTERS):
+        try:
+            return _polygons(orjson.loads(joined), first)
+        except (ValueError, TypeError):
+            pass  # something else is among them
+    return _anything(texts, first)
+
+
+def _polygons(values: Any, first: int) -> Segmentations:
+    """Lists of rings of numbers. Raises ValueError or TypeError if there is anything else."""
+    if set(map(type, values)) - {list}:
+        raise TypeError
+    return _segmentations(values, [], [], first)
+
+
+def _segmentations(
+    shapes: Sequence[Sequence[Any]],
+    masks: list[tuple[int, dict[str, Any]]],
+    wrong: list[tuple[int, str]],
+    first: int,
+) -> Segmentations:
+    rings = list(chain.from_iterable(shapes))
+    numbers = np.fromiter(map(len, rings), np.int64, len(rings))
+    flat = np.fromiter(chain.from_iterable(rings), np.float64, int(numbers.sum()))
+    owner = np.repeat(np.arange(first, first + len(shapes)), list(map(len, shapes)))
+    return Segmentations(PolygonExtents(owner, numbers, *ring_extents(numbers, flat)), masks, wrong)
+
+
+def _anything(texts: Sequence[SegmentationText], first: int) -> Segmentations:
+    """Segmentations of which some are masks, empty or malformed."""
     parts = [bytes(text) or b"null" for text in texts]
     wrong: list[tuple[int, str]] = []
     try:
@@ -106,11 +142,7 @@ def _measure_chunk(texts: Sequence[SegmentationText], first: int) -> Segmentatio
                 wrong += [(row, problem) for problem in _problems(text)]
     masks = [(row, v) for row, v in enumerate(values, first) if isinstance(v, dict) and v]
     shapes = [value if isinstance(value, list) else () for value in values]
-    rings = list(chain.from_iterable(shapes))
-    numbers = np.fromiter(map(len, rings), np.int64, len(rings))
-    flat = np.fromiter(chain.from_iterable(rings), np.float64, int(numbers.sum()))
-    owner = np.repeat(np.arange(first, first + len(values)), [len(shape) for shape in shapes])
-    return Segmentations(PolygonExtents(owner, numbers, *ring_extents(numbers, flat)), masks, wrong)
+    return _segmentations(shapes, masks, wrong, first)
 
 
 def _problems(text: bytes) -> list[str]:
