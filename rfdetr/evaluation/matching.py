@@ -130,9 +130,13 @@ def _truth_spans(group: Integers, truth_group: Integers) -> tuple[Integers, Inte
 
 
 def box_pairs(
-    detections: BoxTable, group: Integers, truth: BoxTable, truth_group: Integers
+    detections: BoxTable,
+    group: Integers,
+    truth: BoxTable,
+    truth_group: Integers,
+    min_iou: float = 0.5,
 ) -> Pairs:
-    """All pairs within a group with IoU >= 0.5; both tables are sorted by group."""
+    """All pairs within a group with IoU >= min_iou; `truth` is sorted by group."""
     first, count = _truth_spans(group, truth_group)
     (owner,) = np.nonzero(count)
     first, count = first[owner], count[owner]
@@ -145,7 +149,7 @@ def box_pairs(
         start = np.cumsum(n) - n
         pair_truth = np.arange(n.sum()) - np.repeat(start - first[low:high], n)
         iou = box_iou(detections.box[pair_det], truth.box[pair_truth], truth.crowd[pair_truth])
-        near = iou >= IOU_THRESHOLDS[0]
+        near = iou >= min_iou
         found.append((pair_det[near], pair_truth[near], iou[near]))
     return _joined(found)
 
