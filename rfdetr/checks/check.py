@@ -18,6 +18,7 @@ from rfdetr.checks.compare import compare_versions
 from rfdetr.checks.dataset_report import DatasetReport
 from rfdetr.checks.inspection import inspect_images
 from rfdetr.checks.options import CheckConfig
+from rfdetr.checks.sampling import draw_samples
 from rfdetr.checks.sources import Sources, read_sources
 from rfdetr.checks.statistics import check_shares, fingerprints, split_statistics
 from rfdetr.config import ModelConfig, RFDETRNanoConfig
@@ -71,17 +72,21 @@ def check_dataset(
         check_leaks(splits, collector, config)
     else:
         splits = [SplitFiles.unread(table) for table in sources.tables]
-    ledgers = {}
+    ledgers, accounts = {}, []
     for split in splits:
         adopt_sizes(split)
-        ledger, accounts = split_ledger(split, sources.tables[0])
+        ledger, rows = split_ledger(split, sources.tables[0])
         ledgers[split.table.name] = ledger
-        check_ledger(split.table, ledger, accounts, collector, model)
+        accounts.append(rows)
+        check_ledger(split.table, ledger, rows, collector, model)
         split.table.scale_boxes(model.resolution)
         check_boxes(split.table, collector, config, model)
-        check_segmentations(split.table, accounts, collector, model)
+        check_segmentations(split.table, rows, collector, model)
     check_categories(sources.tables, collector, config)
-    return _report(sources, splits, collector, model, previous, ledgers=ledgers)
+    report = _report(sources, splits, collector, model, previous, ledgers=ledgers)
+    classes = training_table(sources.tables)
+    report.samples = draw_samples(splits, accounts, classes, model.resolution)
+    return report
 
 
 def _inspect(

@@ -81,6 +81,7 @@ def _table(
         annotation_lines=_line_finder(coco.data, "annotations", annotations.rows),
         rejected=coco.rejected,
         rejected_images=coco.rejected_images,
+        outline=lambda row: parse_segmentation(bytes(coco.texts[row])),
     )
 
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+)
 
-from rfdetr.checks.codes import Severity
-from rfdetr.data.ledger import SplitLedger
+from rfdetr.checks.codes import ACTIONS, CODES, Action, Severity
+from rfdetr.checks.samples import Samples
+from rfdetr.data.ledger import SplitLedger, is_lost
 from rfdetr.errors import DatasetError
 from rfdetr.files import write_text_atomic
 
@@ -46,6 +54,17 @@ class Finding(BaseModel):
     repair: str = Field(default="", validation_alias="mend", serialization_alias="mend")
     details: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def action(self) -> Action:
+        """What the user does about it: as its code says, but an error always needs something done,
+        and a finding that --fix cannot repair has to be fixed at its source.
+        """
+        action = CODES[self.code].action
+        needs_fix = (action == "repair" and not self.repair) or (
+            action == "info" and self.severity == "error"
+        )
+        return "fix" if needs_fix else action
+
     def place(self) -> str:
         """File, line and ids in one short string."""
         parts = [self.file or self.split or ""]
@@ -59,7 +78,11 @@ class Finding(BaseModel):
 
 
 class SplitStatistics(BaseModel):
-    """Statistics of one split. Box sizes are pixels after the square resize for the model."""
+    """Statistics of one split. Box sizes are pixels after the square resize for the model.
+
+    `median_box` is the median width and height in pixels of the image, `median_box_input` after
+    the resize. `image_sizes` has the most frequent sizes, `other_image_sizes` the images of others.
+    """
 
     images: int = 0
     images_without_boxes: int = 0
@@ -74,6 +97,26 @@ class SplitStatistics(BaseModel):
     box_side_percentiles: dict[str, float] = Field(default_factory=dict)
     boxes_below_patch: int = 0
     colour_mean: tuple[float, float, float] | None = None
+    image_sizes: dict[str, int] = Field(default_factory=dict)
+    other_image_sizes: int = 0
+    median_box: tuple[float, float] | None = None
+    median_box_input: tuple[float, float] | None = None
+
+
+class FindingGroup(NamedTuple):
+    """The findings of a code that need the same action; `total` includes those not listed."""
+
+    code: str
+    findings: list[Finding]
+    total: int
+
+
+class LedgerTable(NamedTuple):
+    """Accounts of files or annotation rows: (account, count per split), and the sums per split."""
+
+    splits: list[str]
+    rows: list[tuple[str, list[int]]]
+    totals: list[int]
 
 
 class Comparison(BaseModel):
@@ -97,7 +140,7 @@ class DatasetReport(BaseModel):
     without image checks the files are left out. `counts` is the number of findings per code,
     including those beyond the listing limit.
     `fingerprints` maps split -> file name -> [content hash, hash of its boxes]; a later version of
-    the dataset is compared with it.
+    the dataset is compared with it. `samples` are for the page only: JSON leaves them out.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -117,6 +160,7 @@ class DatasetReport(BaseModel):
     statistics: dict[str, SplitStatistics] = Field(default_factory=dict)
     comparison: Comparison | None = None
     fingerprints: dict[str, dict[str, tuple[str, str]]] = Field(default_factory=dict)
+    samples: InstanceOf[Samples] = Field(default_factory=Samples, exclude=True, repr=False)
 
     @property
     def errors(self) -> int:
@@ -153,6 +197,34 @@ class DatasetReport(BaseModel):
         for finding in self.findings:
             groups[finding.code].append(finding)
         return dict(groups)
+
+    def by_action(self) -> dict[Action, list[FindingGroup]]:
+        """The listed findings grouped by what the user does about them, then by code.
+
+        Findings beyond the listing limit count with the first group of their code.
+        """
+        groups: dict[Action, dict[str, list[Finding]]] = {action: {} for action in ACTIONS}
+        for finding in self.findings:
+            groups[finding.action].setdefault(finding.code, []).append(finding)
+        unlisted = {code: self.counts[code] - len(found) for code, found in self.by_code().items()}
+        return {
+            action: [
+                FindingGroup(code, found, len(found) + unlisted.pop(code, 0))
+                for code, found in codes.items()
+            ]
+            for action, codes in groups.items()
+            if codes
+        }
+
+    def ledger_table(self, kind: Literal["files", "rows"]) -> LedgerTable:
+        """The ledgers of all splits side by side; what training does not use comes last."""
+        accounts = {name: getattr(ledger, kind) for name, ledger in self.ledger.items()}
+        names = list(dict.fromkeys(name for found in accounts.values() for name in found))
+        names.sort(key=is_lost)
+        rows = [(name, [found.get(name, 0) for found in accounts.values()]) for name in names]
+        return LedgerTable(
+            list(accounts), rows, [sum(found.values()) for found in accounts.values()]
+        )
 
     def of(self, *codes: str) -> list[Finding]:
         """The listed findings with one of these codes."""

@@ -1,35 +1,50 @@
-"""The report as one HTML file without external resources."""
+"""The report as one HTML file without external resources.
+
+The parts that grow with the dataset are limited, so that the page stays below 5 MB: pictures in
+number and bytes (pictures.py), listed findings, classes and the length of names here.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
+import re
 
 import jinja2
+from markupsafe import Markup, escape
 
+from rfdetr.checks.charts import class_chart, distribution_charts, heat_maps
 from rfdetr.checks.codes import CODES
 from rfdetr.checks.dataset_report import DatasetReport
-from rfdetr.checks.thumbnails import worst_findings
+from rfdetr.checks.pictures import (
+    colour,
+    finding_pictures,
+    object_pictures,
+    sample_pictures,
+    twin_pictures,
+)
+from rfdetr.checks.sampling import OBJECTS
+from rfdetr.data.ledger import is_lost
 from rfdetr.files import write_text_atomic
 
-LISTED = 100  # findings per code
-MAX_ROWS = 60  # labels of a chart
-
-
-class Chart(NamedTuple):
-    """Grouped horizontal bars: per label, the count and the length in percent for each series."""
-
-    title: str
-    series: list[str]
-    rows: list[tuple[str, list[tuple[int, float]]]]
-    left_out: int
+LISTED = 30  # findings per code
+ROWS = 100  # of tables with a row per class
+TEXT = 160  # characters of a message
+ACTIONS = {
+    "fix": ("Fix before training", "Correct these at their source, then export again."),
+    "repair": (
+        "Run --fix",
+        "`python -m rfdetr.checks DATASET --fix COPY` corrects these, or leaves out what cannot be "
+        "used, in a copy. The dataset itself is not changed.",
+    ),
+    "decide": ("Decide yourself", "These may be intended. Look at them once."),
+    "info": ("For information", "Nothing to do."),
+}
 
 
 def write_html(
     report: DatasetReport, path: str | os.PathLike[str], dataset_dir: str | os.PathLike[str]
 ) -> None:
-    """Write the report with charts, and thumbnails of images in `dataset_dir`, atomically."""
+    """Write the report with charts, and pictures of images in `dataset_dir`, atomically."""
     text = to_html(report, dataset_dir)
     write_text_atomic(path, text.encode("utf-8", "replace").decode("utf-8"))
 
@@ -42,32 +57,37 @@ def to_html(report: DatasetReport, dataset_dir: str | os.PathLike[str]) -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["short"] = short
+    environment.filters["code"] = code
+    environment.filters["number"] = "{:,}".format
+    samples = report.samples
     return environment.get_template("report.html.j2").render(
         report=report,
         codes=CODES,
+        actions=ACTIONS,
         listed=LISTED,
-        thumbnails=worst_findings(report, dataset_dir),
-        charts=_charts(report),
+        max_rows=ROWS,
+        most_objects=OBJECTS,
+        is_lost=is_lost,
+        colour=colour,
+        samples={name: sample_pictures(images) for name, images in samples.images.items()},
+        objects=object_pictures(samples.objects),
+        pictures=finding_pictures(report, dataset_dir),
+        twins=twin_pictures(report, dataset_dir),
+        heat_maps=heat_maps(report),
+        classes=class_chart(report),
+        charts=distribution_charts(report),
     )
 
 
-def _charts(report: DatasetReport) -> list[Chart]:
-    splits = report.statistics
-    size = f"Box side (square root of the area) in pixels at {report.resolution}"
-    return [
-        bar_chart("Boxes per class", {n: s.class_counts for n, s in splits.items()}),
-        bar_chart(size, {n: s.box_side_histogram for n, s in splits.items()}),
-        bar_chart("Boxes per image", {n: s.boxes_per_image for n, s in splits.items()}),
-    ]
+def code(text: str) -> Markup:
+    """Escaped text, with what is in backquotes as code."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(marked)  # noqa: S704 - escaped above
 
 
-def bar_chart(title: str, series: Mapping[str, Mapping[str, int]]) -> Chart:
-    """A chart of series name -> label -> count, with at most 60 labels."""
-    labels = list(dict.fromkeys(label for values in series.values() for label in values))
-    counts = {label: [values.get(label, 0) for values in series.values()] for label in labels}
-    top = max((count for row in counts.values() for count in row), default=0) or 1
-    rows = [
-        (label, [(count, round(100 * count / top, 1)) for count in counts[label]])
-        for label in labels[:MAX_ROWS]
-    ]
-    return Chart(title, list(series), rows, max(0, len(labels) - MAX_ROWS))
+def short(text: object, length: int = TEXT) -> str:
+    """A text with the middle left out if it is longer than `length`."""
+    full = str(text)
+    half = length // 2
+    return full if len(full) <= length else f"{full[: half - 1]} … {full[2 - half :]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,7 @@ from rfdetr.config import ModelConfig
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 SIDE_EDGES = (0, 4, 8, 16, 32, 64, 128, 256, 512)
+COMMON_SIZES = 4  # image sizes that are counted one by one
 COUNT_EDGES = (0, 1, 2, 3, 5, 10, 20, 50, 100, 300)
 
 
@@ -33,7 +35,10 @@ def split_statistics(
     per_image = np.bincount(table.image_rows[kept], minlength=len(table.file_names))
     counts = counts_by_name(table)
     filled = [counts.get(name, 0) for name in names if counts.get(name, 0)]
-    sides = np.sqrt(np.clip(input_sides(table, model.resolution), 0, None).prod(axis=1))
+    resized = input_sides(table, model.resolution)
+    known = table.sizes[np.isfinite(table.sizes).all(axis=1)]
+    sizes = Counter(map(tuple, known.tolist())).most_common(COMMON_SIZES)
+    sides = np.sqrt(np.clip(resized, 0, None).prod(axis=1))
     sides = sides[kept & np.isfinite(sides)]
     return SplitStatistics(
         images=len(table.file_names),
@@ -49,6 +54,10 @@ def split_statistics(
         box_side_percentiles=_percentiles(sides),
         boxes_below_patch=int((sides < model.patch_size).sum()),
         colour_mean=_colour_mean(files),
+        image_sizes={f"{width:.0f} x {height:.0f}": count for (width, height), count in sizes},
+        other_image_sizes=len(known) - sum(count for _, count in sizes),
+        median_box=_median(table.boxes[kept, 2:]),
+        median_box_input=_median(resized[kept]),
     )
 
 
@@ -66,6 +75,15 @@ def _histogram(values: npt.NDArray[Any], edges: Sequence[int]) -> dict[str, int]
     place = np.searchsorted(np.array(edges), values, "right") - 1
     counts = np.bincount(place[place >= 0], minlength=len(edges))
     return dict(zip(labels, counts.tolist(), strict=True))
+
+
+def _median(sizes: Floats) -> tuple[float, float] | None:
+    """Median width and height of boxes (n, 2), of those whose size is known."""
+    sizes = sizes[np.isfinite(sizes).all(axis=1)]
+    if not len(sizes):
+        return None
+    width, height = np.median(sizes, axis=0).round(2).tolist()
+    return width, height
 
 
 def _percentiles(values: Floats) -> dict[str, float]:

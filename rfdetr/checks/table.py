@@ -41,6 +41,10 @@ class PolygonExtents:
 LineLookup = Callable[[Sequence[int]], Sequence[int | None]]
 
 
+def no_outline(row: int) -> Any:
+    """The outline of a row in a source without segmentations."""
+
+
 def no_lines(rows: Sequence[int]) -> list[int | None]:
     """The lookup of a source without line numbers."""
     return [None] * len(rows)
@@ -58,8 +62,9 @@ class SplitTable:
     lacks an entire list, so nothing can be concluded from what is missing in it. `broken_names` are
     the files named by image records that are otherwise unusable. `raw_ids`: category ids are used
     as labels. `rejected` annotation rows and `rejected_images` image records could not be read.
-    `masks` are the RLE masks by row, `bad_segmentations` what is wrong with those that are neither
-    polygons nor RLE. `split` has the folders of a YOLO split.
+    `outline` gives the polygons in pixels or the RLE of a row, as in COCO, once boxes are in
+    pixels. `masks` are the RLE masks by row, `bad_segmentations` what is wrong with those that are
+    neither polygons nor RLE. `split` has the folders of a YOLO split.
     """
 
     name: str
@@ -86,6 +91,7 @@ class SplitTable:
     broken_names: frozenset[str] = frozenset()
     relative: bool = False
     readable: bool = True
+    outline: Callable[[int], Any] = no_outline
     raw_ids: bool = False
     rejected: int = 0
     rejected_images: int = 0

@@ -177,7 +177,15 @@ def _table(
     lines = [row.line for row in rows]
     masked = np.zeros(len(rows), bool)
     masked[rings] = True
-    return SplitTable(
+    outlines = np.split(values, np.cumsum(numbers))
+
+    def outline(row: int) -> list[list[float]] | None:
+        if not masked[row]:
+            return None
+        points = outlines[int(np.searchsorted(rings, row))].reshape(-1, 2)
+        return [(points * table.sizes[owners[row]]).ravel().tolist()]
+
+    table = SplitTable(
         name=split.name,
         folder=layout.root,
         images_dir=layout.root,
@@ -195,8 +203,10 @@ def _table(
         label_files=[_show(layout.root, label) for label in labels],
         split=split,
         annotation_lines=lambda chosen: [lines[row] for row in chosen],
+        outline=outline,
         relative=True,
     )
+    return table
 
 
 def _report_rotated_boxes(table: SplitTable, collector: Collector) -> None:

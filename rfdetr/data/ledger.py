@@ -73,6 +73,11 @@ class SplitLedger:
         return f"no object to train (annotations: {_text(self.rows)})"
 
 
+def is_lost(account: str) -> bool:
+    """Whether training does not use what is in this account, although it may be meant to."""
+    return account.startswith(("dropped", "ignored", "refused"))
+
+
 def _text(accounts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in accounts.items()) or "none"
 
