@@ -1,8 +1,9 @@
-"""Takes screenshots of the servers for the documentation: `python -m infra.screenshots --out docs`.
+"""Takes screenshots for the documentation: `python -m infra.screenshots --out docs`.
 
 Opens the latest completed retrain flow run in Prefect, and the champion's run and model version in
 MLflow, in headless Chromium (`chromium` on PATH, or RFDETR_CHROMIUM). The servers are those of
-PREFECT_API_URL and MLFLOW_TRACKING_URI, which `python -m infra.stack env` prints.
+PREFECT_API_URL and MLFLOW_TRACKING_URI, which `python -m infra.stack env` prints. With
+`--report reports/validation.html` only that dataset report is taken, without servers.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def main() -> int:
     """Command line. Exit status 1 if a server, a flow run or the browser is missing."""
     parser = argparse.ArgumentParser(prog="python -m infra.screenshots", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--report", type=Path, help="take only this dataset report")
     args = parser.parse_args()
     try:
-        for name, page in pages().items():
+        chosen = {"report": report_page(args.report)} if args.report else pages()
+        for name, page in chosen.items():
             target = args.out / f"{name}.png"
             take(page, target)
             print(f"{target}: {page.url} ({target.stat().st_size // 1024} KiB)")
@@ -77,6 +80,13 @@ def pages() -> dict[str, Page]:
     }
 
 
+def report_page(path: Path) -> Page:
+    """The first screen of a dataset report."""
+    if not path.is_file() or "<title>Dataset report" not in path.read_text(encoding="utf-8"):
+        raise StackError(f"{path} is not a dataset report; run `rfdetr-pipeline validate` first")
+    return Page(path.absolute().as_uri(), size=(1280, 1010))
+
+
 def take(page: Page, target: Path) -> None:
     """Save the page as a small PNG."""
     browser = os.environ.get("RFDETR_CHROMIUM") or shutil.which("chromium")
@@ -88,6 +98,7 @@ def take(page: Page, target: Path) -> None:
         command += [
             f"--user-data-dir={folder}/profile",
             f"--window-size={page.size[0]},{page.size[1]}",
+            "--blink-settings=preferredColorScheme=1",  # light, whatever the desktop prefers
         ]
         command += [f"--virtual-time-budget={PAGE_MS}", f"--screenshot={shot}", page.url]
         done = subprocess.run(
