@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rfdetr.compat import NAMES
 from rfdetr.installation import warn_about_public_distribution
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         RFDETRSegSmall,
         RFDETRSegXLarge,
         RFDETRSmall,
+        from_checkpoint,
     )
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "RFDETRSegSmall",
     "RFDETRSegXLarge",
     "RFDETRSmall",
+    "from_checkpoint",
 ]
 
 
@@ -51,6 +54,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("rfdetr-pipeline")
+    if name in NAMES:
+        raise ImportError(f"{name}: {NAMES[name]}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warn_about_public_distribution()

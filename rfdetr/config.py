@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from rfdetr import compat
 from rfdetr.errors import ConfigError
 
 Encoder = Literal[
@@ -25,6 +26,14 @@ ENCODER_SIZES: dict[str, tuple[int, int, int, int]] = {
     "dinov2_windowed_small": (384, 12, 6, 0),
     "dinov2_windowed_base": (768, 12, 12, 0),
     "dinov2_registers_windowed_small": (384, 12, 6, 4),
+}
+
+# keys of lr_scheduler_kwargs -> fields of Hyperparameters
+SCHEDULE_FIELDS = {
+    "lr_drop": "lr_drop",
+    "min_factor": "lr_min_factor",
+    "lr_min_factor": "lr_min_factor",
+    "warmup_epochs": "warmup_epochs",
 }
 
 # A model that differs in one of these cannot load the published weights of its variant.
@@ -84,8 +93,13 @@ FolderText = Annotated[str, BeforeValidator(_absolute)]
 
 
 class StrictConfig(BaseModel):
-    """A pydantic model that refuses unknown fields by name, at construction and on assignment."""
+    """A pydantic model that refuses unknown fields by name, at construction and on assignment.
 
+    `not_offered` are fields of the public package: a value that asks for nothing is dropped, for
+    any other the text says what to do instead.
+    """
+
+    not_offered: ClassVar[compat.Missing] = {}
     model_config = ConfigDict(
         extra="forbid", validate_assignment=True, protected_namespaces=(), validate_default=True
     )
@@ -94,15 +108,18 @@ class StrictConfig(BaseModel):
     @classmethod
     def _known_fields_only(cls, data: Any) -> Any:
         if isinstance(data, dict):
+            data, refused = compat.drop_neutral(data, cls.not_offered)
             unknown = [name for name in data if name not in cls.model_fields]
-            if unknown:
-                raise ValueError(cls._unknown_text(unknown))
+            if unknown or refused:
+                texts = [cls._unknown_text(unknown)] if unknown else []
+                raise ValueError(" ".join([*refused, *texts]))
         return data
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign a validated field; an unknown one raises ValueError."""
         if not name.startswith("_") and name not in type(self).model_fields:
-            raise ConfigError(self._unknown_text([name]))
+            _, refused = compat.drop_neutral({name: value}, self.not_offered)
+            raise ConfigError(" ".join([*refused, self._unknown_text([name])]))
         kept, kept_set = dict(self.__dict__), set(self.model_fields_set)
         try:
             super().__setattr__(name, value)
@@ -156,6 +173,7 @@ class ModelConfig(StrictConfig):
     """
 
     variant: ClassVar[str] = ""
+    not_offered: ClassVar[compat.Missing] = compat.MODEL_FIELDS
 
     encoder: Encoder = Field(description="Backbone")
     encoder_dim: EncoderWidth | None = Field(
@@ -482,6 +500,9 @@ class Hyperparameters(StrictConfig):
     early_stopping_min_delta: NonNegative = Field(0.001, description="Smallest gain that counts")
     early_stopping_use_ema: bool = Field(False, description="Consider the EMA metric only")
     eval_interval: Positive = Field(1, description="Epochs between two validations")
+    eval_base_model: bool = Field(
+        True, description="Validate the live weights too; false: the EMA weights only"
+    )
     eval_max_dets: Positive = Field(500, description="Detections per image for metrics")
     compute_val_loss: bool = Field(True, description="Compute the loss in validation")
     fp16_eval: bool = Field(False, description="Validate in float16")
@@ -495,7 +516,13 @@ class TrainConfig(Hyperparameters):
 
     `group_detr`, `ia_bce_loss`, `num_select` and `segmentation_head` repeat model settings for
     compatibility: the model's configuration decides, and a different value here is warned about.
+
+    `lr_scheduler_kwargs` (lr_drop, min_factor) is another way to set the schedule's fields.
+    With `batch_size="auto"`, `build_trainer` finds the largest batch that fits; an optimizer step
+    keeps 4 * `grad_accum_steps` images.
     """
+
+    not_offered: ClassVar[compat.Missing] = compat.TRAIN_FIELDS
 
     dataset_dir: FolderText = Field(description="Folder of the dataset")
     dataset_file: Literal["roboflow", "coco", "yolo"] = Field(
@@ -503,6 +530,16 @@ class TrainConfig(Hyperparameters):
     )
     output_dir: FolderText = Field("output", description="Folder for checkpoints, metrics and logs")
     grad_accum_steps: Positive = Field(4, description="Batches per optimizer step")
+    auto_batch_size: bool = Field(
+        False, description="Fit `batch_size` to the device; batch_size='auto' sets it"
+    )
+    eval_batch_size: Positive | None = Field(
+        None, description="Images per evaluation batch; default: `batch_size`"
+    )
+    num_sanity_val_steps: int = Field(0, ge=-1, description="Validation batches before training")
+    best_model_metric: Literal["map", "mar"] = Field(
+        "map", description="Metric that chooses the best epoch: mAP or mAR"
+    )
     resume: PathText | None = Field(None, description="Checkpoint to resume from")
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Seed of all generators")
     drop_mode: Literal["standard", "early", "late"] = Field(
@@ -543,6 +580,33 @@ class TrainConfig(Hyperparameters):
     ia_bce_loss: bool = Field(True, description="Ignored: set it in the model config")
     num_select: Positive = Field(300, description="Ignored: set it in the model config")
     segmentation_head: bool = Field(False, description="Ignored: set it in the model config")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_spellings(cls, data: Any) -> Any:
+        """Settings of the public package that are spelled differently here."""
+        if not isinstance(data, dict):
+            return data
+        schedule = data.get("lr_scheduler_kwargs") or {}
+        unknown = sorted(set(schedule) - set(SCHEDULE_FIELDS))
+        if unknown:
+            raise ValueError(
+                f"lr_scheduler_kwargs takes {', '.join(SCHEDULE_FIELDS)}; got {', '.join(unknown)}."
+                " For another schedule, override RFDETRModule.configure_optimizers."
+            )
+        data = {name: value for name, value in data.items() if name != "lr_scheduler_kwargs"}
+        data |= {SCHEDULE_FIELDS[name]: value for name, value in schedule.items()}
+        if data.get("batch_size") == "auto":
+            data = {**data, "batch_size": cls.model_fields["batch_size"].default}
+            data["auto_batch_size"] = True
+        if data.get("compute_val_loss") == "auto":
+            del data["compute_val_loss"]
+        if data.get("multi_scale") in {"per-batch", "per-sample"}:
+            raise ValueError(
+                f"multi_scale={data['multi_scale']!r} is not offered: it is true (one resolution "
+                "for all images of an optimizer step) or false."
+            )
+        return data
 
 
 class SegmentationTrainConfig(TrainConfig):

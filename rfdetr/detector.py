@@ -17,12 +17,14 @@ from rfdetr.checkpoints.pretrained import LoadReport, initialise_weights, load_r
 from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
 from rfdetr.checkpoints.safe_io import StrPath
 from rfdetr.checkpoints.structure import infer_config, infer_config_class
-from rfdetr.config import MODEL_CONFIGS, ModelConfig, SegmentationTrainConfig, TrainConfig
+from rfdetr.compat import EXPORT_OPTIONS, PREDICT_OPTIONS
+from rfdetr.config import MODEL_CONFIGS, ModelConfig
 from rfdetr.data.upload import read_batches
 from rfdetr.errors import CheckpointError, ConfigError, InputError
-from rfdetr.export.frozen import FrozenNetwork, number_format
+from rfdetr.export.frozen import FrozenNetwork, checked_shape, number_format
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.prediction import DetectorState, Origin, eval_mode
+from rfdetr.public_names import PublicNames, refuse
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -35,10 +37,11 @@ logger = logging.getLogger(__name__)
 
 IMAGES_AT_ONCE = 8
 SHOWN_NAMES = 5
+EXPORT_SETTINGS = ("shape", "batch_size", "dynamic_batch", "opset", "check")
 ANY_NUMBER = 1_000_000  # of classes, until the dataset has been read
 
 
-class RFDETR:
+class RFDETR(PublicNames):
     """A detector of one size. Keywords are the fields of its configuration class.
 
     Raises ValueError for an unknown keyword, CheckpointError or DownloadError for weights that
@@ -125,9 +128,7 @@ class RFDETR:
         from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 
         callbacks = _take_retired(settings)
-        segmentation = self.model_config.segmentation_head
-        config_class = SegmentationTrainConfig if segmentation else TrainConfig
-        train_config = config_class(**settings)
+        train_config = self.get_train_config(**settings)
         datamodule = RFDETRDataModule(self._any_classes(), train_config)
         datamodule.setup("fit")
         network = copy.deepcopy(self.model.model)
@@ -158,6 +159,7 @@ class RFDETR:
         state.label_offset = 0
         state.square = train_config.square_resize_div_64
         state.optimized = None
+        state.dataset_dir = train_config.dataset_dir
         state.origin = Origin(
             f"the {'' if complete else 'interrupted '}training in {train_config.output_dir}",
             averaged=complete and ema_network(trainer) is not None,
@@ -179,26 +181,56 @@ class RFDETR:
                 stacklevel=3,
             )
 
+    def evaluate(self, split: str = "test", **settings: Any) -> dict[str, float]:
+        """COCO metrics on a split of a dataset: "val/mAP_50_95" or "test/mAP_50_95", ...
+
+        `split` is "test" or "val"; `settings` are fields of TrainConfig and `device`. `dataset_dir`
+        defaults to that of the last training. Classes are matched by name, or by label if the
+        detector has no names. Raises ConfigError for a class that the detector does not have, and
+        the errors of the dataset.
+        """
+        from rfdetr.training.standalone import evaluate_network
+
+        settings.setdefault("device", str(self.model.device))
+        settings.setdefault("square_resize_div_64", self.model.square)
+        _take_retired(settings)
+        if self.model.dataset_dir is not None:
+            settings.setdefault("dataset_dir", self.model.dataset_dir)
+        train_config = self.get_train_config(**settings)
+        self._warn_of_resized_head()
+        names = self.model.label_names() if self.model.has_names else None
+        return evaluate_network(self.model.model, names, train_config, split)
+
     def predict(
         self,
         images: Any,
         threshold: float = 0.5,
+        shape: tuple[int, int] | None = None,
         *,
+        include_source_image: bool | None = None,
         batch_size: int = IMAGES_AT_ONCE,
         dtype: torch.dtype | str = torch.float32,
+        **others: Any,
     ) -> supervision.Detections | list[supervision.Detections]:
         """Detections with a score above `threshold`, boxes xyxy in pixels of the image.
 
         `images` is a path, an http(s) URL, a PIL image, a uint8 RGB array (H, W, 3), a tensor
         (3, H, W) in 0..1, or a list of these; a list gives a list. `class_id` are the labels of
-        the network, `data["class_name"]` their names, `mask` (N, H, W) for segmentation. Weights
-        trained with square_resize_div_64=False see images as in validation: at their own aspect
-        ratio, padded to the largest of the batch. A list is processed in batches of `batch_size`;
-        at most two are in memory. `dtype` float16 or bfloat16 runs the network in mixed precision.
-        Raises InputError or FileNotFoundError for anything that is not an image.
+        the network, `data["class_name"]` their names, `mask` (N, H, W) for segmentation, and
+        `data["source_shape"]` (N, 2) the height and width of the image. `metadata["source_image"]`
+        is the image as a uint8 RGB array (H, W, 3): for a single image, or for every image of a
+        list with `include_source_image=True`, which keeps all of them in memory. `shape` (height,
+        width) replaces the resolution of the network. Weights trained with
+        square_resize_div_64=False see images as in validation: at their own aspect ratio, padded
+        to the largest of the batch. A list is processed in batches of `batch_size`; at most two
+        are in memory. `dtype` float16 or bfloat16 runs the network in mixed precision. Raises
+        InputError or FileNotFoundError for anything that is not an image.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be an integer of at least 1; got {batch_size}.")
+        refuse(others, PREDICT_OPTIONS, "predict()")
+        if shape is not None:
+            shape = checked_shape(shape, self.model_config)
         self._warn_of_resized_head()
         single = not isinstance(images, list | tuple)
         sources: Sequence[Any] = [images] if single else images
@@ -212,12 +244,16 @@ class RFDETR:
                     "The optimized model has a number format of its own: pass dtype to "
                     "optimize_for_inference, or call remove_optimized_model()."
                 )
-            optimized.check(len(sources), self.model.resolution)
+            optimized.check(len(sources), shape or self.model.resolution)
             batch_size = optimized.batch_size
         found: list[supervision.Detections] = []
         with torch.inference_mode(), eval_mode(self.model.model):
             for batch in read_batches(sources, batch_size):
-                found += self.model.detect(batch, threshold, dtype)
+                part = self.model.detect(batch, threshold, dtype, shape)
+                if include_source_image or (include_source_image is None and single):
+                    for detections, image in zip(part, batch, strict=True):
+                        detections.metadata["source_image"] = image.copy()
+                found += part
         return found[0] if single else found
 
     def optimize_for_inference(
@@ -246,15 +282,20 @@ class RFDETR:
         """Predict with the network itself again."""
         self.model.optimized = None
 
-    inference = optimize_for_inference
-
     def export(
-        self, output_dir: StrPath = "output", *, format: str = "onnx", **options: Any
+        self,
+        output_dir: StrPath = "output",
+        *,
+        format: str = "onnx",
+        verbose: bool = False,
+        simplify: bool = False,
+        **options: Any,
     ) -> OnnxExport:
         """Write an ONNX file and check it against the network; see `rfdetr.export.onnx`.
 
-        The result is path-like. `opset_version` is another name of `opset`. Raises InputError for
-        a `format` other than onnx.
+        The result is path-like; `verbose` prints what it is. `opset_version` is another name of
+        `opset`. `simplify` is ignored with a warning. Raises InputError for a `format` other than
+        onnx and for options that are not offered.
         """
         from rfdetr.export.onnx import export_onnx
 
@@ -265,8 +306,20 @@ class RFDETR:
             )
         if "opset_version" in options:
             options["opset"] = options.pop("opset_version")
+        known = {name: options.pop(name) for name in EXPORT_SETTINGS if name in options}
+        refuse(options, EXPORT_OPTIONS, "export()")
+        if simplify:
+            warnings.warn(
+                "simplify is ignored: constants are folded already. Run onnxsim on the file for "
+                "more.",
+                UserWarning,
+                stacklevel=2,
+            )
         self._warn_of_resized_head()
-        return export_onnx(self.model.model, output_dir, **options)
+        result = export_onnx(self.model.model, output_dir, **known)
+        if verbose:
+            print(result.describe())  # noqa: T201
+        return result
 
 
 def _take_classes(network: RFDETRNetwork, found: int | None) -> None:
@@ -426,6 +479,8 @@ class RFDETRSeg2XLarge(RFDETR):
 
     config_class = configs.RFDETRSeg2XLargeConfig
 
+
+from_checkpoint = RFDETR.from_checkpoint
 
 DETECTOR_CLASSES: dict[type[ModelConfig], type[RFDETR]] = {
     cls.config_class: cls for cls in RFDETR.__subclasses__()

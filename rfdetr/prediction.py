@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from rfdetr.config import ModelConfig
 from rfdetr.data.batch import normalise, pad_images
@@ -48,7 +49,8 @@ class DetectorState:
 
     `label_offset` is 1 if label i + 1 means `class_names[i]`. `square` is False if the weights were
     trained on images at their own aspect ratio. `optimized` is the fixed copy of the network that
-    predicts instead of it, if there is one. `origin` says which weights the network has.
+    predicts instead of it, if there is one. `origin` says which weights the network has,
+    `dataset_dir` on which data it was trained last.
     """
 
     def __init__(self, network: RFDETRNetwork, config: ModelConfig) -> None:
@@ -61,11 +63,17 @@ class DetectorState:
         self.square = True
         self.optimized: FrozenNetwork | None = None
         self.origin = Origin("random initialisation")
+        self.dataset_dir: str | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.model.parameters()).device
+
+    @property
+    def has_names(self) -> bool:
+        """Whether the names of the classes are known."""
+        return bool(self.class_names) or self.config.num_classes == COCO_CLASSES
 
     def names(self) -> list[str]:
         """Names of the classes: of the data or the weights, else COCO's 80, else numbers."""
@@ -83,34 +91,50 @@ class DetectorState:
         return {index + self.label_offset: name for index, name in enumerate(names)}
 
     def detect(
-        self, images: Sequence[Pixels], threshold: float, dtype: torch.dtype = torch.float32
+        self,
+        images: Sequence[Pixels],
+        threshold: float,
+        dtype: torch.dtype = torch.float32,
+        shape: tuple[int, int] | None = None,
     ) -> list[supervision.Detections]:
-        """Detections of one batch; the network runs under autocast unless `dtype` is float32."""
+        """Detections of one batch; the network runs under autocast unless `dtype` is float32.
+
+        `shape` (height, width) replaces the resolution of the network.
+        """
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         network = self.model if self.optimized is None else self.optimized
         half = dtype != torch.float32
         with torch.autocast(self.device.type, dtype if half else None, enabled=half):
-            outputs: Any = network(self._batch(images, sizes))
+            outputs: Any = network(self._batch(images, sizes, shape))
         found = self.postprocess.on_host(outputs, torch.tensor(sizes), threshold)
         return [self._detections(one, size) for one, size in zip(found, sizes, strict=True)]
 
-    def _batch(self, images: Sequence[Pixels], sizes: Sequence[tuple[int, int]]) -> Any:
+    def _batch(
+        self,
+        images: Sequence[Pixels],
+        sizes: Sequence[tuple[int, int]],
+        shape: tuple[int, int] | None = None,
+    ) -> Any:
         """The batch as validation builds it: a tensor of squares, or padded with a mask."""
-        square = self.square or self.optimized is not None
+        square = self.square or self.optimized is not None or shape is not None
         transform = EvalTransform(self.resolution, square=square)
         views = [transform.view(height, width) for height, width in sizes]
-        pixels = resized(images, [(v.out_height, v.out_width) for v in views], self.device)
+        inputs = [shape or (view.out_height, view.out_width) for view in views]
+        pixels = resized(images, inputs, self.device)
         if square:
             return normalise(torch.stack(pixels))
         return pad_images(pixels, self.config.block_size).normalised()
 
     def _detections(self, result: HostDetections, size: tuple[int, int]) -> supervision.Detections:
+        """Detections of known classes: the head has outputs that mean no class."""
         import numpy as np
         import supervision
 
-        labels = result["labels"].numpy().astype(int)
         known = self.label_names()
-        names = [known.get(label, str(label)) for label in labels.tolist()]
+        kept = torch.tensor([n in known for n in result["labels"].tolist()], dtype=torch.bool)
+        if not kept.all():
+            result = _chosen(result, kept)
+        labels = result["labels"].numpy().astype(int)
         mask = None
         if "mask_logits" in result:  # one image at a time: masks have the size of the image
             mask = image_masks(result, *size)[:, 0].cpu().numpy()
@@ -119,8 +143,18 @@ class DetectorState:
             confidence=result["scores"].numpy().copy(),
             class_id=labels,
             mask=mask,
-            data={"class_name": np.array(names, dtype=str)},
+            data={
+                "class_name": np.array([known[label] for label in labels.tolist()], dtype=str),
+                "source_shape": np.full((len(labels), 2), size, dtype=np.int64),
+            },
         )
+
+
+def _chosen(result: HostDetections, kept: Tensor) -> HostDetections:
+    """Some of the detections; mask_logits are those of all queries."""
+    own: Any = result
+    some: Any = {name: value[kept] for name, value in own.items() if name != "mask_logits"}
+    return {**result, **some}
 
 
 @contextmanager

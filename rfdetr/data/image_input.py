@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,28 @@ URL_LIMIT_BYTES = 256 << 20
 def read_image(source: Any) -> Pixels:
     """uint8 RGB (H, W, 3) of a path, an http(s) URL, or what `rgb_pixels` takes.
 
-    EXIF rotation is not applied, as in training. Raises FileNotFoundError for a missing file and
-    InputError for anything that is not an image.
+    EXIF rotation is not applied, as in training. Warns about an image of a single colour. Raises
+    FileNotFoundError for a missing file and InputError for anything that is not an image.
     """
+    pixels = _read(source)
+    if _is_constant(pixels):
+        name = source if isinstance(source, str | os.PathLike) else "The image"
+        warnings.warn(
+            f"{name} has one colour: {tuple(pixels[0, 0].tolist())}. Check how it was written or "
+            "scaled.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return pixels
+
+
+def _is_constant(pixels: Pixels) -> bool:
+    if (pixels[::64, ::64] != pixels[0, 0]).any():  # nearly every image ends here
+        return False
+    return pixels.size > 3 and not (pixels != pixels[0, 0]).any()
+
+
+def _read(source: Any) -> Pixels:
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         return _fetch(source)
     if isinstance(source, str | os.PathLike):
@@ -50,7 +70,8 @@ def read_image(source: Any) -> Pixels:
 def rgb_pixels(image: ImageLike) -> Pixels:
     """uint8 RGB (H, W, 3) of a PIL image of any mode, such an array, or a tensor (3, H, W).
 
-    A tensor is uint8, or float in 0..1. Raises InputError for anything else.
+    Arrays and tensors are uint8, or float in 0..1 (multiplied by 255 and rounded). Raises
+    InputError for anything else.
     """
     if isinstance(image, Image.Image):
         return np.asarray(to_rgb(image))
@@ -61,10 +82,12 @@ def rgb_pixels(image: ImageLike) -> Pixels:
             f"expected a PIL image, a uint8 array (H, W, 3) or a tensor (3, H, W), "
             f"got {type(image).__name__}."
         )
+    if image.dtype.kind == "f" and image.ndim == 3 and image.shape[2] == 3 and image.size:
+        return _eight_bits(torch.from_numpy(np.ascontiguousarray(image, np.float32))).numpy()
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise InputError(
-            f"expected a uint8 RGB array of shape (H, W, 3), got {image.dtype} "
-            f"{tuple(image.shape)}. Convert the image to RGB first."
+            f"expected an RGB array of shape (H, W, 3), uint8 or float in 0..1, got {image.dtype} "
+            f"{tuple(image.shape)}. {_advice(image)}"
         )
     return image
 
@@ -83,17 +106,30 @@ def height_and_width(image: ImageLike) -> tuple[int, int]:
     return int(image.shape[0]), int(image.shape[1])
 
 
+def _advice(image: npt.NDArray[Any]) -> str:
+    """What to do about an array that is no RGB image."""
+    if image.ndim == 3 and image.shape[2] == 3:
+        return "Scale the values to 0..255 and convert them to uint8."
+    return "Convert the image to RGB first."
+
+
+def _eight_bits(image: Tensor) -> Tensor:
+    """uint8 of a float image in 0..1; InputError for any other range."""
+    image = image.detach().float()
+    low, high = (float(v) for v in torch.aminmax(image))
+    if not (low >= 0.0 and high <= 1.0):  # also true for NaN
+        raise InputError(
+            f"a float image must have values in 0..1, found {low:.4g}..{high:.4g}. Pass it before "
+            "normalisation, divided by its largest possible value (255 for 8 bits)."
+        )
+    return (image * 255).round().to(torch.uint8)
+
+
 def _tensor_pixels(image: Tensor) -> Pixels:
     if image.ndim != 3 or image.shape[0] != 3:
         raise InputError(f"expected an image tensor (3, H, W), got {tuple(image.shape)}.")
     if image.is_floating_point():
-        low, high = (float(v) for v in torch.aminmax(image.detach().float()))
-        if not (low >= 0.0 and high <= 1.0):  # also true for NaN
-            raise InputError(
-                f"a float image must have values in 0..1, found {low:.4g}..{high:.4g}. "
-                "Pass it before normalisation, divided by 255."
-            )
-        image = (image.detach().float() * 255).round().to(torch.uint8)
+        image = _eight_bits(image)
     pixels: Pixels = image.detach().permute(1, 2, 0).cpu().numpy()
     return pixels
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +59,7 @@ def draw_evaluation(
     }
     paths = {name: folder / f"{name}.png" for name in drawn}
     for name, figure in drawn.items():
-        with atomic_path(paths[name]) as temporary, warnings.catch_warnings():
-            # Class names can be in any script; glyphs missing from the font are drawn as boxes.
-            warnings.filterwarnings("ignore", message="Glyph")
+        with atomic_path(paths[name]) as temporary, _without_glyph_warnings():
             figure.savefig(temporary, format="png", dpi=90)
     if samples:
         paths["samples"] = folder / "samples.png"
@@ -67,6 +67,20 @@ def draw_evaluation(
         with atomic_path(paths["samples"]) as temporary:
             sheet.quantize(128).save(temporary, format="png", optimize=True)
     return paths
+
+
+@contextlib.contextmanager
+def _without_glyph_warnings() -> Iterator[None]:
+    """Class names can be in any script; glyphs missing from the font are drawn as boxes.
+
+    Filters belong to the process: a thread leaves them alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
 
 
 def _axes(width: float, height: float, **labels: str) -> tuple[Figure, Any]:

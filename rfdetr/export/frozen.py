@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from rfdetr.config import ModelConfig
 from rfdetr.errors import InputError
 from rfdetr.model.network import RFDETRNetwork
 
@@ -46,6 +47,21 @@ def frozen_copy(
     height, width = size
     model.fix_resolution(height, width)
     return FinalOutputs(model).eval()
+
+
+def checked_shape(shape: tuple[int, int], config: ModelConfig) -> tuple[int, int]:
+    """`shape`; InputError unless it is (height, width) in multiples of the block size."""
+    if not isinstance(shape, list | tuple) or len(shape) != 2:
+        raise InputError(f"shape must be (height, width), for example (384, 384); got {shape!r}.")
+    height, width = shape
+    block = config.block_size
+    if height < 1 or width < 1 or height % block or width % block:
+        fitting = [max(1, round(side / block)) * block for side in shape]
+        raise InputError(
+            f"shape {height} x {width} must be multiples of patch_size * num_windows = {block}, "
+            f"for example {fitting[0]} x {fitting[1]}."
+        )
+    return height, width
 
 
 def number_format(dtype: torch.dtype | str) -> torch.dtype:
@@ -120,9 +136,10 @@ class FrozenNetwork:
                 _CudaGraph(frozen, example) if device.type == "cuda" else _graph(frozen, example)
             )
 
-    def check(self, images: int, resolution: int) -> None:
+    def check(self, images: int, resolution: int | tuple[int, int]) -> None:
         """Raise InputError unless the images fill batches of this size at this resolution."""
-        if resolution != self.resolution or images % self.batch_size:
+        fixed = (self.resolution, (self.resolution, self.resolution))
+        if resolution not in fixed or images % self.batch_size:
             raise InputError(
                 f"The optimized model takes batches of {self.batch_size} at {self.resolution} "
                 f"pixels; got {images} images at {resolution}. Call remove_optimized_model(), or "

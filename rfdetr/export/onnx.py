@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from rfdetr.checkpoints.safe_io import StrPath
-from rfdetr.config import ModelConfig
 from rfdetr.errors import InputError, MissingDependencyError
-from rfdetr.export.frozen import FinalOutputs, frozen_copy
+from rfdetr.export.frozen import FinalOutputs, checked_shape, frozen_copy
 from rfdetr.files import atomic_path
 from rfdetr.model.network import RFDETRNetwork
 
@@ -30,8 +29,8 @@ OUTPUT_NAMES = ("dets", "labels", "masks")
 # the first with GridSample, and the last that torch's TorchScript exporter writes
 OPSETS = range(16, 21)
 TOLERANCE = 1e-3  # largest difference without a warning
-SAFE_GAP = 1e-4  # between the scores of consecutive proposals
-PROBES = 8  # random batches to try
+PROBES = 16  # random images to choose from
+DISTINCT = 4  # images of the probe
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,15 @@ class OnnxExport:
     def __str__(self) -> str:
         return str(self.path)
 
+    def describe(self) -> str:
+        """The file and its properties in one line."""
+        height, width = self.shape
+        checked = "not checked" if self.max_difference is None else f"{self.max_difference:.2g}"
+        return (
+            f"{self.path}: opset {self.opset}, batch {self.batch_size or 'any'}, "
+            f"{height} x {width} pixels, largest difference from the network: {checked}"
+        )
+
 
 def export_onnx(
     network: RFDETRNetwork,
@@ -74,7 +82,7 @@ def export_onnx(
     """
     _require("onnx", *(["onnxruntime"] if check else []))
     config = network.config
-    height, width = _checked_shape(shape or (config.resolution, config.resolution), config)
+    height, width = checked_shape(shape or (config.resolution, config.resolution), config)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}.")
     if opset not in OPSETS:
@@ -95,9 +103,10 @@ def export_onnx(
             UserWarning,
             stacklevel=2,
         )
-    logger.info("%s: opset %d, largest difference %s.", path, opset, difference)
     size = None if dynamic_batch else batch_size
-    return OnnxExport(path, opset, (height, width), size, _names(model), difference)
+    result = OnnxExport(path, opset, (height, width), size, _names(model), difference)
+    logger.info(result.describe())
+    return result
 
 
 def _require(*packages: str) -> None:
@@ -108,40 +117,21 @@ def _require(*packages: str) -> None:
         )
 
 
-def _checked_shape(shape: tuple[int, int], config: ModelConfig) -> tuple[int, int]:
-    if not isinstance(shape, list | tuple) or len(shape) != 2:
-        raise InputError(f"shape must be (height, width), for example (384, 384); got {shape!r}.")
-    height, width = shape
-    block = config.block_size
-    if height < 1 or width < 1 or height % block or width % block:
-        fitting = [max(1, round(side / block)) * block for side in shape]
-        raise InputError(
-            f"shape {height} x {width} must be multiples of patch_size * num_windows = {block}, "
-            f"for example {fitting[0]} x {fitting[1]}."
-        )
-    return height, width
-
-
 def _probe(model: FinalOutputs, height: int, width: int, batch: int) -> tuple[Tensor, list[Tensor]]:
     """Images and the network's outputs for them, with proposals that rounding cannot reorder.
 
     The order of two proposals with nearly equal scores may differ between two correct programs.
-    Takes the first of a few random batches with clear gaps, or else the one with the largest gap.
+    Of some random images, takes the DISTINCT ones with the largest gaps, repeated to the batch.
     """
-    best: tuple[float, Tensor] | None = None
-    for seed in range(PROBES):
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.randn(batch, 3, height, width, generator=generator)
-        with torch.inference_mode():
-            scores = model.network(images)["enc_outputs"]["pred_logits"].amax(-1)
-        gap = float((scores[:, :-1] - scores[:, 1:]).min()) if scores.shape[1] > 1 else SAFE_GAP
-        if best is None or gap > best[0]:
-            best = gap, images
-        if gap >= SAFE_GAP:
-            break
-    assert best is not None
+    images = torch.randn(PROBES, 3, height, width, generator=torch.Generator().manual_seed(0))
+    gaps = []
     with torch.inference_mode():
-        return best[1], list(model(best[1]))
+        for image in images:
+            scores = model.network(image[None])["enc_outputs"]["pred_logits"].amax(-1)[0]
+            gaps.append((scores[:-1] - scores[1:]).min() if len(scores) > 1 else torch.tensor(1.0))
+        chosen = torch.stack(gaps).argsort(descending=True)[: min(DISTINCT, batch)]
+        probe = images[chosen.repeat(-(-batch // len(chosen)))[:batch]]
+        return probe, list(model(probe))
 
 
 def _names(model: FinalOutputs) -> tuple[str, ...]:

@@ -152,7 +152,7 @@ class JournaledMLFlowLogger(MLFlowLogger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """End the run and wait at most ten seconds for the server.
+        """End the run and wait at most ten seconds for a server, two minutes for a local store.
 
         FAILED after an error, KILLED after Ctrl-C or SIGTERM: Lightning calls this while it
         handles the exception.

@@ -16,13 +16,15 @@ from rfdetr.tracking.journal import JOURNAL, Journal, Mask, Status
 
 log = logging.getLogger(__name__)
 CLOSE_SECONDS = 10.0
+# Creating the schema of a local store can take half a minute on a busy machine.
+CLOSE_LOCAL_SECONDS = 120.0
 INTERVAL, FIRST_PAUSE, LONGEST_PAUSE = 2.0, 1.0, 30.0  # seconds
 
 
 class Sender:
     """A daemon thread that delivers journals every few seconds and never raises.
 
-    A process that exits without `close` gives it ten seconds to send the rest.
+    A process that exits without `close` lets it send the rest, see there.
     """
 
     def __init__(self, journals: Sequence[Journal], uri: str, advice: str) -> None:
@@ -37,8 +39,14 @@ class Sender:
         atexit.register(self.close)
         self._thread.start()
 
-    def close(self, timeout: float = CLOSE_SECONDS) -> bool:
-        """Send the rest for at most `timeout` seconds; whether everything has arrived."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Send the rest for at most `timeout` seconds; whether everything has arrived.
+
+        By default ten seconds for a server, two minutes for a local store.
+        """
+        if timeout is None:
+            local = self.uri.startswith(("sqlite:", "file:", "/", "."))
+            timeout = CLOSE_LOCAL_SECONDS if local else CLOSE_SECONDS
         atexit.unregister(self.close)
         self._deadline = time.monotonic() + timeout
         self._closing.set()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         RFDETREMACallback,
     )
     from rfdetr.training.datamodule import RFDETRDataModule
-    from rfdetr.training.module import RFDETRModule
+    from rfdetr.training.module import RFDETRModelModule, RFDETRModule
     from rfdetr.training.trainer import build_trainer
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "RFDETRDataModule",
     "RFDETREMACallback",
     "RFDETREarlyStopping",
+    "RFDETRModelModule",
     "RFDETRModule",
     "build_trainer",
     "convert_legacy_checkpoint",
@@ -34,6 +35,7 @@ __all__ = [
 
 _HOMES = {
     "RFDETRModule": "rfdetr.training.module",
+    "RFDETRModelModule": "rfdetr.training.module",
     "RFDETRDataModule": "rfdetr.training.datamodule",
     "build_trainer": "rfdetr.training.trainer",
     "convert_legacy_checkpoint": "rfdetr.checkpoints.convert",

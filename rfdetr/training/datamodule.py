@@ -75,6 +75,11 @@ class RFDETRDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, with random views; an epoch has at least five accumulation windows."""
+        if self.train_config.auto_batch_size:
+            raise ConfigError(
+                "batch_size='auto' is settled by build_trainer: give it the TrainConfig of this "
+                "data module before training."
+            )
         dataset = self._dataset("train")
         replicas, rank = self._processes()
         sampler = EpochSampler(
@@ -247,7 +252,9 @@ class RFDETRDataModule(pl.LightningDataModule):
         sampler: DistributedSampler[Any] | None = None
         if replicas > 1:  # pads with repeats, which evaluation removes by image id
             sampler = DistributedSampler(dataset, replicas, rank, shuffle=False)
-        return DataLoader(dataset, sampler=sampler, **self._loading(dataset))
+        loading = self._loading(dataset)
+        loading["batch_size"] = self.train_config.eval_batch_size or loading["batch_size"]
+        return DataLoader(dataset, sampler=sampler, **loading)
 
     def _loading(self, dataset: DetectionDataset) -> dict[str, Any]:
         """Arguments that all loaders share; None in the configuration means automatic."""

@@ -38,12 +38,33 @@ def find_last_checkpoint_with(trainer: pl.Trainer, find: LastCheckpoint) -> None
     trainer._checkpoint_connector = _LastCheckpointConnector(trainer, find)
 
 
+def finds_last_checkpoint(trainer: pl.Trainer) -> bool:
+    """Whether `find_last_checkpoint_with` was applied, as `build_trainer` does."""
+    return isinstance(trainer._checkpoint_connector, _LastCheckpointConnector)
+
+
+def selected_checkpoint(trainer: pl.Trainer) -> Any:
+    """The resolved `ckpt_path` of the running entry point, also before it is loaded, or None.
+
+    Only for trainers of `find_last_checkpoint_with`.
+    """
+    return getattr(trainer._checkpoint_connector, "selected", None)
+
+
 class _LastCheckpointConnector(_CheckpointConnector):
-    """_CheckpointConnector._parse_ckpt_path, trainer/connectors/checkpoint_connector.py."""
+    """_CheckpointConnector._parse_ckpt_path and ._select_ckpt_path.
+
+    trainer/connectors/checkpoint_connector.py
+    """
 
     def __init__(self, trainer: pl.Trainer, find: LastCheckpoint) -> None:
         super().__init__(trainer)
         self._find = find
+        self.selected: Any = None
+
+    def _select_ckpt_path(self, *args: Any, **kwargs: Any) -> Any:
+        self.selected = super()._select_ckpt_path(*args, **kwargs)
+        return self.selected
 
     def _parse_ckpt_path(self, state_fn: Any, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
         if ckpt_path == "last":

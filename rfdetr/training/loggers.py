@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger
 
 from rfdetr.config import TrainConfig
 from rfdetr.errors import MissingDependencyError
@@ -15,6 +15,7 @@ from rfdetr.tracking.client import local_store
 from rfdetr.tracking.journal import RunSpec
 from rfdetr.tracking.mlflow_logger import JournaledMLFlowLogger
 from rfdetr.training.csv_logger import HistoryCSVLogger
+from rfdetr.training.run_loggers import RunTensorBoardLogger, RunWandbLogger
 
 
 def build_loggers(train_config: TrainConfig) -> list[Logger]:
@@ -27,14 +28,12 @@ def build_loggers(train_config: TrainConfig) -> list[Logger]:
     loggers: list[Logger] = [HistoryCSVLogger(output)]
     if train_config.tensorboard:
         requested = "tensorboard" in train_config.model_fields_set
-        loggers += _try("tensorboard", requested, lambda: TensorBoardLogger(output, "", ""))
+        loggers += _try("tensorboard", requested, lambda: RunTensorBoardLogger(output))
     if train_config.wandb:
         loggers += _try(
             "wandb",
             True,
-            lambda: WandbLogger(
-                name=train_config.run, project=train_config.project, save_dir=output
-            ),
+            lambda: RunWandbLogger(output, name=train_config.run, project=train_config.project),
         )
     if train_config.mlflow:
         loggers += _try("mlflow", True, lambda: _mlflow_logger(train_config))

@@ -22,7 +22,7 @@ from rfdetr.data.packed import PackedTargets
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
-from rfdetr.training.callbacks.ema import RFDETREMACallback
+from rfdetr.training.callbacks.ema import RFDETREMACallback, only_ema
 from rfdetr.training.callbacks.process_settings import ProcessSettings
 from rfdetr.training.compilation import Compilation, compile_regions
 from rfdetr.training.lightning_adapter import attached_trainer, unscales_gradients
@@ -30,7 +30,7 @@ from rfdetr.training.loaded_checkpoint import normalise_loaded
 from rfdetr.training.multi_scale import draw_size, multi_scale_sizes, resize_batch
 from rfdetr.training.non_finite import check_finite
 from rfdetr.training.optimizer import build_optimizer
-from rfdetr.training.resume import ResumeCallback
+from rfdetr.training.resume import ResumeCallback, prepare_loggers
 from rfdetr.training.schedule import lr_factor, planned_steps
 from rfdetr.training.stored_settings import (
     hyper_parameters,
@@ -142,6 +142,7 @@ class RFDETRModule(pl.LightningModule):
         for kind in needed:
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
+        prepare_loggers(self.trainer)
         order = {RFDETREMACallback: 0, ProcessSettings: 1, ResumeCallback: 3}
         callbacks.sort(key=lambda callback: order.get(type(callback), 2))
         self.trainer.callbacks = callbacks  # type: ignore[attr-defined]
@@ -249,7 +250,9 @@ class RFDETRModule(pl.LightningModule):
 
     def _evaluate(self, batch: Batch, stage: str, with_loss: bool) -> dict[str, Any]:
         samples, targets = batch
-        outputs = self.evaluation_forward(self.model, samples)
+        trainer = attached_trainer(self)
+        ema = only_ema(trainer, self) if trainer is not None and stage == "val" else None
+        outputs = self.evaluation_forward(self.model if ema is None else ema, samples)
         if with_loss:
             loss = self._weighted(self.criterion(outputs, targets))
             self.log(
@@ -329,6 +332,9 @@ class RFDETRModule(pl.LightningModule):
         path = str(getattr(attached_trainer(self), "ckpt_path", None) or "The checkpoint")
         names = normalise_loaded(checkpoint, self.model, self.model_config, path)
         self.stored_class_names = names
+
+
+RFDETRModelModule = RFDETRModule  # its name in the public package
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

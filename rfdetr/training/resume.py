@@ -90,6 +90,17 @@ class ResumeCallback(Callback):
                 self._record = None
 
 
+def prepare_loggers(trainer: pl.Trainer) -> None:
+    """Tell loggers with one run per fit, before they open it, whether the fit resumes one."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    resumed = adapter.selected_checkpoint(trainer) is not None or trainer.global_step > 0
+    for logger in trainer.loggers:
+        prepare = getattr(logger, "prepare_fit", None)
+        if callable(prepare):
+            prepare(resumed=resumed)
+
+
 def _samples_per_batch(trainer: pl.Trainer, module: Any) -> int:
     return int(module.train_config.batch_size * trainer.world_size)
 

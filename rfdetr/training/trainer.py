@@ -12,6 +12,8 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar, TQDMProgressB
 
 from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO
 from rfdetr.config import ModelConfig, TrainConfig
+from rfdetr.errors import ConfigError
+from rfdetr.training.auto_batch import settle_batch_size
 from rfdetr.training.callbacks.best_model import BestModelCallback
 from rfdetr.training.callbacks.checkpoints import LAST, CheckpointCallback
 from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
@@ -40,8 +42,8 @@ def build_trainer(
     Every argument of `pytorch_lightning.Trainer` can be passed as a keyword and overrides the
     configuration; `callbacks=` replaces the complete list, `barebones=True` disables loggers,
     checkpoints and the progress bar. A sharded `strategy` trains without EMA, with a UserWarning if
-    the configuration requests it. Raises MissingDependencyError for a requested logger that is not
-    installed.
+    the configuration requests it. A batch size of "auto" is replaced in `train_config`. Raises
+    MissingDependencyError for a requested logger that is not installed.
     """
     given = dict(trainer_kwargs)
     accelerator = given.get("accelerator", train_config.accelerator)
@@ -58,12 +60,18 @@ def build_trainer(
         "enable_progress_bar": train_config.progress_bar is not None,
         "default_root_dir": train_config.output_dir,
         "log_every_n_steps": 10,
-        "num_sanity_val_steps": 0,
+        "num_sanity_val_steps": train_config.num_sanity_val_steps,
         **(BAREBONES if given.get("barebones") else {}),
         **given,
     }
     if "precision" not in given and not _has_precision_plugin(given.get("plugins")):
         settings["precision"] = choose_precision(model_config, accelerator, devices)
+    if train_config.auto_batch_size:
+        if "accumulate_grad_batches" in given:
+            raise ConfigError("batch_size='auto' sets accumulate_grad_batches: omit one of them.")
+        gpus = _cuda_devices(accelerator, devices)
+        settle_batch_size(train_config, model_config, gpus, str(settings.get("precision")))
+        settings["accumulate_grad_batches"] = train_config.grad_accum_steps
     if "callbacks" not in given:
         settings["callbacks"] = build_callbacks(train_config, model_config, settings)
     if "logger" not in settings:
@@ -87,6 +95,9 @@ def build_callbacks(
     """The default callbacks, given the Trainer arguments they depend on."""
     kind = "segm_mAP_50_95" if model_config.segmentation_head else "mAP_50_95"
     monitors = {"monitor": f"val/{kind}", "monitor_ema": f"val/ema_{kind}"}
+    best = monitors
+    if train_config.best_model_metric == "mar":
+        best = {"monitor": "val/mAR", "monitor_ema": "val/ema_mAR"}
     callbacks: list[Callback] = []
     if _use_ema(train_config, settings["strategy"]):
         callbacks.append(
@@ -130,7 +141,7 @@ def build_callbacks(
             )
         )
     bar = _progress_bar(train_config, settings)
-    return [*callbacks, *bar, *_checkpoints(train_config, settings, monitors)]
+    return [*callbacks, *bar, *_checkpoints(train_config, settings, best)]
 
 
 def _checkpoints(
@@ -185,13 +196,20 @@ def choose_precision(model_config: ModelConfig, accelerator: Any, devices: Any) 
     kind = accelerator if isinstance(accelerator, str) else type(accelerator).__name__.lower()
     if not model_config.amp or "cpu" in kind:
         return "32-true"
-    if torch.cuda.is_available() and kind not in ("mps", "tpu"):
-        gpus = _selected_gpus(devices)
+    gpus = _cuda_devices(accelerator, devices)
+    if gpus:
         native = all(torch.cuda.get_device_capability(i) >= BF16_CAPABILITY for i in gpus)
         return "bf16-mixed" if native else "16-mixed"
     if torch.backends.mps.is_available() and kind in ("auto", "mps", "gpu"):
         return "16-mixed"
     return "32-true"
+
+
+def _cuda_devices(accelerator: Any, devices: Any) -> list[int]:
+    """Indexes of the selected GPUs; empty if training does not run on CUDA."""
+    kind = accelerator if isinstance(accelerator, str) else type(accelerator).__name__.lower()
+    other = any(name in kind for name in ("cpu", "mps", "tpu"))
+    return [] if other or not torch.cuda.is_available() else _selected_gpus(devices)
 
 
 def _selected_gpus(devices: Any) -> list[int]:

@@ -17,8 +17,9 @@ from torch import nn
 from rfdetr.checkpoints.best_file import best_payload, stripped_payload
 from rfdetr.checkpoints.record import read_checkpoint
 from rfdetr.checkpoints.safe_io import load_file, save_file
+from rfdetr.errors import CheckpointError
 from rfdetr.files import write_text_atomic
-from rfdetr.training.callbacks.ema import ema_network
+from rfdetr.training.callbacks.ema import ema_network, only_ema
 from rfdetr.training.callbacks.fresh_metrics import FreshMetrics
 from rfdetr.training.lightning_adapter import without_launcher
 
@@ -30,7 +31,7 @@ RECORD = "best_model.json"
 
 @dataclass
 class BestScore:
-    """The best value so far of the live or of the EMA weights, its epoch and its file.
+    """The best value so far of the live or of the EMA weights, its epoch, step and file.
 
     The field `averaged` (EMA weights) keeps the name that it has in checkpoints and records.
     """
@@ -40,13 +41,18 @@ class BestScore:
     averaged: bool
     value: float | None = None
     epoch: int | None = None
+    step: int | None = None
 
-    def observe(self, value: float | None, epoch: int) -> bool:
+    def observe(self, value: float | None, epoch: int, step: int | None = None) -> bool:
         """True when `value` is strictly better than all before; the first one always is."""
         if value is None or (self.value is not None and value <= self.value):
             return False
-        self.value, self.epoch = value, epoch
+        self.value, self.epoch, self.step = value, epoch, step
         return True
+
+    def forget(self) -> None:
+        """Start again: the next value is the best."""
+        self.value = self.epoch = self.step = None
 
 
 def better_of(live: BestScore, ema: BestScore) -> BestScore | None:
@@ -81,6 +87,7 @@ class BestModelCallback(Checkpoint):
         self.ema = BestScore(monitor_ema, EMA, averaged=True)
         self._metrics = FreshMetrics((monitor, monitor_ema))
         self._fits = True
+        self._step: int | None = None  # of the checkpoint that is resumed
         self._validated = False
         total = self.output_dir / TOTAL
         self.best_model_path = str(total) if total.is_file() else ""  # for ckpt_path="best"
@@ -91,40 +98,72 @@ class BestModelCallback(Checkpoint):
         return better_of(self.live, self.ema)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        """Note whether the state that is loaded next belongs to a fit."""
+        """Note whether the state that is loaded next belongs to a fit, and to which step."""
         self._fits = trainer.state.fn == TrainerFn.FITTING
+        self._step = checkpoint.get("global_step")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Copy best files of a resumed run into the output folder; forget those that are missing.
+        """Find the best files of a resumed run; forget those that are missing or of a later epoch.
 
-        A new run in a used folder has no best file before its first evaluation.
+        A new run in a used folder has no best file before its first evaluation. Best files that are
+        newer than the checkpoint belong to a part of the run that is abandoned: they move to the
+        folder `abandoned_N`.
         """
         self._validated = False
         if trainer.fast_dev_run or not self.save_weights:
             return
-        for score in (self.live, self.ema):
-            if score.value is not None and not self._bring_file(trainer, score):
-                score.value = score.epoch = None
+        scores = [score for score in (self.live, self.ema) if score.value is not None]
+        broadcast = trainer.strategy.broadcast
+        newer = [s for s in scores if broadcast(_is_newer(s, self.output_dir))]
+        if newer:
+            self._abandon(trainer, newer)
+        for score in scores:
+            if not broadcast(self._bring_file(trainer, score)):
+                self._restore_file(trainer, pl_module, score, warn=score not in newer)
+        if newer and self.best is not None:
+            self._save_total(trainer)
         if self.best is None:
             self.best_model_path = ""
         trainer.strategy.barrier("best files of the resumed run")
 
+    def _abandon(self, trainer: Any, newer: list[BestScore]) -> None:
+        """Move the files of later epochs, and what was chosen from them, to a folder."""
+        folder = _free_folder(self.output_dir)
+        if trainer.is_global_zero:
+            folder.mkdir()
+            for name in (*(score.file for score in newer), TOTAL, RECORD):
+                if (self.output_dir / name).is_file():
+                    (self.output_dir / name).rename(folder / name)
+        trainer.strategy.barrier("abandoned files")
+        rank_zero_warn(
+            f"{trainer.ckpt_path} is older than the best models in {self.output_dir}: they belong "
+            f"to the part of the run that is abandoned and are now in {folder}."
+        )
+
     def _bring_file(self, trainer: Any, score: BestScore) -> bool:
-        """Whether the file of `score` is in the output folder, or beside the checkpoint."""
+        """Whether the file of `score` is in the output folder, or was beside the checkpoint."""
         target = self.output_dir / score.file
-        source = Path(trainer.ckpt_path or "").parent / score.file
-        found: bool = trainer.strategy.broadcast(target.is_file() or source.is_file())
-        if not found:
-            warnings.warn(
-                f"{score.file} of epoch {score.epoch} is neither in {target.parent} nor beside the "
-                "checkpoint: the best model is tracked from this epoch on.",
-                UserWarning,
-                stacklevel=2,
-            )
-        elif trainer.is_global_zero and not target.is_file():
+        if target.is_file():
+            return True
+        source = Path(trainer.ckpt_path or "").parent
+        found = (source / score.file).is_file() and not _is_newer(score, source)
+        if found and trainer.is_global_zero:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            shutil.copyfile(source / score.file, target)
         return found
+
+    def _restore_file(self, trainer: Any, module: Any, score: BestScore, *, warn: bool) -> None:
+        """Write the file of `score` if the checkpoint has its weights, else forget the score."""
+        network = ema_network(trainer) if score.averaged else module.model
+        if network is not None and score.step is not None and score.step == self._step:
+            self._save(trainer, module, score, network)
+            return
+        if warn:
+            rank_zero_warn(
+                f"{score.file} of epoch {score.epoch} is neither in {self.output_dir} nor beside "
+                "the checkpoint: the best model is tracked from this epoch on."
+            )
+        score.forget()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._metrics.start(trainer)
@@ -135,9 +174,12 @@ class BestModelCallback(Checkpoint):
             return
         self._validated = True
         improved = False
-        for score, network in ((self.live, pl_module.model), (self.ema, ema_network(trainer))):
+        live = pl_module.model if only_ema(trainer, pl_module) is None else None
+        for score, network in ((self.live, live), (self.ema, ema_network(trainer))):
             value = self._metrics.read(trainer, score.metric)
-            if network is not None and score.observe(value, trainer.current_epoch):
+            if network is not None and score.observe(
+                value, trainer.current_epoch, trainer.global_step
+            ):
                 self._save(trainer, pl_module, score, network)
                 improved = True
         if improved:
@@ -154,12 +196,12 @@ class BestModelCallback(Checkpoint):
             module.model_config,
             module.train_config,
             class_names=module.class_names,
-            epoch=trainer.current_epoch,
+            epoch=score.epoch,
             metric=score.metric,
             value=score.value,
             averaged=score.averaged,
-            weights_epoch=trainer.current_epoch,
-            global_step=trainer.global_step,
+            weights_epoch=score.epoch,
+            global_step=score.step,
         )
         save_file(payload, self.output_dir / score.file)
 
@@ -223,6 +265,27 @@ class BestModelCallback(Checkpoint):
         for score, saved in ((self.live, "regular"), (self.ema, "ema")):
             if state_dict[saved]["metric"] == score.metric:
                 score.value, score.epoch = state_dict[saved]["value"], state_dict[saved]["epoch"]
+                score.step = state_dict[saved].get("step")  # newer than the first files
+
+
+def _is_newer(score: BestScore, folder: Path) -> bool:
+    """Whether the file of `score` in `folder` is of a later epoch than the score."""
+    file = folder / score.file
+    if score.epoch is None or not file.is_file():
+        return False
+    try:
+        stored = load_file(file, mmap=True)
+    except CheckpointError:
+        return False
+    same_metric = stored.get("metric") == score.metric
+    return same_metric and (stored.get("epoch") or 0) > score.epoch
+
+
+def _free_folder(output_dir: Path) -> Path:
+    number = 1
+    while (folder := output_dir / f"abandoned_{number}").exists():
+        number += 1
+    return folder
 
 
 @rank_zero_only

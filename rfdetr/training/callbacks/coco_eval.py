@@ -20,8 +20,9 @@ from rfdetr.evaluation.box_table import IouType
 from rfdetr.evaluation.evaluator import CocoEvaluator, EvaluationResult
 from rfdetr.evaluation.plots import Sample
 from rfdetr.training import sample_images
-from rfdetr.training.callbacks.ema import ema_network
+from rfdetr.training.callbacks.ema import ema_network, only_ema
 from rfdetr.training.lightning_adapter import let_monitors_wait
+from rfdetr.training.pictures import Pictures
 from rfdetr.training.stored_settings import names_of_loader
 
 
@@ -31,6 +32,7 @@ class COCOEvalCallback(Callback):
     The EMA weights of an `RFDETREMACallback` are evaluated on the same batches, as `val/ema_*`. In
     a fit, epochs with (epoch + 1) % `eval_interval` == 0 and the last one are evaluated; `validate`
     and `test` always are. Lightning's ModelCheckpoint and EarlyStopping wait for these epochs.
+    With `eval_base_model=False` only the EMA weights are evaluated, as `val/*` and `val/ema_*`.
     Values are equal on all ranks and identical to those of a single process; images that a sampler
     repeats count once. Without any ground truth nothing is logged. Beyond the documented keys
     there are `best_threshold`, `ema_mAP_50`, `ema_mAP_75`, `ema_mAR`, `ema_segm_*`, and in tests
@@ -63,6 +65,7 @@ class COCOEvalCallback(Callback):
         self._ema: CocoEvaluator | None = None
         self._names: report.ClassNames | None = None
         self._samples: list[Sample] = []
+        self._pictures = Pictures()
         self._warned: set[str] = set()
         self._logged: set[str] = set()
 
@@ -102,7 +105,7 @@ class COCOEvalCallback(Callback):
         types: tuple[IouType, ...] = ("bbox", "segm") if masks else ("bbox",)
         self._live = CocoEvaluator(types, self.max_dets)
         self._ema = None
-        if ema_network(trainer) is not None:
+        if ema_network(trainer) is not None and only_ema(trainer, pl_module) is None:
             self._ema = CocoEvaluator(types, self.max_dets)
         self._samples = []
 
@@ -155,7 +158,8 @@ class COCOEvalCallback(Callback):
         metrics = report.main_metrics(live) | report.sweep_metrics(live)
         if self.log_per_class_metrics:
             metrics |= report.class_metrics(live, self._names)
-        for ema in self.results[1:]:
+        alone = stage == "val" and only_ema(trainer, pl_module) is not None
+        for ema in self.results if alone else self.results[1:]:
             values = report.main_metrics(ema)
             metrics |= {f"ema_{name}": value for name, value in values.items()}
         if stage == "test":
@@ -176,26 +180,34 @@ class COCOEvalCallback(Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.results:
             self._draw(trainer, pl_module, "test")
+            self._pictures.finish()
         self._live = self._ema = None
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pictures.finish()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._pictures.finish()
+
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Draw the better of live and EMA weights, on rank 0."""
+        """Draw the better of live and EMA weights on rank 0, beside the training."""
         folder = self._plots_folder(trainer, pl_module)
         if folder is None:
             return
-        from rfdetr.evaluation.plots import draw_evaluation
-
         pairs = zip(self.results, self._evaluators(), strict=True)
         result, evaluator = max(pairs, key=lambda pair: _monitored(pair[0]))
         labels = report.class_labels(self._names, result.class_ids.tolist())
-        try:
-            drawn = draw_evaluation(
-                result, evaluator.state(), labels, self._samples, folder / stage
-            )
-        except OSError as error:
-            self._warn_once(f"Cannot write plots to {folder}: {error}")
-            return
-        sample_images.send_plots(trainer.loggers, drawn, stage, trainer.global_step)
+        evaluation = result, evaluator.state()
+        self._pictures.draw(
+            evaluation,
+            labels,
+            self._samples,
+            folder / stage,
+            loggers=trainer.loggers,
+            step=trainer.global_step,
+        )
 
     def _plots_folder(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Path | None:
         """Where this rank draws; None on other ranks than 0 and in a smoke run."""

@@ -31,6 +31,13 @@ def ema_network(trainer: Any) -> nn.Module | None:
     return None if callback is None else callback.ema_model
 
 
+def only_ema(trainer: Any, module: Any) -> nn.Module | None:
+    """The EMA network if validation runs it instead of the live one (`eval_base_model=False`)."""
+    config = getattr(module, "train_config", None)
+    alone = config is not None and not config.eval_base_model
+    return ema_network(trainer) if alone else None
+
+
 class RFDETREMACallback(Callback):
     """Keeps an EMA copy of `module.model`, and copies it into the module when the fit ends.
 

@@ -7,13 +7,17 @@ import warnings
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_warn
 
 from rfdetr.training.allocator import keep_freed_memory
+from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
+from rfdetr.training.lightning_adapter import finds_last_checkpoint
 
 # what Lightning and torch warn about although it is intended
 EXPECTED = (
     "You have overridden `transfer_batch_to_device` in `LightningModule`",
     r"The number of training batches \(\d+\) is smaller than the logging interval",
+    "Glyph",  # in plots: class names can be in any script
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
@@ -31,6 +35,7 @@ class ProcessSettings(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             keep_freed_memory()
+            _warn_of_plain_trainer(trainer)
         self._filters.enter_context(warnings.catch_warnings())
         for message in EXPECTED:
             warnings.filterwarnings("ignore", message=message)
@@ -43,3 +48,15 @@ class ProcessSettings(Callback):
     ) -> None:
         """Lightning skips `teardown` after an exception."""
         self._filters.close()
+
+
+def _warn_of_plain_trainer(trainer: pl.Trainer) -> None:
+    """A Trainer of the user's own, or of LightningCLI, lacks the callbacks of `build_trainer`."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if finds_last_checkpoint(trainer) or any(isinstance(c, COCOEvalCallback) for c in callbacks):
+        return
+    rank_zero_warn(
+        "This Trainer was not made by build_trainer: it has no EMA, logs no COCO metrics, writes "
+        "no best files. Use build_trainer(train_config, model_config), or add the callbacks of "
+        "rfdetr.training.callbacks. docs/training.md shows it for LightningCLI."
+    )

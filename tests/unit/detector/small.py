@@ -18,11 +18,24 @@ SMALL: dict[str, Any] = {
 
 
 def small(**settings: Any) -> RFDETR:
-    return RFDETRNano(**SMALL | settings)
+    return _named_only(RFDETRNano(**SMALL | settings))
 
 
 def small_segmentation(**settings: Any) -> RFDETR:
-    return RFDETRSegNano(**SMALL | {"resolution": 48, "num_windows": 2} | settings)
+    return _named_only(RFDETRSegNano(**SMALL | {"resolution": 48, "num_windows": 2} | settings))
+
+
+def unnamed_outputs(detector: RFDETR) -> list[int]:
+    """Outputs of the class head that mean no class."""
+    outputs = len(detector.model.model.class_embed.bias)
+    return [label for label in range(outputs) if label not in detector.model.label_names()]
+
+
+def _named_only(detector: RFDETR) -> RFDETR:
+    """As a trained head: outputs that mean no class have low scores."""
+    if detector.model_config.pretrain_weights is None:
+        detector.model.model.class_embed.bias.data[unnamed_outputs(detector)] = -20.0
+    return detector
 
 
 def pixels(height: int = 50, width: int = 70, seed: int = 0) -> npt.NDArray[np.uint8]:

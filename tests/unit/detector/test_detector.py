@@ -38,7 +38,8 @@ def test_every_variant_has_its_class() -> None:
     for config_class, detector_class in DETECTOR_CLASSES.items():
         assert config_class.__name__ == f"{detector_class.__name__}Config"
         assert getattr(rfdetr, detector_class.__name__) is detector_class
-    assert {cls.__name__ for cls in DETECTOR_CLASSES.values()} | {"RFDETR"} == set(rfdetr.__all__)
+    named = {cls.__name__ for cls in DETECTOR_CLASSES.values()}
+    assert named | {"RFDETR", "from_checkpoint"} == set(rfdetr.__all__)
     assert set(rfdetr.__all__) <= set(dir(rfdetr))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.server
 import threading
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.config import TrainConfig
 from rfdetr.data.batch import pad_images
 from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_NAMES
+from rfdetr.data.image_input import read_image
 from rfdetr.data.transforms import preprocess
 from rfdetr.errors import InputError
 from rfdetr.model import postprocess
@@ -182,8 +184,10 @@ def test_segmentation_gives_masks_of_the_image_size() -> None:
         (torch.full((3, 8, 8), 2.0), "0..1"),
         (torch.full((3, 8, 8), -0.1), "0..1"),
         (torch.rand(1, 8, 8), r"\(3, H, W\)"),
-        (np.zeros((8, 8), np.uint8), "uint8 RGB"),
-        (np.zeros((8, 8, 3)), "uint8 RGB"),
+        (np.zeros((8, 8), np.uint8), "Convert the image to RGB first"),
+        (np.full((8, 8, 3), 200.0), r"values in 0..1, found 200..200. .* \(255 for 8 bits\)"),
+        (np.full((8, 8, 3), np.nan), "values in 0..1, found nan"),
+        (np.zeros((8, 8, 3), np.uint16), "Scale the values to 0..255"),
         (7, "got int"),
         ({"a": 1}, "got dict"),
         (None, "got NoneType"),
@@ -191,6 +195,47 @@ def test_segmentation_gives_masks_of_the_image_size() -> None:
 )
 def test_what_is_no_image_is_named(image: Any, text: str) -> None:
     with pytest.raises(InputError, match=text):
+        DETECTOR.predict(image)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_float_array_in_0_to_1_is_the_same_image(dtype: Any) -> None:
+    image = pixels()
+    floats = (image / 255).astype(dtype)
+    np.testing.assert_array_equal(read_image(floats), np.rint(floats.astype(np.float32) * 255))
+    if dtype != np.float16:  # which cannot hold every level
+        np.testing.assert_array_equal(read_image(floats), image)
+        _same(DETECTOR.predict(floats, 0.0), DETECTOR.predict(image, 0.0))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16", "I", "F"])
+def test_every_mode_of_an_image_has_its_right_values(mode: str, tmp_path: Path) -> None:
+    """A ramp of grey levels arrives as the same ramp, in memory and from a file."""
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+    grey = Image.fromarray(ramp)
+    if mode == "1":
+        grey, ramp = grey.point(lambda v: 255 * (v > 99)), np.where(ramp > 99, 255, 0)
+    arrays = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
+    if mode in arrays:
+        image = Image.fromarray(ramp.astype(arrays[mode]))
+        assert image.mode == mode
+    else:
+        image = grey.convert("RGB" if mode == "CMYK" else mode).convert(mode)
+    image.save(tmp_path / "image.tif")
+    for source in (image, tmp_path / "image.tif"):
+        found = read_image(source)
+        assert found.shape == (4, 256, 3)
+        np.testing.assert_array_equal(found, np.repeat(ramp[..., None], 3, axis=2))
+
+
+def test_an_image_of_one_colour_is_reported(tmp_path: Path) -> None:
+    Image.new("RGB", (70, 50), (0, 0, 0)).save(tmp_path / "dark.png")
+    with pytest.warns(UserWarning, match=r"dark\.png has one colour: \(0, 0, 0\)"):
+        DETECTOR.predict(tmp_path / "dark.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = np.zeros((200, 200, 3), np.uint8)
+        image[131, 77] = 1
         DETECTOR.predict(image)
 
 

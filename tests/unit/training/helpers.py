@@ -8,7 +8,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from rfdetr.config import ModelConfig, RFDETRNanoConfig, TrainConfig
+from rfdetr.config import (
+    ModelConfig,
+    RFDETRNanoConfig,
+    RFDETRSegNanoConfig,
+    SegmentationTrainConfig,
+    TrainConfig,
+)
 from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 
 
@@ -49,6 +55,18 @@ def tiny_run(dataset: Path, output: Path, **fields: Any) -> TrainConfig:
         "accelerator": "cpu",
     }
     return TrainConfig(**settings | fields)
+
+
+def tiny_masks(**fields: Any) -> RFDETRSegNanoConfig:
+    """`tiny_model` with a mask head, 48 pixels."""
+    known = tiny_model()
+    own = known.model_dump(include=set(known.model_fields_set)) | {"resolution": 48}
+    return RFDETRSegNanoConfig(**own | fields)
+
+
+def with_masks(config: TrainConfig) -> SegmentationTrainConfig:
+    """The same run for a segmentation model."""
+    return SegmentationTrainConfig(**config.model_dump(include=set(config.model_fields_set)))
 
 
 class Run:

@@ -238,7 +238,7 @@ def test_a_requested_logger_that_is_missing_is_an_error(config, monkeypatch, pac
     def missing(*_, **__):
         raise ModuleNotFoundError(f"No module named '{package}'")
 
-    name = {"wandb": "WandbLogger", "tensorboard": "TensorBoardLogger"}.get(package)
+    name = {"wandb": "RunWandbLogger", "tensorboard": "RunTensorBoardLogger"}.get(package)
     monkeypatch.setattr(module, name or "JournaledMLFlowLogger", missing)
     setattr(config, package, True)
     with pytest.raises(MissingDependencyError, match=f"pip install {package}"):
@@ -251,7 +251,7 @@ def test_missing_tensorboard_is_a_warning_unless_requested(config, monkeypatch):
     def broken(*_, **__):
         raise AttributeError("module 'numpy' has no attribute 'bool8'")
 
-    monkeypatch.setattr(module, "TensorBoardLogger", broken)
+    monkeypatch.setattr(module, "RunTensorBoardLogger", broken)
     config.tensorboard = True
     config.model_fields_set.discard("tensorboard")
     with pytest.warns(UserWarning, match="Training continues without it"):

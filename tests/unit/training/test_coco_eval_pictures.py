@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 
+from rfdetr.evaluation import plots
 from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from tests.unit.training.replay import ReplayModule, make_job, make_loader, make_trainer, numbers
 
@@ -71,6 +74,7 @@ def test_plots_are_drawn_at_new_best_values_only(tmp_path):
 
     class Watch(pl.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
+            callback._pictures.finish()
             written.append({p.name: p.stat().st_mtime_ns for p in folder.glob("*.png")})
 
     trainer = make_trainer(callback, Watch(), max_epochs=3)
@@ -82,6 +86,32 @@ def test_plots_are_drawn_at_new_best_values_only(tmp_path):
     restored = COCOEvalCallback(output_dir=tmp_path)
     restored.load_state_dict(callback.state_dict())
     assert restored.best == callback.best > 0
+
+
+def test_training_does_not_wait_for_pictures(tmp_path, monkeypatch):
+    _, _, pairs = make_job(1)
+    released = threading.Event()
+    draw = plots.draw_evaluation
+    drawn_by = []
+
+    def slow(*args):
+        drawn_by.append(threading.current_thread().name)
+        assert released.wait(60)
+        return draw(*args)
+
+    monkeypatch.setattr(plots, "draw_evaluation", slow)
+
+    class NextEpoch(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                assert not list(tmp_path.rglob("*.png"))
+                released.set()
+
+    trainer = make_trainer(COCOEvalCallback(output_dir=tmp_path), NextEpoch(), max_epochs=2)
+    loader = make_loader(pairs)
+    trainer.fit(ReplayModule(pairs, speed=0.7), loader, loader)
+    assert drawn_by == ["pictures"]
+    assert len(list(tmp_path.rglob("*.png"))) == 4
 
 
 def test_an_unwritable_folder_costs_only_the_plots(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.datasets import make_roboflow
-from tests.unit.training.helpers import Run, tiny_model, tiny_run
+from tests.unit.training.helpers import Run, tiny_masks, tiny_model, tiny_run, with_masks
 from tests.unit.training.processes import group_is_gone, run, started, wait_for
 
 DDP = {"strategy": "ddp", "devices": 2}
@@ -34,11 +34,13 @@ def coco_metrics(metrics: dict[str, float], stage: str) -> dict[str, float]:
     return {k: v for k, v in metrics.items() if k.startswith(stage) and not k.endswith("loss")}
 
 
-def check_run(dataset: Path, output: Path) -> None:
-    single = Run(
-        tiny_model(pretrain_weights=str(output / "checkpoint_best_total.pth")),
-        tiny_run(dataset, output / "single"),
-    )
+def check_run(dataset: Path, output: Path, *, masks: bool = False) -> None:
+    best = {"pretrain_weights": str(output / "checkpoint_best_total.pth")}
+    config = tiny_run(dataset, output / "single")
+    if masks:
+        single = Run(tiny_masks(**best), with_masks(config))
+    else:
+        single = Run(tiny_model(**best), config)
     for stage in ("validate", "test"):
         first, second = read(output, stage)
         assert first == second
@@ -92,6 +94,29 @@ def test_a_split_smaller_than_the_number_of_processes(tmp_path):
     status, output = run(job(dataset, tmp_path / "out"), torchrun=2)
     assert status == 0, output
     check_run(dataset, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [2, 6])
+def test_masks_are_trained_and_scored_as_in_one_process(background, tmp_path):
+    """Unequal loaders; with 6, most steps have a rank without labels."""
+    splits = {"train": 12, "valid": 5, "test": 3}
+    images = {"splits": splits, "background": background, "segmentation": True}
+    dataset = make_roboflow(tmp_path / "data", **images)
+    if background == 6:
+        keep_objects_of_every_sixth_image(dataset / "train")
+    status, output = run(job(dataset, tmp_path / "out", masks=True), torchrun=2)
+    assert status == 0, output
+    assert "val/segm_mAP_50_95" in read(tmp_path / "out", "validate")[1]
+    check_run(dataset, tmp_path / "out", masks=True)
+
+
+def keep_objects_of_every_sixth_image(folder: Path) -> None:
+    file = folder / "_annotations.coco.json"
+    document = json.loads(file.read_text())
+    kept = {image["id"] for image in document["images"][::6]}
+    document["annotations"] = [a for a in document["annotations"] if a["image_id"] in kept]
+    file.write_text(json.dumps(document))
 
 
 @pytest.mark.slow

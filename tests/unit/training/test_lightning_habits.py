@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
@@ -105,3 +111,47 @@ def test_an_appended_logger_gets_every_metric(
     keys = {"train/loss", MAP, "val/F1", "val/loss", "val/ema_mAP_50_95", "val/AP/bolt"}
     assert keys <= summary.keys()
     assert summary[MAP] == pytest.approx(run.metrics()[MAP])
+
+
+def test_a_plain_trainer_is_told_what_it_lacks(shapes: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=1))
+    plain: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0}
+    plain |= {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    with pytest.warns(UserWarning, match="not made by build_trainer: it has no EMA"):
+        pl.Trainer(**plain).fit(run.module, run.data)
+
+
+CLI = """
+from pytorch_lightning.cli import LightningCLI
+from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
+
+
+class DetectorCLI(LightningCLI):
+    def add_arguments_to_parser(self, parser):
+        for name in ("model_config", "train_config"):
+            take = lambda module, name=name: getattr(module, name)
+            parser.link_arguments("model", f"data.{name}", take, apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs):
+        return build_trainer(self.model.train_config, self.model.model_config)
+
+
+DetectorCLI(RFDETRModule, RFDETRDataModule, save_config_callback=None)
+"""
+
+
+def test_lightning_cli_as_the_documentation_shows_it(shapes: Path, tmp_path: Path) -> None:
+    documented = (Path(__file__).parents[3] / "docs/training.md").read_text()
+    assert CLI.strip() in documented
+    pytest.importorskip("jsonargparse")
+    train = {"dataset_dir": str(shapes), "output_dir": str(tmp_path), "epochs": 1}
+    train |= {"num_workers": 0, "multi_scale": False, "accelerator": "cpu"}
+    fields = tiny_model().model_dump(include=set(tiny_model().model_fields_set), mode="json")
+    model = {"model_name": "RFDETRNanoConfig", "model_config": fields, "train_config": train}
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": model}))  # JSON is YAML
+    (tmp_path / "cli.py").write_text(CLI)
+    command = [sys.executable, "cli.py", "fit", "--config", "run.yaml"]
+    path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert (tmp_path / "checkpoint_best_total.pth").is_file()

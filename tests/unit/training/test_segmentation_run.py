@@ -13,9 +13,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as mask_api
 
 from rfdetr import RFDETR
-from rfdetr.config import RFDETRSegNanoConfig, SegmentationTrainConfig
 from rfdetr.training import COCOEvalCallback
-from tests.unit.training.helpers import Run, tiny_model, tiny_run
+from tests.unit.training.helpers import Run, tiny_masks, tiny_run, with_masks
 
 SPLITS = {"train": 24, "valid": 12, "test": 12}
 QUERIES = 60
@@ -79,13 +78,8 @@ def add(document: Any, image: int, category: int, shape: Any, height: int, width
 @pytest.mark.slow
 def test_fit_validate_test_and_predict(tmp_path: Path) -> None:
     data = cells(tmp_path / "cells")
-    changes = {"num_queries": QUERIES, "num_select": QUERIES, "num_classes": 2, "resolution": 96}
-    tiny = tiny_model().model_dump(include=set(tiny_model().model_fields_set))
-    model = RFDETRSegNanoConfig(**tiny | changes)
-    run_settings = tiny_run(data, tmp_path / "out", epochs=8, run_test=True, lr=2e-3)
-    config = SegmentationTrainConfig(
-        **run_settings.model_dump(include=set(run_settings.model_fields_set))
-    )
+    model = tiny_masks(num_queries=QUERIES, num_select=QUERIES, num_classes=2, resolution=96)
+    config = with_masks(tiny_run(data, tmp_path / "out", epochs=8, run_test=True, lr=2e-3))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         run = Run(model, config).fit()

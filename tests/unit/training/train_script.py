@@ -15,7 +15,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from tests.unit.training.helpers import Run, tiny_model, tiny_run
+from tests.unit.training.helpers import Run, tiny_masks, tiny_model, tiny_run, with_masks
 
 
 class Report(pl.Callback):
@@ -31,6 +31,8 @@ class Report(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args) -> None:
         print(f"step {trainer.global_step} rank {trainer.global_rank}", flush=True)
         time.sleep(self.job.get("pause", 0))
+        if trainer.global_step == self.job.get("stop_step"):
+            raise RuntimeError("stopped by the test")
         if trainer.global_step == self.job.get("kill_step") and trainer.global_rank == 1:
             os.kill(os.getpid(), 9)
 
@@ -43,8 +45,12 @@ def main() -> None:
     torch.set_num_threads(1)
     job = json.loads(sys.argv[1])
     output = Path(job["output"])
-    model = tiny_model(**job.get("model", {}))
-    run = Run(model, tiny_run(job["dataset"], output, **job["config"]), **job["trainer"])
+    os.environ.update(job.get("environment", {}))
+    config = tiny_run(job["dataset"], output, **job["config"])
+    if job.get("masks"):
+        run = Run(tiny_masks(**job.get("model", {})), with_masks(config), **job["trainer"])
+    else:
+        run = Run(tiny_model(**job.get("model", {})), config, **job["trainer"])
     run.trainer.callbacks.append(Report(job))
     for stage in job["do"]:
         extra = {"ckpt_path": job.get("resume")} if stage == "fit" else {}

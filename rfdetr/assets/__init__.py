@@ -1,0 +1,1 @@
+"""Class lists under the import path of the public package."""

@@ -1,0 +1,116 @@
+"""What the public RF-DETR package offers under these names and this package does not.
+
+`docs/migration.md` lists the names that are accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+KEYPOINTS = "Keypoint models are not offered: train a detection or a segmentation model."
+_SPEED = "It changes only the speed there: omit it."
+_LOGGER = "Append a Lightning logger to trainer.loggers instead."
+_SCHEDULE = (
+    "The schedules are 'step' and 'cosine': for another one, override "
+    "RFDETRModule.configure_optimizers."
+)
+_OPTIMIZER = "The optimizer is AdamW: for another one, override RFDETRModule.configure_optimizers."
+_BATCH = "With batch_size='auto' an optimizer step has 4 * grad_accum_steps images: set those."
+_BEST = "The best epoch is the one with the highest value: set eval_interval to skip epochs."
+_KEYPOINT_MODEL = ((), "")  # any value: without use_grouppose_keypoints they have no effect
+
+Missing = Mapping[str, tuple[tuple[Any, ...], str]]
+PLAIN = (bool, int, float, str, list, dict)
+# field -> values that ask for nothing (empty: any value), and what to do instead of others
+MODEL_FIELDS: Missing = {
+    "use_grouppose_keypoints": ((False,), KEYPOINTS),
+    "dual_projector": ((False,), KEYPOINTS),
+    "keypoint_cross_attn": _KEYPOINT_MODEL,
+    "inter_instance_kp_attn": _KEYPOINT_MODEL,
+    "grouppose_keypoint_dim_downscale": _KEYPOINT_MODEL,
+    "dual_projector_kp_only": _KEYPOINT_MODEL,
+    "num_keypoints_per_class": _KEYPOINT_MODEL,
+    "num_decoder_registers": ((0,), "Decoder registers are not offered."),
+    "postprocess_trace_alpha": _KEYPOINT_MODEL,
+    "cuda_graphs": ((False,), "Call optimize_for_inference() for a faster predict."),
+    "model_name": ((), ""),
+}
+TRAIN_FIELDS: Missing = {
+    "amp_dtype": ((None, "auto"), "Pass precision= to build_trainer."),
+    "augmentation_backend": (("cpu",), "Augmentations run in the data loader's processes."),
+    "auto_batch_ema_headroom": ((0.7,), _BATCH),
+    "auto_batch_max_targets_per_image": ((100,), _BATCH),
+    "auto_batch_target_effective": ((16,), _BATCH),
+    "clearml": ((False,), f"ClearML is not offered. {_LOGGER}"),
+    "compact_train_metrics": ((True,), "Every loss term is logged: omit it."),
+    "compute_train_metrics": ((False,), "Validate on a copy of the training split instead."),
+    "eval_backend": (("vernier",), "There is one metric engine, equal to pycocotools: omit it."),
+    "eval_ema_only": ((False,), "Set eval_base_model=False instead."),
+    "eval_masks_head_resolution": ((False,), "Masks are evaluated at the size of the image."),
+    "keypoint_findable_loss_coef": ((0,), KEYPOINTS),
+    "keypoint_flip_pairs": (([],), KEYPOINTS),
+    "keypoint_l1_loss_coef": ((0,), KEYPOINTS),
+    "keypoint_nll_loss_coef": ((0,), KEYPOINTS),
+    "keypoint_oks_sigmas": ((None,), KEYPOINTS),
+    "keypoint_visible_loss_coef": ((0,), KEYPOINTS),
+    "lr_scheduler_interval": (("step",), _SCHEDULE),
+    "lr_scheduler_monitor": (("val/loss",), _SCHEDULE),
+    "notes": ((None,), f"Notes are not stored. {_LOGGER}"),
+    "optimizer": (("adamw",), _OPTIMIZER),
+    "optimizer_kwargs": (({},), "Set lr, lr_encoder and weight_decay instead."),
+    "pack_targets": ((True,), _SPEED),
+    "pad_targets_to": ((None,), _SPEED),
+    "save_dataset_grids": ((False,), "`python -m rfdetr.checks FOLDER` draws samples instead."),
+    "scale_jitter": ((True,), "The random views of training are fixed: omit it."),
+    "skip_best_epochs": ((0,), _BEST),
+    "smooth_alpha": ((0.0,), _BEST),
+}
+EXPORT_OPTIONS: Missing = {
+    "backbone_only": ((False,), "The complete network is exported."),
+    "calibration_data": ((None,), ""),
+    "infer_dir": ((None,), "The file is compared with the network on random images: omit it."),
+    "max_images": ((100,), ""),
+    "notes": ((None,), "Notes are not stored."),
+    "output_name": ((None,), "The file is called inference_model.onnx: rename it."),
+    "patch_size": ((None,), "The patch size is the model's: omit it."),
+    "quantization": ((None,), "Quantize the ONNX file with onnxruntime.quantization."),
+}
+PREDICT_OPTIONS: Missing = {
+    "patch_size": ((None,), "The patch size is the model's: omit it."),
+}
+INFERENCE_OPTIONS: Missing = {
+    "compile_backend": (("torchscript",), "The optimized model is a TorchScript trace."),
+    "inplace": ((False,), "The network is kept: call remove_optimized_model() to return to it."),
+}
+_HOSTED = (
+    "Uploads to Roboflow are not offered: upload checkpoint_best_total.pth with its own client."
+)
+NAMES = {
+    "callbacks": "Pass Lightning callbacks as train(callbacks=[...]).",
+    "RFDETRKeypointPreview": KEYPOINTS,
+    "deploy_to_roboflow": _HOSTED,
+    "export_for_roboflow": _HOSTED,
+    "maybe_download_pretrain_weights": "Weights are downloaded when a detector is built.",
+}
+
+
+def drop_neutral(values: Mapping[str, Any], missing: Missing) -> tuple[dict[str, Any], list[str]]:
+    """`values` without entries that ask for nothing, and a sentence for each that asks for more.
+
+    Entries that `missing` does not list are kept.
+    """
+    kept, refused = {}, []
+    for name, value in values.items():
+        if name not in missing:
+            kept[name] = value
+            continue
+        neutral, advice = missing[name]
+        if neutral and not any(_same(value, one) for one in neutral):
+            shown = f"{name}={value!r}" if isinstance(value, PLAIN) else name
+            refused.append(f"{shown} is not offered. {advice}".rstrip())
+    return kept, refused
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return value is neutral or (isinstance(value, PLAIN) and bool(value == neutral))

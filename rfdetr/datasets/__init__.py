@@ -1,0 +1,1 @@
+"""Augmentation presets under the import path of the public package."""
