@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows.cli import commands as run
-from flows.cli import import_data
+from flows.cli import import_data, init
 from flows.core.child_report import report_failure
 from flows.core.errors import FAILED, INTERRUPTED
 
 STAGES = ("validate", "convert", "fit", "evaluate")
 
 EXAMPLES = """examples:
+  rfdetr-pipeline init ~/trees                  your own dataset instead of the demo
   rfdetr-pipeline retrain                       the complete pipeline
   rfdetr-pipeline retrain --set fit.epochs=20   with a changed parameter
   rfdetr-pipeline plan                          what would run, and why
@@ -50,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(required=True, metavar="command")
 
+    starting = _add(commands, "init", init.init_command, "set the project up for your own dataset")
+    init.add_options(starting)
     retrain = _add(commands, "retrain", run.retrain_command, "run the pipeline as a Prefect flow")
     _changes(retrain)
     retrain.add_argument(

@@ -98,10 +98,31 @@ def resolve_weights(name_or_path: StrPath) -> Path:
     return target
 
 
+def unavailable(name: str) -> str | None:
+    """Why a published name cannot be resolved now, as a sentence; nothing is downloaded."""
+    target = cache_folder() / name
+    if target.is_file():
+        return None
+    try:
+        request = urllib.request.Request(_address(name), method="HEAD")  # noqa: S310
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S):  # noqa: S310
+            return None
+    except (OSError, ValueError, *_INTERRUPTIONS) as error:
+        reason = getattr(error, "reason", None) or error
+        return (
+            f"{name} is not on this machine and cannot be downloaded now ({reason}): put the file "
+            f"at {target}, or set RF_WEIGHTS_URL to a mirror."
+        )
+
+
+def _address(name: str) -> str:
+    mirror = os.environ.get("RF_WEIGHTS_URL")
+    return f"{mirror.rstrip('/')}/{name}" if mirror else f"{STORAGE}/{PUBLISHED[name]}"
+
+
 def _download_once(name: str, target: Path) -> None:
     """Download under a lock, so that several processes fetch the file once."""
-    mirror = os.environ.get("RF_WEIGHTS_URL")
-    url = f"{mirror.rstrip('/')}/{name}" if mirror else f"{STORAGE}/{PUBLISHED[name]}"
+    url = _address(name)
     if not url.startswith(("http://", "https://")):
         raise DownloadError(f"RF_WEIGHTS_URL must start with http:// or https://; got {url}.")
     try:

@@ -40,8 +40,8 @@ class ImportReport:
     skipped: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def to_text(self) -> str:
-        """The summary for a terminal, one line per split and per reason."""
+    def to_text(self, *, written: bool = True) -> str:
+        """The summary for a terminal, one line per split and per reason; `written` adds where."""
         objects = sum(sum(counts.values()) for counts in self.classes.values())
         total = sum(self.images.values())
         names = ", ".join(self.class_names)
@@ -57,7 +57,8 @@ class ImportReport:
             more = ", ..." if len(what) > EXAMPLES else ""
             lines.append(f"skipped  {len(what)} {reason}: {shown}{more}")
         lines += [f"note     {text}" for text in self.notes]
-        lines.append(f"wrote    {self.target} (COCO; the images are copies)")
+        if written:
+            lines.append(f"wrote    {self.target} (COCO; the images are copies)")
         return "\n".join(lines)
 
     @property

@@ -34,7 +34,7 @@ def read_source(root: Path, format_name: str | None = None) -> Collection:
 
     Raises DatasetError that names a format which cannot be read and the export that can.
     """
-    files = SourceFiles(_only_folder(root))
+    files = SourceFiles(only_folder(root))
     name = format_name or next(_formats(files), None)
     if name is None:
         raise DatasetError(f"{root}: {_foreign(files)}")
@@ -51,7 +51,7 @@ def read_source(root: Path, format_name: str | None = None) -> Collection:
     return found
 
 
-def _only_folder(root: Path) -> Path:
+def only_folder(root: Path) -> Path:
     """The folder that holds everything: exports often put all into one subfolder."""
     root = root.expanduser().absolute()
     if not root.is_dir():
