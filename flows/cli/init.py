@@ -151,6 +151,7 @@ class _Former:
 
 def read_facts(project: Project, name: str, folder: str, layout: Kind) -> DatasetFacts:
     """Class names and counts of the annotation files; no image is opened."""
+    from flows.storage.packs import open_dataset
     from rfdetr.checks.check_categories import training_table
     from rfdetr.checks.collector import Collector
     from rfdetr.checks.options import CheckConfig
@@ -158,7 +159,8 @@ def read_facts(project: Project, name: str, folder: str, layout: Kind) -> Datase
     from rfdetr.data.layouts import SPLITS
 
     config = CheckConfig(check_images=False)
-    tables = read_sources(project.root / folder, layout, Collector(config), config, None).tables
+    data = open_dataset(project.root / folder, project.env.state_dir)
+    tables = read_sources(data, layout, Collector(config), config, None).tables
     by_name = {table.name: table for table in tables}
     objects = sum(len(table.boxes) for table in tables)
     masked = sum(int(table.masked.sum()) for table in tables)

@@ -16,6 +16,7 @@ from flows.core.files import new_folder
 from flows.project.dvc import configure_dvc, dvc
 from flows.project.project import Project
 from flows.project.workspace import data_stage
+from flows.storage.packs import open_dataset
 from rfdetr.data.layouts import Kind, Layout, detect_layout
 from rfdetr.errors import ConfigError, DatasetError
 from rfdetr.importers import Shares, import_dataset, only_folder
@@ -63,7 +64,7 @@ def adopt(
     DatasetError, also if data/<name> has another content, unless `force` is set.
     """
     data, place = (project.root / DATA).resolve(), only_folder(source.resolve())
-    layout = None if shares else _layout(place)
+    layout = None if shares else _layout(open_dataset(place, project.env.state_dir))
     if layout is not None and data in place.parents:
         where = f"{DATA}/{place.relative_to(data).as_posix()}"
         return Adopted(where, layout.kind, "used where it is")
@@ -87,6 +88,8 @@ def adopt(
             )
             kind, told = "roboflow", f"imported from {source}\n{report.to_text(written=False)}"
         _put(fresh, target, force=force)
+    except OSError as error:
+        raise DatasetError(f"{target} cannot be written: {error}.") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return Adopted(f"{DATA}/{target.name}", kind, told)

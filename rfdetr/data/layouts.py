@@ -114,7 +114,7 @@ def exported_splits(root: Path) -> Iterable[tuple[str, SplitPaths]]:
 
 def _plain_coco(root: Path) -> Layout:
     splits = {}
-    for name in ("train", "val"):
+    for name in SPLITS:
         annotations = root / "annotations" / f"instances_{name}2017.json"
         folders = [root / f"{name}2017", root / "images" / f"{name}2017"]
         images = next((f for f in folders if f.is_dir()), folders[0])

@@ -85,8 +85,8 @@ def import_dataset(
     exists, unless `replace_target` is set.
     """
     root, out = Path(source).expanduser().absolute(), Path(target).expanduser().absolute()
-    if out == root or root.is_relative_to(out):
-        raise DatasetError(f"{out} holds the source; choose another folder.")
+    if root.is_relative_to(out) or out.is_relative_to(root):
+        raise DatasetError(f"{out} and the source {root} lie in each other; choose another folder.")
     if out.exists() and not replace_target and (not out.is_dir() or any(out.iterdir())):
         raise DatasetError(
             f"{out} exists already; choose another folder, or --force to replace it."
@@ -129,13 +129,14 @@ def _counts(items: Sequence[Prepared], classes: Sequence[str]) -> dict[str, int]
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target` that takes its place at the end, unless the block raises."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    work.mkdir()
     try:
+        work.mkdir(parents=True)
         yield work
         shutil.rmtree(target, ignore_errors=True)
         work.replace(target)
+    except OSError as error:
+        raise DatasetError(f"{target} cannot be written: {error}.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -55,9 +55,7 @@ def _image(
     data: dict[str, Any], name: str, files: SourceFiles, found: Collection
 ) -> ImportedImage | None:
     split = split_of(name)
-    stated = data.get("imagePath")
-    image = files.find(stated, near=name, split=split) if isinstance(stated, str) else None
-    image = image or files.find_stem(PurePosixPath(name).stem, near=name, split=split)
+    image = files.find_of(name, data.get("imagePath"), split)
     size = (data.get("imageWidth"), data.get("imageHeight"))
     known = (size[0], size[1]) if all(type(v) is int and v > 0 for v in size) else None
     if image is not None:

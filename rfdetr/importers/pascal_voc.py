@@ -39,7 +39,7 @@ def read_pascal_voc(files: SourceFiles) -> Collection:
         if root.tag != "annotation":
             continue
         split = split_of(name)
-        image = _image_of(root, name, files, split)
+        image = files.find_of(name, root.findtext("filename"), split)
         if image is None:
             found.skip("annotation files without their image", name)
             continue
@@ -64,12 +64,6 @@ def read_pascal_voc(files: SourceFiles) -> Collection:
 
 def _is_photo(name: str) -> bool:
     return not {"SegmentationClass", "SegmentationObject"} & set(PurePosixPath(name).parts)
-
-
-def _image_of(root: Element, name: str, files: SourceFiles, split: str | None) -> str | None:
-    stated = (root.findtext("filename") or "").strip()
-    found = files.find(stated, near=name, split=split) if stated else None
-    return found or files.find_stem(PurePosixPath(name).stem, near=name, split=split)
 
 
 def _size(root: Element) -> tuple[int, int] | None:

@@ -122,6 +122,19 @@ class SourceFiles:
         """The image with this name before the suffix; as `find`."""
         return self._best(self._by_stem.get(stem, []), stem, near, split)
 
+    def find_of(self, annotation: str, stated: object, split: str | None) -> str | None:
+        """The image of an annotation file, by the name that the file states and by its own.
+
+        A stated name that is not like the file's own is often a copy of another file's.
+        """
+        stem = PurePosixPath(annotation).stem
+        text = stated.strip() if isinstance(stated, str) else ""
+        own = PurePosixPath(text.replace("\\", "/")).stem == stem
+        named = self.find(text, near=annotation, split=split) if text else None
+        if own and named is not None:
+            return named
+        return self.find_stem(stem, near=annotation, split=split) or named
+
     @staticmethod
     def _best(places: Sequence[str], wanted: str, near: str, split: str | None) -> str | None:
         if len(places) < 2:

@@ -299,3 +299,10 @@ def test_a_split_may_leave_out_categories_of_train(tmp_path: Path) -> None:
     splits = CocoSplits(detect_layout(root))
     splits.index("train")
     assert (splits.index("val").labels == expected).all()
+
+
+def test_plain_coco_with_an_annotated_test_split(tmp_path: Path) -> None:
+    root = make_coco(tmp_path, splits={"train": 3, "val": 2, "test": 2})
+    layout = detect_layout(root, "coco")
+    assert layout.splits["test"].annotations == root / "annotations/instances_test2017.json"
+    assert layout.splits["test"].images == (root / "test2017",)

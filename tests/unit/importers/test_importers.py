@@ -387,3 +387,25 @@ def test_two_formats_in_one_folder_are_said(tmp_path: Path) -> None:
     chosen = convert(source, format_name="yolo", replace_target=True)
     assert chosen.format == "YOLO"
     assert sum(chosen.images.values()) == len(scenes)
+
+
+def test_a_stale_file_name_does_not_lead_to_another_image(tmp_path: Path) -> None:
+    """Copies of one XML file often keep its <filename>."""
+    scenes = foreign.voc(tmp_path / "voc")
+    for file in (tmp_path / "voc/Annotations").glob("*.xml"):
+        file.write_text(file.read_text().replace(f"{file.stem}.png", "photo 00.png"))
+    report = convert(tmp_path / "voc")
+    assert report.skipped == {}
+    for name, rows in content(tmp_path / "out").items():
+        _same_objects(rows, scenes[name], outlines=False)
+
+
+def test_the_target_may_not_be_inside_the_source(tmp_path: Path) -> None:
+    foreign.voc(tmp_path / "voc")
+    before = snapshot(tmp_path / "voc")
+    with pytest.raises(DatasetError, match="lie in each other"):
+        import_dataset(tmp_path / "voc", tmp_path / "voc/out", progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DatasetError, match="cannot be written"):
+        import_dataset(tmp_path / "voc", tmp_path / "file/out", progress=False)
+    assert snapshot(tmp_path / "voc") == before

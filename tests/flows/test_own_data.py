@@ -1,0 +1,102 @@
+"""Real datasets of four kinds, from the folder to a champion, two projects at a time."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from flows.registry.registry import Registry
+from rfdetr.data.layouts import detect_layout
+from rfdetr.evaluation.plots import DETECTION_COLOUR, TRUTH_COLOUR
+from tests.flows import real_datasets
+from tests.flows.projects import ROOT, TINY, environment, make_project, run, set_params
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+MODEL = yaml.safe_load((ROOT / "params.yaml").read_text())["model"]
+FIT = {"epochs": 3, "effective_batch_size": 4, "lr": 1e-3, "lr_encoder": 1e-3, "multi_scale": False}
+
+
+def prepared(kind: str, folder: Path) -> Path:
+    """A project beside its dataset, set up by `init`, with a model that a CPU trains."""
+    source = getattr(real_datasets, kind)(folder / f"my {kind} export", folder / "wheels")
+    root = make_project(folder / f"project of {kind}")
+    (root / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (root / "weights/start.pth").write_bytes((ROOT / "weights/start.pth").read_bytes())
+    told = command(root, "init", str(source), "--name", kind, "--weights", "none")
+    assert f"data/{kind}.dvc" in told and "rfdetr-pipeline retrain" in told
+    masks = kind == "nuclei"
+    model = {**TINY["model"], "resolution": 96, "segmentation_head": True} if masks else MODEL
+    source = None if masks else "weights/start.pth"
+    set_params(
+        root, model=model, convert={"source": source}, fit=FIT, runtime={"accelerator": "cpu"}
+    )
+    return root
+
+
+def command(root: Path, *arguments: str) -> str:
+    done = run(root, sys.executable, "-m", "flows.cli.main", *arguments, PYTHONPATH=str(root))
+    return done.stdout
+
+
+def retrain(root: Path) -> tuple[float, str]:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli.main", "retrain"],
+        cwd=root,
+        env=environment(root, PYTHONPATH=str(root), PREFECT_HOME=str(root / "prefect")),
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return time.monotonic() - started, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("pair", [("roboflow", "nuclei"), ("yolo", "voc")], ids="-".join)
+def test_four_real_datasets_become_champions(pair: tuple[str, str], tmp_path: Path) -> None:
+    roots = [prepared(kind, tmp_path) for kind in pair]
+    assert not (tmp_path / ".git").exists()
+    with ThreadPoolExecutor(len(roots)) as pool:
+        results = list(pool.map(retrain, roots))
+    for kind, root, (seconds, _log) in zip(pair, roots, results, strict=True):
+        print(f"{kind}: retrain {seconds:.0f} s")
+        champion = Registry(kind, f"sqlite:///{root / 'mlflow.db'}").champion()
+        assert champion is not None and champion.number == 1
+        assert champion.tags["lineage.dataset"] == kind
+        found = detect_layout(root / f"data/{kind}").splits
+        assert set(found) == {"train", "val", "test"}
+        _require_report(root)
+        _require_drawn(root / "reports/pictures/samples.png", masks=kind == "nuclei")
+
+
+def _require_report(root: Path) -> None:
+    """Whether the page says that training may start, and none of its photographs is black."""
+    page = (root / "reports/validation.html").read_text()
+    assert "Ready for training" in page
+    for code in re.findall(r"data:image/(?:jpeg|png|webp);base64,([A-Za-z0-9+/=]+)", page):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(code))).convert("L"))
+        assert pixels.max() > 60 and pixels.std() > 3
+
+
+def _require_drawn(file: Path, *, masks: bool) -> None:
+    """Photographs that are not black, with boxes of the ground truth, and masks where asked."""
+    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    assert np.median(pixels.max(axis=2)) > 20
+    truth = (np.abs(pixels - TRUTH_COLOUR).max(axis=2) < 40).sum()
+    assert truth > 500, truth
+    if masks:  # green laid over grey levels
+        green = (pixels[..., 1] - pixels[..., [0, 2]].max(axis=2)) > 15
+        assert green.sum() > 3 * truth
+    assert TRUTH_COLOUR != DETECTION_COLOUR
