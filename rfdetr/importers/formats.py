@@ -35,17 +35,17 @@ def read_source(root: Path, format_name: str | None = None) -> Collection:
     Raises DatasetError that names a format which cannot be read and the export that can.
     """
     files = SourceFiles(only_folder(root))
-    name = format_name or next(_formats(files), None)
+    kinds = {kind for _, kind in _json_kinds(files)}
+    present = list(_formats(files, kinds))
+    name = format_name or next(iter(present), None)
     if name is None:
-        raise DatasetError(f"{root}: {_foreign(files)}")
+        raise DatasetError(f"{root}: {_foreign(files, kinds)}")
     found = READERS[name](files)
     found.root = files.root
-    others = [other for other in _formats(files) if other != name]
+    others = [other for other in present if other != name]
     if others and format_name is None:
-        text = (
-            f"annotations in other formats are not read: {', '.join(others)} (--format reads one)"
-        )
-        found.notes.append(text)
+        text = f"annotations in other formats are not read: {', '.join(others)}"
+        found.notes.append(f"{text} (`import --format` reads one)")
     if not found.images:
         raise DatasetError(f"{root}: {_nothing(found, files)}")
     return found
@@ -66,9 +66,8 @@ def only_folder(root: Path) -> Path:
         root = inside[0]
 
 
-def _formats(files: SourceFiles) -> Iterator[str]:
+def _formats(files: SourceFiles, json_kinds: set[str]) -> Iterator[str]:
     """The formats of which the folder has annotation files."""
-    json_kinds = {kind for _, kind in _json_kinds(files)}
     tags = {root_tag(files.path(name)) for name in files.with_suffix(".xml")[:SAMPLES]}
     if "coco" in json_kinds:
         yield "coco"
@@ -128,10 +127,9 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _foreign(files: SourceFiles) -> str:
+def _foreign(files: SourceFiles, json_kinds: set[str]) -> str:
     """A sentence about a folder in no format that is read."""
-    kind = next((kind for _, kind in _json_kinds(files) if kind in ADVICE), None)
-    if kind:
+    if kind := next((kind for kind in ADVICE if kind in json_kinds), None):
         return f"this is {ADVICE[kind]}."
     if files.with_suffix(".tfrecord", ".tfrecords"):
         return "TFRecord files; export the dataset as COCO or Pascal VOC."
