@@ -237,6 +237,13 @@ def _place(text: str) -> str:
     return text if is_s3(text) else str(Path(text).absolute())
 
 
+def labels_command(options: argparse.Namespace) -> int:
+    """List the labels of a split that are probably wrong."""
+    from flows.cli.labels import review_labels
+
+    return review_labels(_checked_project(), options)
+
+
 def demo_command(options: argparse.Namespace) -> int:
     """Build the demo dataset: digits on photographs, in Roboflow's COCO layout."""
     from rfdetr.data.demo import build_demo

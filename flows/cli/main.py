@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows.cli import commands as run
-from flows.cli import import_data, init
+from flows.cli import import_data, init, labels
 from flows.core.child_report import report_failure
 from flows.core.errors import FAILED, INTERRUPTED
 
@@ -94,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
     drift.add_argument("--hours", type=float, help="only images newer than this")
     drift.add_argument("--limit", type=int, default=512, help="the newest images (default: 512)")
     drift.add_argument("--exit-code", action="store_true", help="status 3 when there is drift")
+    review = _add(commands, "labels", run.labels_command, "find labels that are probably wrong")
+    labels.add_options(review)
     demo = _add(commands, "demo", run.demo_command, "build the demo dataset in a folder")
     demo.add_argument("folder", type=Path, nargs="?", default=Path("data/demo"))
     importing = _add(

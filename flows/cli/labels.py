@@ -1,0 +1,72 @@
+"""`rfdetr-pipeline labels`: labels of the dataset that are probably wrong."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flows.core.files import write_json
+from flows.project.project import Project
+
+SEEN = {
+    "train": "The model was trained on these labels and has learned some of their mistakes: "
+    "it finds fewer of them than in data that it has not seen.",
+    "valid": "The best epoch was chosen with these labels, so the model is slightly partial.",
+    "test": "",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "--split", choices=tuple(SEEN), default="test", help="whose labels (default: test)"
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="FILE", help="weights (default: models/trained)"
+    )
+    parser.add_argument("--limit", type=int, default=200, help="suspects shown (default: 200)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the proposals as a COCO file, which CVAT and Label Studio import",
+    )
+
+
+def review_labels(project: Project, options: argparse.Namespace) -> int:
+    """Score the split, and write reports/suspected_labels.html and .json."""
+    from flows.gate.scoring import score_model  # slow imports
+    from flows.gate.suspected_labels import image_files, proposals, suspected_labels, write_page
+    from flows.stages.evaluate import trained_weights
+    from flows.storage.packs import open_dataset
+
+    params, split = project.params, str(options.split)
+    root = Path(open_dataset(project.dataset_dir, project.env.state_dir))
+    files = image_files(root, params.dataset, split)
+    scored = score_model(
+        options.model or trained_weights(project.trained),
+        root,
+        params.dataset,
+        params.evaluate.model_copy(update={"split": split, "pictures": 0}),
+        accelerator=params.runtime.accelerator,
+        num_workers=params.runtime.num_workers,
+    )
+    suspects = suspected_labels(scored, files, root, options.limit)
+    page = project.reports / "suspected_labels.html"
+    title = f"Suspected labels of {params.dataset.name}, {split} split"
+    write_page(page, suspects, root, title, SEEN[split])
+    rows = [suspect.model_dump(exclude_none=True) for suspect in suspects]
+    write_json(page.with_suffix(".json"), {"split": split, "note": SEEN[split], "suspects": rows})
+    print(f"{len(scored.columns.truth)} labels, {len(suspects)} suspects; see {page}")
+    for suspect in suspects[:10]:
+        seen = f" -> {suspect.proposal}" if suspect.proposal else ""
+        print(
+            f"  {suspect.suspicion:.2f}  {suspect.kind:<12}  {suspect.label or '-'}{seen}  "
+            f"{suspect.image}"
+        )
+    if SEEN[split]:
+        print(SEEN[split])
+    if options.out:
+        write_json(options.out, proposals(scored, suspects, files))
+        print(f"proposals in {options.out}")
+    return 0
