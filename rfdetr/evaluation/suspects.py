@@ -8,10 +8,11 @@ Every kind of mistake leaves a trace when the model has not seen the label:
     duplicate      two labels of one class on one object
     spurious       a label on which nothing is detected
 
-The suspicion (0..1) estimates the probability that the label is wrong: the score of the detection
-that contradicts it, times what does not speak for the label. A label without any detection is the
-weakest evidence, because models overlook objects: its suspicion is the share of spurious labels
-among undetected ones, for the recall that the model has on that class.
+The suspicion (0..1) grows with the score of the detection that contradicts the label, and falls
+with what confirms it. The formulas were chosen with planted mistakes, see
+tests/benchmarks/bench_labels.py. A label without any detection is the weakest evidence, because
+models overlook objects: its suspicion is the share of spurious labels among undetected ones, for
+the recall of the model on that class.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ STRONG = 0.5  # suspicion from which a label is counted as a strong suspect
 
 _TOUCHES = 0.1  # IoU from which a detection may mean a label
 _FITS = 0.5  # IoU from which it shows what is at the label
-_PRECISE = 0.7  # IoU of an ordinary detection with its label
+_PRECISE = 0.7  # IoU of a detection that confirms the place of a label
+_ORDINARY, _ELSEWHERE = 0.6, 0.25  # IoU of ordinary detections, and of those in another place
 _SAME = 0.8  # IoU of two labels for one object
 _LOWEST_SCORE = 0.05
 _SPURIOUS_SHARE = 0.02  # of all labels, before anything is known
@@ -119,12 +121,13 @@ def _of_labels(
     count = len(truth)
     own, _ = _highest(box, score, same & fits, count)
     other, other_pair = _highest(box, score, ~same & fits & meant, count)
-    wrong_class = other * (1 - own)
+    # The label says that there is an object: the share of the other class counts most
+    share = other / np.maximum(other + own, 1e-9)
+    wrong_class = share**2 * other**0.4
     # The detection of the right class that speaks most for another place
-    misfit = score * np.clip((_PRECISE - iou) / (_PRECISE - _TOUCHES), 0, 1)
-    precise, _ = _highest(
-        box, score * np.clip((iou - _FITS) / (_PRECISE - _FITS), 0, 1), same, count
-    )
+    misfit = np.sqrt(score) * np.clip((_ORDINARY - iou) / (_ORDINARY - _ELSEWHERE), 0, 1)
+    fit = score * np.clip((iou - _FITS) / (_PRECISE - _FITS), 0, 1)
+    precise, _ = _highest(box, fit, same, count)
     badly_placed, placed_pair = _highest(box, misfit, same & meant, count)
     badly_placed = badly_placed * (1 - precise)
     explained, _ = _highest(box, score, np.ones(len(det), dtype=bool), count)
