@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime, task
-from prefect.cache_policies import NO_CACHE
 
 from flows.orchestration import artifacts
-from flows.orchestration.children import log_line, run_module
+from flows.orchestration.children import RETRIED, log_line, run_module
 from flows.orchestration.gpus import gpu_slot
 from flows.project.project import Project
 from flows.storage.s3 import is_s3
@@ -42,7 +41,7 @@ def batch_predict(
     return summary
 
 
-@task(retries=2, retry_delay_seconds=[10, 60], cache_policy=NO_CACHE)
+@task(**RETRIED)
 def detect(
     project: Project, source: str, out: str, model: str | None, threshold: float, *, draw: bool
 ) -> dict[str, Any]:

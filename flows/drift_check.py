@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.states import Completed
@@ -16,7 +15,7 @@ from flows.core.files import read_json
 from flows.inference import drift
 from flows.inference.drift import DriftCheck, DriftParams
 from flows.orchestration import artifacts
-from flows.orchestration.children import run_module
+from flows.orchestration.children import RETRIED, run_module
 from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.notify import notify
 from flows.project.project import Project
@@ -26,12 +25,12 @@ EVENT = "rfdetr.drift.detected"
 
 @flow(name="drift-check")
 def drift_check(
-    source: str | None = None, params: DriftParams | None = None
+    source: str | list[str] | None = None, params: DriftParams | None = None
 ) -> State | dict[str, Any]:
     """Compare recent images with the champion's image profile.
 
-    `source` is a folder or s3:// prefix (default: RFDETR_RECENT_IMAGES of the worker). On drift, a
-    notification is sent, and the event `rfdetr.drift.detected` of the resource
+    `source` is a folder or s3:// prefix, or several (default: RFDETR_RECENT_IMAGES of the worker).
+    On drift, a notification is sent, and the event `rfdetr.drift.detected` of the resource
     `rfdetr.model.<name>` is emitted, which makes an automation start `retrain/manual`.
     """
     params = params or DriftParams()
@@ -40,8 +39,9 @@ def drift_check(
     if not source:
         text = "no source of images: pass `source`, or set RFDETR_RECENT_IMAGES for the worker"
         return Completed(name="Skipped", message=text)
+    sources = [source] if isinstance(source, str) else source
     with contextlib.nullcontext() if params.device == "cpu" else gpu_slot(project, 1):
-        check = compare_images(project, source, params)
+        check = compare_images(project, sources, params)
     if check.report is None:
         return Completed(name="Skipped", message=check.skipped)
     artifacts.show_drift(project.root / drift.TEXT, project.root / drift.PLOT)
@@ -50,11 +50,11 @@ def drift_check(
     return check.summary()
 
 
-@task(retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
-def compare_images(project: Project, source: str, params: DriftParams) -> DriftCheck:
+@task(**RETRIED)
+def compare_images(project: Project, sources: list[str], params: DriftParams) -> DriftCheck:
     """Run the check as a child process."""
     options = ("--params", params.model_dump_json())
-    run_module(project, "drift check", "flows.inference.drift", source, *options)
+    run_module(project, "drift check", "flows.inference.drift", *sources, *options)
     return DriftCheck.model_validate(read_json(project.root / drift.REPORT))
 
 

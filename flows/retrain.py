@@ -7,6 +7,7 @@ tasks contain no stage logic: each runs `dvc repro` or a step of the release as 
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,38 @@ from prefect.states import Completed
 from flows.config.overrides import RetrainParams
 from flows.gate.verdict import Verdict
 from flows.orchestration import artifacts, resume
-from flows.orchestration.children import flow_run_name, log_line, run_dvc_stage, run_module
+from flows.orchestration.children import (
+    RETRIED,
+    flow_run_name,
+    log_line,
+    run_dvc_stage,
+    run_module,
+)
 from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.limits import registry_slot
 from flows.orchestration.notify import notify_about
-from flows.project.dvc import dvc, has_remote
+from flows.project.dvc import EXTRA_GRACE_S, dvc, has_remote
 from flows.project.git import checkout
 from flows.project.project import Project
 from flows.project.publish import publish_lock
 from flows.project.workspace import prepare_workspace, stage_names
 from flows.release import freshness, steps
 from flows.release.champion import ChampionChangedError
-from rfdetr.errors import ConfigError
+from rfdetr.errors import ConfigError, RFDETRError
+
+
+def run_name() -> str:
+    """The name of a flow run: dataset, variant and time, with the changes of its parameters."""
+    given = runtime.flow_run.parameters.get("params") or RetrainParams()
+    try:
+        return Project(Path.cwd()).run_name(RetrainParams.model_validate(given).changes())
+    except (RFDETRError, ValueError):
+        return f"retrain-{datetime.now().astimezone():%Y-%m-%d-%H%M}"  # the flow tells the reason
 
 
 @flow(
     name="retrain",
+    flow_run_name=run_name,
     on_failure=[notify_about("failed")],
     on_crashed=[notify_about("crashed")],
     on_cancellation=[notify_about("was cancelled")],
@@ -87,7 +104,7 @@ def use_ref(project: Project, ref: str) -> None:
     project.reload()
 
 
-@task(task_run_name="prepare", retries=2, retry_delay_seconds=[5, 30], cache_policy=NO_CACHE)
+@task(task_run_name="prepare", **RETRIED)
 def prepare(project: Project) -> None:
     """Apply the DVC settings, and pull the data from the remote."""
     prepare_workspace(project, log_line())
@@ -96,21 +113,25 @@ def prepare(project: Project) -> None:
 @task(task_run_name="{stage}", cache_policy=NO_CACHE)
 def reproduce(project: Project, stage: str) -> State:
     """Run one DVC stage. The state is `Cached` if its results were up to date."""
-    limit = None if stage == "fit" else project.params.runtime.stage_timeout_s
+    runtime = project.params.runtime
+    limit = None if stage == "fit" else runtime.stage_timeout_s
+    grace = runtime.grace_s + EXTRA_GRACE_S
     try:
         with artifacts.TrainingProgress() as progress:
-            ran = run_dvc_stage(project, stage, progress.read, timeout=limit)
+            ran = run_dvc_stage(project, stage, progress.read, timeout=limit, grace=grace)
     finally:
         if stage == "validate":
             artifacts.show_dataset_report(project.reports)
+    if stage == "fit":
+        artifacts.show_images(project.fit_picture)
     if stage == "evaluate":
-        artifacts.show_images(project.reports)
+        artifacts.show_images(project.reports / "curves", project.reports / "pictures")
     if not ran:
         return Completed(name="Cached", message=f"{stage}: nothing has changed")
     return Completed(message=f"{stage}: done")
 
 
-@task(task_run_name="push_data", retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+@task(task_run_name="push_data", **RETRIED)
 def push_data(project: Project) -> State:
     """Push data, models and the run cache to the DVC remote, if there is one."""
     if not has_remote(project.root):
@@ -121,7 +142,7 @@ def push_data(project: Project) -> State:
     return Completed(message="pushed")
 
 
-@task(task_run_name="register", retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+@task(task_run_name="register", **RETRIED)
 def register(project: Project) -> int:
     """Register the trained model, once; returns the number of its version."""
     with gpu_slot(project, 1), registry_slot(project):
@@ -137,7 +158,7 @@ def gate(project: Project, number: int) -> Verdict:
     return _judge(project, number)
 
 
-@task(task_run_name="promote", retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+@task(task_run_name="promote", **RETRIED)
 def promote(project: Project, number: int, verdict: Verdict, *, allowed: bool) -> State:
     """Make the version champion if the gate says so and the flow run may promote.
 
@@ -159,7 +180,7 @@ def promote(project: Project, number: int, verdict: Verdict, *, allowed: bool) -
     return Completed(message=f"version {number} is champion: {record.reason}")
 
 
-@task(task_run_name="publish", retries=3, retry_delay_seconds=[5, 30, 120], cache_policy=NO_CACHE)
+@task(task_run_name="publish", **RETRIED)
 def publish(project: Project) -> State:
     """Push dvc.lock and params.yaml to a new branch, to be merged by hand."""
     if not has_remote(project.root):

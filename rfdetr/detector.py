@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -122,10 +123,12 @@ class RFDETR(PublicNames):
         Also takes `device` ("cpu", "cuda:1", ...) and `callbacks` (a list, added to the default
         ones). Afterwards this object predicts and exports with the trained (EMA) weights. If
         training is interrupted after its first step, it has the live weights of that moment and
-        the classes of the dataset; if it fails earlier, it stays as it was. Raises ValueError for
-        an unknown keyword, and the errors of dataset and training.
+        the classes of the dataset; if it fails earlier, it stays as it was. Without a progress bar,
+        and outside a terminal, prints how long it will take and a line per epoch. Raises ValueError
+        for an unknown keyword, and the errors of dataset and training.
         """
         from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
+        from rfdetr.training.callbacks.progress_lines import ProgressLines
 
         callbacks = _take_retired(settings)
         train_config = self.get_train_config(**settings)
@@ -136,6 +139,9 @@ class RFDETR(PublicNames):
         datamodule.model_config = network.config
         module = RFDETRModule(network.config, train_config, network=network)
         trainer = build_trainer(train_config, network.config)
+        if train_config.progress_bar is None or not sys.stdout.isatty():
+            kind = "segm_mAP_50_95" if network.config.segmentation_head else "mAP_50_95"
+            callbacks = [ProgressLines(kind), *callbacks]
         trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
         complete = False
         try:
@@ -316,6 +322,7 @@ class RFDETR(PublicNames):
                 stacklevel=2,
             )
         self._warn_of_resized_head()
+        known = {"class_names": self.model.label_names()} | known
         result = export_onnx(self.model.model, output_dir, **known)
         if verbose:
             print(result.describe())  # noqa: T201

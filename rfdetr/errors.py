@@ -4,7 +4,12 @@ from __future__ import annotations
 
 
 class RFDETRError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose.
+
+    `transient` tells whether the same call may succeed later, without a change by the user.
+    """
+
+    transient = False
 
 
 class ConfigError(RFDETRError, ValueError):
@@ -17,6 +22,8 @@ class CheckpointError(RFDETRError, ValueError):
 
 class DownloadError(RFDETRError, OSError):
     """Published weights that could not be downloaded."""
+
+    transient = True
 
 
 class DatasetError(RFDETRError, ValueError):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +22,6 @@ from flows.project.project import Project
 from rfdetr.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
-DRIFTED = 3
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
@@ -43,48 +41,13 @@ def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
     return changes
 
 
-def retrain_command(options: argparse.Namespace) -> int:
-    """Run the flow in this process, unless there is nothing to do."""
-    from flows.config.overrides import RetrainParams
-    from flows.project.dvc import configure_dvc
-    from flows.project.plan import plan_stages
-    from flows.project.workspace import pin_source
-    from flows.release import freshness, steps
-
-    project = _checked_project()
-    changes = parse_changes(options.set)
-    params = checked(
-        RetrainParams,
-        overrides=changes,
-        promote=not options.no_promote,
-        publish=options.publish,
-        only_if_data_changed=options.only_if_data_changed,
-    )
-    project.override(params.changes())
-    configure_dvc(project.root, project.env)
-    pin_source(project)
-    plans = plan_stages(project)
-    if all(p.state == "up to date" for p in plans) and freshness.is_released(project):
-        print("nothing to do: data, parameters and code are those of the registered model")
-        print(steps.what_next(project))
-        return OK
-    for plan in plans:
-        print(f"{plan.stage:10} {plan.state}")
-    with _prefect():
-        from flows.retrain import retrain
-
-        retrain(params)
-    print(steps.what_next(project))
-    return OK
-
-
 def plan_command(options: argparse.Namespace) -> int:
     """Print which stages would run, without running any."""
     from flows.project.dvc import configure_dvc
     from flows.project.plan import plan_stages
     from flows.release import freshness
 
-    project = _checked_project()
+    project = checked_project()
     if not (project.root / ".dvc/config.local").exists():  # a folder without git needs it
         configure_dvc(project.root, project.env)
     plans = plan_stages(project)
@@ -105,14 +68,15 @@ def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
     """`dvc repro STAGE`: the stage, and the earlier ones that are out of date."""
 
     def run(options: argparse.Namespace) -> int:
-        from flows.project.dvc import configure_dvc, dvc
+        from flows.project.dvc import EXTRA_GRACE_S, configure_dvc, dvc
         from flows.project.workspace import require_dataset
 
-        project = _checked_project()
+        project = checked_project()
         configure_dvc(project.root, project.env)
         require_dataset(project, print)
         variables = {FIT_RETRY: "1"} if getattr(options, "retry", False) else {}
-        dvc(project.root, "repro", stage, on_line=print, variables=variables)
+        grace = project.params.runtime.grace_s + EXTRA_GRACE_S
+        dvc(project.root, "repro", stage, on_line=print, variables=variables, grace=grace)
         return OK
 
     return run
@@ -122,15 +86,16 @@ def register_command(_options: argparse.Namespace) -> int:
     """Register models/trained and run the gate, without Prefect."""
     from flows.orchestration.limits import registry_slot
     from flows.release import steps
+    from flows.release.summary import what_next
 
-    project = _project()
+    project = project_here()
     with registry_slot(project):
         registered = steps.register(project)
     verdict = steps.judge(project, registered.number)
     print(verdict.to_markdown())
     if verdict.promote:
         steps.promote_winner(project, registered.number, verdict)
-    print(steps.what_next(project))
+    print(what_next(project))
     return OK
 
 
@@ -139,7 +104,7 @@ def promote_command(options: argparse.Namespace) -> int:
     from flows.release import steps
 
     record = steps.promote_by_hand(
-        _project(), options.version, reason=options.reason, force=options.force
+        project_here(), options.version, reason=options.reason, force=options.force
     )
     print("already champion" if record is None else f"version {record.version} is champion")
     return OK
@@ -149,7 +114,7 @@ def rollback_command(options: argparse.Namespace) -> int:
     """Make an earlier version champion again."""
     from flows.release import steps
 
-    record = steps.roll_back(_project(), reason=options.reason, to=options.to)
+    record = steps.roll_back(project_here(), reason=options.reason, to=options.to)
     left = "" if record.previous is None else f"; version {record.previous} was left"
     print(f"version {record.version} serves again{left}")
     return OK
@@ -159,7 +124,7 @@ def history_command(options: argparse.Namespace) -> int:
     """Print every promotion and rollback, oldest first."""
     from flows.release import steps
 
-    records = steps.audit(_project())
+    records = steps.audit(project_here())
     if options.json:
         print(json.dumps([r.model_dump() for r in records], indent=2))
         return OK
@@ -178,9 +143,9 @@ def predict_command(options: argparse.Namespace) -> int:
     """Run a registered model on images: COCO files, and the detections drawn on each image."""
     from flows.inference.predict import predict_images
 
-    sources, out = [_place(source) for source in options.images], _place(options.out)
+    sources, out = [place(source) for source in options.images], place(options.out)
     found = predict_images(
-        _project(),
+        project_here(),
         sources,
         out,
         model=options.model,
@@ -192,45 +157,36 @@ def predict_command(options: argparse.Namespace) -> int:
         return OK
     print(
         f"{found.images} images, {found.detections} detections by {found.model} version "
-        f"{found.version}: {found.out}/detections.json"
+        f"{found.version}"
     )
+    if found.best is not None:
+        score, image = found.best
+        print(
+            f"nothing reached the threshold {options.threshold:g}; the best score of the first "
+            f"images is {score:.3f} ({image}): try --threshold {score * 0.9:.2g}"
+        )
     if found.unreadable:
         print(f"{found.unreadable} files are not images; detections.json names them")
+    print(f"  {found.out}/detections.json  COCO dataset: images, boxes with scores, categories")
+    print(f"  {found.out}/results.json     COCO results, for pycocotools")
+    if found.drawn:
+        print(f"  {found.out}/pictures/        the images with their detections")
     return OK
 
 
-def drift_command(options: argparse.Namespace) -> int:
-    """Run the flow drift-check in this process: report, event, notification."""
-    from flows.inference.drift import REPORT, DriftCheck, DriftParams
+def export_command(options: argparse.Namespace) -> int:
+    """Write a model as an ONNX file, with class names, input size and normalisation inside."""
+    from flows.inference.export import export_model
 
-    source = _place(options.source)
-    project = _project()
-    params = checked(DriftParams, hours=options.hours, limit=options.limit)
-    with _prefect():
-        from flows.drift_check import drift_check
-
-        drift_check(source, params)
-    check = DriftCheck.model_validate_json((project.root / REPORT).read_text(encoding="utf-8"))
-    print(check.to_markdown())
-    return DRIFTED if options.exit_code and check.drifted else OK
+    target, model = Path(place(options.out)), options.model
+    if model is not None and Path(model).exists():
+        model = place(model)
+    exported = export_model(project_here(), model, target)
+    print(f"{target}: differs from the network by at most {exported.difference:.1g}")
+    return OK
 
 
-@contextlib.contextmanager
-def _prefect() -> Iterator[None]:
-    """Give a temporary Prefect server time to start, and explain if a server cannot be reached."""
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    try:
-        yield
-    except RuntimeError as error:
-        if "Failed to reach API" not in str(error):
-            raise
-        raise ConfigError(
-            f"Prefect: {error}. Start that server, or unset PREFECT_API_URL to use a temporary "
-            "one; `dvc repro` runs the stages without Prefect."
-        ) from None
-
-
-def _place(text: str) -> str:
+def place(text: str) -> str:
     """Make a path absolute, before the current folder changes; an s3:// address stays as it is."""
     from flows.storage.s3 import is_s3
 
@@ -241,7 +197,7 @@ def labels_command(options: argparse.Namespace) -> int:
     """List the labels of a split that are probably wrong."""
     from flows.cli.labels import review_labels
 
-    return review_labels(_checked_project(), options)
+    return review_labels(checked_project(), options)
 
 
 def demo_command(options: argparse.Namespace) -> int:
@@ -268,7 +224,7 @@ def sync_command(_options: argparse.Namespace) -> int:
     """Send every unsent journal to MLflow."""
     from flows.tracking.run import sync
 
-    project = _project()
+    project = project_here()
     results = sync(project.env.state_dir, project.tracking_uri)
     for folder, problem in results.items():
         print(f"{folder}: {problem or 'sent'}")
@@ -279,7 +235,7 @@ def doctor_command(options: argparse.Namespace) -> int:
     """Print the findings; status 1 if one is a problem."""
     from flows.cli import doctor
 
-    findings = doctor.examine(_project(), repair=options.repair)
+    findings = doctor.examine(project_here(), repair=options.repair)
     for finding in findings:
         advice = f"  -> {finding.repair}" if finding.repair else ""
         print(f"{finding.level:8} {finding.subject}: {finding.text}{advice}")
@@ -303,14 +259,14 @@ def _mistake(item: Any) -> str:
     return f"{'.'.join(where or [first])}: {item['msg']} (found {item['input']!r})."
 
 
-def _checked_project() -> Project:
+def checked_project() -> Project:
     """The project. Raises ConfigError with every mistake in params.yaml, before DVC starts."""
-    project = _project()
+    project = project_here()
     _ = project.params
     return project
 
 
-def _project() -> Project:
+def project_here() -> Project:
     """The project of the current folder: dvc.yaml is here or above."""
     here = Path.cwd()
     for folder in (here, *here.parents):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.cli.commands import _project
+from flows.cli.commands import project_here
 from flows.cli.import_data import split_options
 from flows.config.params import PARAMS_FILE, parse_params
 from flows.config.starter import (
@@ -55,7 +55,7 @@ def init_command(options: argparse.Namespace) -> int:
     from rfdetr.importers import Shares
 
     source = options.data.absolute()
-    project = _project()
+    project = project_here()
     name = adopt.dataset_name(options.name, source)
     before = _Former(project)
     before.require_replaceable(name, force=options.force)

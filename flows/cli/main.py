@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows.cli import commands as run
+from flows.cli import flow_commands as flow
 from flows.cli import import_data, init, labels
 from flows.core.child_report import report_failure
 from flows.core.errors import FAILED, INTERRUPTED
+from flows.core.stopping import Terminated, say_last_words, stop_on_signals
 
 STAGES = ("validate", "convert", "fit", "evaluate")
 
@@ -30,6 +32,8 @@ EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status. Errors are one message on standard error."""
     options = parser().parse_args(arguments)
+    if arguments is None:  # a process of its own
+        stop_on_signals()
     command: Callable[[argparse.Namespace], int] = options.run
     try:
         return command(options)
@@ -37,8 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report_failure("error", error)
         return FAILED
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
+        say_last_words()
         return INTERRUPTED
+    except Terminated:
+        say_last_words()
+        raise
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
     starting = _add(commands, "init", init.init_command, "set the project up for your own dataset")
     init.add_options(starting)
-    retrain = _add(commands, "retrain", run.retrain_command, "run the pipeline as a Prefect flow")
+    retrain = _add(commands, "retrain", flow.retrain_command, "run the pipeline as a Prefect flow")
     _changes(retrain)
     retrain.add_argument(
         "--no-promote", action="store_true", help="register, but keep the champion"
@@ -89,10 +96,16 @@ def parser() -> argparse.ArgumentParser:
     history.add_argument("--json", action="store_true", help="print JSON")
     predict = _add(commands, "predict", run.predict_command, "run the champion on images")
     _predict_options(predict)
-    drift = _add(commands, "drift", run.drift_command, "compare recent images with the champion's")
-    drift.add_argument("source", help="folder or s3:// prefix")
+    export = _add(commands, "export", run.export_command, "write a model as an ONNX file")
+    export.add_argument("--model", help="alias, version number or file (default: champion)")
+    export.add_argument("--out", default="model.onnx", help="the file (default: model.onnx)")
+    drift = _add(commands, "drift", flow.drift_command, "compare recent images with the champion's")
+    drift.add_argument("sources", nargs="+", help="files, folders or s3:// prefixes")
     drift.add_argument("--hours", type=float, help="only images newer than this")
     drift.add_argument("--limit", type=int, default=512, help="the newest images (default: 512)")
+    drift.add_argument(
+        "--min-images", type=int, default=30, help="judge nothing with fewer images (default: 30)"
+    )
     drift.add_argument("--exit-code", action="store_true", help="status 3 when there is drift")
     review = _add(commands, "labels", run.labels_command, "find labels that are probably wrong")
     labels.add_options(review)

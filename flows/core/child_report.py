@@ -2,6 +2,7 @@
 
 The parent passes the path of a file in an environment variable. The child creates the file when it
 starts, and writes its error message into it when it fails, so the parent need not parse the output.
+The first line says whether a retry can help.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.core.errors import explain
+from flows.core.errors import explain, is_transient
 
 VARIABLE = "RFDETR_REPORT_FILE"
+TRANSIENT, FINAL = "transient", "final"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class ChildReport:
     @property
     def error(self) -> str:
         """The child's error message; empty if it did not report one."""
+        return self._text.partition("\n")[2]
+
+    @property
+    def transient(self) -> bool:
+        """Whether a retry can help; so it is for a child that was killed before it could report."""
+        return not self._text.startswith(FINAL)
+
+    @property
+    def _text(self) -> str:
         return self.file.read_text(encoding="utf-8") if self.ran else ""
 
 
@@ -57,7 +68,7 @@ def report_failure(prefix: str, error: Exception) -> None:
     """Print `prefix: message` on standard error, and tell the parent the message."""
     message = explain(error)
     print(f"{prefix}: {message}", file=sys.stderr)
-    _write(message)
+    _write(f"{TRANSIENT if is_transient(error) else FINAL}\n{message}")
 
 
 def _write(text: str) -> None:

@@ -29,6 +29,11 @@ def explain(error: Exception) -> str:
     return redact(f"unexpected {type(error).__name__}\n{trace}\n{type(error).__name__}: {error}")
 
 
+def is_transient(error: BaseException) -> bool:
+    """Whether a retry can help: a server, a network or a crash failed, not a setting or a file."""
+    return error.transient if isinstance(error, RFDETRError) else _full_disk(error) is None
+
+
 def _full_disk(error: BaseException | None) -> OSError | None:
     """The write error behind `error`, which torch wraps in another one."""
     seen: set[int] = set()

@@ -19,18 +19,19 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import IO, Self
 
 from flows.core.redact import redact
+from flows.core.stopping import in_a_hurry, kill_below
 from rfdetr.errors import RFDETRError
 
 PR_SET_PDEATHSIG = 1
 TAIL_LINES = 30
 WAKE_SECONDS = 0.2
 DRAIN_SECONDS = 5.0
+HURRY = (4.0, 1.5)  # seconds after the first and the second SIGINT, if the user waits
 LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 Line = Callable[[str], None]
@@ -42,6 +43,8 @@ class CommandFailed(RFDETRError):  # noqa: N818 - reads as what happened
     `returncode` is negative for a signal, `tail` holds the last lines, `reason` says what happened.
     Secrets are masked, because the text is logged and sent to Prefect.
     """
+
+    transient = True
 
     def __init__(self, cmd: Sequence[str], returncode: int, tail: Sequence[str], reason: str):
         self.cmd, self.returncode, self.tail, self.reason = (
@@ -55,23 +58,6 @@ class CommandFailed(RFDETRError):  # noqa: N818 - reads as what happened
 
     def __reduce__(self) -> tuple[type, tuple[list[str], int, list[str], str]]:
         return type(self), (self.cmd, self.returncode, self.tail, self.reason)
-
-
-class Terminated(SystemExit):
-    """SIGTERM arrived: the process cleans up and exits with 143."""
-
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
-
-
-def exit_on_sigterm() -> None:
-    """Turn SIGTERM into the exception `Terminated`, so that `finally` blocks run."""
-
-    def handler(_signum: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, handler)
 
 
 def terminate_with(parent: int) -> None:
@@ -249,18 +235,8 @@ class _Limits:
         return [path.stat().st_mtime_ns if path.exists() else 0 for path in self.watched]
 
 
-@contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """Keep a second Ctrl-C or SIGTERM from interrupting the clean-up (main thread only)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+def _unheard(_line: str) -> None:
+    """What children print while they are stopped on request interests nobody."""
 
 
 class _Group:
@@ -276,6 +252,8 @@ class _Group:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         try:
             if error is not None:
+                if not isinstance(error, Exception):  # a request to stop
+                    self.output.on_line = _unheard
                 self.stop()
         finally:
             self.kill()
@@ -283,16 +261,25 @@ class _Group:
             self.output.close()
 
     def stop(self) -> None:
-        """SIGINT to the group (DVC ignores it and waits for its child), SIGKILL after `grace`."""
-        with _signals_ignored():
+        """SIGINT to the group (DVC ignores it and waits for its child), SIGKILL after `grace`.
+
+        After Ctrl-C, a second SIGINT comes soon, on which the child stops waiting for its own.
+        """
+        limits = HURRY if in_a_hurry() else (self.grace,)
+        for seconds in limits:
             self._signal(signal.SIGINT)
-            deadline = time.monotonic() + self.grace
-            while time.monotonic() < deadline and not self.leader_ended():
-                with contextlib.suppress(Exception):  # a failing on_line must not keep children
-                    self.output.read(WAKE_SECONDS)
-            self.kill()
+            self._wait(seconds)
+        self.kill()
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self.leader_ended():
+            with contextlib.suppress(Exception):  # a failing on_line must not keep children
+                self.output.read(WAKE_SECONDS)
 
     def kill(self) -> None:
+        if self.child.returncode is None:
+            kill_below(self.child.pid)
         self._signal(signal.SIGKILL)
 
     def leader_ended(self) -> bool:

@@ -179,10 +179,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def needed_space(folder: Path, initial: Path) -> str | None:
-    """A warning if the disk of `folder` may be too small for the checkpoints of a training."""
+def needed_space(folder: Path, initial: Path) -> str:
+    """What the checkpoints of a training need on the disk of `folder`; a warning if it is short."""
     wanted = 8 * initial.stat().st_size  # optimizer state, EMA weights, best files
     free = shutil.disk_usage(folder).free
-    if free > wanted:
-        return None
-    return f"{folder} has {free >> 20} MiB free; checkpoints may need {wanted >> 20} MiB."
+    text = f"checkpoints need about {wanted / 1e9:.2g} GB; {free / 1e9:.2g} GB are free"
+    return text if free > wanted else f"warning: {text}"

@@ -8,13 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Checkpoint
 
 from flows.config.environment import Environment
 from flows.core.errors import FAILED, OK, USAGE, explain
@@ -22,7 +20,6 @@ from flows.core.files import read_json, write_json
 from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
 from flows.fit_job.job import ERROR, STOPPED, FitJob, FitResult, newest_checkpoint
-from flows.fit_job.progress import EpochProgress
 from flows.tracking.run import fit_logger
 from flows.tracking.system_metrics import SystemMetrics
 from rfdetr.config import SegmentationTrainConfig, TrainConfig
@@ -30,44 +27,10 @@ from rfdetr.errors import DatasetError
 from rfdetr.files import write_text_atomic
 from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 from rfdetr.training.callbacks.best_model import RECORD
+from rfdetr.training.callbacks.progress_lines import ProgressLines
 
 STOPPED_STATUS = 128 + signal.SIGTERM
 SYSTEM_METRICS_SECONDS = 30.0
-
-
-class ProgressLines(Checkpoint):
-    """Prints a line per finished epoch, on each node: any of them can have rank 0.
-
-    It is a Checkpoint so that Lightning calls it after last.ckpt is saved.
-    """
-
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
-        self._start, self._first = 0.0, 0
-
-    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._start, self._first = time.monotonic(), trainer.current_epoch
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.local_rank != 0:
-            return
-        done, total = trainer.current_epoch + 1, trainer.max_epochs or 0
-        seconds = time.monotonic() - self._start
-        values = [
-            float(trainer.callback_metrics[key])
-            for key in (f"val/{self.metric}", f"val/ema_{self.metric}")
-            if key in trainer.callback_metrics
-        ]
-        loss = trainer.callback_metrics.get("train/loss")
-        progress = EpochProgress(
-            epoch=done,
-            of=total,
-            loss=None if loss is None else round(float(loss), 5),
-            mAP=round(max(values), 5) if values else None,
-            seconds=round(seconds, 2),
-            eta_s=round(seconds / (done - self._first) * (total - done), 1),
-        )
-        print(progress.line(), flush=True)
 
 
 def train(folder: Path, env: Environment) -> FitResult | None:

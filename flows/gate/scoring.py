@@ -21,8 +21,7 @@ from flows.tracking.provenance import cpu_name
 from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
 from rfdetr.checkpoints.structure import infer_config
 from rfdetr.config import ModelConfig, TrainConfig, Workers
-from rfdetr.data.coco import CocoSplits
-from rfdetr.data.layouts import detect_layout
+from rfdetr.data.coco import dataset_categories
 from rfdetr.errors import DatasetError
 from rfdetr.evaluation import report
 from rfdetr.evaluation.box_table import EvaluationData, IouType
@@ -183,7 +182,7 @@ def score_model(
         latency_ms=collector.latency_ms,
         latency_on=f"{collector.device}, batches of {settings.batch_size}",
         settings=settings.key(),
-        category_ids=_category_ids(dataset_dir, dataset, settings.split),
+        category_ids=dataset_categories(dataset_dir, dataset.layout, settings.split),
     )
 
 
@@ -240,6 +239,10 @@ def _run(
     loader = (
         datamodule.test_dataloader() if settings.split == "test" else datamodule.val_dataloader()
     )
+    index: Any = getattr(loader.dataset, "index", None)
+    if index is not None:
+        first = range(min(settings.pictures, len(index)))
+        collector.files = {int(index.image_ids[i]): str(index.names[i]) for i in first}
     trainer.test(module, dataloaders=loader, verbose=False)
     return collector
 
@@ -250,6 +253,7 @@ class _Collector(Callback):
     def __init__(self, settings: EvaluateSettings, *, masks: bool) -> None:
         self.evaluator = CocoEvaluator(("bbox", "segm") if masks else ("bbox",), settings.max_dets)
         self.samples: list[Sample] = []
+        self.files: dict[int, str] = {}  # image id -> file name
         self.device = ""
         self._wanted = settings.pictures
         self._times: list[float] = []
@@ -276,7 +280,7 @@ class _Collector(Callback):
         self.evaluator.update(outputs["results"], outputs["targets"])
         missing = self._wanted - len(self.samples)
         if missing > 0:
-            self.samples += take_samples(batch[0], outputs["targets"], missing)
+            self.samples += take_samples(batch[0], outputs["targets"], missing, self.files)
 
 
 def synchronize(device: torch.device) -> None:
@@ -294,14 +298,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{cpu_name()} with {torch.get_num_threads()} threads"
     return device.type
-
-
-def _category_ids(folder: str | Path, dataset: DatasetSettings, split: str) -> dict[int, int]:
-    """Dataset label -> category id of the annotation files; empty for YOLO (no ids)."""
-    layout = detect_layout(folder, dataset.layout)
-    if layout.kind == "yolo":
-        return {}
-    splits = CocoSplits(layout, check_files=False)
-    wanted = "test" if split == "test" and "test" in layout.splits else "val"
-    splits.index(wanted)
-    return splits.category_ids

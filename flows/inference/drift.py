@@ -15,8 +15,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.core.child_report import report_failure, report_start
-from flows.core.process import die_with_parent, exit_on_sigterm
+from flows.core.process import die_with_parent
 from flows.core.redact import redact
+from flows.core.stopping import exit_on_sigterm
 from flows.inference.images import UNUSABLE, SourceImage, fetch_image, list_images, newest
 from flows.inference.predict import find_version, load_detector
 from flows.project.project import Project
@@ -81,18 +82,20 @@ class DriftCheck(BaseModel, frozen=True):
         )
 
 
-def check_drift(project: Project, source: str, params: DriftParams | None = None) -> DriftCheck:
-    """Compare the newest images of `source` with the model's image profile.
+def check_drift(
+    project: Project, sources: Sequence[str], params: DriftParams | None = None
+) -> DriftCheck:
+    """Compare the newest images of `sources` with the model's image profile.
 
     Writes reports/drift.json, drift.md and drift.png, and records the numbers on the version and
-    its MLflow run. Raises ConfigError without a champion, CheckpointError if the version has no
-    profile, and DatasetError if the source does not exist or contains no images.
+    on an MLflow run of its drift checks. Raises ConfigError without a champion, CheckpointError if
+    the version has no profile, and DatasetError if a source does not exist or contains no images.
     """
     params = params or DriftParams()
     root = project.root
     registry = Registry(project.params.registry.name, project.tracking_uri)
     version = find_version(registry, params.model)
-    images = newest(list_images([source]), hours=params.hours, limit=params.limit)
+    images = recent_images(sources, params)
     if len(images) < params.min_images:
         recent = f" in the last {params.hours:g} hours" if params.hours else ""
         report, skipped = None, f"{len(images)} images{recent}; {params.min_images} required"
@@ -101,7 +104,7 @@ def check_drift(project: Project, source: str, params: DriftParams | None = None
     check = DriftCheck(
         model=registry.name,
         version=version.number,
-        source=redact(source),
+        source=redact(", ".join(sources)),
         at=now(),
         skipped=skipped,
         report=report,
@@ -109,8 +112,13 @@ def check_drift(project: Project, source: str, params: DriftParams | None = None
     write_text_atomic(root / REPORT, check.model_dump_json(indent=2))
     write_text_atomic(root / TEXT, check.to_markdown())
     if check.report is not None:
-        _record(root, registry, version, check)
+        _record(project, registry, version, check)
     return check
+
+
+def recent_images(sources: Sequence[str], params: DriftParams) -> list[SourceImage]:
+    """The images to compare, newest first. Raises DatasetError if there are none at all."""
+    return newest(list_images(sources), hours=params.hours, limit=params.limit)
 
 
 def _measure(
@@ -160,30 +168,28 @@ def fetch_images(images: Sequence[SourceImage], folder: Path) -> list[Path]:
     return [files[number] for number in sorted(files)]
 
 
-def _record(root: Path, registry: Registry, version: Version, check: DriftCheck) -> None:
-    """Record the outcome on the version, and numbers and reports on its run, if that still exists.
+def _record(project: Project, registry: Registry, version: Version, check: DriftCheck) -> None:
+    """Record the outcome on the version, and numbers and reports on the run of its drift checks.
 
-    The reports of checks with drift are kept; `drift/latest` is replaced by every check.
+    The run of the training stays as it is. The reports of checks with drift are kept;
+    `drift/latest` is replaced by every check.
     """
     assert check.report is not None
     alarms = ", ".join(check.report.alarms) or "none"
     registry.set_tags(version.number, {"drift.alarms": alarms, "drift.at": check.at})
-    run_id = registry.active_run(version)
-    if run_id is None:
-        print(f"version {version.number} has no MLflow run any more; see {root / REPORT}")
-        return
+    run_id = registry.run_of_checks(f"rfdetr/{project.params.dataset.name}", version)
     values = {f"drift/{measure.name}": measure.value for measure in check.report.measures}
     registry.append_metrics(run_id, values)
     folders = ["drift/latest"] + ([f"drift/{check.at[:19]}"] if check.drifted else [])
     for folder in folders:
         for file in (REPORT, TEXT, PLOT):
-            registry.log_artifact(run_id, root / file, folder.replace(":", ""))
+            registry.log_artifact(run_id, project.root / file, folder.replace(":", ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the child process."""
     parser = argparse.ArgumentParser(prog="python -m flows.inference.drift", description=__doc__)
-    parser.add_argument("source", help="folder or s3:// prefix of recent images")
+    parser.add_argument("sources", nargs="+", help="folders or s3:// prefixes of recent images")
     parser.add_argument("--params", default="{}", help="fields of DriftParams as JSON")
     options = parser.parse_args(arguments)
     die_with_parent()
@@ -191,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report_start()
     try:
         params = DriftParams.model_validate_json(options.params)
-        check = check_drift(Project(Path.cwd()), options.source, params)
+        check = check_drift(Project(Path.cwd()), options.sources, params)
     except Exception as error:  # noqa: BLE001 - reported as the last line
         report_failure("drift check failed", error)
         return 1

@@ -6,6 +6,7 @@ Artifacts are best effort: a failure is logged as a warning and never ends the f
 from __future__ import annotations
 
 import base64
+import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, Self
 from uuid import UUID
 
+from PIL import Image
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
@@ -30,11 +32,12 @@ from prefect.settings import (
 )
 
 from flows.core.redact import redact
-from flows.fit_job.progress import EpochProgress, parse_progress
 from flows.gate.verdict import Verdict
+from rfdetr.progress import EpochProgress
 
 LOGGER = logging.getLogger(__name__)
 TIMEOUT_S = 10.0
+SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)  # of the sides of a picture that is too large
 MAX_IMAGE_BYTES = 400_000  # Prefect stores images as text in its database
 P = ParamSpec("P")
 
@@ -66,14 +69,12 @@ def show_dataset_report(reports: Path) -> None:
 
 
 @best_effort
-def show_images(reports: Path) -> None:
-    """Show the images of the evaluate stage: curves, confusion matrix, predictions."""
-    for folder in ("curves", "pictures"):
-        for file in sorted((reports / folder).glob("*.png")):
-            if file.stat().st_size > MAX_IMAGE_BYTES:
-                LOGGER.warning("%s is too large for an artifact; open the file", file)
-                continue
-            _show_image(file)
+def show_images(*places: Path) -> None:
+    """Show pictures: files, and the PNG files of folders."""
+    for place in places:
+        for file in sorted(place.glob("*.png")) if place.is_dir() else [place]:
+            if file.exists():
+                _show_image(file)
 
 
 @best_effort
@@ -142,18 +143,11 @@ class TrainingProgress:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
-    def read(self, line: str) -> str:
-        """The line as it should be logged; a finished epoch updates the progress artifact."""
-        progress = parse_progress(line)
-        if progress is None:
-            return line
-        self._thread.submit(self._run.run, self._show, progress)
-        loss = "-" if progress.loss is None else f"{progress.loss:.4f}"
-        quality = "-" if progress.mAP is None else f"{progress.mAP:.4f}"
-        return (
-            f"epoch {progress.epoch}/{progress.of}  loss {loss}  mAP {quality}  "
-            f"{progress.seconds:.0f} s elapsed, about {progress.eta_s:.0f} s left"
-        )
+    def read(self, line: str) -> None:
+        """Update the artifact if a line of output reports a finished epoch."""
+        progress = EpochProgress.parse(line)
+        if progress is not None:
+            self._thread.submit(self._run.run, self._show, progress)
 
     @best_effort
     def _show(self, progress: EpochProgress) -> None:
@@ -167,9 +161,24 @@ class TrainingProgress:
 
 
 def _show_image(file: Path) -> None:
-    data = base64.b64encode(file.read_bytes()).decode("ascii")
+    data = base64.b64encode(small_enough(file.read_bytes())).decode("ascii")
     key = file.stem.lower().replace("_", "-")
-    create_image_artifact(f"data:image/png;base64,{data}", key=key, description=file.name)
+    kind = "jpeg" if data.startswith("/9j/") else "png"
+    create_image_artifact(f"data:image/{kind};base64,{data}", key=key, description=file.name)
+
+
+def small_enough(image: bytes, limit: int = MAX_IMAGE_BYTES) -> bytes:
+    """The image file, as a JPEG of fewer pixels if it has more than `limit` bytes."""
+    if len(image) <= limit:
+        return image
+    picture = Image.open(io.BytesIO(image)).convert("RGB")
+    for share in SHARES:
+        size = (max(1, int(picture.width * share)), max(1, int(picture.height * share)))
+        stream = io.BytesIO()
+        picture.resize(size).save(stream, "JPEG", quality=85)
+        if stream.tell() <= limit:
+            break
+    return stream.getvalue()
 
 
 def _number(value: float | None) -> str:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from typing import Any
 
 from prefect import get_run_logger, runtime
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 
 from flows.core.child_report import ChildReport, child_report
+from flows.core.errors import is_transient
 from flows.core.process import CommandFailed, Line, run_streaming
 from flows.core.redact import redact
 from flows.project.dvc import dvc
@@ -29,6 +32,15 @@ TAIL_LINES = 5  # shown for a child that did not report its error
 class StageFailedError(RFDETRError):
     """A stage of the pipeline failed; the message names the stage and the cause."""
 
+    def __init__(self, text: str, *, transient: bool = False) -> None:
+        super().__init__(text)
+        self.transient = transient
+
+
+def retry_can_help(_task: Any, _task_run: Any, state: State) -> bool:
+    """A retry condition: not after an error that only the user can fix."""
+    return not isinstance(state.data, BaseException) or is_transient(state.data)
+
 
 def flow_run_name() -> str | None:
     """The name of the current flow run."""
@@ -41,25 +53,25 @@ def log_line() -> Line:
     return lambda line: logger.info("%s", redact(line))
 
 
-def run_dvc_stage(
-    project: Project, stage: str, show: Callable[[str], str], *, timeout: float | None
-) -> bool:
+def run_dvc_stage(project: Project, stage: str, watch: Line, **limits: Any) -> bool:
     """Run `dvc repro` for one stage; returns whether its command ran or its results were reused.
 
-    Lines of output are logged as `show` returns them. Raises StageFailedError.
+    Lines of output are logged, and passed to `watch`. `limits` are those of `run_streaming`. Raises
+    StageFailedError.
     """
     log = log_line()
 
     def on_line(line: str) -> None:
         if not DVC_ADVICE.match(line):
-            log(show(line))
+            watch(line)
+            log(line)
 
     repro = ("--wait-for-lock", "repro", "--single-item", stage)
     with child_report() as report:
         try:
-            dvc(project.root, *repro, on_line=on_line, variables=report.variables, timeout=timeout)
+            dvc(project.root, *repro, on_line=on_line, variables=report.variables, **limits)
         except CommandFailed as error:
-            raise StageFailedError(f"stage {stage} failed: {_cause(report, error)}") from error
+            raise _failed(f"stage {stage}", report, error) from error
         return report.ran
 
 
@@ -81,10 +93,19 @@ def run_module(
                 timeout=timeout,
             )
         except CommandFailed as error:
-            raise StageFailedError(f"{what} failed: {_cause(report, error)}") from error
+            raise _failed(what, report, error) from error
 
 
-def _cause(report: ChildReport, error: CommandFailed) -> str:
-    """The child's error message, or the end of its output."""
+RETRIED: dict[str, Any] = {  # options of a task that may be tried again
+    "retries": 3,
+    "retry_delay_seconds": [5, 30, 120],
+    "retry_condition_fn": retry_can_help,
+    "cache_policy": NO_CACHE,
+}
+
+
+def _failed(what: str, report: ChildReport, error: CommandFailed) -> StageFailedError:
+    """The error with the child's message, or with the end of its output."""
     text = report.error or "\n".join(error.tail[-TAIL_LINES:])
-    return text if error.reason.startswith("failed") else f"it {error.reason}\n{text}"
+    cause = text if error.reason.startswith("failed") else f"it {error.reason}\n{text}"
+    return StageFailedError(f"{what} failed: {cause}", transient=report.transient)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.core.locks import locked
+from flows.orchestration.temporary_server import is_temporary
 from flows.project.project import Project
 from rfdetr.errors import RFDETRError
 
@@ -40,7 +41,7 @@ def slot(name: str, occupy: int, state_dir: Path) -> Iterator[None]:
     from prefect.concurrency.sync import concurrency  # slow import
     from prefect.settings import PREFECT_API_URL
 
-    if PREFECT_API_URL.value() is None:
+    if is_temporary(PREFECT_API_URL.value()):
         with locked(state_dir / "slots" / name, wait=True):
             yield
         return

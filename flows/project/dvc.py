@@ -14,10 +14,12 @@ import psutil
 from flows.config.environment import Environment
 from flows.core.process import Line, run_streaming
 from flows.core.redact import redact
+from flows.core.stopping import note_progress
 from rfdetr.errors import ConfigError
 from rfdetr.files import write_text_atomic
 
 REMOTE = "store"
+EXTRA_GRACE_S = 10.0  # for a stage, after its trainers have ended within runtime.grace_s
 LINK_TYPES = "reflink,hardlink,symlink,copy"
 
 
@@ -32,11 +34,16 @@ def dvc(
 
     `variables` are added to the environment of the command and of the stages that it runs.
     """
+
+    def heard(line: str) -> None:
+        note_progress(line)
+        on_line(line)
+
     beside = str(Path(sys.executable).parent)  # stages call `python`: this one
     path = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
     env = {**os.environ, **(variables or {}), "PATH": path}
     command = [sys.executable, "-m", "dvc", *args]
-    return run_streaming(command, on_line, cwd=root, env=env, **limits)
+    return run_streaming(command, heard, cwd=root, env=env, **limits)
 
 
 def forget_dead_locks(root: Path) -> None:

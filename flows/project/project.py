@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from flows.config.environment import Environment
@@ -51,6 +53,15 @@ class Project:
         """Forget what was read, after a checkout has changed the files."""
         for name in ("params", "graph", "provenance"):
             self.__dict__.pop(name, None)
+
+    def run_name(self, changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> str:
+        """The name of a run that starts now, in MLflow and Prefect: dataset, variant and time.
+
+        `changes` are those that the run will make to the parameters.
+        """
+        dataset = changes.get("dataset", {}).get("name") or self.params.dataset.name
+        variant = changes.get("model", {}).get("variant") or self.params.model.variant
+        return f"{dataset}-{variant}-{datetime.now().astimezone():%Y-%m-%d-%H%M}"
 
     @property
     def tracking_uri(self) -> str:
@@ -104,6 +115,11 @@ class Project:
     @property
     def fit_curves(self) -> Path:
         return self.root / "plots/fit.csv"
+
+    @property
+    def fit_picture(self) -> Path:
+        """Losses and mAP per epoch."""
+        return self.reports / "training_curves.png"
 
     @property
     def test_metrics(self) -> Path:

@@ -7,8 +7,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.core.digest import digest_of
 from flows.core.files import new_folder, read_json, write_json
 from rfdetr.files import sha256_file
+
+FORMAT = 2  # of the exported files; 2: with metadata
 
 
 @dataclass(frozen=True)
@@ -18,16 +21,18 @@ class Exported:
     onnx: Path
     parity: Path
     agrees: bool
+    difference: float
 
 
 def export_once(weights: Path, state_dir: Path) -> Exported:
     """Export `weights` into the state folder, unless they were exported before."""
-    folder = state_dir / "exports" / sha256_file(weights)[:32]
+    folder = state_dir / "exports" / digest_of([sha256_file(weights), FORMAT])[:32]
     if not (folder / "parity.json").exists():
         _export(weights, folder)
     os.utime(folder)  # `doctor` deletes exports that have not been used for long
-    agrees = bool(read_json(folder / "parity.json")["agrees"])
-    return Exported(folder / "model.onnx", folder / "parity.json", agrees)
+    parity = folder / "parity.json"
+    proof = read_json(parity)
+    return Exported(folder / "model.onnx", parity, proof["agrees"], proof["max_difference"])
 
 
 def _export(weights: Path, folder: Path) -> None:

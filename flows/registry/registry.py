@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.core.redact import redact_mapping
+from flows.core.redact import redact, redact_mapping
 from flows.registry.model_folder import ModelFiles, build_model
 from rfdetr.errors import RFDETRError
 from rfdetr.tracking.client import experiment_id, tracking_client
@@ -229,25 +229,15 @@ class Registry:
         """The id of the experiment that holds a run."""
         return str(self.client.get_run(run_id).info.experiment_id)
 
-    def active_run(self, version: Version) -> str | None:
-        """The id of the run that trained a version, or None if it was deleted."""
-        from mlflow.exceptions import MlflowException
-
-        if version.run_id is None:
-            return None
-        try:
-            stage = self.client.get_run(version.run_id).info.lifecycle_stage
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-        return version.run_id if stage == "active" else None
-
     # --- writing
 
     def set_alias(self, alias: str, number: int) -> None:
         """Point an alias at a version."""
         self.client.set_registered_model_alias(self.name, alias, str(number))
+
+    def describe(self, number: int, text: str) -> None:
+        """Set the description of a version, with secrets masked."""
+        self.client.update_model_version(self.name, str(number), redact(text))
 
     def delete_alias(self, alias: str) -> None:
         """Remove an alias."""
@@ -266,6 +256,20 @@ class Registry:
     def delete_tag(self, number: int, key: str) -> None:
         """Remove a tag of a version."""
         self.client.delete_model_version_tag(self.name, str(number), key)
+
+    def run_of_checks(self, experiment: str, version: Version) -> str:
+        """The id of the run that records the drift checks of a version, created if missing."""
+        where = experiment_id(self.client, experiment, self.uri)
+        tags = {"pipeline.stage": "drift", "drift.model": self.name}
+        tags["drift.version"] = str(version.number)
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        known = self.client.search_runs([where], query, max_results=1)
+        if known:
+            return str(known[0].info.run_id)
+        name = f"drift of {self.name} version {version.number}"
+        run = self.client.create_run(where, tags=tags, run_name=name)
+        self.client.set_terminated(run.info.run_id, "FINISHED")
+        return str(run.info.run_id)
 
     def append_metrics(self, run_id: str, values: Mapping[str, float]) -> None:
         """Add a value to each metric of a run, at the step after the last one."""

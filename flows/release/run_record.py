@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.config.params import Params
 from flows.core.digest import digest_of
 from flows.core.files import read_json
 from flows.core.redact import redact, redact_mapping
@@ -36,7 +35,7 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
     """
     from mlflow.entities import RunTag
 
-    params, uri = project.params, project.tracking_uri
+    uri = project.tracking_uri
     for journal, problem in sync(project.env.state_dir, uri).items():
         if problem:
             LOGGER.warning("journal %s is still unsent: %s", journal, problem)
@@ -50,7 +49,7 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
         )
     card = read_json(project.model_card)
     client = tracking_client(uri)
-    run_id = _known_run(client, card, project.env.state_dir) or _new_run(client, params, card, uri)
+    run_id = _known_run(client, card, project.env.state_dir) or _new_run(client, project, card)
     metrics = read_json(project.test_metrics)
     state = digest_of([sha256_file(project.lock_file), metrics])[:16]
     if client.get_run(run_id).data.tags.get(RECORDED) == state:
@@ -77,6 +76,7 @@ def _reports(project: Project) -> list[Path]:
     return [
         *(project.validation.with_suffix(suffix) for suffix in (".json", ".md", ".html")),
         *(project.reports / name for name in ("per_class.csv", "curves", "pictures")),
+        project.fit_picture,
         project.initial / "model.json",
         project.model_card,
     ]
@@ -107,18 +107,18 @@ def _known_run(client: MlflowClient, card: Mapping[str, Any], state_dir: Path) -
     return None
 
 
-def _new_run(client: MlflowClient, params: Params, card: Mapping[str, Any], uri: str) -> str:
+def _new_run(client: MlflowClient, project: Project, card: Mapping[str, Any]) -> str:
     """A run for a model that was trained without tracking; created once per weights."""
     from mlflow.entities import Param
 
-    experiment = experiment_id(client, f"rfdetr/{params.dataset.name}", uri)
+    name = f"rfdetr/{project.params.dataset.name}"
+    experiment = experiment_id(client, name, project.tracking_uri)
     weights = card["weights_sha256"]
     known = client.search_runs([experiment], f"tags.`weights.sha256` = '{weights}'", max_results=1)
     if known:
         return str(known[0].info.run_id)
     tags = {"weights.sha256": weights, "pipeline.stage": "fit", "fit.reused": "true"}
-    name = f"fit {params.dataset.name}"
-    run = client.create_run(experiment, tags=tags, run_name=name)
+    run = client.create_run(experiment, tags=tags, run_name=project.run_name())
     values = [Param(key, str(value)) for key, value in flatten(card["params"]).items()]
     for start in range(0, len(values), MAX_PARAMS):
         client.log_batch(run.info.run_id, params=values[start : start + MAX_PARAMS])

@@ -15,9 +15,10 @@ from pydantic import BaseModel
 
 from flows.core.child_report import report_failure, report_start
 from flows.core.files import read_json, write_json
-from flows.core.process import die_with_parent, exit_on_sigterm
+from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
 from flows.core.redact import redact
+from flows.core.stopping import exit_on_sigterm
 from flows.gate.decide import decide
 from flows.gate.score_cache import champion_scores, scores_of
 from flows.gate.verdict import GatePolicy, Verdict
@@ -28,6 +29,7 @@ from flows.registry.model_folder import ModelFiles
 from flows.registry.registry import Registry, Version, now
 from flows.release import champion
 from flows.release.champion import AuditRecord
+from flows.release.description import description
 from flows.release.freshness import GATE_KEY, gate_key, pinned_version, registry_of
 from rfdetr.files import write_text_atomic
 
@@ -49,7 +51,8 @@ class Registered(BaseModel, frozen=True):
     def links(self) -> list[tuple[str, str, str]]:
         """(key, URL, text) of the pages of the run and of the version."""
         base = self.uri.rstrip("/")
-        run = f"{base}/#/experiments/{self.experiment}/runs/{self.run_id}"
+        view = "?workflowType=machine_learning"
+        run = f"{base}/#/experiments/{self.experiment}/runs/{self.run_id}{view}"
         version = f"{base}/#/models/{self.name}/versions/{self.number}"
         text = f"{self.name} version {self.number}"
         return [("mlflow-run", run, "MLflow run"), ("model-version", version, text)]
@@ -78,6 +81,7 @@ def register(project: Project, flow_run: str | None = None) -> Registered:
     version = registry.register(model_id, run_id=run_id, tags=lineage)
     # If the source has a new version with the same content, an existing version gets its name.
     registry.set_tags(version.number, {DATASET_VERSION: lineage[DATASET_VERSION]})
+    registry.describe(version.number, description(project, card, numbers))
     registered = Registered(
         name=registry.name,
         number=version.number,
@@ -246,24 +250,6 @@ def summarise(project: Project, number: int, verdict: Verdict) -> dict[str, Any]
         "champion": champion.number if champion else None,
         "metrics": dict(verdict.challenger.metrics),
     }
-
-
-def what_next(project: Project) -> str:
-    """Where to find the results, for the terminal."""
-    registry = registry_of(project)
-    champion = registry.champion()
-    serves = f"version {champion.number}" if champion else "none yet"
-    return "\n".join(
-        [
-            f"champion of {registry.name}: {serves}",
-            f"  dataset report   {project.validation.with_suffix('.html')}",
-            f"  detections       {project.reports / 'pictures/samples.png'}",
-            f"  decision         {project.verdict}",
-            f"  experiments      mlflow ui --backend-store-uri {redact(registry.uri)}",
-            "  flow runs        prefect server start",
-            "  who and why      rfdetr-pipeline history",
-        ]
-    )
 
 
 def _lineage(project: Project, card: dict[str, Any], flow_run: str | None) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from flows.config.batch_plan import plan_batch
 from flows.core.digest import path_digest, paths_digest
 from flows.core.errors import USAGE
 from flows.core.locks import locked
-from flows.core.process import CommandFailed, Terminated, run_streaming
+from flows.core.process import CommandFailed, run_streaming
 from flows.core.redact import redact
+from flows.core.stopping import Terminated
 from flows.fit_job import job as jobs
 from flows.fit_job.job import Failed, FitJob, FitResult, Killed, Stopped
 from flows.fit_job.mirror import Mirror
-from flows.fit_job.progress import parse_progress
 from flows.fit_job.resume_state import FitState
 from flows.project.project import Project
 from flows.stages.runner import run_stage
@@ -32,6 +32,7 @@ from flows.storage.packs import open_dataset
 from flows.tracking.run import close_run
 from rfdetr.errors import RFDETRError
 from rfdetr.files import remove_leftovers
+from rfdetr.progress import EpochProgress
 from rfdetr.tracking.journal import JOURNAL
 
 SECTIONS = ["dataset", "model", "fit"]
@@ -93,7 +94,7 @@ def plan(project: Project) -> FitJob:
         devices=devices,
         nodes=params.runtime.nodes,
         params={**params.snapshot(*SECTIONS), "batch": batch.model_dump()},
-        run_name=f"fit {params.dataset.name}",
+        run_name=project.run_name(),
         dataset={
             "name": params.dataset.name,
             "digest": project.dataset_digest(),
@@ -143,10 +144,8 @@ def _train(project: Project, job: FitJob, state: FitState, mirror: Mirror) -> No
     job.write(state.folder)
     runtime = project.params.runtime
     started, before, parent = time.monotonic(), state.read().seconds, os.getppid()
-    note = jobs.needed_space(state.folder, Path(job.initial))
-    if note:
-        _say(f"warning: {note}")
     _say(f"training in {state.folder} on {job.devices} x {job.accelerator}")
+    _say(jobs.needed_space(state.folder, Path(job.initial)))
     try:
         with open(state.log_file, "a", encoding="utf-8") as log, mirror:
             run_streaming(
@@ -188,7 +187,7 @@ def _on_line(state: FitState, log: IO[str], line: str) -> None:
     line = redact(line)
     log.write(line + "\n")
     log.flush()
-    progress = parse_progress(line)
+    progress = EpochProgress.parse(line)
     if progress is not None:
         state.update(finished_epochs=progress.epoch)
     _say(line)

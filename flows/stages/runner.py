@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from flows.config.params import PARAMS_FILE, load_params
 from flows.core.child_report import report_failure, report_start
 from flows.core.errors import FAILED, INTERRUPTED, OK, USAGE
-from flows.core.process import die_with_parent, exit_on_sigterm
+from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
+from flows.core.stopping import exit_on_sigterm
 from flows.project.project import Project
 from rfdetr.errors import ConfigError
 

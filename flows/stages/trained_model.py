@@ -12,7 +12,9 @@ from flows.core.files import copy_atomic, new_folder, read_json, write_csv, writ
 from flows.fit_job.job import FitJob, FitResult
 from flows.project.project import Project
 from flows.tracking.provenance import MAIN_PACKAGES, Provenance
+from rfdetr.data.coco import dataset_categories
 from rfdetr.errors import ConfigError
+from rfdetr.evaluation.plots import draw_history
 from rfdetr.files import sha256_file
 
 PACKAGES = sorted({*MAIN_PACKAGES, "numpy"} - {"mlflow"})  # those that compute the weights
@@ -30,14 +32,17 @@ def collect(project: Project, state: Path, seconds: float) -> None:
         write_json(folder / CARD, {**card, "fingerprint": state.name})
         rows = list(epoch_rows(state / "metrics.csv"))
         _write_curves(rows, project.fit_curves)
+        draw_history(rows, project.fit_picture)
         write_json(project.fit_metrics, _metrics(result, rows, seconds))
 
 
 def _card(job: FitJob, result: FitResult, digest: str, made: Provenance) -> dict[str, Any]:
     source = read_json(Path(job.initial).with_name(CARD))
+    ids = dataset_categories(job.train["dataset_dir"], job.train["dataset_file"])
     return {
         "variant": job.model.variant,
         "class_names": result.class_names,
+        "category_ids": [ids.get(label, label) for label in range(len(result.class_names))],
         "num_classes": result.num_classes,
         "resolution": result.resolution,
         "weights": WEIGHTS,

@@ -18,15 +18,26 @@ from rfdetr.errors import RFDETRError
 THREADS = 8
 TRIES = 5
 SHA_KEY = "sha256"
+REFUSED = (400, 401, 403)
 MD5_ETAG = re.compile(r"[0-9a-f]{32}")
 
 
 class StorageError(RFDETRError, OSError):
     """An object that cannot be read, written or trusted."""
 
+    transient = True
+
 
 class NotFoundError(StorageError, FileNotFoundError):
     """An object or a bucket that does not exist."""
+
+    transient = False
+
+
+class AccessError(StorageError):
+    """An address or credentials that the server will not accept at the next try either."""
+
+    transient = False
 
 
 class DamagedError(StorageError):
@@ -49,7 +60,7 @@ class Address:
         """Raises StorageError if `uri` is not an s3:// address with a bucket and a key."""
         bucket, _, key = uri.removeprefix("s3://").partition("/")
         if not uri.startswith("s3://") or not bucket or not key.strip("/"):
-            raise StorageError(f"{redact(uri)} is not an address of the form s3://bucket/key.")
+            raise AccessError(f"{redact(uri)} is not an address of the form s3://bucket/key.")
         return cls(bucket, key)
 
     def __str__(self) -> str:
@@ -122,14 +133,15 @@ def _storage_error(what: str, error: BaseException) -> StorageError:
     from botocore.exceptions import ClientError, NoCredentialsError
 
     if isinstance(error, NoCredentialsError):
-        return StorageError(
+        return AccessError(
             f"{what}: no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and "
             "AWS_ENDPOINT_URL for a server other than Amazon's)."
         )
     if not isinstance(error, ClientError):
         return StorageError(f"{what}: {redact(str(error))}")
     code = str(error.response.get("Error", {}).get("Code", "unknown"))
-    kind = StorageError
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    kind: type[StorageError] = AccessError if status in REFUSED else StorageError
     if code in MISSING | CHANGED:
         kind = NotFoundError if code in MISSING else ChangedError
     return kind(f"{what}: {HINTS.get(code, redact(str(error)))} ({code}).")

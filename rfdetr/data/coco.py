@@ -22,7 +22,7 @@ from rfdetr.data.index import (
     missing_files,
     raise_problems,
 )
-from rfdetr.data.layouts import Layout, SplitPaths
+from rfdetr.data.layouts import Kind, Layout, SplitPaths, detect_layout
 from rfdetr.data.ledger import (
     TRAINED,
     SplitLedger,
@@ -74,6 +74,16 @@ class CocoSplits:
         categories, table, path = self._train
         check_same(coco.path, coco.categories, categories, path)
         return table
+
+
+def dataset_categories(folder: str | Path, layout: Kind, split: str = "train") -> dict[int, int]:
+    """Label -> category id of the annotation files; empty for YOLO, which has no ids."""
+    found = detect_layout(folder, layout)
+    if found.kind == "yolo":
+        return {}
+    splits = CocoSplits(found, check_files=False)
+    splits.index(split if split in found.splits else "val")
+    return splits.category_ids
 
 
 def build_index(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 CLASSES_IN_LEGEND = 10
 CELLS_WITH_NUMBERS = 16
 TICKS = 40
-CELL_PIXELS = 288
+CELL_PIXELS, CAPTION_PIXELS, GAP_PIXELS = 288, 14, 8
+HISTORY_LOSSES = ("train/loss", "val/loss")
+HISTORY_METRICS = ("val/mAP_50_95", "val/ema_mAP_50_95", "val/mAP_50", "val/F1")
 TRUTH_COLOUR = (0, 170, 60)
 DETECTION_COLOUR = (220, 30, 30)
 CROWD_COLOUR = (150, 150, 150)
@@ -39,6 +41,7 @@ class Sample:
     image_id: int
     pixels: NDArray[np.uint8]
     size: tuple[int, int]
+    name: str = ""  # of the file
 
 
 def draw_evaluation(
@@ -81,6 +84,26 @@ def _without_glyph_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         yield
+
+
+def draw_history(rows: Sequence[Mapping[str, float]], file: Path) -> None:
+    """Draw losses and mAP over the epochs; `rows` hold `epoch` and values by metric name."""
+    from matplotlib.ticker import MaxNLocator
+
+    losses, losses_axes = _axes(10, 4, title="Loss", xlabel="epoch")
+    losses_axes.set_position((0.07, 0.13, 0.4, 0.77))
+    quality_axes = losses.add_axes((0.56, 0.13, 0.4, 0.77))
+    quality_axes.set(title="Validation", xlabel="epoch")
+    for axes, wanted in ((losses_axes, HISTORY_LOSSES), (quality_axes, HISTORY_METRICS)):
+        for name in wanted:
+            points = [(row["epoch"], row[name]) for row in rows if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axes.lines:
+            axes.legend(fontsize="small")
+    with atomic_path(file) as temporary:
+        losses.savefig(temporary, format="png", dpi=90)
 
 
 def _axes(width: float, height: float, **labels: str) -> tuple[Figure, Any]:
@@ -151,37 +174,50 @@ def _f1_threshold(result: EvaluationResult) -> Figure:
 def sample_sheet(
     result: EvaluationResult, data: EvaluationData, names: Sequence[str], samples: Sequence[Sample]
 ) -> Image.Image:
-    """A grid of images: ground truth in green, detections above the best threshold in red."""
-    across = min(3, len(samples))
+    """A grid of image pairs: left the ground truth in green, right the detections in red.
+
+    Detections are those above the best threshold. Below each pair are file name and counts.
+    """
+    across = min(2, len(samples))
     down = -(-len(samples) // across)
-    sheet = Image.new("RGB", (across * CELL_PIXELS, down * CELL_PIXELS), "white")
+    width, height = 2 * CELL_PIXELS + GAP_PIXELS, CELL_PIXELS + CAPTION_PIXELS
+    sheet = Image.new("RGB", (across * width, down * height), "white")
     labels = dict(zip(result.class_ids.tolist(), names, strict=True))
     for number, sample in enumerate(samples):
-        cell = _cell(sample, data, labels, result.sweep.best_threshold)
-        sheet.paste(cell, (number % across * CELL_PIXELS, number // across * CELL_PIXELS))
+        pair = _pair(sample, data, labels, result.sweep.best_threshold)
+        sheet.paste(pair, (number % across * width, number // across * height))
     return sheet
 
 
-def _cell(
+def _pair(
     sample: Sample, data: EvaluationData, labels: dict[int, str], threshold: float
 ) -> Image.Image:
     height, width = sample.size
     scale = CELL_PIXELS / max(height, width)
     small = (max(1, round(width * scale)), max(1, round(height * scale)))
-    image = Image.fromarray(sample.pixels).resize(small)
+    left = Image.fromarray(sample.pixels).resize(small)
+    right = left.copy()
     place = int(np.searchsorted(data.image_ids, sample.image_id))
     truth = data.truth.take(data.truth.image == place)
     detections = data.detections.take(data.detections.image == place)
     score = detections.score.astype(np.float32).astype(np.float64)
     detections = detections.take(score >= threshold)
     colours = [CROWD_COLOUR if crowd else TRUTH_COLOUR for crowd in truth.crowd]
-    _draw(image, truth, colours, [labels.get(i, str(i)) for i in truth.label], scale)
+    _draw(left, truth, colours, [labels.get(i, str(i)) for i in truth.label], scale)
     texts = [
         f"{labels.get(label, str(label))} {value:.2f}"
         for label, value in zip(detections.label, detections.score, strict=True)
     ]
-    _draw(image, detections, [DETECTION_COLOUR] * len(texts), texts, scale)
-    return image
+    _draw(right, detections, [DETECTION_COLOUR] * len(texts), texts, scale)
+    pair = Image.new("RGB", (2 * CELL_PIXELS, CELL_PIXELS + CAPTION_PIXELS), "white")
+    pair.paste(left, (0, 0))
+    pair.paste(right, (CELL_PIXELS, 0))
+    draw, top = ImageDraw.Draw(pair), CELL_PIXELS + 1
+    name = _plain(sample.name.rpartition("/")[2] or f"image {sample.image_id}")
+    draw.text((2, top), f"{name}: {len(truth)} true", fill=TRUTH_COLOUR)
+    found = f"{len(texts)} predicted at score >= {threshold:.2f}"
+    draw.text((CELL_PIXELS + 2, top), found, fill=DETECTION_COLOUR)
+    return pair
 
 
 def _draw(

@@ -2,14 +2,17 @@
 
 Input `input` (B, 3, H, W), normalised like the result of `rfdetr.data.transforms.preprocess`.
 Outputs `dets` (B, Q, 4) cxcywh as fractions, `labels` (B, Q, K) logits, and for segmentation
-`masks` (B, Q, H/4, W/4) logits.
+`masks` (B, Q, H/4, W/4) logits. The metadata of the file hold `class_names` (JSON, label -> name),
+`input_size` (JSON, height and width), and `mean` and `std` (JSON, of RGB values between 0 and 1).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rfdetr.checkpoints.safe_io import StrPath
+from rfdetr.data.transforms import MEAN, STD
 from rfdetr.errors import InputError, MissingDependencyError
 from rfdetr.export.frozen import FinalOutputs, checked_shape, frozen_copy
 from rfdetr.files import atomic_path
@@ -72,6 +76,7 @@ def export_onnx(
     dynamic_batch: bool = False,
     opset: int = 17,
     check: bool = True,
+    class_names: Mapping[int, str] | None = None,
 ) -> OnnxExport:
     """Write `output_dir`/inference_model.onnx from a copy of `network`.
 
@@ -95,6 +100,7 @@ def export_onnx(
     probe, reference = _probe(model, height, width, batch_size)
     with atomic_path(path) as temporary:
         _write(model, probe, temporary, opset, dynamic_batch=dynamic_batch)
+        _describe(temporary, (height, width), class_names or {})
         difference = _difference(temporary, probe, reference) if check else None
     if difference is not None and not difference <= TOLERANCE:
         warnings.warn(
@@ -154,6 +160,16 @@ def _write(
             dynamo=False,
             dynamic_axes={name: {0: "batch"} for name in names} if dynamic_batch else None,
         )
+
+
+def _describe(path: Path, size: tuple[int, int], class_names: Mapping[int, str]) -> None:
+    """Add to a file what a program needs to prepare images and to name detections."""
+    import onnx
+
+    model = onnx.load(path)
+    facts = {"class_names": dict(class_names), "input_size": size, "mean": MEAN, "std": STD}
+    onnx.helper.set_model_props(model, {name: json.dumps(v) for name, v in facts.items()})
+    onnx.save(model, path)
 
 
 def _difference(path: Path, probe: Tensor, reference: list[Tensor]) -> float:

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
+COLUMNS = (
+    "value: how far the recent images are from the reference, 0 if they are alike (embedding: "
+    "energy distance up to 1; others: population stability index). "
+    "chance: the value that images of the same kind stay below in 999 of 1000 cases. threshold: an "
+    "alarm needs a value above both chance and threshold. reference, recent: the means."
+)
+
 
 class Measure(BaseModel, frozen=True):
     """One comparison.
@@ -52,6 +59,7 @@ class DriftReport(BaseModel, frozen=True):
             numbers = (m.value, m.noise, m.threshold, m.reference, m.recent)
             shown = " | ".join("-" if n is None else f"{n:.3f}" for n in numbers)
             lines.append(f"| {m.name} | {shown} | {'**drift**' if m.drifted else ''} |")
+        lines += ["", COLUMNS]
         if self.unreadable:
             lines += ["", f"{len(self.unreadable)} files could not be read."]
         if self.unusual:

@@ -19,8 +19,16 @@ from rfdetr.evaluation.plots import Sample
 SAMPLES = 6
 
 
-def take_samples(samples: Any, targets: Sequence[Mapping[str, Any]], wanted: int) -> list[Sample]:
-    """The first `wanted` images of a batch, normalisation undone, on the CPU."""
+def take_samples(
+    samples: Any,
+    targets: Sequence[Mapping[str, Any]],
+    wanted: int,
+    files: Mapping[int, str] | None = None,
+) -> list[Sample]:
+    """The first `wanted` images of a batch, normalisation undone, on the CPU.
+
+    `files` gives the file name of an image id.
+    """
     tensors: Tensor = samples if isinstance(samples, Tensor) else samples.tensors
     taken = []
     for tensor, target in zip(tensors[:wanted], targets, strict=False):
@@ -32,7 +40,8 @@ def take_samples(samples: Any, targets: Sequence[Mapping[str, Any]], wanted: int
         pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         rows, columns = (int(side) for side in target["orig_size"])
         image_id = int(torch.as_tensor(target["image_id"]).reshape(-1)[0])
-        taken.append(Sample(image_id, pixels, (rows, columns)))
+        name = (files or {}).get(image_id, "")
+        taken.append(Sample(image_id, pixels, (rows, columns), name))
     return taken
 
 

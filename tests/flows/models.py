@@ -17,6 +17,7 @@ from rfdetr.model.network import build_network
 from rfdetr.tracking.client import experiment_id
 
 NAMES = ["zero", "one", "four"]
+CATEGORY_IDS = [4, 7, 9]  # of the dataset's annotation files
 
 
 def write_model(folder: Path) -> ModelFiles:
@@ -37,7 +38,9 @@ def write_model(folder: Path) -> ModelFiles:
         },
         folder / "best.pth",
     )
-    (folder / "model.json").write_text(json.dumps({"variant": "nano", "class_names": NAMES}))
+    (folder / "model.json").write_text(
+        json.dumps({"variant": "nano", "class_names": NAMES, "category_ids": CATEGORY_IDS})
+    )
     (folder / "model.onnx").write_bytes(b"an export")
     (folder / "parity.json").write_text('{"max_difference": 1e-6}')
     return ModelFiles(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from rfdetr.checkpoints.safe_io import load_file
 from rfdetr.files import sha256_file
@@ -46,6 +48,9 @@ def test_every_stage_left_its_results(project: Path) -> None:
     assert all(float(row["train/loss"]) > 0 and row["val/mAP_50_95"] for row in rows)
     pictures = {path.name for path in (project / "reports/pictures").iterdir()}
     assert {"confusion_matrix.png", "precision_recall.png", "samples.png"} <= pictures
+    with Image.open(project / "reports/training_curves.png") as drawn:
+        assert drawn.width > 600
+    assert card["category_ids"] == [1, 2, 3]
 
 
 def test_numbers_of_the_test_stage_equal_those_of_its_detections(project: Path) -> None:
@@ -76,6 +81,12 @@ def test_metrics_and_plots_are_read_by_dvc(project: Path) -> None:
     page = (project / "dvc_plots" / "index.html").read_text()
     assert "plots_fit_csv" in page
     assert "reports_per_class_csv" in page
+    shown = re.findall(r'<img[^>]* src="([^"]+)"', page)  # without internet
+    assert {Path(name).name.partition("_")[2] for name in shown} >= {
+        "reports_training_curves.png",
+        "reports_pictures_samples.png",
+    }
+    assert all((project / "dvc_plots" / name).is_file() for name in shown)
 
 
 @pytest.mark.parametrize("git", [True, False])

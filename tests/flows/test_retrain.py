@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mlflow import MlflowClient
 
 from flows.registry.registry import Registry
 from flows.release.champion import history
+from rfdetr.progress import EpochProgress
 from tests.flows.mlflow_fixtures import artifacts, runs
 from tests.flows.prefect_fixtures import SECRET, Retrained
 from tests.flows.projects import run, write_params
@@ -55,10 +57,43 @@ def test_prefect_shows_report_progress_numbers_and_images(
     assert "promote" in shown["gate-decision"]
     rows = json.loads(shown["champion-against-challenger"])
     assert {"map_50_95", "AP zero"} <= {row["metric"] for row in rows}
-    assert {"samples", "confusion-matrix", "precision-recall"} <= set(shown)
+    assert {"samples", "confusion-matrix", "precision-recall", "training-curves"} <= set(shown)
     log = log_of_first_run(retrained)
-    assert "epoch 1/1  loss" in log
-    assert "s left" in log
+    assert any(map(EpochProgress.parse, (line.rpartition(" - ")[2] for line in log.splitlines())))
+    assert "checkpoints need about" in log
+
+
+def test_the_command_ends_with_the_model_and_how_to_use_it(
+    retrained: Retrained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The printed lines of Python run."""
+    end = log_of_first_run(retrained).partition("version 1 of tiny is champion: ")[2]
+    assert str(retrained.root / "models/trained/model.pth") in end
+    lines = [line.strip() for line in end.splitlines() if line.startswith("    ")]
+    assert len(lines) == 3
+    image = next((retrained.root / "data/demo/test").glob("*.jpg"))
+    known: dict = {}
+    exec("\n".join(lines).replace("photo.jpg", str(image)), known)
+    assert known["detector"].class_names == ["zero", "one", "four"]
+    assert known["detections"].xyxy.shape[1] == 4
+    (experiment,) = re.findall(r"#/experiments/(\d+)\?workflowType=machine_learning", end)
+    client = MlflowClient(tracking_uri=retrained.uri)
+    assert client.get_experiment(experiment).name == "rfdetr/demo"
+    for file in ("validation.html", "training_curves.png", "pictures/samples.png"):
+        assert str(retrained.root / "reports" / file) in end
+
+
+def test_runs_and_versions_can_be_told_apart(retrained: Retrained, first: dict) -> None:
+    name = r"demo-nano-\d{4}-\d\d-\d\d-\d{4}"
+    assert re.fullmatch(name, first["name"])
+    (record,) = runs(retrained.uri)
+    assert re.fullmatch(name, record.info.run_name)
+    client = MlflowClient(tracking_uri=retrained.uri)
+    text = client.get_model_version("tiny", "1").description
+    assert text.startswith(
+        "RF-DETR nano at 64 pixels, trained on demo (3 classes: zero, one, four)"
+    )
+    assert "Test split, 8 images: mAP 0." in text
 
 
 def test_one_mlflow_run_holds_the_record(retrained: Retrained, first: dict) -> None:
@@ -137,7 +172,9 @@ def test_other_classes_train_again_and_leave_the_champion(
     assert version.tags["gate.outcome"] == "refuse"
     assert "class" in version.tags["gate.reason"]
     assert registry(project).aliases() == {"champion": 1, "challenger": 2}
-    assert "champion of tiny: version 1" in done.stdout
+    assert "version 2 of tiny is not champion (champion: version 1): " in done.stdout
+    assert "rfdetr-pipeline predict IMAGES --model challenger" in done.stdout
+    assert 'rfdetr-pipeline promote 2 --reason "..." --force' in done.stdout
     assert len(runs(project.uri)) == 2
     client = MlflowClient(tracking_uri=project.uri)
     verdict = f"gate/version-{version.number}.json"

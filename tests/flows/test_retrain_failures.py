@@ -47,6 +47,7 @@ def test_a_broken_dataset_stops_before_training(retrained: Retrained, tmp_path: 
     last = done.stderr.strip().splitlines()
     assert any(line.startswith("error: stage validate failed: ") for line in last)
     assert "99" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
     ended = retrained.server.last_run()
     assert ended["state"]["type"] == "FAILED"
     assert "stage validate failed" in ended["state"]["message"]

@@ -20,7 +20,7 @@ from tests.flows.prefect_fixtures import Retrained
 ROOT = Path(__file__).parents[3]
 COMMANDS = (
     "retrain", "plan", "validate", "convert", "fit", "evaluate", "register", "promote", "rollback",
-    "history", "predict", "demo", "sync", "doctor",
+    "history", "predict", "export", "drift", "demo", "sync", "doctor",
 )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def test_nothing_to_do_is_said_at_once(
     assert main(["retrain"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("nothing to do")
-    assert "champion of tiny: version 1" in out
+    assert "version 1 of tiny is champion" in out
     assert len(project.server.read("flow_runs")) == before
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.core.process import CommandFailed, Terminated, exit_on_sigterm, run_streaming
+from flows.core.process import CommandFailed, run_streaming
+from flows.core.stopping import Terminated, exit_on_sigterm
 
 
 def python(code: str) -> list[str]:
@@ -187,7 +188,8 @@ time.sleep(600)
 """
     parent = f"""
 import sys
-from flows.core.process import exit_on_sigterm, run_streaming
+from flows.core.process import run_streaming
+from flows.core.stopping import exit_on_sigterm
 exit_on_sigterm()
 run_streaming([sys.executable, "-c", {child!r}], print, grace=2)
 """

@@ -42,7 +42,9 @@ CPU = DriftParams(device="cpu")
 def write_images(folder: Path, count: int, *, seed: int, light: float = 1.0) -> Path:
     folder.mkdir()
     for number, scene in enumerate(scenes(count, 3, seed=seed)):
-        scene.image.point(lambda level: level * light).save(folder / f"{number:03d}.png")
+        scene.image.point(lambda level: level * light).save(
+            folder / f"{folder.name}-{number:03d}.png"
+        )
     return folder
 
 
@@ -71,7 +73,7 @@ def registry(project: Path) -> Registry:
 
 
 def test_images_of_the_same_kind_are_no_drift(project: Path, registry: Registry) -> None:
-    check = check_drift(Project(project), str(project / "same"), CPU)
+    check = check_drift(Project(project), [str(project / "same")], CPU)
     assert check.report is not None
     assert (check.drifted, check.report.alarms) == (False, [])
     assert (check.report.reference_images, check.report.recent_images) == (100, 40)
@@ -80,41 +82,58 @@ def test_images_of_the_same_kind_are_no_drift(project: Path, registry: Registry)
     assert registry.version(1).tags["drift.alarms"] == "none"
 
 
-def test_drift_is_reported_and_recorded_on_the_champion(project: Path, registry: Registry) -> None:
-    check = check_drift(Project(project), str(project / "dark"), CPU)
+def test_drift_is_reported_and_recorded_beside_the_champion(
+    project: Path, registry: Registry
+) -> None:
+    check = check_drift(Project(project), [str(project / "dark")], CPU)
     assert check.report is not None
     assert {"brightness", "embedding"} <= set(check.report.alarms)
     version = registry.version(1)
     assert "brightness" in version.tags["drift.alarms"]
     assert version.run_id is not None
-    run = registry.client.get_run(version.run_id)
+    trained = registry.client.get_run(version.run_id)
+    assert not [name for name in trained.data.metrics if name.startswith("drift")]
+    own = registry.run_of_checks("rfdetr/demo", version)
+    run = registry.client.get_run(own)
+    assert (run.info.run_name, run.info.status) == ("drift of rfdetr-demo version 1", "FINISHED")
     assert run.data.metrics["drift/brightness"] > 0.5
-    kept = artifacts(registry.uri, version.run_id, "drift")
+    kept = artifacts(registry.uri, own, "drift")
     assert "drift/latest" in kept
     (alarm,) = kept - {"drift/latest"}
-    names = {Path(name).name for name in artifacts(registry.uri, version.run_id, alarm)}
+    names = {Path(name).name for name in artifacts(registry.uri, own, alarm)}
     assert names == {REPORT.name, TEXT.name, PLOT.name}
     with Image.open(project / PLOT) as plot:
         assert plot.format == "PNG"
 
 
+def test_every_check_of_a_version_is_a_step_of_one_run(project: Path, registry: Registry) -> None:
+    own = registry.run_of_checks("rfdetr/demo", registry.version(1))
+    before = len(registry.client.get_metric_history(own, "drift/brightness"))
+    both = [str(project / "same"), str(project / "dark")]
+    check = check_drift(Project(project), both, CPU)
+    assert check.report is not None
+    assert check.report.recent_images == 80
+    assert check.source == ", ".join(both)
+    assert registry.run_of_checks("rfdetr/demo", registry.version(1)) == own
+    assert len(registry.client.get_metric_history(own, "drift/brightness")) == before + 1
+
+
 def test_drift_is_found_when_the_run_of_the_champion_was_deleted(
-    project: Path, registry: Registry, capsys: pytest.CaptureFixture[str]
+    project: Path, registry: Registry
 ) -> None:
     run_id = str(registry.version(1).run_id)
     registry.client.delete_run(run_id)
     try:
-        assert check_drift(Project(project), str(project / "dark"), CPU).drifted
+        assert check_drift(Project(project), [str(project / "dark")], CPU).drifted
     finally:
         registry.client.restore_run(run_id)
-    assert "has no MLflow run any more" in capsys.readouterr().out
     assert "brightness" in registry.version(1).tags["drift.alarms"]
 
 
 def test_s3_prefix_gives_the_folders_numbers(project: Path, s3: S3Server) -> None:
     upload_tree(project / "same", "s3://data/recent", progress=False)
-    here = check_drift(Project(project), str(project / "same"), CPU)
-    there = check_drift(Project(project), "s3://data/recent", CPU)
+    here = check_drift(Project(project), [str(project / "same")], CPU)
+    there = check_drift(Project(project), ["s3://data/recent"], CPU)
     assert here.report is not None and there.report is not None
     assert {m.name: m.value for m in there.report.measures} == pytest.approx(
         {m.name: m.value for m in here.report.measures}, abs=1e-9
@@ -125,8 +144,8 @@ def test_too_few_recent_images_are_not_judged(project: Path, tmp_path: Path) -> 
     folder = write_images(tmp_path / "old", 35, seed=3, light=0.2)
     for file in list(folder.iterdir())[:20]:
         os.utime(file, (time.time() - 7200,) * 2)
-    assert check_drift(Project(project), str(folder), CPU).drifted
-    check = check_drift(Project(project), str(folder), DriftParams(device="cpu", hours=1))
+    assert check_drift(Project(project), [str(folder)], CPU).drifted
+    check = check_drift(Project(project), [str(folder)], DriftParams(device="cpu", hours=1))
     assert check.report is None
     assert check.skipped == "15 images in the last 1 hours; 30 required"
     assert "15 images" in (project / TEXT).read_text()
@@ -136,18 +155,18 @@ def test_what_cannot_be_checked_is_said(
     project: Path, tmp_path: Path, migrated_database: Path
 ) -> None:
     with pytest.raises(DatasetError, match="does not exist"):
-        check_drift(Project(project), str(tmp_path / "nowhere"), CPU)
+        check_drift(Project(project), [str(tmp_path / "nowhere")], CPU)
     with pytest.raises(ConfigError, match="Unknown measures"):
         check_drift(
-            Project(project), str(project / "same"), DriftParams(thresholds={"colour": 1.0})
+            Project(project), [str(project / "same")], DriftParams(thresholds={"colour": 1.0})
         )
     (tmp_path / "mlflow.db").write_bytes(migrated_database.read_bytes())
     write_params(tmp_path, registry={"name": "rfdetr-demo"})
     with pytest.raises(ConfigError, match="no version with the alias 'champion'"):
-        check_drift(Project(tmp_path), str(project / "same"), CPU)
+        check_drift(Project(tmp_path), [str(project / "same")], CPU)
     register_champion(f"sqlite:///{tmp_path / 'mlflow.db'}", write_model(tmp_path))
     with pytest.raises(CheckpointError, match="registered without an image profile"):
-        check_drift(Project(tmp_path), str(project / "same"), CPU)
+        check_drift(Project(tmp_path), [str(project / "same")], CPU)
 
 
 def test_the_command_emits_the_event_that_automations_wait_for(
@@ -169,6 +188,21 @@ def test_the_command_emits_the_event_that_automations_wait_for(
     assert related["flow-run"] == f"prefect.flow-run.{run['id']}"
     (post,) = webhook.posts[notified:]
     assert post["subject"] == "drift detected"
+
+
+def test_a_missing_champion_is_one_sentence_without_a_server(
+    project: Path, tmp_path: Path, migrated_database: Path
+) -> None:
+    (tmp_path / "mlflow.db").write_bytes(migrated_database.read_bytes())
+    write_params(tmp_path, registry={"name": "rfdetr-demo"})
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    command = [sys.executable, "-m", "flows.cli.main", "drift", str(project / "same")]
+    env = environment(tmp_path, PYTHONPATH=str(ROOT), PREFECT_API_URL="http://127.0.0.1:9/api")
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert "no version with the alias 'champion'" in line
 
 
 def test_the_automation_takes_that_event_and_retrains() -> None:

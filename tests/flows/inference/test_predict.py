@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 from moto.server import ThreadedMotoServer
 from PIL import Image
@@ -23,11 +25,13 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from flows.batch_predict import batch_predict
+from flows.cli.main import main
 from flows.core.names import UnsafeNameError
 from flows.inference import drift
 from flows.inference.coco_results import PROGRESS
+from flows.inference.detections import BATCH
 from flows.inference.images import SourceImage, list_images, newest
-from flows.inference.predict import BATCH, Predictions, predict_images
+from flows.inference.predict import Predictions, predict_images
 from flows.project.project import Project
 from flows.storage.prefixes import fetch, upload_tree
 from flows.storage.s3 import make_client
@@ -36,7 +40,7 @@ from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.errors import ConfigError, DatasetError
 from tests.datasets import scenes
-from tests.flows.models import NAMES, register_champion, write_model
+from tests.flows.models import CATEGORY_IDS, NAMES, register_champion, write_model
 from tests.flows.prefect_fixtures import PrefectServer
 from tests.flows.projects import ROOT, environment, write_params
 from tests.flows.servers import S3Server
@@ -101,10 +105,10 @@ def test_results_are_the_detectors_own(complete: Path, images_dir: Path, project
         x, y, w, h = annotation["bbox"]
         assert [x, y, x + w, y + h] == pytest.approx(box.tolist(), abs=0.02)
         assert annotation["score"] == pytest.approx(float(score), abs=1e-4)
-        assert annotation["category_id"] == label
-    known = dict(enumerate([*NAMES, "3"]))
+        assert annotation["category_id"] == dict(enumerate(CATEGORY_IDS)).get(label, label)
+    known = dict(zip([*CATEGORY_IDS, 3], [*NAMES, "3"], strict=True))
     assert all(known[c["id"]] == c["name"] for c in coco.cats.values())
-    assert set(coco.cats) >= set(range(len(NAMES)))
+    assert set(coco.cats) >= set(CATEGORY_IDS)
     info = json.loads((complete / "detections.json").read_text())["info"]
     assert (info["model"], info["version"]) == ("rfdetr-demo", 1)
 
@@ -176,6 +180,48 @@ def test_only_new_and_changed_images_are_processed(
     assert [i["file_name"] for i in images] == ["0.png", "1.png", "2.png"]
     assert images[2]["width"] == 50
     assert predict(project, folder, out, threshold=0.01).detected == 3
+
+
+def test_the_command_says_what_was_missed_and_names_its_files(
+    project: Path, images_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Nothing passes the threshold: the best score, which a lower threshold then finds."""
+    monkeypatch.chdir(project)
+    image, out = str(images_dir / "day-0/004.png"), tmp_path / "none"
+    assert main(["predict", image, "--out", str(out), "--threshold", "1.0"]) == 0
+    said = capsys.readouterr().out
+    (score,) = re.findall(r"best score of the first images is (0\.\d+) \(004\.png\)", said)
+    for name in ("detections.json", "results.json", "pictures/"):
+        assert f"{out}/{name}" in said
+    assert (out / "pictures").is_dir()
+    lower = f"{float(score) - 0.002:.3f}"
+    assert main(["predict", image, "--out", str(tmp_path / "one"), "--threshold", lower]) == 0
+    said = capsys.readouterr().out
+    assert "best score" not in said
+    results = json.loads((tmp_path / "one/results.json").read_text())
+    assert max(row["score"] for row in results) == pytest.approx(float(score), abs=6e-4)
+
+
+def test_a_model_is_exported_with_what_its_users_need(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """From the registry and from a file: the same network, which onnxruntime runs."""
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("RFDETR_STATE_DIR", str(tmp_path / "state"))
+    assert main(["export", "--out", str(tmp_path / "champion.onnx")]) == 0
+    assert "differs from the network by at most" in capsys.readouterr().out
+    file = project / "model/best.pth"
+    assert main(["export", "--model", str(file), "--out", str(tmp_path / "file.onnx")]) == 0
+    assert (tmp_path / "file.onnx").read_bytes() == (tmp_path / "champion.onnx").read_bytes()
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "champion.onnx"), providers=["CPUExecutionProvider"]
+    )
+    facts = session.get_modelmeta().custom_metadata_map
+    assert list(json.loads(facts["class_names"]).values()) == NAMES
+    assert json.loads(facts["input_size"]) == [64, 64]
+    assert json.loads(facts["mean"]) == [0.485, 0.456, 0.406]
+    assert main(["export", "--model", "7", "--out", str(tmp_path / "x.onnx")]) == 1
+    assert "no version 7" in capsys.readouterr().err
 
 
 def test_every_class_of_the_model_is_a_category(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from flows.config.environment import FIT_RETRY
+from rfdetr.progress import EpochProgress
 from tests.flows.mlflow_fixtures import runs
 from tests.flows.projects import environment, make_project, run, write_params
 
@@ -66,8 +67,8 @@ def epochs(process: subprocess.Popen[str], until: int = 10**6) -> list[int]:
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="")
-        if line.startswith('{"event":"epoch"'):
-            found.append(json.loads(line)["epoch"])
+        if progress := EpochProgress.parse(line):
+            found.append(progress.epoch)
             if found[-1] >= until:
                 break
     return found

@@ -18,7 +18,6 @@ from flows.core.digest import path_digest
 from flows.core.errors import explain
 from flows.core.files import write_json
 from flows.fit_job.job import command, newest_checkpoint, resolve_devices
-from flows.fit_job.progress import EpochProgress, parse_progress
 from flows.gate.decide import decide
 from flows.gate.score_cache import _cache_file
 from flows.gate.scoring import label_table, relabel, score_model
@@ -174,13 +173,6 @@ def test_rows_of_steps_and_epochs_become_one_row_per_epoch(tmp_path: Path) -> No
         {"epoch": 1.0, "val/mAP_50_95": 0.25, "train/loss": 3.5},
         {"epoch": 2.0, "train/loss": 2.5},
     ]
-
-
-def test_progress_survives_the_way_through_a_pipe() -> None:
-    progress = EpochProgress(epoch=2, of=5, loss=1.5, mAP=None, seconds=3.0, eta_s=4.5)
-    assert parse_progress(progress.line()) == progress
-    assert parse_progress('{"event":"epoch","epoch":"x"}') is None
-    assert parse_progress("Epoch 3") is None
 
 
 def report(train: int, errors: int, **finding: object) -> DatasetReport:

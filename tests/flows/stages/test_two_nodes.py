@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 
+from rfdetr.progress import EpochProgress
 from tests.flows.projects import ROOT, environment, make_project, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -40,8 +41,7 @@ def launch(node: Path, index: int) -> subprocess.Popen[str]:
 
 
 def epochs_told(log: Path) -> list[int]:
-    lines = log.read_text().splitlines()
-    return [json.loads(line)["epoch"] for line in lines if line.startswith('{"event":"epoch"')]
+    return [p.epoch for p in map(EpochProgress.parse, log.read_text().splitlines()) if p]
 
 
 def finished_epochs(folder: Path) -> int:

@@ -23,6 +23,7 @@ from rfdetr.config import MODEL_CONFIGS
 from rfdetr.detector import DETECTOR_CLASSES
 from rfdetr.errors import CheckpointError, ConfigError
 from rfdetr.installation import warn_about_public_distribution
+from rfdetr.progress import EpochProgress
 from tests.datasets import make_roboflow, make_yolo
 from tests.unit.detector.small import SMALL, pixels, small, small_segmentation
 
@@ -166,12 +167,18 @@ class Seen(pl.Callback):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_training_leaves_the_trained_network_behind(tmp_path: Path) -> None:
+def test_training_leaves_the_trained_network_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = make_roboflow(tmp_path / "data")
     detector = small()
     before = {n: v.clone() for n, v in detector.model.model.state_dict().items()}
     seen = Seen()
     detector.train(dataset_dir=data, output_dir=tmp_path / "out", callbacks=[seen], **TRAIN)
+    told = [p for p in map(EpochProgress.parse, capsys.readouterr().out.splitlines()) if p]
+    assert [(p.epoch, p.of) for p in told] == [(i + 1, TRAIN["epochs"]) for i in range(len(told))]
+    assert len(told) == TRAIN["epochs"]
+    assert told[-1].loss is not None
     names = detector.class_names
     assert detector.model_config.num_classes == len(names) == detector.model.class_names.__len__()
     state = detector.model.model.state_dict()

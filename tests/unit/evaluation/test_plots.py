@@ -18,6 +18,7 @@ from rfdetr.evaluation.plots import (
     TRUTH_COLOUR,
     Sample,
     draw_evaluation,
+    draw_history,
     sample_sheet,
 )
 from tests.unit.evaluation.random_sets import random_set
@@ -72,13 +73,50 @@ def test_boxes_are_drawn_in_their_colour_where_they_are(evaluation, kind):
     for sample in samples:
         cell = np.asarray(sample_sheet(result, only, names, [sample]))
         boxes = drawn.box[drawn.image == np.searchsorted(data.image_ids, sample.image_id)]
+        start = 0 if kind == "truth" else CELL_PIXELS  # truth on the left, detections on the right
         for x, y, w, h in boxes * CELL_PIXELS / sample.size[0]:
-            left, right, bottom = max(0, round(x)) + 2, round(x + w) - 1, round(y + h)
+            right = start + min(CELL_PIXELS, round(x + w)) - 1
+            left, bottom = start + max(0, round(x)) + 2, round(y + h)
             edge = cell[bottom - 2 : bottom + 1, left:right]
             if edge.size and bottom < CELL_PIXELS:
                 assert (edge == colour).all(axis=-1).all(axis=1).any()  # a line from side to side
                 checked += 1
     assert checked > 0
+
+
+def test_samples_are_named_and_counted(evaluation):
+    result, data, samples = evaluation
+    named = [dataclasses.replace(samples[0], name="folder/photo 1.jpg")]
+    names = [str(label) for label in result.class_ids]
+    sheet = np.asarray(sample_sheet(result, data, names, named))
+    assert sheet.shape[1] >= 2 * CELL_PIXELS
+    caption = sheet[CELL_PIXELS:]
+    assert (caption[:, :CELL_PIXELS, 0] < 128).any(), "green text"
+    assert (caption[:, CELL_PIXELS:, 1] < 128).any(), "red text"
+    other = [dataclasses.replace(samples[0], name="folder/another.jpg")]
+    different = np.asarray(sample_sheet(result, data, names, other)) != sheet
+    assert different[CELL_PIXELS:, :CELL_PIXELS].any()
+    assert not different[:CELL_PIXELS].any()
+
+
+def test_history_draws_every_curve_that_has_values(tmp_path):
+    rows = [
+        {"epoch": 1.0, "train/loss": 4.0, "val/mAP_50_95": 0.1},
+        {"epoch": 2.0, "train/loss": 3.0},
+        {"epoch": 3.0, "train/loss": 2.0, "val/mAP_50_95": 0.3},
+    ]
+    draw_history(rows, tmp_path / "full.png")
+    draw_history([], tmp_path / "empty.png")
+    with (
+        Image.open(tmp_path / "full.png") as full,
+        Image.open(tmp_path / "empty.png") as empty,
+    ):
+        assert full.size == empty.size
+        drawn = [np.asarray(picture.convert("RGB")) for picture in (full, empty)]
+    half = drawn[0].shape[1] // 2
+    changed = (drawn[0] != drawn[1]).any(axis=-1)
+    assert changed[:, :half].any()
+    assert changed[:, half:].any()
 
 
 def test_names_are_distinct_and_unnamed_labels_keep_their_number():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ def test_the_file_has_the_documented_interface(build: Any, tmp_path: Path) -> No
     assert result.max_difference is not None
     assert result.max_difference < 1e-4
     assert [p.name for p in (tmp_path / "out").iterdir()] == [FILE_NAME]
+    facts = {item.key: json.loads(item.value) for item in graph.metadata_props}
+    names = {str(label): name for label, name in detector.model.label_names().items()}
+    assert facts == {
+        "class_names": names,
+        "input_size": [side, side],
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
 
 
 def test_a_dynamic_batch_takes_any_number(tmp_path: Path) -> None:

@@ -1,0 +1,31 @@
+"""What Prefect logs about a flow run: no traceback for errors that name cause and fix."""
+
+from __future__ import annotations
+
+import logging
+
+from flows.core.stopping import stopping
+from rfdetr.errors import RFDETRError
+
+LOGGERS = ("root", "prefect", "prefect.flow_runs", "prefect.task_runs")
+
+
+class _Readable(logging.Filter):
+    """Removes the traceback of expected errors, and everything after a request to stop."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if isinstance(error, RFDETRError):
+            record.exc_info = record.exc_text = None
+            record.msg, record.args = "%s", (str(error),)
+        return not stopping()
+
+
+def readable_prefect_log() -> None:
+    """Apply the filter to the handlers that Prefect installed; repeating the call is harmless."""
+    import prefect.main  # noqa: F401 - installs the handlers
+
+    for name in LOGGERS:
+        for handler in logging.getLogger(None if name == "root" else name).handlers:
+            if not any(isinstance(found, _Readable) for found in handler.filters):
+                handler.addFilter(_Readable())

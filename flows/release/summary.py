@@ -1,0 +1,73 @@
+"""What a run came to, in words, for the terminal."""
+
+from __future__ import annotations
+
+from flows.core.files import read_json
+from flows.core.redact import redact
+from flows.gate.verdict import Verdict
+from flows.project.project import Project
+from flows.registry.registry import CHALLENGER
+from flows.release.freshness import registry_of
+from flows.release.steps import Registered, last_registered, last_verdict
+
+
+def what_next(project: Project) -> str:
+    """The verdict, the model and three lines that use it, and where to read on."""
+    known = (project.model_card, project.test_metrics, project.registered, project.verdict)
+    if not all(file.exists() for file in known):  # a skipped run in a new clone
+        registry = registry_of(project)
+        champion = registry.champion()
+        return (
+            f"champion of {registry.name}: {f'version {champion.number}' if champion else 'none'}"
+        )
+    card, numbers = read_json(project.model_card), read_json(project.test_metrics)
+    registered, verdict = last_registered(project), last_verdict(project)
+    weights = (project.trained / card["weights"]).absolute()
+    threshold = numbers.get("best_threshold", 0.5)
+    return "\n".join(
+        [
+            "",
+            *_outcome(project, registered, verdict),
+            "",
+            f"model file       {weights}",
+            "",
+            "    from rfdetr import RFDETR",
+            f"    detector = RFDETR.from_checkpoint({str(weights)!r})",
+            f'    detections = detector.predict("photo.jpg", threshold={threshold:.2f})',
+            "",
+            f"dataset report   {project.validation.with_suffix('.html')}",
+            f"training         {project.fit_picture}",
+            f"predictions      {project.reports / 'pictures/samples.png'}",
+            *_experiments(registered),
+            "who and why      rfdetr-pipeline history",
+        ]
+    )
+
+
+def _outcome(project: Project, registered: Registered, verdict: Verdict) -> list[str]:
+    """Who is champion and, if it is not the new version, what to do about it."""
+    champion = registry_of(project).champion()
+    name, number = registered.name, registered.number
+    if champion is not None and champion.number == number:
+        return [f"version {number} of {name} is champion: {verdict.reason}"]
+    serves = "there is no champion" if champion is None else f"champion: version {champion.number}"
+    lines = [f"version {number} of {name} is not champion ({serves}): {verdict.reason}"]
+    model = CHALLENGER if registry_of(project).aliases().get(CHALLENGER) == number else number
+    lines.append(f"  try it           rfdetr-pipeline predict IMAGES --model {model}")
+    force = " --force" if verdict.outcome == "refuse" else ""
+    why = '--reason "..."'
+    lines.append(f"  promote it       rfdetr-pipeline promote {number} {why}{force}")
+    if any(rule.name == "min_images" and rule.passed is False for rule in verdict.rules):
+        lines.append("  or               add images to the test split, then retrain")
+    return lines
+
+
+def _experiments(registered: Registered) -> list[str]:
+    """A link to the runs in MLflow's view for training, and the command that serves them."""
+    page = f"/#/experiments/{registered.experiment}?workflowType=machine_learning"
+    if registered.uri.startswith(("http://", "https://")):
+        return [f"experiments      {registered.uri.rstrip('/')}{page}"]
+    return [
+        f"experiments      mlflow ui --backend-store-uri {redact(registered.uri)}",
+        f"                 then http://127.0.0.1:5000{page}",
+    ]
