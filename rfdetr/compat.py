@@ -66,14 +66,22 @@ TRAIN_FIELDS: Missing = {
     "skip_best_epochs": ((0,), _BEST),
     "smooth_alpha": ((0.0,), _BEST),
 }
+_OTHER_FORMAT = "It belongs to another format: convert the ONNX file with the tools of that format."
 EXPORT_OPTIONS: Missing = {
+    "backend": ((None,), _OTHER_FORMAT),
     "backbone_only": ((False,), "The complete network is exported."),
-    "calibration_data": ((None,), ""),
+    "calibration_data": ((None,), _OTHER_FORMAT),
+    "coreai_precision": ((None,), _OTHER_FORMAT),
+    "coreml_precision": ((None,), _OTHER_FORMAT),
+    "fp16": ((True,), _OTHER_FORMAT),
     "infer_dir": ((None,), "The file is compared with the network on random images: omit it."),
-    "max_images": ((100,), ""),
+    "max_batch_size": ((None,), _OTHER_FORMAT),
+    "max_images": ((100,), _OTHER_FORMAT),
     "notes": ((None,), "Notes are not stored."),
     "output_name": ((None,), "The file is called inference_model.onnx: rename it."),
+    "openvino_precision": ((None,), _OTHER_FORMAT),
     "patch_size": ((None,), "The patch size is the model's: omit it."),
+    "soc": ((None,), _OTHER_FORMAT),
     "quantization": ((None,), "Quantize the ONNX file with onnxruntime.quantization."),
 }
 PREDICT_OPTIONS: Missing = {

@@ -31,7 +31,7 @@ class Sender:
         """`advice` tells the user how to send what is left."""
         self.journals, self.uri, self.advice = journals, uri, advice
         self._closing = threading.Event()
-        self._deadline = float("inf")
+        self._deadline = self._retry_until = float("inf")
         self._thread = threading.Thread(target=self._work, name="journal-sender", daemon=True)
 
     def start(self) -> None:
@@ -42,13 +42,16 @@ class Sender:
     def close(self, timeout: float | None = None) -> bool:
         """Send the rest for at most `timeout` seconds; whether everything has arrived.
 
-        By default ten seconds for a server, two minutes for a local store.
+        By default ten seconds for a server, and two minutes for a local store as long as it does
+        not fail.
         """
+        retry = CLOSE_SECONDS if timeout is None else timeout
         if timeout is None:
             local = self.uri.startswith(("sqlite:", "file:", "/", "."))
             timeout = CLOSE_LOCAL_SECONDS if local else CLOSE_SECONDS
         atexit.unregister(self.close)
         self._deadline = time.monotonic() + timeout
+        self._retry_until = time.monotonic() + retry
         self._closing.set()
         self._thread.join(timeout)
         waiting = [journal for journal in self.journals if journal.unsent]
@@ -77,7 +80,7 @@ class Sender:
                 text = self.journals[0].mask(f"{type(error).__name__}: {error}")
                 log.log(level, "MLflow is unreachable, retrying in the background: %s", text)
                 pause = min(LONGEST_PAUSE, pause * 2 or FIRST_PAUSE)
-            if last and (not pause or not self._in_time()):
+            if last and (not pause or time.monotonic() >= self._retry_until):
                 return
             if last:
                 time.sleep(min(pause, 0.5))

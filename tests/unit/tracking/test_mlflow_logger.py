@@ -260,6 +260,38 @@ def test_a_slow_or_failing_server_delays_nothing_and_all_sent_is_only_said_when_
     assert again.close() and not journal.unsent
 
 
+@pytest.mark.parametrize(
+    ("uri", "fails", "arrives", "limit_s"),
+    [
+        ("sqlite:///x", False, True, 5),
+        ("http://x", False, False, 0.9),
+        ("sqlite:///x", True, False, 0.9),
+    ],
+)
+def test_closing_waits_longer_for_a_local_store_unless_it_fails(
+    uri: str, fails: bool, arrives: bool, limit_s: float, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The first use of a local store creates its schema, which takes long on a busy machine."""
+    monkeypatch.setattr(sender_module, "CLOSE_SECONDS", 0.1)
+
+    def deliver(journal: Journal, *_: object, **__: object) -> None:
+        if fails:
+            raise OSError("disk full")
+        time.sleep(1)
+        _, offset = journal.read(0)
+        journal.save(journal.state.model_copy(update={"offset": offset}))
+
+    monkeypatch.setattr(sender_module, "deliver", deliver)
+    journal = Journal(tmp_path, SPEC)
+    journal.end("FINISHED")
+    sender = Sender([journal], uri, "wait.")
+    sender.start()
+    start = time.monotonic()
+    assert sender.close() is arrives
+    assert time.monotonic() - start < limit_s
+
+
 WRITER = """
 import sys
 import mlflow
