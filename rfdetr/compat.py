@@ -88,7 +88,7 @@ PREDICT_OPTIONS: Missing = {
     "patch_size": ((None,), "The patch size is the model's: omit it."),
 }
 INFERENCE_OPTIONS: Missing = {
-    "compile_backend": (("torchscript",), "The optimized model is a TorchScript trace."),
+    "compile_backend": (("torchscript",), "compile=True records the operators once: omit it."),
     "inplace": ((False,), "The network is kept: call remove_optimized_model() to return to it."),
 }
 _HOSTED = (

@@ -190,8 +190,8 @@ class RFDETR(PublicNames):
     def evaluate(self, split: str = "test", **settings: Any) -> dict[str, float]:
         """COCO metrics on a split of a dataset: "val/mAP_50_95" or "test/mAP_50_95", ...
 
-        `split` is "test" or "val"; `settings` are fields of TrainConfig and `device`. `dataset_dir`
-        defaults to that of the last training. Classes are matched by name, or by label if the
+        `split` is "test" or "val"; `settings` are fields of TrainConfig, `device`, and `callbacks`
+        (a list). `dataset_dir` defaults to that of the last training. Classes are matched by name, or by label if the
         detector has no names. Raises ConfigError for a class that the detector does not have, and
         the errors of the dataset.
         """
@@ -199,13 +199,13 @@ class RFDETR(PublicNames):
 
         settings.setdefault("device", str(self.model.device))
         settings.setdefault("square_resize_div_64", self.model.square)
-        _take_retired(settings)
+        callbacks = _take_retired(settings)
         if self.model.dataset_dir is not None:
             settings.setdefault("dataset_dir", self.model.dataset_dir)
         train_config = self.get_train_config(**settings)
         self._warn_of_resized_head()
         names = self.model.label_names() if self.model.has_names else None
-        return evaluate_network(self.model.model, names, train_config, split)
+        return evaluate_network(self.model.model, names, train_config, split, callbacks)
 
     def predict(
         self,

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
+from pytorch_lightning.callbacks import Callback
 
 from rfdetr.config import TrainConfig
 from rfdetr.data.categories import UNUSED
@@ -22,7 +23,11 @@ SPLITS = {"test": "test", "val": "validate", "valid": "validate"}
 
 
 def evaluate_network(
-    network: RFDETRNetwork, names: Mapping[int, str] | None, train_config: TrainConfig, split: str
+    network: RFDETRNetwork,
+    names: Mapping[int, str] | None,
+    train_config: TrainConfig,
+    split: str,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, float]:
     """Metrics of a copy of `network`, under the names that validation and testing log; no loss.
 
@@ -50,7 +55,7 @@ def evaluate_network(
     trainer = build_trainer(
         train_config,
         network.config,
-        callbacks=[metrics],
+        callbacks=[metrics, *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

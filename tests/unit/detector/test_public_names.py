@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import supervision as sv
 import torch
 
@@ -203,6 +204,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[rfdetr.RFDETR, Pa
     return detector, output
 
 
+class Batches(pl.Callback):
+    """The sizes of the tested batches."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
+        self.sizes.append(len(batch[1]))
+
+
 def test_evaluate_gives_what_validation_gives(trained: tuple[rfdetr.RFDETR, Path]) -> None:
     detector, output = trained
     before = {name: value.clone() for name, value in detector.model.model.state_dict().items()}
@@ -212,7 +223,10 @@ def test_evaluate_gives_what_validation_gives(trained: tuple[rfdetr.RFDETR, Path
     logged = next(row for row in rows if row["val/ema_mAP_50_95"])
     assert found["val/mAP_50_95"] == pytest.approx(float(logged["val/ema_mAP_50_95"]), abs=1e-9)
     assert {"val/F1", "val/mAR"} <= set(found)
-    assert {"test/mAP_50", "test/coco_mAP_50_95"} <= set(detector.evaluate(**RUN))
+    seen = Batches()
+    tested = detector.evaluate(**RUN, callbacks=[seen], eval_batch_size=1)
+    assert {"test/mAP_50", "test/coco_mAP_50_95"} <= set(tested)
+    assert set(seen.sizes) == {1}
     assert sorted(output.rglob("*")) == files
     assert not detector.model.model.training
     after = detector.model.model.state_dict()
