@@ -191,9 +191,9 @@ class RFDETR(PublicNames):
         """COCO metrics on a split of a dataset: "val/mAP_50_95" or "test/mAP_50_95", ...
 
         `split` is "test" or "val"; `settings` are fields of TrainConfig, `device`, and `callbacks`
-        (a list). `dataset_dir` defaults to that of the last training. Classes are matched by name, or by label if the
-        detector has no names. Raises ConfigError for a class that the detector does not have, and
-        the errors of the dataset.
+        (a list). `dataset_dir` defaults to that of the last training. Classes are matched by name,
+        or by label if the detector has no names. Raises ConfigError for a class that the detector
+        does not have, and the errors of the dataset.
         """
         from rfdetr.training.standalone import evaluate_network
 
