@@ -28,6 +28,7 @@ from rfdetr.evaluation.matching import Pairs, box_pairs
 
 Kind = Literal["wrong_class", "badly_placed", "missing", "duplicate", "spurious"]
 KINDS: tuple[Kind, ...] = ("wrong_class", "badly_placed", "missing", "duplicate", "spurious")
+_LOWEST = 0.1  # suspicion that is worth a look
 STRONG = 0.5  # suspicion from which a label is counted as a strong suspect
 
 _TOUCHES = 0.1  # IoU from which a detection may mean a label
@@ -79,7 +80,9 @@ def find_suspects(data: EvaluationData) -> Suspects:
     of_label = _of_labels(detections, truth, pairs, meant)
     missing, score = _missing(detections, data.truth, truth, pairs, meant)
     kind, suspicion, cause = of_label
-    chosen = np.flatnonzero(suspicion > 0)
+    chosen = np.flatnonzero(suspicion >= _LOWEST)
+    enough = score >= _LOWEST
+    missing, score = missing[enough], score[enough]
     found = Suspects(
         kind=np.r_[kind[chosen], np.full(len(missing), KINDS.index("missing"))],
         truth=np.r_[truth_rows[chosen], np.full(len(missing), -1)],

@@ -94,8 +94,7 @@ def test_an_undetected_label_is_suspicious_where_the_model_overlooks_little() ->
     found = _find(truth, detections)
     assert (KINDS[found.kind[0]], found.truth[0]) == ("spurious", 0)
     assert found.suspicion[0] > 0.5
-    half = _find(truth, detections[::2])
-    assert half.suspicion.max() < 0.1
+    assert len(_find(truth, detections[::2])) == 0
 
 
 def test_crowd_regions_hide_missing_labels() -> None:
@@ -105,5 +104,5 @@ def test_crowd_regions_hide_missing_labels() -> None:
 
 def test_empty() -> None:
     assert len(_find([], [])) == 0
-    assert _find([(0, A, 1)], []).suspicion.max() < 0.5
+    assert len(_find([(0, A, 1)], [])) == 0
     assert _strong(_find([], [(0, A, 1, 0.9)])) == [("missing", -1, 0)]
