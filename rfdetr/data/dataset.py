@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +17,25 @@ from torch.utils.data import Dataset
 from rfdetr.arrays import Integers
 from rfdetr.data.augment import Augmentation
 from rfdetr.data.decode import ImageFile
-from rfdetr.data.geometry import ImageObjects, Mask, Masks, View, clip, relative, show, show_mask
+from rfdetr.data.geometry import (
+    ImageObjects,
+    Mask,
+    Masks,
+    View,
+    clip,
+    relative,
+    show,
+    show_mask,
+    show_points,
+)
 from rfdetr.data.index import AnnotationIndex, PolygonOutlines
-from rfdetr.data.masks import RLE, encode, fill_polygon, rasterise, to_rle
+from rfdetr.data.masks import FAR, RLE, encode, fill_polygon, polygons_of, rasterise, to_rle
 from rfdetr.data.packed import Target
 from rfdetr.data.transforms import EvalTransform, TrainTransform
 from rfdetr.errors import DatasetError
+
+Points = npt.NDArray[np.floating[Any]]
+REDUCED = 2  # from this factor on, polygons are rasterised at the size of the view
 
 
 class SampleKey(NamedTuple):
@@ -171,8 +184,37 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     def _shown_masks(self, rows: Integers, file: ImageFile, view: View) -> Masks:
         shown = np.zeros((len(rows), view.out_height, view.out_width), bool)
         for place, row in enumerate(rows.tolist()):
-            shown[place] = show_mask(self._mask(row, file), view)
+            shown[place] = self._shown_mask(row, file, view)
         return shown
+
+    def _shown_mask(self, row: int, file: ImageFile, view: View) -> Mask:
+        """A mask in the pixels of a view; polygons in a much larger image are scaled first."""
+        reduces = (
+            REDUCED * view.out_height <= view.height and REDUCED * view.out_width <= view.width
+        )
+        polygons = self._polygons(row, file) if reduces else None
+        if polygons is None:
+            return show_mask(self._mask(row, file), view)
+        shown = [show_points(points, view) for points in polygons]
+        limit = FAR * max(view.out_height, view.out_width)
+        if any(np.abs(points).max(initial=0) > limit for points in shown):
+            return show_mask(self._mask(row, file), view)
+        return rasterise([p.ravel().tolist() for p in shown], view.out_height, view.out_width)
+
+    def _polygons(
+        self, row: int, file: ImageFile
+    ) -> Sequence[npt.NDArray[np.floating[Any]]] | None:
+        """The outlines of an object, each (n, 2) in pixels of the file; None for RLE."""
+        if isinstance(self.index.outlines, PolygonOutlines):
+            points = self.index.outlines[row] * np.array([file.width, file.height])
+            return [points if len(points) else self._corners(row, file)]
+        segmentation = self._segmentation(row)
+        if segmentation is None:
+            return [self._corners(row, file)]
+        try:
+            return polygons_of(segmentation, file.height, file.width)
+        except DatasetError as error:
+            raise self._failure(file.path, error) from error
 
     def _mask(self, row: int, file: ImageFile) -> Mask:
         if isinstance(self.index.outlines, PolygonOutlines):

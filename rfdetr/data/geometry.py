@@ -96,6 +96,15 @@ def show(objects: ImageObjects, view: View) -> ImageObjects:
     return flip(objects) if view.flip else objects
 
 
+def show_points(points: npt.NDArray[np.floating], view: View) -> npt.NDArray[np.float64]:
+    """Points (n, 2) x, y of the image in the pixels of a view; they may lie outside of it."""
+    scale = [view.out_width / view.width, view.out_height / view.height]
+    shown = (points - [view.left, view.top]) * scale
+    if view.flip:
+        shown[:, 0] = view.out_width - shown[:, 0]
+    return shown
+
+
 def show_mask(mask: Mask, view: View) -> Mask:
     """A mask (H, W) in the pixels of a view, by nearest neighbour."""
     y = view.top + (np.arange(view.out_height) + 0.5) * (view.height / view.out_height)

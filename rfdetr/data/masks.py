@@ -30,12 +30,23 @@ def to_rle(segmentation: Any, height: int, width: int) -> RLE:
     """
     if isinstance(segmentation, dict):
         return _run_lengths(segmentation, height, width)
-    limit = FAR * max(height, width)
-    rings = [] if segmentation is None else checked_polygons(segmentation)
-    polygons = [ring.clip(-limit, limit).tolist() for ring in rings if len(ring) >= 6]
+    polygons = polygons_of(segmentation, height, width) or []
     if not polygons:
         return dict(coco_mask.encode(np.zeros((height, width), np.uint8, order="F")))
-    return dict(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
+    lists = [points.ravel().tolist() for points in polygons]
+    return dict(coco_mask.merge(coco_mask.frPyObjects(lists, height, width)))
+
+
+def polygons_of(segmentation: Any, height: int, width: int) -> list[Floats] | None:
+    """The polygons (n, 2) x, y in pixels of a COCO segmentation; None for RLE.
+
+    Polygons of fewer than three points are skipped. Raises DatasetError for anything else.
+    """
+    if isinstance(segmentation, dict):
+        return None
+    limit = FAR * max(height, width)
+    rings = [] if segmentation is None else checked_polygons(segmentation)
+    return [ring.clip(-limit, limit).reshape(-1, 2) for ring in rings if len(ring) >= 6]
 
 
 def encode(mask: Mask) -> RLE:

@@ -15,7 +15,7 @@ import numpy as np
 from rfdetr.arrays import Floats, Integers
 from rfdetr.evaluation import f1
 from rfdetr.evaluation.accumulate import Curves, Summary, accumulate, per_class, summarize
-from rfdetr.evaluation.batches import Batch, data_from_batch
+from rfdetr.evaluation.batches import Batch, BatchTruth, data_from_batch
 from rfdetr.evaluation.box_table import EvaluationData, IouType, concatenate, data_from_coco
 from rfdetr.evaluation.confusion import confusion_matrix
 from rfdetr.evaluation.matching import match
@@ -161,11 +161,16 @@ class CocoEvaluator:
         self.max_dets = max_dets
         self._parts: list[EvaluationData] = []
 
-    def update(self, results: Batch, targets: Batch) -> None:
-        """Add a batch as described in `data_from_batch`. Nothing stays on the device."""
+    def update(self, results: Batch, targets: Batch, truth: BatchTruth | None = None) -> BatchTruth:
+        """Add a batch as described in `data_from_batch`. Nothing stays on the device.
+
+        Returns the ground truth of the batch, for evaluators of other weights.
+        """
         keep = max(self.max_dets, COCO_MAX_DETS)
         masks = "segm" in self.iou_types
-        self._parts.append(data_from_batch(results, targets, max_dets=keep, masks=masks))
+        data = data_from_batch(results, targets, max_dets=keep, masks=masks, truth=truth)
+        self._parts.append(data)
+        return BatchTruth(data.image_ids, data.truth)
 
     def state(self) -> EvaluationData:
         """Everything collected, each image once; compact and picklable."""

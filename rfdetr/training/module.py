@@ -21,7 +21,8 @@ from rfdetr.data.batch import NestedTensor
 from rfdetr.data.packed import PackedTargets
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
-from rfdetr.model.postprocess import PostProcess
+from rfdetr.model.postprocess import PostProcess, image_masks
+from rfdetr.model.types import HostDetections
 from rfdetr.training.callbacks.ema import RFDETREMACallback, only_ema
 from rfdetr.training.callbacks.process_settings import ProcessSettings
 from rfdetr.training.compilation import Compilation, compile_regions
@@ -246,7 +247,16 @@ class RFDETRModule(pl.LightningModule):
     ) -> list[dict[str, Tensor]]:
         """One dictionary per image: scores, labels, boxes (xyxy, original pixels), masks."""
         samples, targets = batch
-        return self.detect(self.evaluation_forward(self.model, samples), targets)
+        found: list[dict[str, Any]] = []
+        for result, target in zip(
+            self.detect(self.evaluation_forward(self.model, samples), targets), targets, strict=True
+        ):
+            one: dict[str, Any] = {k: result[k] for k in ("scores", "labels", "boxes")}
+            if "mask_logits" in result:
+                height, width = target["orig_size"].reshape(2).tolist()
+                one["masks"] = image_masks(result, height, width).cpu()
+            found.append(one)
+        return found
 
     def _evaluate(self, batch: Batch, stage: str, with_loss: bool) -> dict[str, Any]:
         samples, targets = batch
@@ -275,13 +285,13 @@ class RFDETRModule(pl.LightningModule):
             outputs: dict[str, Any] = network(samples)
         return outputs
 
-    def detect(
-        self, outputs: dict[str, Any], targets: Sequence[dict[str, Any]]
-    ) -> list[dict[str, Tensor]]:
-        """Detections in original pixels of the images that `targets` describe."""
+    def detect(self, outputs: Any, targets: Sequence[dict[str, Any]]) -> list[HostDetections]:
+        """Detections in original pixels of the images that `targets` describe, on the CPU.
+
+        Masks stay logits of the network's size on its device: see `PostProcess.on_host`.
+        """
         sizes = torch.stack([target["orig_size"].reshape(2) for target in targets])
-        detections: list[dict[str, Tensor]] = self.postprocess(outputs, sizes)
-        return detections
+        return self.postprocess.on_host(outputs, sizes)
 
     def configure_optimizers(self) -> Any:
         """AdamW with layer-wise rates, and the schedule over the trainer's actual step count."""

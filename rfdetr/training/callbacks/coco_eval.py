@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
@@ -20,7 +19,9 @@ from rfdetr.evaluation.box_table import IouType
 from rfdetr.evaluation.evaluator import CocoEvaluator, EvaluationResult
 from rfdetr.evaluation.plots import Sample
 from rfdetr.training import sample_images
+from rfdetr.training.beside import Beside
 from rfdetr.training.callbacks.ema import ema_network, only_ema
+from rfdetr.training.gathering import share_evaluators
 from rfdetr.training.lightning_adapter import let_monitors_wait
 from rfdetr.training.pictures import Pictures
 from rfdetr.training.stored_settings import names_of_loader
@@ -33,10 +34,11 @@ class COCOEvalCallback(Callback):
     a fit, epochs with (epoch + 1) % `eval_interval` == 0 and the last one are evaluated; `validate`
     and `test` always are. Lightning's ModelCheckpoint and EarlyStopping wait for these epochs.
     With `eval_base_model=False` only the EMA weights are evaluated, as `val/*` and `val/ema_*`.
-    Values are equal on all ranks and identical to those of a single process; images that a sampler
-    repeats count once. Without any ground truth nothing is logged. Beyond the documented keys
-    there are `best_threshold`, `ema_mAP_50`, `ema_mAP_75`, `ema_mAR`, `ema_segm_*`, and in tests
-    `coco_*` at 100 detections.
+    Batches are prepared for the metrics in a thread beside the next batch's forward pass. Rank 0
+    computes; values are equal on all ranks and identical to those of a single process; images that
+    a sampler repeats count once. Without any ground truth nothing is logged. Beyond the documented
+    keys there are `best_threshold`, `ema_mAP_50`, `ema_mAP_75`, `ema_mAR`, `ema_segm_*`, and in
+    tests `coco_*` at 100 detections.
 
     segmentation: evaluate masks too; None follows the module's configuration. output_dir: images
     are drawn in its folder `plots` when a fit reaches its best value so far and after a test; None
@@ -61,6 +63,7 @@ class COCOEvalCallback(Callback):
         self.plots = plots
         self.best = -math.inf
         self.results: list[EvaluationResult] = []  # of the live weights, then of the EMA weights
+        self._beside = Beside("metrics")
         self._live: CocoEvaluator | None = None
         self._ema: CocoEvaluator | None = None
         self._names: report.ClassNames | None = None
@@ -124,10 +127,10 @@ class COCOEvalCallback(Callback):
         if dataloader_idx > 0:
             self._warn_once("COCO metrics cover the first of the given dataloaders only.")
             return
-        results, targets = outputs["results"], outputs["targets"]
-        self._live.update(results, targets)
+        results, targets = [outputs["results"]], outputs["targets"]
         if self._ema is not None:
-            _update_ema(self._ema, trainer, pl_module, batch[0], targets)
+            results.append(_ema_results(trainer, pl_module, batch[0], targets))
+        self._beside.run(_update, self._evaluators(), results, targets)
         missing = sample_images.SAMPLES - len(self._samples)
         if missing > 0 and self._plots_folder(trainer, pl_module) is not None:
             self._samples += sample_images.take_samples(batch[0], targets, missing)
@@ -145,11 +148,13 @@ class COCOEvalCallback(Callback):
         return [e for e in (self._live, self._ema) if e is not None]
 
     def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        evaluators = self._evaluators()
-        _share(trainer, evaluators)
+        self._beside.finish()
         self._names = class_names(trainer, pl_module, stage)
         known = report.named_labels(self._names)
-        self.results = [evaluator.compute(known) for evaluator in evaluators]
+        evaluators = self._evaluators()
+        if share_evaluators(trainer, evaluators):
+            self.results = [evaluator.compute(known) for evaluator in evaluators]
+        self.results = trainer.strategy.broadcast(self.results)
         live = self.results[0]
         if not live.has_ground_truth:
             self._warn_once(f"The {stage} images have no ground truth: no metrics are logged.")
@@ -189,6 +194,7 @@ class COCOEvalCallback(Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
+        self._beside.cancel()
         self._pictures.finish()
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -251,38 +257,21 @@ def _monitored(result: EvaluationResult) -> float:
     return part.summary.ap if part is not None else -1.0
 
 
-def _update_ema(
-    evaluator: CocoEvaluator,
-    trainer: pl.Trainer,
-    pl_module: Any,
-    samples: Any,
-    targets: Sequence[Mapping[str, Any]],
-) -> None:
-    """Add the EMA network's detections on a batch, in the precision of the live network.
+def _update(evaluators: Sequence[CocoEvaluator], results: Sequence[Any], targets: Any) -> None:
+    """Add the detections of the live and of the EMA weights; the truth is read once."""
+    truth = None
+    for evaluator, found in zip(evaluators, results, strict=True):
+        truth = evaluator.update(found, targets, truth)
 
-    Masks are processed one image at a time: the batch's outputs still hold the live network's masks
-    at full size, so only one more image's masks are in memory.
-    """
+
+def _ema_results(
+    trainer: pl.Trainer, pl_module: Any, samples: Any, targets: Sequence[Mapping[str, Any]]
+) -> Any:
+    """The EMA network's detections on a batch, in the precision of the live network."""
     network = ema_network(trainer)
     assert network is not None
     with trainer.precision_plugin.forward_context():
-        outputs = pl_module.evaluation_forward(network, samples)
-        if "segm" not in evaluator.iou_types:
-            evaluator.update(pl_module.detect(outputs, targets), targets)
-            return
-        for i, target in enumerate(targets):
-            one = {n: v[i : i + 1] for n, v in outputs.items() if isinstance(v, torch.Tensor)}
-            evaluator.update(pl_module.detect(one, [target]), [target])
-
-
-def _share(trainer: pl.Trainer, evaluators: Sequence[CocoEvaluator]) -> None:
-    """Give every rank the images of all ranks; every rank always enters this collective."""
-    if trainer.world_size == 1 or not dist.is_initialized():
-        return
-    gathered: list[Any] = [None] * trainer.world_size
-    dist.all_gather_object(gathered, [evaluator.state() for evaluator in evaluators])
-    for evaluator, states in zip(evaluators, zip(*gathered, strict=True), strict=True):
-        evaluator.merge(states)
+        return pl_module.detect(pl_module.evaluation_forward(network, samples), targets)
 
 
 def _log(

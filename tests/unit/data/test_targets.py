@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from rfdetr.data.categories import CategoryTable
 from rfdetr.data.coco import build_index
 from rfdetr.data.coco_json import read_coco
 from rfdetr.data.dataset import DetectionDataset
+from rfdetr.data.geometry import View
+from rfdetr.data.index import PolygonOutlines
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.transforms import EvalTransform
 from rfdetr.data.yolo import YoloSplits
@@ -192,3 +196,38 @@ def test_yolo_label_file_with_blank_lines_and_none(tmp_path: Path) -> None:
     assert read_labels(tmp_path / "none.txt", 1) == ([], [])
     path.write_bytes(b"\xff\xfe0 0.5")
     assert "UTF-8" in read_labels(path, 1)[1][0].reason
+
+
+@pytest.mark.parametrize("kind", ["coco", "yolo"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_polygons_of_large_images_are_scaled_before_they_are_filled(
+    kind: str, flip: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The masks of training equal those filled at full size and reduced, up to their edges."""
+    rng = np.random.default_rng(0)
+    side, rings = 1600, []
+    for _ in range(20):
+        angle = np.sort(rng.uniform(0, 2 * np.pi, 24))
+        centre, radius = rng.uniform(0, side, 2), rng.uniform(60, 500, 24)
+        ring = centre + radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+        rings.append(ring.clip(0, side))
+    file = SimpleNamespace(width=side, height=side, path=tmp_path)
+    dataset = object.__new__(DetectionDataset)
+    outlines: Any = [[ring.ravel().tolist()] for ring in rings]
+    if kind == "yolo":
+        ends = 48 * np.arange(21)
+        outlines = PolygonOutlines(np.concatenate(rings).ravel() / side, ends[:-1], ends[1:])
+    dataset.index = SimpleNamespace(outlines=outlines)
+    view = View(137.0, 203.5, 1100.0, 1100.0, 224, 224, flip)
+    rows = np.arange(20)
+    scaled = dataset._shown_masks(rows, file, view)
+    monkeypatch.setattr("rfdetr.data.dataset.REDUCED", 1e9)
+    full = dataset._shown_masks(rows, file, view)
+    edge = [perimeter(mask) for mask in full]
+    assert sum(edge) > 1000
+    differing = (scaled != full).sum((1, 2))
+    assert (differing <= 0.15 * np.array(edge) + 2).all()
+
+
+def perimeter(mask: np.ndarray) -> int:
+    return int((mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum())

@@ -8,6 +8,7 @@ import warnings
 
 import torch
 
+from rfdetr.evaluation.evaluator import CocoEvaluator
 from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from rfdetr.training.callbacks.ema import RFDETREMACallback
 from tests.unit.training.replay import ReplayModule, make_job, make_loader, make_trainer, numbers
@@ -25,8 +26,9 @@ def test_ranks_agree_with_one_process(tmp_path):
     worker = RanksWorker(tmp_path, pairs)
     torch.multiprocessing.spawn(worker, args=(2, free_port()), nprocs=2)
     for rank in range(2):
-        found, texts = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        found, texts, computed = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert {k: v for k, v in found.items() if "/" in k} == expected
+        assert computed == (4 if rank == 0 else 0)  # live and EMA, validation and test
         assert not [text for text in texts if "sync_dist" in text]
 
 
@@ -50,6 +52,14 @@ class RanksWorker:
             "WORLD_SIZE": str(world),
             "TORCHELASTIC_RUN_ID": "test",
         }
+        computed = []
+        compute = CocoEvaluator.compute
+
+        def counted(self, *args):
+            computed.append(self)
+            return compute(self, *args)
+
+        CocoEvaluator.compute = counted
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer = make_trainer(
@@ -64,4 +74,4 @@ class RanksWorker:
             trainer.fit(module, loader, loader)
             trainer.test(module, loader, verbose=False)
         texts = [str(warning.message) for warning in caught]
-        torch.save((numbers(trainer), texts), self.folder / f"{rank}.pt")
+        torch.save((numbers(trainer), texts, len(computed)), self.folder / f"{rank}.pt")
