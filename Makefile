@@ -12,7 +12,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock retrain plan stack stack-stop deploy check docs format test test-services test-all clean
+.PHONY: help setup lock retrain plan stack stack-stop deploy check docs format test test-gpu test-services test-all clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ format: $(READY) ## Apply the formatter and the safe lint fixes
 
 test: $(READY) ## The default tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-gpu: $(READY) ## The tests of the detector on a machine with a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "gpu or not slow and not services" tests/gpu tests/unit
 
 test-services: $(READY) ## The tests on real servers (PostgreSQL, S3, MLflow, Prefect, worker)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m services --numprocesses 3 --dist loadfile --no-loadscope-reorder $(SERVICES)

@@ -507,6 +507,10 @@ class Hyperparameters(StrictConfig):
     compute_val_loss: bool = Field(True, description="Compute the loss in validation")
     fp16_eval: bool = Field(False, description="Validate in float16")
     checkpoint_interval: Positive = Field(10, description="Epochs between kept checkpoints")
+    last_ckpt_epochs: Positive = Field(1, description="Epochs between two writes of last.ckpt")
+    last_ckpt_minutes: NonNegative = Field(
+        0.0, description="Least minutes between the writes of last.ckpt at epoch ends"
+    )
     sync_bn: bool = Field(False, description="Synchronize batch norm over processes")
     cls_loss_coef: NonNegative = Field(1.0, description="Weight of the classification loss")
 

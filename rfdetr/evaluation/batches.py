@@ -89,7 +89,7 @@ def _detections(results: Batch, targets: Batch, max_dets: int, *, masks: bool) -
         kept = _best_of_class(image, label, score, max_dets)
     rle = None
     if masks:
-        parts = np.split(kept, np.cumsum(counts)[:-1])
+        parts = np.split(kept, np.cumsum(counts))[:-1]
         sizes = _column(targets, "orig_size", 2).astype(int).tolist()
         images = zip(results, parts, sizes, strict=True)
         rle = [code for r, keep, size in images for code in _codes(r, keep, size)]

@@ -24,7 +24,10 @@ def to_bytes(data: EvaluationData) -> Bytes:
         parts += [table.box.ravel(), table.area, table.score]
     for rle in masks:
         if rle is not None:
-            parts += [_sizes(rle), np.frombuffer(b"".join(c["counts"] for c in rle), np.uint8)]
+            parts += [
+                _sizes(rle).ravel(),
+                np.frombuffer(b"".join(c["counts"] for c in rle), np.uint8),
+            ]
     return np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts])
 
 

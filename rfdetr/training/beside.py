@@ -26,24 +26,24 @@ class Beside:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix=self.name)
         self._running = self._pool.submit(work, *args)
 
-    def wait(self) -> None:
-        """Wait for the running call, and raise its error."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the running call, and raise its error, or TimeoutError after `timeout` s."""
+        if self._running is not None:
+            self._running.result(timeout)
 
-    def finish(self) -> None:
+    def finish(self, timeout: float | None = None) -> None:
         """Wait for the running call and end the thread."""
         try:
-            self.wait()
+            self.wait(timeout)
         finally:
             self.cancel()
 
     def cancel(self) -> None:
-        """End the thread after its running call; its error is dropped."""
-        pool, self._pool, self._running = self._pool, None, None
+        """End the thread, after its running call if there is one; the call's error is dropped."""
+        pool, self._pool = self._pool, None
+        running, self._running = self._running, None
         if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=running is None or running.done(), cancel_futures=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name,)

@@ -8,6 +8,8 @@ public by name but undocumented, so they are handled here too.
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.trainer.call import _call_and_handle_interrupt
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch import Tensor
 
@@ -159,6 +162,50 @@ def train_loaders(trainer: Any) -> list[Any]:
     """The training loaders as a flat list. _FitLoop._combined_loader, loops/fit_loop.py."""
     combined = trainer.fit_loop._combined_loader
     return list(combined.flattened) if combined is not None else []
+
+
+def end_loader_workers(trainer: Any) -> None:
+    """Kill the workers of the trainer's loaders, whatever they do, without waiting for them.
+
+    torch would wait up to five seconds for each, and for its pinning thread without a limit.
+    _FitLoop._combined_loader, _EvaluationLoop._combined_loader, loops/*.py; DataLoader._iterator,
+    _MultiProcessingDataLoaderIter._workers and what its _shutdown_workers does,
+    torch/utils/data/dataloader.py.
+    """
+    fit = trainer.fit_loop
+    loops = (fit, fit.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
+    for loop in (*loops, trainer.predict_loop):
+        combined = getattr(loop, "_combined_loader", None)
+        for loader in combined.flattened if combined is not None else ():
+            iterator: Any = getattr(loader, "_iterator", None)
+            if hasattr(iterator, "_workers") and not iterator._shutdown:
+                _kill_workers(iterator)
+
+
+def handles_failure(thread: threading.Thread) -> bool:
+    """Whether `thread` is still inside a trainer's entry point.
+
+    _call_and_handle_interrupt, trainer/call.py.
+    """
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if frame.f_code is _call_and_handle_interrupt.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _kill_workers(iterator: Any) -> None:
+    iterator._shutdown = True  # torch leaves the iterator alone from now on
+    torch._C._remove_worker_pids(id(iterator))  # their end is no error
+    iterator._worker_pids_set = False
+    if hasattr(iterator, "_pin_memory_thread"):
+        iterator._pin_memory_thread_done_event.set()
+    for worker in iterator._workers:
+        worker.kill()
+    for queue in (*iterator._index_queues, iterator._worker_result_queue):
+        queue.cancel_join_thread()
+        queue.close()
 
 
 def restart_train_iterator(trainer: Any) -> None:

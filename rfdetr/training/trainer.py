@@ -24,6 +24,7 @@ from rfdetr.training.lightning_adapter import find_last_checkpoint_with
 from rfdetr.training.loggers import build_loggers
 
 SHARDED = ("fsdp", "deepspeed")
+MINUTES_IN_EPOCH = 5.0  # between the writes of last.ckpt inside a long epoch
 BF16_CAPABILITY = (8, 0)
 # what Lightning's mode for measuring its own overhead refuses
 BAREBONES = {
@@ -165,7 +166,14 @@ def _checkpoints(
         run_test=train_config.run_test,
         save_weights=save,
     )
-    last = CheckpointCallback(train_config.output_dir, train_config.checkpoint_interval)
+    minutes = train_config.last_ckpt_minutes
+    last = CheckpointCallback(
+        train_config.output_dir,
+        train_config.checkpoint_interval,
+        every_minutes=max(MINUTES_IN_EPOCH, minutes),
+        last_epochs=train_config.last_ckpt_epochs,
+        last_minutes=minutes,
+    )
     return [best, last] if save else [best]
 
 

@@ -8,6 +8,9 @@ batch; eval forward, postprocess and predict() have one image. `of_matmul_rate` 
 floating point operations of the step with the rate of a large matrix product measured in the same
 process. `cpu_s` is processor time, which other processes on the machine disturb less.
 
+--tree FOLDER runs this script on another checkout of this repository in turns, for example
+`git worktree add ../old b84fa7c`; printed are the medians of old / new times and memory.
+
 --against times another package in turns: a command that takes --variant --batch --steps --threads
 --device and prints JSON with images_per_s, forward_ms, predict_ms and peak_rss_mb. Printed are the
 medians of the ratios: speeds above 1 and memory below 1 are better than the other's.
@@ -17,23 +20,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rfdetr.config import MODEL_CONFIGS, ModelConfig
 from rfdetr.detector import DETECTOR_CLASSES
+from rfdetr.export.frozen import FINAL_OUTPUTS
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess
@@ -132,10 +140,35 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def predict_figures(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """predict() on one image."""
+    """predict() on one image, on 16 arrays, on 8 JPEG files of full HD, and its host work alone."""
     detector = DETECTOR_CLASSES[type(config)](pretrain_weights=None, device=args.device)
     image = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
-    return {"predict": measure(lambda: detector.predict(image, threshold=0.3), 1, args)}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.jpg" for i in range(8)]
+        for file in files:
+            Image.fromarray(image).resize((1920, 1080)).save(file, quality=90)
+        work: dict[str, tuple[Any, int]] = {
+            "predict": (image, 1),
+            "predict_16_arrays": ([image] * 16, 16),
+            "predict_8_files": (files, 8),
+        }
+        found = {
+            name: measure(lambda given=given: detector.predict(given, threshold=0.3), n, args)
+            for name, (given, n) in work.items()
+        }
+        with torch.no_grad():
+            outputs = detector.model.model(
+                torch.zeros(1, 3, *[config.resolution] * 2, device=args.device)
+            )
+        detector.model.model.forward = lambda images: {
+            name: outputs[name].expand(len(images), *outputs[name].shape[1:])
+            for name in FINAL_OUTPUTS
+            if name in outputs
+        }
+        for name, (given, n) in work.items():
+            call = lambda given=given: detector.predict(given, threshold=0.3)  # noqa: E731
+            found[f"{name}_host"] = measure(call, n, args)
+    return found
 
 
 def network_figures(config: ModelConfig, rate: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -207,6 +240,29 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     return {"ratios": ratios, "rounds": rounds, "ours": mine, "other": its}
 
 
+def compare_trees(args: argparse.Namespace) -> dict[str, Any]:
+    """This checkout and another in turns; ratios above 1 are in favour of this one."""
+    own = str(Path(__file__).parents[2])
+    command = [sys.executable, __file__, *(a for a in sys.argv[1:] if a != args.tree)]
+    command.remove("--tree")
+    rounds = []
+    for _ in range(args.rounds):
+        new, old = (
+            json.loads(
+                subprocess.check_output(
+                    command, text=True, env=os.environ | {"PYTHONPATH": tree}
+                ).splitlines()[-1]
+            )
+            for tree in (own, args.tree)
+        )
+        kind = "cpu_s" if args.device == "cpu" else "s"
+        ratios = {n: old[n][kind] / new[n][kind] for n in new if isinstance(new[n], dict)}
+        memory = "peak_rss_mib" if args.device == "cpu" else "peak_device_mib"
+        rounds.append(ratios | {"memory": old[memory] / new[memory]})
+    median = {n: round(statistics.median(r[n] for r in rounds), 3) for n in rounds[0]}
+    return {"old / new": median, "rounds": rounds, "new": new, "old": old}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", default="nano", choices=sorted(MODEL_CONFIGS))
@@ -218,9 +274,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--against", help="command that times another package")
-    parser.add_argument("--rounds", type=int, default=3, help="turns with --against")
+    parser.add_argument("--tree", help="another checkout of this repository")
+    parser.add_argument("--rounds", type=int, default=3, help="turns with --against or --tree")
     args = parser.parse_args()
-    print(json.dumps(compare(args) if args.against else report(args)))
+    if args.tree:
+        print(json.dumps(compare_trees(args)))
+    else:
+        print(json.dumps(compare(args) if args.against else report(args)))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pytorch_lightning.callbacks import Checkpoint
@@ -16,7 +18,7 @@ from torch import nn
 
 from rfdetr.checkpoints.best_file import best_payload, stripped_payload
 from rfdetr.checkpoints.record import read_checkpoint
-from rfdetr.checkpoints.safe_io import load_file, save_file
+from rfdetr.checkpoints.safe_io import load_file, save_file, verify_file
 from rfdetr.errors import CheckpointError
 from rfdetr.files import write_text_atomic
 from rfdetr.training.callbacks.ema import ema_network, only_ema
@@ -86,6 +88,7 @@ class BestModelCallback(Checkpoint):
         self.live = BestScore(monitor, REGULAR, averaged=False)
         self.ema = BestScore(monitor_ema, EMA, averaged=True)
         self._metrics = FreshMetrics((monitor, monitor_ema))
+        self._total: BestScore | None = None  # what this run has written as the total file
         self._fits = True
         self._step: int | None = None  # of the checkpoint that is resumed
         self._validated = False
@@ -109,7 +112,7 @@ class BestModelCallback(Checkpoint):
         newer than the checkpoint belong to a part of the run that is abandoned: they move to the
         folder `abandoned_N`.
         """
-        self._validated = False
+        self._validated, self._total = False, None
         if trainer.fast_dev_run or not self.save_weights:
             return
         scores = [score for score in (self.live, self.ema) if score.value is not None]
@@ -173,24 +176,26 @@ class BestModelCallback(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         self._validated = True
-        improved = False
+        written: dict[str, dict[str, Any]] = {}
         live = pl_module.model if only_ema(trainer, pl_module) is None else None
         for score, network in ((self.live, live), (self.ema, ema_network(trainer))):
             value = self._metrics.read(trainer, score.metric)
             if network is not None and score.observe(
                 value, trainer.current_epoch, trainer.global_step
             ):
-                self._save(trainer, pl_module, score, network)
-                improved = True
-        if improved:
-            self._save_total(trainer)
+                written[score.file] = self._save(trainer, pl_module, score, network)
+        if written:
+            self._save_total(trainer, written)
 
     def _writes(self, trainer: Any) -> bool:
         return self.save_weights and trainer.is_global_zero and not trainer.fast_dev_run
 
-    def _save(self, trainer: Any, module: Any, score: BestScore, network: nn.Module) -> None:
+    def _save(
+        self, trainer: Any, module: Any, score: BestScore, network: nn.Module
+    ) -> dict[str, Any]:
+        """Write and verify the file of `score`; returns its content."""
         if not self._writes(trainer):
-            return
+            return {}
         payload = best_payload(
             network.state_dict(),
             module.model_config,
@@ -204,17 +209,29 @@ class BestModelCallback(Checkpoint):
             global_step=score.step,
         )
         save_file(payload, self.output_dir / score.file)
+        verify_file(self.output_dir / score.file)
+        return payload
 
-    def _save_total(self, trainer: Any) -> None:
-        """Copy the better file, stripped, and record which one it is."""
+    def _save_total(
+        self, trainer: Any, written: Mapping[str, dict[str, Any]] = MappingProxyType({})
+    ) -> None:
+        """Write the better file, stripped, and record which one it is.
+
+        `written` is the content of the files that this evaluation has improved. Nothing is read
+        unless a resumed run still has the best file of the run before.
+        """
         best = self.best
         if best is not None and self.save_weights:
             self.best_model_path = str(self.output_dir / TOTAL)
         if best is None or not self._writes(trainer):
             return
-        source = "ema" if best.averaged else "regular"
-        payload = stripped_payload(load_file(self.output_dir / best.file))
-        save_file(payload | {"best_total_source": source}, self.output_dir / TOTAL)
+        source, total = self.output_dir / best.file, self.output_dir / TOTAL
+        if best.file in written or self._total != best:
+            payload = written.get(best.file) or load_file(source)
+            kind = {"best_total_source": "ema" if best.averaged else "regular"}
+            save_file(stripped_payload(payload) | kind, total)
+            verify_file(total, copy=source)
+            self._total = replace(best)
         record = {
             "file": TOTAL,
             "source": best.file,

@@ -9,24 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO, WriteBeside
+from rfdetr.training.beside import Beside
 from rfdetr.training.lightning_adapter import repeat_validation
 
 LAST = "last.ckpt"
+WRITE_S = 3.0  # that a failed run waits for its latest checkpoint; a thread continues to write it
 TERMINATED = 128 + signal.SIGTERM
 
 
 class CheckpointCallback(Checkpoint):
     """Writes full checkpoints into `output_dir`.
 
-    `last.ckpt` at every epoch end, and inside long epochs at the first optimizer step after
-    `every_minutes` or at every `every_n_steps`-th one. `checkpoint_{epoch}.ckpt`, counted from 0,
-    after every `interval` epochs. On SIGTERM the current optimizer step ends, `last.ckpt` is
-    written and all ranks leave the fit; the main process exits with status 143.
+    `last.ckpt` at the end of every `last_epochs`-th epoch and of the fit, and inside long epochs at
+    the first optimizer step after `every_minutes` or at every `every_n_steps`-th one; at epoch ends
+    only if the latest is `last_minutes` old. `checkpoint_{epoch}.ckpt`, counted from 0, after every
+    `interval` epochs. The state is copied and a thread writes it while training continues; the end
+    of a fit, also by an error, waits for it. On SIGTERM the current optimizer step ends,
+    `last.ckpt` is written and all ranks leave the fit; the main process exits with status 143.
     """
 
     def __init__(
@@ -35,11 +41,17 @@ class CheckpointCallback(Checkpoint):
         interval: int = 10,
         every_minutes: float | None = 5.0,
         every_n_steps: int | None = None,
+        *,
+        last_epochs: int = 1,
+        last_minutes: float = 0.0,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.interval = interval
         self.every_minutes = every_minutes
         self.every_n_steps = every_n_steps
+        self.last_epochs = last_epochs
+        self.last_minutes = last_minutes
+        self._beside = Beside("checkpoint")
         self._terminated = False
         self._handler: Any = None
         self._saved_at = 0.0
@@ -64,36 +76,38 @@ class CheckpointCallback(Checkpoint):
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if last or inside_window:
             return
-        stop = self._any_rank(trainer, self._terminated)
-        if stop or self._due(trainer, step):
-            self._save(trainer, LAST)
+        by_step = self.every_n_steps is not None and step % self.every_n_steps == 0
+        stop, by_time = self._any_rank(trainer, self._terminated, self._older(self.every_minutes))
+        if stop or by_step or by_time:
+            self._save(trainer)
         if stop:
             self._leave(trainer)
 
-    def _due(self, trainer: pl.Trainer, step: int) -> bool:
-        if self.every_n_steps is not None and step % self.every_n_steps == 0:
-            return True
-        elapsed = time.monotonic() - self._saved_at
-        by_time = self.every_minutes is not None and elapsed >= 60 * self.every_minutes
-        return self._any_rank(trainer, by_time)
+    def _older(self, minutes: float | None) -> bool:
+        """Whether the latest checkpoint is that old."""
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Save and leave if the run is terminated during validation."""
         if self._handler is None or trainer.sanity_checking:
             return
-        if self._any_rank(trainer, self._terminated):
+        if any(self._any_rank(trainer, self._terminated)):
             repeat_validation(trainer)
-            self._save(trainer, LAST)
+            self._save(trainer)
             self._leave(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save at the end of the epoch, after its validation."""
         if self._is_smoke_run(trainer):
             return
-        self._save(trainer, LAST)
-        if (trainer.current_epoch + 1) % self.interval == 0:
-            self._save(trainer, f"checkpoint_{trainer.current_epoch}.ckpt")
-        if self._any_rank(trainer, self._terminated) and not self._is_last_epoch(trainer):
+        epoch = trainer.current_epoch + 1
+        kept = f"checkpoint_{trainer.current_epoch}.ckpt" if epoch % self.interval == 0 else None
+        stop, due = self._any_rank(trainer, self._terminated, self._older(self.last_minutes))
+        steps_done = 0 < trainer.max_steps <= trainer.global_step
+        last = self._is_last_epoch(trainer) or trainer.should_stop or steps_done
+        if stop or last or kept or (due and epoch % self.last_epochs == 0):
+            self._save(trainer, kept)
+        if stop and not self._is_last_epoch(trainer):
             self._leave(trainer)
 
     @staticmethod
@@ -101,21 +115,34 @@ class CheckpointCallback(Checkpoint):
         limit = trainer.max_epochs
         return limit is not None and 0 <= limit <= trainer.current_epoch + 1
 
-    def _save(self, trainer: pl.Trainer, name: str) -> None:
+    def _save(self, trainer: pl.Trainer, kept: str | None = None) -> None:
+        """Write `last.ckpt` beside the training; `kept` is a second name for the same file."""
         if self._is_smoke_run(trainer):
             return
-        trainer.save_checkpoint(self.output_dir / name, weights_only=False)
         self._saved_at = time.monotonic()
+        options = None
+        if isinstance(trainer.strategy.checkpoint_io, LegacyCheckpointIO):
+            options = WriteBeside(self._beside.run, self.output_dir / kept if kept else None)
+        path = self.output_dir / LAST
+        trainer.save_checkpoint(path, weights_only=False, storage_options=options)
+        if options is None and kept:
+            trainer.save_checkpoint(self.output_dir / kept, weights_only=False)
 
     @staticmethod
     def _is_smoke_run(trainer: Any) -> bool:
         return bool(trainer.fast_dev_run) or trainer.state.fn != TrainerFn.FITTING
 
     @staticmethod
-    def _any_rank(trainer: pl.Trainer, flag: bool) -> bool:
-        return trainer.strategy.reduce_boolean_decision(flag, all=False)
+    def _any_rank(trainer: pl.Trainer, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any rank, in one collective."""
+        if trainer.world_size == 1:
+            return list(flags)
+        given = torch.tensor(flags, dtype=torch.int64, device=trainer.strategy.root_device)
+        total: Any = trainer.strategy.reduce(given, reduce_op="sum")
+        return [count > 0 for count in total.tolist()]
 
     def _leave(self, trainer: pl.Trainer) -> None:
+        self._beside.finish()
         rank_zero_info(f"Terminated; resume this run from {self.output_dir / LAST}.")
         # ranks launched by Lightning must exit with 0, or it kills the main process at once
         raise SIGTERMException(TERMINATED if trainer.is_global_zero else 0)
@@ -126,9 +153,17 @@ class CheckpointCallback(Checkpoint):
             self._handler = None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait until the latest checkpoint is on disk."""
         self._restore_handler()
+        self._beside.finish()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._restore_handler()
+        try:
+            self._beside.finish(timeout=WRITE_S)
+        except TimeoutError:
+            rank_zero_warn(f"{self.output_dir / LAST} is still being written.")
+        except Exception as error:  # noqa: BLE001 - the training's own error comes first
+            rank_zero_warn(f"{self.output_dir / LAST} was not written: {error}")

@@ -11,6 +11,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 
 from rfdetr.training.allocator import keep_freed_memory
 from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
+from rfdetr.training.failure import lift_limit, limit_failure
 from rfdetr.training.lightning_adapter import finds_last_checkpoint
 
 # what Lightning and torch warn about although it is intended
@@ -26,13 +27,15 @@ class ProcessSettings(Callback):
     """Applies settings of the process when a trainer runs, never at import or at construction.
 
     Warning filters last until the run ends. A fit also sets the allocator, for the rest of the
-    process. `RFDETRModule.configure_callbacks` adds this callback to every trainer.
+    process. After a failure the process ends in time (`rfdetr.training.failure`).
+    `RFDETRModule.configure_callbacks` adds this callback to every trainer.
     """
 
     def __init__(self) -> None:
         self._filters = contextlib.ExitStack()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        lift_limit()
         if stage == "fit":
             keep_freed_memory()
             _warn_of_plain_trainer(trainer)
@@ -48,6 +51,7 @@ class ProcessSettings(Callback):
     ) -> None:
         """Lightning skips `teardown` after an exception."""
         self._filters.close()
+        limit_failure(trainer, exception)
 
 
 def _warn_of_plain_trainer(trainer: pl.Trainer) -> None:

@@ -66,10 +66,19 @@ def job(dataset: Path, output: Path, **fields) -> dict:
 
 
 def test_torchrun_trains_validates_and_tests_as_one_process(dataset, tmp_path):
-    status, output = run(job(dataset, tmp_path), torchrun=2)
+    status, output = run(job(dataset, tmp_path, own_order_seed=True), torchrun=2)
     assert status == 0, output
     assert "find_unused_parameters" not in output
     check_run(dataset, tmp_path)
+    check_order(tmp_path)
+
+
+def check_order(output: Path) -> None:
+    """Every image once, whatever seeds the ranks had, and different random numbers on each."""
+    first, second = read(output, "order")
+    assert len(first["seen"]) == len(second["seen"]) == 6
+    assert len({*first["seen"], *second["seen"]}) == 12
+    assert [first["seed"], second["seed"]] == [1, 2]
 
 
 @pytest.mark.slow

@@ -1,0 +1,107 @@
+"""A failed run gives its device back: the process ends in time, whatever hangs."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_warn
+
+from rfdetr.training.lightning_adapter import end_loader_workers, handles_failure
+
+LIMIT_S = 8.0  # from the failure to its end in the trainer
+LOGGERS_S = 3.0
+AT_EXIT_S = 4.0  # from the end of the script to the end of the process
+
+
+def limit_failure(trainer: pl.Trainer, exception: BaseException) -> None:
+    """Bound what follows a failure; call it in `on_exception`.
+
+    Loader workers are killed, and loggers have LOGGERS_S to end. If the trainer has not raised the
+    error after LIMIT_S, or if the process has not ended AT_EXIT_S after its main thread, it is
+    ended with status 1. A program that handles the error and continues is not disturbed; an
+    interactive session is never ended.
+    """
+    end_loader_workers(trainer)
+    _end_loggers(trainer.loggers, exception)
+    if not (hasattr(sys, "ps1") or "ipykernel" in sys.modules):
+        lift_limit()
+        _Watch.current = _Watch()
+
+
+def lift_limit() -> None:
+    """Forget an earlier failure; call it when a run starts."""
+    if _Watch.current is not None:
+        _Watch.current.cancelled = True
+        _Watch.current = None
+
+
+class _Watch:
+    """Ends the process if the handling of a failure or the exit of the interpreter hangs."""
+
+    current: _Watch | None = None
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self._deadline = time.monotonic() + LIMIT_S - LOGGERS_S
+        threading.Thread(target=self._run, name="failure limit", daemon=True).start()
+        atexit.register(self._arm)  # where the thread does not get to run
+
+    def _run(self) -> None:
+        main = threading.main_thread()
+        main.join(max(0.0, self._deadline - time.monotonic()))
+        if main.is_alive() and handles_failure(main) and not self.cancelled:
+            print("The failed run did not end in time; the process is ended.", file=sys.stderr)  # noqa: T201
+            sys.stderr.flush()
+            os._exit(1)
+        main.join()
+        self._arm()
+
+    def _arm(self) -> None:
+        if not self.cancelled:
+            self.cancelled = True
+            # a thread of C: it also runs while Python ends its own threads and destructors
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            faulthandler.dump_traceback_later(AT_EXIT_S, exit=True, file=nowhere)
+
+
+def _end_loggers(loggers: Sequence[Logger], exception: BaseException) -> None:
+    """Finalize loggers as Lightning does next, which then finds nothing to do, with a limit."""
+    threads = []
+    for logger in loggers:
+        thread = threading.Thread(target=_finalize, args=(logger, exception), daemon=True)
+        thread.start()
+        threads.append(thread)
+    deadline = time.monotonic() + LOGGERS_S
+    for logger, thread in zip(loggers, threads, strict=True):
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            rank_zero_warn(
+                f"{type(logger).__name__} did not end within {LOGGERS_S:g} s of the failure; the "
+                "run does not wait for it."
+            )
+            logger.finalize = _nothing  # type: ignore[assignment, method-assign]
+
+
+def _finalize(logger: Logger, exception: BaseException) -> None:
+    traceback = exception.__traceback__
+    try:
+        raise exception  # noqa: TRY301 - loggers ask for the exception that is being handled
+    except BaseException:  # noqa: BLE001
+        try:
+            logger.finalize("failed")
+        except Exception as error:  # noqa: BLE001 - the run's own error comes first
+            rank_zero_warn(f"{type(logger).__name__} failed to end: {error}")
+    finally:
+        exception.__traceback__ = traceback
+
+
+def _nothing(_status: str) -> None:
+    """In place of `finalize` of a logger that hangs."""

@@ -1,0 +1,86 @@
+"""A run that fails gives its device back in ten seconds, with its error and its checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rfdetr.training import failure
+from tests.datasets import make_roboflow
+from tests.unit.training.helpers import Run, StopAt, tiny_model, tiny_run
+from tests.unit.training.processes import group_is_gone, started, wait_for
+
+STUCK = {"hang_after": 3, "config": {"num_workers": 4}}  # items of each worker
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_roboflow(tmp_path_factory.mktemp("data"), splits={"train": 80, "valid": 3})
+
+
+@pytest.mark.slow
+def test_an_error_ends_the_process_whatever_workers_and_loggers_do(
+    dataset: Path, tmp_path: Path
+) -> None:
+    job = {"dataset": dataset, "output": tmp_path, "stop_step": 3, **STUCK}
+    with started(job) as process:
+        wait_for(process, "failing")
+        start = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+        assert time.monotonic() - start < 10
+        assert process.returncode == 1
+        assert "RuntimeError: stopped by the test" in output
+        assert "HangingLogger did not end within 3 s" in output
+        assert group_is_gone(process.pid, within=1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_process_while_its_workers_are_stuck(dataset: Path, tmp_path: Path) -> None:
+    job = {"dataset": dataset, "output": tmp_path, **STUCK}
+    with started(job) as process:
+        wait_for(process, "step 4 ")
+        time.sleep(2)  # the main process waits for its workers
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        process.communicate(timeout=60)
+        assert time.monotonic() - start < 10
+        assert process.returncode == 1
+        assert group_is_gone(process.pid, within=1)
+
+
+def test_a_program_that_handles_the_error_continues(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure, "LIMIT_S", 0.5)
+    monkeypatch.setattr(failure, "LOGGERS_S", 0.2)
+    config = tiny_run(dataset, tmp_path, epochs=1, num_workers=1)
+    run = Run(tiny_model(), config, limit_val_batches=0)
+    run.trainer.callbacks.append(StopAt(2))
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        run.fit()
+    watch: Any = failure._Watch.current
+    assert not watch.cancelled
+    time.sleep(1)  # longer than a hanging trainer has
+    again = Run(tiny_model(), config, limit_val_batches=0, max_steps=1)
+    again.fit()
+    assert watch.cancelled
+    assert failure._Watch.current is None
+    assert again.trainer.global_step == 1
+
+
+def test_the_last_checkpoint_of_a_failed_run_is_on_disk(dataset: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model(), tiny_run(dataset, tmp_path))
+    for callback in run.trainer.callbacks:
+        if hasattr(callback, "every_n_steps"):
+            callback.every_n_steps = 1
+    run.trainer.callbacks.append(StopAt(3))
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        run.fit()
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]
