@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_data.py index      an annotation file as large as COCO train2017
     python tests/benchmarks/bench_data.py pipeline   training images per second on one core
+    python tests/benchmarks/bench_data.py kernels    resize, masks and targets, former / now
 
 Times are processor seconds of one thread, which other work on the machine does not change.
 """
@@ -220,6 +221,59 @@ def bench_pipeline() -> None:
             )
 
 
+def bench_kernels() -> None:
+    """The parts of the data layer against what they replaced, in the same process."""
+    import torch
+    from PIL import Image
+
+    from rfdetr.data.geometry import View, show_mask, show_points
+    from rfdetr.data.masks import rasterise
+    from rfdetr.data.packed import PackedTargets
+    from rfdetr.data.transforms import as_tensor, resize
+
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    for height, width in ((480, 640), (1080, 1920)):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        former = milliseconds(
+            lambda p=pixels: np.asarray(
+                Image.fromarray(p).resize((384, 384), Image.Resampling.BILINEAR)
+            )
+        )
+        now = milliseconds(lambda p=pixels: resize(as_tensor(p), (384, 384)))
+        say(f"resize {width} x {height} to 384 x 384", former, now)
+    height, width = 3000, 4000
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    ring = np.stack([np.cos(angle), np.sin(angle)], 1) * 700 + [2000, 1500]
+    view = View(0, 0, height, width, 544, 544)
+    former = milliseconds(
+        lambda: show_mask(rasterise([ring.ravel().tolist()], height, width), view)
+    )
+    now = milliseconds(lambda: rasterise([show_points(ring, view).ravel().tolist()], 544, 544))
+    say("training mask of a polygon at 12 MP", former, now)
+    targets = [
+        {"boxes": torch.rand(7, 4), "labels": torch.ones(7).long(), "image_id": torch.tensor([i])}
+        for i in range(64)
+    ]
+    packed = PackedTargets.pack(targets)
+    former = milliseconds(lambda: [{k: v.clone() for k, v in t.items()} for t in targets])
+    say("copy of the targets of 64 images", former, milliseconds(lambda: packed.map(torch.clone)))
+
+
+def milliseconds(run: Callable[[], Any], rounds: int = 15) -> float:
+    """Smallest processor time of a call."""
+    spent = []
+    for _ in range(rounds):
+        start = time.process_time()
+        run()
+        spent.append(time.process_time() - start)
+    return 1000 * min(spent)
+
+
+def say(what: str, former: float, now: float) -> None:
+    print(f"{what}: {former:.2f} -> {now:.2f} ms, ratio {former / now:.2f}")
+
+
 class _Keyed:
     def __init__(self, dataset: Any, keys: list[Any]) -> None:
         self.dataset, self.keys = dataset, keys
@@ -230,11 +284,13 @@ class _Keyed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["index", "pipeline"])
+    parser.add_argument("part", choices=["index", "pipeline", "kernels"])
     parser.add_argument("--file", type=Path, help="where the large annotation file is kept")
     given = parser.parse_args()
     if given.part == "index":
         bench_index(large_file(given.file))
+    elif given.part == "kernels":
+        bench_kernels()
     else:
         bench_pipeline()
 
