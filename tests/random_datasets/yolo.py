@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 from tests.random_datasets.base import Case
@@ -47,6 +48,35 @@ def _beside(case: Case, split: str, number: int) -> None:
     path = case.image(split, number).with_suffix(".txt")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("0 0.5 0.5 0.2 0.2\n")
+
+
+def _place(case: Case, split: str, number: int) -> Path:
+    names = case.names[split]
+    name = names[number % len(names)]
+    case.labels[split].pop(name)
+    path = case.label_file(split, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _label_folder(case: Case, split: str, number: int) -> None:
+    """A folder with the name of a label file."""
+    _place(case, split, number).mkdir()
+
+
+def _label_dangling(case: Case, split: str, number: int) -> None:
+    _place(case, split, number).symlink_to(case.root / "nowhere.txt")
+
+
+def _labels_linked(case: Case, split: str, _number: int) -> None:
+    """The labels folder is a link to a folder elsewhere."""
+    elsewhere = case.root.parent / "elsewhere" / split / "labels"
+    elsewhere.mkdir(parents=True)
+    (case.folder(split).parent / "labels").symlink_to(elsewhere, target_is_directory=True)
+
+
+def _classes_file(case: Case, split: str, _number: int) -> None:
+    (case.folder(split) / "classes.txt").write_text("a\nb\n")
 
 
 def _shared(case: Case, split: str, number: int) -> None:
@@ -140,9 +170,24 @@ YOLO_DEFECTS: dict[str, Defect] = {
     "none-labelled": _none_labelled,
     "label-without-image": _extra_label,
     "label-beside": _beside,
+    "label-folder": _label_folder,
+    "label-dangling": _label_dangling,
+    "labels-linked": _labels_linked,
+    "classes-file": _classes_file,
     "label-shared": _shared,
     "label-suffix-upper": _suffix(".TXT"),
     "label-suffix-other": _suffix(".label"),
+    "line-plus": _line("+0 0.5 0.5 0.2 0.2"),
+    "line-exponent": _line("0 5e-1 5E-1 0.2 0.2"),
+    "line-tabs": _line("0\t0.5\t0.5\t0.2\t0.2"),
+    "line-other-digits": _line("\u0660 0.5 0.5 0.2 0.2"),
+    "line-no-break-space": _line("0\u00a00.5 0.5 0.2 0.2"),
+    "line-form-feed": _line("0 0.5 0.5 0.2 0.2\f0 0.5 0.5 0.2 0.2"),
+    "line-line-separator": _line("0 0.5 0.5 0.2 0.2\u20280 0.4 0.4 0.2 0.2"),
+    "line-carriage-return": _line("0 0.5 0.5 0.2 0.2\r0 0.4 0.4 0.2 0.2"),
+    "line-millionth": _line("0 0.5 0.5 0.000001 0.2"),
+    "line-edge": _line("0 0 0.5 0.000002 0.2"),
+    "line-beyond": _line("0 1e300 0.5 0.2 0.2"),
     "labels-utf-16": _encoding("utf-16"),
     "labels-latin-1": _encoding("latin-1"),
     "labels-utf-8-mark": _encoding("utf-8-sig"),
@@ -151,6 +196,20 @@ YOLO_DEFECTS: dict[str, Defect] = {
     "names-same": _yaml("names", ["a", "a"]),
     "names-empty": _yaml("names", []),
     "names-blank": _yaml("names", ["a", " "]),
+    "names-text-keys": _yaml("names", {"0": "a", "1": "b"}),
+    "names-gap": _yaml("names", {0: "a", 2: "b"}),
+    "names-text": _yaml("names", "a, b"),
+    "names-nested": _yaml("names", [["a"], "b"]),
+    "names-number": _yaml("names", [1, 2]),
+    "nc-text": _yaml("nc", "2"),
+    "nc-zero": _yaml("nc", 0),
+    "pose-shape-text": _yaml("kpt_shape", "17, 3"),
+    "path-number": _yaml("path", 5),
+    "train-number": _yaml("train", 5),
+    "train-object": _yaml("train", {"a": "train/images"}),
+    "train-image": _yaml("train", "train/images/train0.png"),
+    "train-yaml": _yaml("train", "data.yaml"),
+    "train-null-byte": _yaml("train", "tr\0ain"),
     "names-null": _yaml("names", ["a", None]),
     "nc-wrong": _yaml("nc", 9),
     "pose-shape": _yaml("kpt_shape", [2, 3]),
