@@ -218,6 +218,9 @@ class ModelConfig(StrictConfig):
     freeze_encoder: bool = Field(False, description="Do not train the backbone")
     backbone_lora: bool = Field(False, description="Train DoRA adapters only")
     gradient_checkpointing: bool = Field(False, description="Recompute activations")
+    grey_levels: tuple[float, float] | None = Field(
+        None, description="Levels of 16-bit and float images that become 0 and 255"
+    )
     license: str = Field("Apache-2.0", description="Licence of the weights")
 
     @model_validator(mode="before")

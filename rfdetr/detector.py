@@ -136,6 +136,7 @@ class RFDETR(PublicNames):
         datamodule.setup("fit")
         network = copy.deepcopy(self.model.model)
         _take_classes(network, datamodule.num_classes)
+        network.config.grey_levels = datamodule.model_config.grey_levels
         datamodule.model_config = network.config
         module = RFDETRModule(network.config, train_config, network=network)
         trainer = build_trainer(train_config, network.config)
@@ -254,7 +255,7 @@ class RFDETR(PublicNames):
             batch_size = optimized.batch_size
         found: list[supervision.Detections] = []
         with torch.inference_mode(), eval_mode(self.model.model):
-            for batch in read_batches(sources, batch_size):
+            for batch in read_batches(sources, batch_size, self.model.config.grey_levels):
                 part = self.model.detect(batch, threshold, dtype, shape)
                 if include_source_image or (include_source_image is None and single):
                     for detections, image in zip(part, batch, strict=True):

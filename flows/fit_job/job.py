@@ -54,6 +54,7 @@ class FitResult(BaseModel):
     class_names: list[str]
     num_classes: int
     resolution: int
+    grey_levels: tuple[float, float] | None = None
     mlflow_run_id: str | None
 
     def write(self, folder: Path) -> None:

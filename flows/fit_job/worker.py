@@ -79,6 +79,7 @@ def train(folder: Path, env: Environment) -> FitResult | None:
         class_names=names,
         num_classes=int(classes or len(names)),
         resolution=model_config.resolution,
+        grey_levels=module.model_config.grey_levels,
         mlflow_run_id=logger.run_id,
     )
 

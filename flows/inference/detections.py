@@ -18,6 +18,7 @@ from rfdetr.files import atomic_path
 
 if TYPE_CHECKING:
     from rfdetr import RFDETR
+    from rfdetr.data.decode import Levels
 
 BATCH = 8
 DRAWN = "pictures"  # subfolder of the results
@@ -25,7 +26,9 @@ DRAWN = "pictures"  # subfolder of the results
 Loaded = tuple[SourceImage, Any]  # with its RGB pixels, or the InputError of an unreadable file
 
 
-def loaded(images: Sequence[SourceImage], folder: Path) -> Iterator[list[Loaded]]:
+def loaded(
+    images: Sequence[SourceImage], folder: Path, levels: Levels | None
+) -> Iterator[list[Loaded]]:
     """Batches with their pixels; the next batch is fetched and decoded in the background."""
     from tqdm import tqdm
 
@@ -33,16 +36,18 @@ def loaded(images: Sequence[SourceImage], folder: Path) -> Iterator[list[Loaded]
     batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
     bar = tqdm(total=len(images), unit="image", disable=not sys.stderr.isatty())
     with ThreadPoolExecutor(1) as pool, bar:
-        pending = pool.submit(_load, batches[0], folder, client)
+        pending = pool.submit(_load, batches[0], folder, client, levels)
         for following in itertools.chain(batches[1:], [None]):
             batch = pending.result()
             if following is not None:
-                pending = pool.submit(_load, following, folder, client)
+                pending = pool.submit(_load, following, folder, client, levels)
             yield batch
             bar.update(len(batch))
 
 
-def _load(batch: Sequence[SourceImage], folder: Path, client: Any) -> list[Loaded]:
+def _load(
+    batch: Sequence[SourceImage], folder: Path, client: Any, levels: Levels | None
+) -> list[Loaded]:
     from rfdetr.data.image_input import read_image
 
     pixels: dict[str, Any] = {}
@@ -51,7 +56,7 @@ def _load(batch: Sequence[SourceImage], folder: Path, client: Any) -> list[Loade
         number, image = item
         target = folder / f"image-{number}{Path(image.name).suffix}"
         try:
-            pixels[image.name] = read_image(fetch_image(image, target, client))
+            pixels[image.name] = read_image(fetch_image(image, target, client), levels)
         except (InputError, *UNUSABLE) as error:
             reason = str(error).replace(str(target), image.address)
             pixels[image.name] = InputError(reason)

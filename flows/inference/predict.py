@@ -96,7 +96,8 @@ def predict_images(
             names = detector.model.label_names()
             progress.set_categories({ids.get(label, label): names[label] for label in names})
             drawn = drawn_files(images, folder) if draw else {}
-            for number, batch in enumerate(loaded(remaining, Path(temporary))):
+            levels = detector.model_config.grey_levels
+            for number, batch in enumerate(loaded(remaining, Path(temporary), levels)):
                 rows = detect(detector, batch, threshold, drawn)
                 if number < SEARCHED and not any(row.get("boxes") for row in rows):
                     best = max([best, *best_scores(detector, batch)])

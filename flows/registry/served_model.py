@@ -21,7 +21,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 from PIL import Image, UnidentifiedImageError
 
-from rfdetr.data.decode import ImageTooLargeError, open_image, to_rgb
+from rfdetr.data.decode import ImageTooLargeError, Levels, open_image, to_rgb
 
 LARGEST_BYTES = 64 << 20
 LARGEST_PIXELS = 100_000_000
@@ -48,7 +48,7 @@ class DetectorModel(PythonModel):  # type: ignore[misc]
                 f"threshold must be in [0, 1) and max_detections at least 1; found {threshold} and "
                 f"{most}."
             )
-        images = read_images(model_input)
+        images = read_images(model_input, self.detector.model_config.grey_levels)
         found = self.detector.predict(images, threshold=threshold) if images else []
         return pd.DataFrame(
             [self._row(detections, most) for detections in found],
@@ -65,13 +65,13 @@ class DetectorModel(PythonModel):  # type: ignore[misc]
         }
 
 
-def read_images(model_input: Any) -> list[Image.Image]:
-    """The images of a request. Raises one error that lists every invalid row."""
+def read_images(model_input: Any, levels: Levels | None = None) -> list[Image.Image]:
+    """The images of a request, as `read_image`. Raises one error that lists every invalid row."""
     rows = _rows(model_input)
     images, problems = [], []
     for index, value in enumerate(rows):
         try:
-            images.append(read_image(value))
+            images.append(read_image(value, levels))
         except (ValueError, OSError, Image.DecompressionBombError) as error:
             problems.append(f"row {index}: {error}")
     if problems:
@@ -102,13 +102,15 @@ def _images_of(cell: Any) -> list[Any]:
     return list(cell) if several else [cell]
 
 
-def read_image(value: Any) -> Image.Image:
+def read_image(value: Any, levels: Levels | None = None) -> Image.Image:
     """One RGB image. EXIF rotation is not applied, as in training.
+
+    `levels` are the grey levels of 16-bit and float images that become 0 and 255.
 
     Raises ValueError or OSError.
     """
     if isinstance(value, Image.Image):
-        return to_rgb(value)
+        return to_rgb(value, levels)
     if isinstance(value, np.ndarray | list | tuple):
         return _from_array(value)
     if isinstance(value, str):
@@ -119,7 +121,7 @@ def read_image(value: Any) -> Image.Image:
         raise ValueError(f"{type(value).__name__} is not an image")  # noqa: TRY004
     try:
         with open_image(data, LARGEST_PIXELS) as image:
-            return to_rgb(image).copy()
+            return to_rgb(image, levels).copy()
     except ImageTooLargeError:
         raise
     except UnidentifiedImageError:

@@ -45,6 +45,7 @@ def _card(job: FitJob, result: FitResult, digest: str, made: Provenance) -> dict
         "category_ids": [ids.get(label, label) for label in range(len(result.class_names))],
         "num_classes": result.num_classes,
         "resolution": result.resolution,
+        "grey_levels": result.grey_levels,
         "weights": WEIGHTS,
         "weights_sha256": digest,
         "epochs": result.epochs,

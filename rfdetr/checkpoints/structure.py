@@ -28,6 +28,7 @@ _NETWORK_FIELDS = (
     "num_select",
     "group_detr",
     "mask_downsample_ratio",
+    "grey_levels",
 )
 # Settings that change what the network computes but leave no trace in any tensor.
 _INVISIBLE_FIELDS = ("num_windows", "out_feature_indexes")

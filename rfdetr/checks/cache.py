@@ -18,6 +18,7 @@ import msgspec
 from PIL import __version__ as pillow_version
 
 from rfdetr.checks.image_probe import PROBE_VERSION, ImageFacts
+from rfdetr.data.decode import Levels
 from rfdetr.files import user_cache_folder
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,16 @@ class Inspected(NamedTuple):
 class FactsCache:
     """A small database of facts. If it fails, nothing is known and one warning is logged."""
 
-    def __init__(self, folder: str | os.PathLike[str] | None, max_pixels: int) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        max_pixels: int,
+        levels: Levels | None = None,
+    ) -> None:
         self._file = (Path(folder) if folder else user_cache_folder("checks")) / "images.sqlite"
         self._probe = f"{PROBE_VERSION}-{pillow_version}-{max_pixels}"
+        if levels is not None:
+            self._probe += f"-{levels[0]!r}-{levels[1]!r}"
         self._warned = False
 
     def known_files(self, stamps: Iterable[FileStamp]) -> dict[str, Inspected]:

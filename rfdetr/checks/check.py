@@ -22,8 +22,10 @@ from rfdetr.checks.sampling import draw_samples
 from rfdetr.checks.sources import Sources, read_sources
 from rfdetr.checks.statistics import check_shares, fingerprints, split_statistics
 from rfdetr.config import ModelConfig, RFDETRNanoConfig
+from rfdetr.data.decode import Levels
 from rfdetr.data.layouts import Kind
 from rfdetr.data.ledger import SplitLedger
+from rfdetr.data.levels import dataset_levels
 
 Previous = DatasetReport | str | os.PathLike[str] | None
 
@@ -65,8 +67,14 @@ def check_dataset(
     sources = read_sources(dataset_dir, dataset_file, collector, config, workers)
     if config.check_images:
         splits = [find_files(table, collector) for table in sources.tables]
-        cache = FactsCache(cache_dir, config.max_pixels)
-        _inspect(splits, cache, config.max_pixels, workers, progress)
+        _inspect(
+            splits,
+            cache_dir,
+            _levels(splits, model),
+            max_pixels=config.max_pixels,
+            workers=workers,
+            progress=progress,
+        )
         for split in splits:
             check_files(split, collector)
         check_leaks(splits, collector, config)
@@ -89,9 +97,19 @@ def check_dataset(
     return report
 
 
+def _levels(splits: Sequence[SplitFiles], model: ModelConfig) -> Levels | None:
+    """The grey levels that training would use."""
+    first = next((split for split in splits if split.table.name == "train"), None)
+    if model.grey_levels is not None or first is None:
+        return model.grey_levels
+    return dataset_levels(path for path in first.paths if path is not None)
+
+
 def _inspect(
     splits: Sequence[SplitFiles],
-    cache: FactsCache,
+    cache_dir: str | os.PathLike[str] | None,
+    levels: Levels | None,
+    *,
     max_pixels: int,
     workers: int | None,
     progress: bool,
@@ -99,7 +117,14 @@ def _inspect(
     """Fill in the facts of all images; one call, so that all splits share one pool of processes."""
     paths = [path for split in splits for path in split.paths if path is not None]
     found = iter(
-        inspect_images(paths, cache, max_pixels=max_pixels, workers=workers, progress=progress)
+        inspect_images(
+            paths,
+            FactsCache(cache_dir, max_pixels, levels),
+            max_pixels=max_pixels,
+            levels=levels,
+            workers=workers,
+            progress=progress,
+        )
     )
     for split in splits:
         split.facts = [next(found) if path is not None else None for path in split.paths]

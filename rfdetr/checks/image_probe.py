@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from rfdetr.data.decode import (
     MAX_PIXELS,
     ImageTooLargeError,
+    Levels,
     describe_content,
     open_image,
     require_pixels,
@@ -74,14 +75,19 @@ def read_content(path: str) -> tuple[bytes, str, ImageFacts | None]:
     return data, hashlib.sha256(data).hexdigest(), None
 
 
-def probe_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFacts:
-    """Facts of one image in memory; a decompression bomb is recognised by its header."""
+def probe_bytes(
+    data: bytes, max_pixels: int = MAX_PIXELS, levels: Levels | None = None
+) -> ImageFacts:
+    """Facts of one image in memory; a decompression bomb is recognised by its header.
+
+    `levels` are the grey levels of 16-bit and float images that become 0 and 255.
+    """
     if not data:
         return ImageFacts("empty")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _probe_open(open_image(data), data, max_pixels)
+            return _probe_open(open_image(data), data, max_pixels, levels)
         except ImageTooLargeError as error:
             return ImageFacts("bomb", _text(error))
         except UnidentifiedImageError:
@@ -97,7 +103,9 @@ def _unopened(data: bytes, detail: str) -> ImageFacts:
     return ImageFacts("unreadable", detail)
 
 
-def _probe_open(image: Image.Image, data: bytes, max_pixels: int) -> ImageFacts:
+def _probe_open(
+    image: Image.Image, data: bytes, max_pixels: int, levels: Levels | None
+) -> ImageFacts:
     facts = ImageFacts(
         "ok",
         format=image.format or "",
@@ -116,11 +124,11 @@ def _probe_open(image: Image.Image, data: bytes, max_pixels: int) -> ImageFacts:
         text = _text(error)
         cut = "truncated" in text.lower() or not _ends_properly(image.format, data)
         return replace(facts, status="truncated" if cut else "unreadable", detail=text)
-    return _with_pixels(facts, image)
+    return _with_pixels(facts, image, levels)
 
 
-def _with_pixels(facts: ImageFacts, image: Image.Image) -> ImageFacts:
-    complete = to_rgb(image)
+def _with_pixels(facts: ImageFacts, image: Image.Image, levels: Levels | None) -> ImageFacts:
+    complete = to_rgb(image, levels)
     small = complete.resize((36, 32), Image.Resampling.BOX)
     rgb = np.asarray(small, np.float64)
     gray = (rgb * (0.299, 0.587, 0.114)).sum(axis=2)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import TMonitor, tqdm
 
 from rfdetr.checks.cache import FactsCache, FileStamp, Inspected
 from rfdetr.checks.image_probe import ImageFacts, probe_bytes, read_content
+from rfdetr.data.decode import Levels
 from rfdetr.data.spawn import usable_cores
 
 BATCH = 32
@@ -35,12 +37,12 @@ def hash_batch(paths: Paths, _max_pixels: int) -> list[Inspected]:
     return results
 
 
-def inspect_batch(paths: Paths, max_pixels: int) -> list[Inspected]:
+def inspect_batch(paths: Paths, max_pixels: int, levels: Levels | None = None) -> list[Inspected]:
     """Hash and decode each file."""
     results = []
     for path in paths:
         data, content, problem = read_content(path)
-        results.append(Inspected(content, problem or probe_bytes(data, max_pixels)))
+        results.append(Inspected(content, problem or probe_bytes(data, max_pixels, levels)))
     return results
 
 
@@ -49,10 +51,14 @@ def inspect_images(
     cache: FactsCache,
     *,
     max_pixels: int,
+    levels: Levels | None = None,
     workers: int | None = None,
     progress: bool = True,
 ) -> list[Inspected]:
-    """Inspect image files, in order; the results of unchanged files come from the cache."""
+    """Inspect image files, in order; the results of unchanged files come from the cache.
+
+    `levels` are the grey levels of 16-bit and float images that become 0 and 255.
+    """
 
     def run(task: Task, chosen: Sequence[str], label: str) -> list[Inspected]:
         batches = [tuple(chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
@@ -78,7 +84,8 @@ def inspect_images(
         fresh = {}
     unknown = [path for path in left if path not in fresh]
     if unknown:
-        fresh.update(zip(unknown, run(inspect_batch, unknown, "decoding"), strict=True))
+        decode = partial(inspect_batch, levels=levels)
+        fresh.update(zip(unknown, run(decode, unknown, "decoding"), strict=True))
     if fresh:
         cache.store((stamps[path], found) for path, found in fresh.items())
     known.update(fresh)

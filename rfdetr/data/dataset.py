@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from rfdetr.arrays import Integers
 from rfdetr.data.augment import Augmentation
-from rfdetr.data.decode import ImageFile
+from rfdetr.data.decode import ImageFile, Levels
 from rfdetr.data.geometry import (
     ImageObjects,
     Mask,
@@ -76,7 +76,8 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     in pixels of the file, `crowd_labels` (m,) and, if `masks` is set, `crowd_masks` (RLE), and the
     objects' masks in the size of the file as `mask_codes` (RLE).
 
-    An item depends on `seed` and its key alone, not on the worker. Raises DatasetError that names
+    `levels` are the grey levels of 16-bit and float images, as in `ImageFile`. An item depends on
+    `seed` and its key alone, not on the worker. Raises DatasetError that names
     the file.
     """
 
@@ -88,12 +89,14 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         masks: bool = False,
         augmentation: Augmentation | None = None,
         seed: int = 0,
+        levels: Levels | None = None,
     ) -> None:
         self.index = index
         self.transform = transform
         self.masks = masks
         self.augmentation = augmentation
         self.seed = seed
+        self.levels = levels
 
     def __len__(self) -> int:
         return len(self.index)
@@ -116,7 +119,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         if not isinstance(key, SampleKey):
             key = SampleKey(range(len(self))[key], 0, key)
         rng = random.Random(f"{self.seed} {key.epoch} {key.draw} {key.image}")  # noqa: S311
-        file = ImageFile(self.index.path(key.image))
+        file = ImageFile(self.index.path(key.image), self.levels)
         view = self.transform.view(file.height, file.width, rng)
         image, view = self.transform.pixels(file, view)
         rows = self.index.rows(key.image)

@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from rfdetr.errors import DatasetError
 
 Pixels = npt.NDArray[np.uint8]
+Levels = tuple[float, float]  # grey levels of 16-bit and float images that become 0 and 255
 
 # Suffixes of the formats that are read, by Pillow's name of the format.
 FORMAT_SUFFIXES: dict[str, frozenset[str]] = {
@@ -116,43 +117,64 @@ def file_size(path: Path) -> tuple[int, int] | None:
     return file.width, file.height
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image has grey levels of more than 8 bits."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def to_rgb(image: Image.Image, levels: Levels | None = None) -> Image.Image:
     """Convert any PIL mode to RGB; deep grey levels are scaled to 8 bits, alpha is dropped."""
     if image.mode == "RGB":
         return image
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(eight_bit_levels(np.asarray(image))).convert("RGB")
+    if is_deep(image):
+        return Image.fromarray(eight_bit_levels(np.asarray(image), levels)).convert("RGB")
     return image.convert("RGB")
 
 
-def eight_bit_levels(levels: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+def eight_bit_levels(
+    grey: npt.NDArray[np.generic], levels: Levels | None = None
+) -> npt.NDArray[np.uint8]:
     """Grey levels of a 16-bit, 32-bit or float image as 8 bits.
 
-    The levels of the image decide, not the number type, which says nothing about a 12-bit camera
-    or a thermal sensor: levels within 0..255 stay as they are, floats within 0..1 are multiplied
-    by 255, and all others are scaled linearly from the smallest and largest finite level of the
-    image to 0..255. NaN becomes the smallest level, an infinity the nearest finite one.
+    `levels` become 0 and 255, what lies beyond is clipped; without them, those of `usual_levels`
+    for the image itself. NaN becomes the smallest level, an infinity the nearest finite one.
     """
-    values = levels.astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+    values = grey.astype(np.float64)
+    low, high = finite_range(values)
     values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    if low >= 0 and high <= 1 and levels.dtype.kind == "f":
-        values *= 255
-    elif low < 0 or high > 255:
-        values = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
-    return np.rint(values).astype(np.uint8)
+    low, high = levels or usual_levels(low, high, is_float=grey.dtype.kind == "f")
+    scale = 255 / (high - low) if high > low else 0.0
+    scaled: npt.NDArray[np.float64] = ((values - low) * scale).clip(0, 255)
+    return np.rint(scaled).astype(np.uint8)
+
+
+def finite_range(values: npt.NDArray[np.floating]) -> tuple[float, float]:
+    """The smallest and the largest finite value; zeros if there is none."""
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+
+
+def usual_levels(low: float, high: float, *, is_float: bool) -> Levels:
+    """The levels that become 0 and 255 where grey levels range from `low` to `high`.
+
+    The levels decide, not the number type, which says nothing about a 12-bit camera or a thermal
+    sensor: 0..255 for levels within it, 0..1 for floats within it, else the range itself.
+    """
+    if is_float and low >= 0 and high <= 1:
+        return 0.0, 1.0
+    return (0.0, 255.0) if low >= 0 and high <= 255 else (low, high)
 
 
 class ImageFile:
     """An image file whose size is read before its pixels are decoded.
 
-    `height` and `width` are in pixels. Raises DatasetError that names the file if it cannot be
-    read.
+    `height` and `width` are in pixels, `levels` are those of `eight_bit_levels`. Raises
+    DatasetError that names the file if it cannot be read.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], levels: Levels | None = None) -> None:
         self.path = Path(path)
+        self.levels = levels
         try:
             self._data = self.path.read_bytes()
         except OSError as error:
@@ -196,7 +218,7 @@ class ImageFile:
                 pass  # let Pillow try, and report the error
         try:
             with open_image(self._data) as image:
-                return np.asarray(to_rgb(image))
+                return np.asarray(to_rgb(image, self.levels))
         except FAILURES as error:
             raise self._failure("cannot be decoded", error) from error
 

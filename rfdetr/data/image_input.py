@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rfdetr.data.decode import FAILURES, ImageFile, Pixels, open_image, to_rgb
+from rfdetr.data.decode import FAILURES, ImageFile, Levels, Pixels, open_image, to_rgb
 from rfdetr.errors import DatasetError, InputError
 
 ImageLike = Image.Image | npt.NDArray[np.uint8] | Tensor
@@ -24,13 +24,14 @@ URL_TIMEOUT_S = 20.0
 URL_LIMIT_BYTES = 256 << 20
 
 
-def read_image(source: Any) -> Pixels:
+def read_image(source: Any, levels: Levels | None = None) -> Pixels:
     """uint8 RGB (H, W, 3) of a path, an http(s) URL, or what `rgb_pixels` takes.
 
-    EXIF rotation is not applied, as in training. Warns about an image of a single colour. Raises
-    FileNotFoundError for a missing file and InputError for anything that is not an image.
+    `levels` are the grey levels of 16-bit and float images that become 0 and 255. EXIF rotation is
+    not applied, as in training. Warns about an image of a single colour. Raises FileNotFoundError
+    for a missing file and InputError for anything that is not an image.
     """
-    pixels = _read(source)
+    pixels = _read(source, levels)
     if _is_constant(pixels):
         name = source if isinstance(source, str | os.PathLike) else "The image"
         warnings.warn(
@@ -48,33 +49,33 @@ def _is_constant(pixels: Pixels) -> bool:
     return pixels.size > 3 and not (pixels != pixels[0, 0]).any()
 
 
-def _read(source: Any) -> Pixels:
+def _read(source: Any, levels: Levels | None) -> Pixels:
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return _fetch(source)
+        return _fetch(source, levels)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"No image file {path.absolute()}.")
         try:
-            return ImageFile(path).decode()
+            return ImageFile(path, levels).decode()
         except DatasetError as error:
             raise InputError(str(error).split(" Restore the file", 1)[0]) from error
     if isinstance(source, Image.Image | np.ndarray | Tensor):
-        return _decoded(source)
+        return _decoded(source, levels)
     raise InputError(
         "predict takes a path, an http(s) URL, a PIL image, a uint8 array (H, W, 3), a tensor "
         f"(3, H, W) with values in 0..1, or a list of these; got {type(source).__name__}."
     )
 
 
-def rgb_pixels(image: ImageLike) -> Pixels:
+def rgb_pixels(image: ImageLike, levels: Levels | None = None) -> Pixels:
     """uint8 RGB (H, W, 3) of a PIL image of any mode, such an array, or a tensor (3, H, W).
 
     Arrays and tensors are uint8, or float in 0..1 (multiplied by 255 and rounded). Raises
     InputError for anything else.
     """
     if isinstance(image, Image.Image):
-        return np.asarray(to_rgb(image))
+        return np.asarray(to_rgb(image, levels))
     if isinstance(image, Tensor):
         image = _tensor_pixels(image)
     if not isinstance(image, np.ndarray):
@@ -134,16 +135,16 @@ def _tensor_pixels(image: Tensor) -> Pixels:
     return pixels
 
 
-def _decoded(source: Image.Image | npt.NDArray[np.uint8] | Tensor) -> Pixels:
+def _decoded(source: ImageLike, levels: Levels | None) -> Pixels:
     try:
-        return rgb_pixels(source)
+        return rgb_pixels(source, levels)
     except InputError:
         raise
     except FAILURES as error:  # a PIL image is decoded when it is first used
         raise InputError(f"The PIL image cannot be decoded: {error}.") from error
 
 
-def _fetch(url: str) -> Pixels:
+def _fetch(url: str, levels: Levels | None) -> Pixels:
     try:
         with urllib.request.urlopen(url, timeout=URL_TIMEOUT_S) as response:  # noqa: S310
             data = response.read(URL_LIMIT_BYTES + 1)
@@ -153,6 +154,6 @@ def _fetch(url: str) -> Pixels:
         raise InputError(f"{url} is larger than {URL_LIMIT_BYTES >> 20} MiB; download it first.")
     try:
         with open_image(data) as image:
-            return np.asarray(to_rgb(image))
+            return np.asarray(to_rgb(image, levels))
     except FAILURES as error:
         raise InputError(f"{url} is not an image that can be decoded: {error}.") from error

@@ -136,6 +136,10 @@ class AnnotationIndex:
         """The image file."""
         return self.root / str(self.names[image])
 
+    def paths(self) -> Iterator[Path]:
+        """The image files in order."""
+        return map(self.path, range(len(self)))
+
     def rows(self, image: int) -> Integers:
         """Annotation rows of an image."""
         return np.arange(self.first[image], self.first[image + 1])

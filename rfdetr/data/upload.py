@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfdetr.data.decode import Pixels
+from rfdetr.data.decode import Levels, Pixels
 from rfdetr.data.image_input import read_image
 from rfdetr.data.transforms import as_tensor, resize
 
@@ -21,35 +21,41 @@ DECODERS = 4
 UPLOADED_PIXELS = 1 << 26
 
 
-def read_batches(sources: Sequence[Any], size: int) -> Iterator[list[Pixels]]:
+def read_batches(
+    sources: Sequence[Any], size: int, levels: Levels | None = None
+) -> Iterator[list[Pixels]]:
     """`read_image` of all sources in batches of `size`.
 
     Files and URLs of a batch are decoded in DECODERS threads while the batch before it is used, so
     at most two batches are in memory. Raises the error of the first source that cannot be read.
     """
     if len(sources) == 1:
-        yield [read_image(sources[0])]
+        yield [read_image(sources[0], levels)]
         return
     with ThreadPoolExecutor(DECODERS) as pool:
         ahead: deque[list[Any]] = deque()
         try:
             for start in range(0, len(sources), size):
-                ahead.append([_begin(pool, source) for source in sources[start : start + size]])
+                ahead.append(
+                    [_begin(pool, source, levels) for source in sources[start : start + size]]
+                )
                 if len(ahead) > 1:
-                    yield [_end(item) for item in ahead.popleft()]
+                    yield [_end(item, levels) for item in ahead.popleft()]
             while ahead:
-                yield [_end(item) for item in ahead.popleft()]
+                yield [_end(item, levels) for item in ahead.popleft()]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin(pool: ThreadPoolExecutor, source: Any) -> Any:
+def _begin(pool: ThreadPoolExecutor, source: Any, levels: Levels | None) -> Any:
     """A future for a file or URL; a PIL image may be in the list twice and is not thread-safe."""
-    return pool.submit(read_image, source) if isinstance(source, str | os.PathLike) else source
+    if isinstance(source, str | os.PathLike):
+        return pool.submit(read_image, source, levels)
+    return source
 
 
-def _end(item: Any) -> Pixels:
-    return item.result() if isinstance(item, Future) else read_image(item)
+def _end(item: Any, levels: Levels | None) -> Pixels:
+    return item.result() if isinstance(item, Future) else read_image(item, levels)
 
 
 def resized(

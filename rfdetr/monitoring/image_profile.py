@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rfdetr.arrays import Integers
+from rfdetr.data.decode import Levels
 from rfdetr.data.image_input import ImageLike, height_and_width, read_image
 from rfdetr.data.transforms import MEAN, STD, preprocess
 from rfdetr.errors import InputError
@@ -143,9 +144,10 @@ def profile_images(
     chosen = [Path(files[i]) for i in evenly(np.arange(len(files)), limit)]
     collected = _Collected({Path(file) for file in fitted})
     network = detector.model.model.eval()
+    levels = detector.model_config.grey_levels
     with torch.inference_mode(), _last_maps(network) as maps:
         for start in range(0, len(chosen), batch_size):
-            images = list(_readable(chosen[start : start + batch_size], collected))
+            images = list(_readable(chosen[start : start + batch_size], collected, levels))
             if images:
                 _detect(detector, images, collected)
                 collected.embeddings.append(maps.pop().float().mean(dim=(2, 3)).cpu())
@@ -168,10 +170,12 @@ class _Collected:
         self.embeddings: list[Tensor] = []
 
 
-def _readable(files: Sequence[Path], collected: _Collected) -> Iterator[ImageLike]:
+def _readable(
+    files: Sequence[Path], collected: _Collected, levels: Levels | None
+) -> Iterator[ImageLike]:
     for file in files:
         try:
-            image = read_image(file)
+            image = read_image(file, levels)
         except (InputError, OSError) as error:
             log.warning("Image skipped: %s", error)
             collected.unreadable.append(file.name)

@@ -24,6 +24,7 @@ from rfdetr.data.dataset import DetectionDataset
 from rfdetr.data.index import AnnotationIndex
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.ledger import SplitLedger
+from rfdetr.data.levels import dataset_levels
 from rfdetr.data.sampler import EpochSampler, ResumableLoader
 from rfdetr.data.spawn import safe_workers, workers_of_share
 from rfdetr.data.transforms import EvalTransform, TrainTransform
@@ -41,10 +42,11 @@ class RFDETRDataModule(pl.LightningDataModule):
     """Datasets and loaders for a model and a training configuration.
 
     A split is read when it is first needed and then kept; this neither uses nor changes global
-    random state and writes nothing. `ledgers` says for each split what became of every file and
-    annotation; it is logged when the split is read. There is no predict loader: pass one to
-    `trainer.predict`. Raises DatasetError that lists what is wrong with a split, and ConfigError
-    when the configuration has another number of `class_names` than the data has classes.
+    random state and writes nothing. Reading the training split sets `grey_levels` of the model
+    configuration if it is None and there are 16-bit or float images. `ledgers` says for each split
+    what became of every file and annotation; it is logged when the split is read. There is no
+    predict loader: pass one to `trainer.predict`. Raises DatasetError that lists what is wrong with
+    a split, and ConfigError if the data has another number of classes than `class_names`.
     """
 
     def __init__(self, model_config: ModelConfig, train_config: TrainConfig) -> None:
@@ -159,15 +161,17 @@ class RFDETRDataModule(pl.LightningDataModule):
         if len(index) == 0:
             raise DatasetError(f"{splits.layout.root}: the {name!r} split has no images.")
         self._check_objects(name, index)
-        augmentation = None
-        if name == "train" and self.train_config.aug_config:
-            augmentation = Augmentation(self.train_config.aug_config)
+        if name == "train" and self.model_config.grey_levels is None:
+            self.model_config.grey_levels = dataset_levels(index.paths())
+        augment = self.train_config.aug_config if name == "train" else None
+        augmentation = Augmentation(augment) if augment else None
         dataset = DetectionDataset(
             index,
             self._train_transform() if name == "train" else self._eval_transform(),
             masks=self.model_config.segmentation_head,
             augmentation=augmentation,
             seed=self.order_seed,
+            levels=self.model_config.grey_levels,
         )
         self._check_names(dataset)
         return dataset

@@ -149,6 +149,13 @@ class RFDETRModule(pl.LightningModule):
         self.trainer.callbacks = callbacks  # type: ignore[attr-defined]
         return []
 
+    def setup(self, stage: str) -> None:
+        """Take the grey levels of the dataset, which the datamodule has read by now."""
+        data: Any = getattr(attached_trainer(self), "datamodule", None)
+        levels = getattr(getattr(data, "model_config", None), "grey_levels", None)
+        if stage == "fit" and levels is not None:
+            self.model_config.grey_levels = levels
+
     def on_fit_start(self) -> None:
         """Seed all generators if a seed is set, each rank differently."""
         if self.train_config.seed is not None:
@@ -336,6 +343,9 @@ class RFDETRModule(pl.LightningModule):
         """Add what identifies the model: its class and the names of its classes."""
         checkpoint["model_name"] = type(self.model_config).__name__.removesuffix("Config")
         checkpoint["class_names"] = self.class_names
+        settings = checkpoint.get("hyper_parameters", {}).get("model_config")
+        if isinstance(settings, dict) and self.model_config.grey_levels is not None:
+            settings["grey_levels"] = list(self.model_config.grey_levels)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Accept full checkpoints and legacy dictionaries; CheckpointError if they do not fit."""
