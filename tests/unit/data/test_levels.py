@@ -1,4 +1,4 @@
-"""16-bit and float images are scaled by the range of the training images, wherever they are read."""
+"""16-bit and float images are scaled by the range of the training images, everywhere."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_checks_see_the_images_as_training(deep: Path) -> None:
     mean = report.statistics["train"].colour_mean
     assert mean is not None
     assert mean[0] == pytest.approx((25.5 + 229.5) / 2, abs=2)
-    path = sorted((deep / "train").glob("*.png"))[0]
+    path = min((deep / "train").glob("*.png"))
     size = Image.open(path).size
     Image.fromarray(np.full(size[::-1], 1010, np.uint16)).save(path)
     again = check_dataset(deep, workers=1, cache_dir=deep.parent / "cache", progress=False)
