@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import PurePath
 
 import numpy as np
 
@@ -34,7 +33,7 @@ def dataset_levels(paths: Iterable[str | os.PathLike[str]]) -> Levels | None:
     They come from up to SAMPLE images, by the rule of `usual_levels`. Files that cannot be read
     are left out.
     """
-    able = [path for path in paths if PurePath(path).suffix.lower() in DEEP_SUFFIXES]
+    able = [p for p in paths if os.path.splitext(p)[1].lower() in DEEP_SUFFIXES]  # noqa: PTH122
     chosen = [able[i] for i in np.linspace(0, len(able) - 1, min(SAMPLE, len(able))).astype(int)]
     ranges = [found for path in chosen if (found := _grey_range(path)) is not None]
     if not ranges:
