@@ -34,3 +34,9 @@ def not_utf8(data: bytes) -> str:
             line = data.count(b"\n", 0, error.start) + 1
             found = f"byte 0x{data[error.start]:02x} in line {line}; {found}"
     return f"not UTF-8 text ({found}). Save the file as UTF-8"
+
+
+def split_lines(text: str) -> list[str]:
+    """Lines that end in LF, CR or both, as editors count them; form feeds and the like end none."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]

@@ -24,7 +24,7 @@ from rfdetr.data.ledger import (
     count_rows,
     row_accounts,
 )
-from rfdetr.data.text import read_text
+from rfdetr.data.text import read_text, split_lines
 from rfdetr.data.yolo_labels import LabelRow, read_labels
 from rfdetr.errors import DatasetError
 
@@ -176,7 +176,7 @@ def _unread_images(split: SplitPaths) -> str:
 
 def _list_lines(source: Path) -> list[str]:
     try:
-        return read_text(source).splitlines()
+        return split_lines(read_text(source))
     except UnicodeError as error:
         raise DatasetError(f"{source}: the list of images is {error}.") from error
     except OSError as error:

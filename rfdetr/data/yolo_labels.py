@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from rfdetr.data.text import read_text
+from rfdetr.data.text import read_text, split_lines
 from rfdetr.errors import DatasetError
 
 
@@ -57,7 +57,7 @@ def read_labels(
     except OSError as error:
         return [], [LabelProblem(1, "", f"the file cannot be read: {error.strerror or error}")]
     rows, problems = [], []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(split_lines(text), 1):
         if line.strip():
             try:
                 rows.append(parse_line(line, classes, number, keypoint_values))

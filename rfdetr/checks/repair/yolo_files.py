@@ -18,7 +18,7 @@ from rfdetr.checks.repair.tree import replace_text
 from rfdetr.data.data_yaml import parse_yaml
 from rfdetr.data.decode import file_size
 from rfdetr.data.layouts import YAML_KEYS, YAML_NAMES, Layout, yolo_splits
-from rfdetr.data.text import read_text
+from rfdetr.data.text import read_text, split_lines
 from rfdetr.data.yolo import image_files, label_path
 from rfdetr.data.yolo_labels import LineError, parse_line, read_labels
 
@@ -80,7 +80,7 @@ def restore_lists(source: Path, work: Path, layout: Layout) -> Counter[str]:
     done: Counter[str] = Counter()
     for listing in _lists(layout, work):
         folder = source / listing.parent.relative_to(work)
-        lines = [line.strip() for line in any_text(listing).splitlines() if line.strip()]
+        lines = [line.strip() for line in split_lines(any_text(listing)) if line.strip()]
         places = [_moved(Path(os.path.normpath(folder / line)), source, work) for line in lines]
         lost = [line for line, place in zip(lines, places, strict=True) if not place.is_file()]
         claimed = {_shown(place, work) for place in places if place.is_file()}
@@ -116,7 +116,7 @@ def restore_labels(work: Path, layout: Layout) -> Counter[str]:
         if not label.is_relative_to(work) or not label.is_file():
             continue
         text = any_text(label)
-        lines = text.splitlines()
+        lines = split_lines(text)
         new = [_restored_line(line, layout.names, image) for line in lines]
         data = label.read_bytes()
         if new != lines or data.removeprefix(codecs.BOM_UTF8) != text.encode():
@@ -189,7 +189,7 @@ def repair_label_file(file: Path, findings: Sequence[tuple[Finding, str]]) -> No
     dropped = {finding.line for finding, repair in findings if repair.startswith("drop")}
     clipped = {finding.line for finding, repair in findings if repair in CLIPS}
     lines = []
-    for number, line in enumerate(any_text(file).splitlines(), 1):
+    for number, line in enumerate(split_lines(any_text(file)), 1):
         if number in dropped:
             continue
         lines.append(clip_line(line) if number in clipped else line)
@@ -215,7 +215,7 @@ def repair_lists(
 ) -> None:
     """Rewrite the lists of images without those left out and with the new names."""
     for listing in _lists(layout, work):
-        lines = [line.strip() for line in any_text(listing).splitlines() if line.strip()]
+        lines = [line.strip() for line in split_lines(any_text(listing)) if line.strip()]
         new = []
         for line in lines:
             place = Path(os.path.normpath(listing.parent / line))

@@ -49,7 +49,7 @@ def test_unchanged_images_are_not_decoded_again(
     first = facts_of(images, tmp_path / "cache", workers=1)
     decoded: list[int] = []
     monkeypatch.setattr(
-        inspection, "probe_bytes", lambda data, limit: decoded.append(len(data)) or ImageFacts("ok")
+        inspection, "probe_bytes", lambda data, *_: decoded.append(len(data)) or ImageFacts("ok")
     )
     assert facts_of(images, tmp_path / "cache", workers=1) == first
     assert not decoded
@@ -74,7 +74,7 @@ def test_a_broken_cache_costs_a_warning_not_a_result(
     assert "image check cache is not used" in caplog.text
 
 
-def die_on_nine(paths: Paths, max_pixels: int) -> list[Inspected]:
+def die_on_nine(paths: Paths, max_pixels: int, levels: object) -> list[Inspected]:
     if any(Path(path).name == "9.png" for path in paths):
         os._exit(9)
     return runner_inspect(paths, max_pixels)

@@ -53,3 +53,12 @@ def test_every_text_of_a_yolo_dataset_may_be_utf_16(tmp_path: Path) -> None:
     (root / "train.txt").write_bytes(b"caf\xe9.png")
     with pytest.raises(DatasetError, match=r"train\.txt: the list of images is not UTF-8"):
         YoloSplits(detect_layout(root)).index("train")
+
+
+def test_lines_end_as_in_editors(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(
+        b"0 0.5 0.5 0.2 0.2\r0 0.5 0.5 0.2 0.2\r\n\n0 0.5 0.5\f0.2 0.2"
+    )
+    rows, problems = read_labels(tmp_path / "a.txt", 1)
+    assert [row.line for row in rows] == [1, 2, 4]
+    assert not problems

@@ -120,9 +120,9 @@ def test_files_are_decoded_in_threads_and_in_order(tmp_path: Path) -> None:
     threads: list[Any] = []
     read = upload.read_image
 
-    def recorded(source: Any) -> Any:
+    def recorded(source: Any, levels: Any) -> Any:
         threads.append((type(source), threading.current_thread()))
-        return read(source)
+        return read(source, levels)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upload, "read_image", recorded)
