@@ -27,7 +27,14 @@ from tests.random_datasets.plan import Plan, plans
 WRONG = frozenset({"image-size-mismatch", "split-duplicate-image", "category-name-duplicate"})
 # The split is not the folder that the test counts, or its rows are not known.
 UNCOUNTED = {"json-malformed", "json-structure", "key-missing", "yaml-path", "yaml-structure"}
-UNCOUNTED |= {"split-missing", "list-relative", "list-absolute", "list-repeated", "list-lost"}
+UNCOUNTED |= {
+    "split-missing",
+    "file-outside",
+    "list-relative",
+    "list-absolute",
+    "list-repeated",
+    "list-lost",
+}
 UNCOUNTED |= {"train-list", "train-same", "train-upwards", "labels-utf-16", "labels-latin-1"}
 
 
