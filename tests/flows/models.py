@@ -29,6 +29,7 @@ def write_model(folder: Path) -> ModelFiles:
         num_select=30, group_detr=1, num_classes=len(NAMES), pretrain_weights=None,
     )  # fmt: skip
     network = build_network(config).eval()
+    network.class_embed.bias.data[-1] = -20.0  # means no class: low in a trained network
     save_file(
         {
             "model": to_legacy(network.state_dict()),
