@@ -50,7 +50,9 @@ def test_every_stage_left_its_results(project: Path) -> None:
     assert {"confusion_matrix.png", "precision_recall.png", "samples.png"} <= pictures
     with Image.open(project / "reports/training_curves.png") as drawn:
         assert drawn.width > 600
-    assert card["category_ids"] == [1, 2, 3]
+    truth = json.loads((project / "data/demo/train/_annotations.coco.json").read_text())
+    ids = {category["name"]: category["id"] for category in truth["categories"]}
+    assert card["category_ids"] == [ids[name] for name in card["class_names"]]
 
 
 def test_numbers_of_the_test_stage_equal_those_of_its_detections(project: Path) -> None:

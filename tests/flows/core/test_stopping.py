@@ -47,11 +47,11 @@ class Command:
 
     def signal(self, *numbers: int) -> float:
         """Send the signals, each when the one before was handled; seconds to the end."""
-        started = time.monotonic()
-        for number in numbers:
+        for position, number in enumerate(numbers):
+            if position:
+                time.sleep(0.7)
             started = time.monotonic()
             os.kill(self.process.pid, number)
-            time.sleep(0.7)
         self.output, self.errors = self.process.communicate(timeout=20)
         return time.monotonic() - started
 
