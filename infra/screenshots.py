@@ -25,7 +25,8 @@ from infra.services import StackError
 
 PAGE_MS = 150_000  # virtual time in which a page loads its data
 PAGE_SECONDS = 180.0
-COLORS = 128  # a palette keeps the files small
+COLORS = 200  # a palette keeps the files small
+PALETTE = Image.Quantize.MAXCOVERAGE  # keeps rare colours, such as those of boxes
 
 
 class Page(NamedTuple):
@@ -108,7 +109,8 @@ def take(page: Page, target: Path) -> None:
             raise StackError(f"no screenshot of {page.url}: {done.stderr[-500:]}")
         target.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(shot) as image:
-            image.convert("RGB").crop(page.crop).quantize(COLORS).save(target, optimize=True)
+            kept = image.convert("RGB").crop(page.crop)
+            kept.quantize(COLORS, PALETTE).save(target, optimize=True)
 
 
 def _latest_flow_run(api: str) -> str:

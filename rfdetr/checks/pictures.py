@@ -168,7 +168,7 @@ def _open(path: Path, side: int | None = None) -> tuple[ImageFile, Pixels] | Non
         file = ImageFile(path)
         smallest = (side, side) if side else (0, 0)
         return file, file.decode(*smallest)
-    except (DatasetError, ValueError):  # ValueError: a name that cannot be a path
+    except Exception:  # noqa: BLE001 - decoders of hostile files raise anything
         return None
 
 

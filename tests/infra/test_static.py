@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra.services import buckets
+from infra.screenshots import report_page
+from infra.services import StackError, buckets
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -254,3 +255,14 @@ def test_the_multi_node_job_is_what_the_fit_stage_expects() -> None:
     command = pod["containers"][0]["args"][0]
     assert '"$JOB_COMPLETION_INDEX" = 0 ]; then exec python -m flows.stages.fit; fi' in command
     assert command.endswith("exec python -m flows.stages.fit --join")
+
+
+def test_a_screenshot_of_something_else_than_a_report_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    with pytest.raises(StackError, match="not a dataset report"):
+        report_page(page)
+    page.write_text("<title>404 Not Found</title>")
+    with pytest.raises(StackError, match="not a dataset report"):
+        report_page(page)
+    page.write_text("<title>Dataset report: demo</title>")
+    assert report_page(page).url == page.as_uri()

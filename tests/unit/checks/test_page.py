@@ -349,3 +349,13 @@ def test_ten_thousand_findings_and_eighty_classes_fit_in_five_megabytes(tmp_path
     assert text.count("data:image/jpeg") > 300  # the limit leaves out no class
     assert "more; the JSON report lists" in text
     assert len(to_markdown(report).encode()) < 40_000
+
+
+def test_an_image_that_cannot_be_read_any_more_is_left_out(tmp_path: Path) -> None:
+    write_split(tmp_path / "data/train", grey(3))
+    report = check(tmp_path / "data")
+    (tmp_path / "data/train/000.jpg").unlink()
+    (tmp_path / "data/train/001.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a JPEG")
+    text = to_html(report, tmp_path / "data")
+    assert text.endswith("</html>\n") and "train: 1 random image<" in text
+    assert text.count('alt="train/002.jpg') == 1 and "001.jpg:" not in text
