@@ -9,7 +9,7 @@ from typing import Any
 from prefect import flow, runtime, task
 
 from flows.orchestration import artifacts
-from flows.orchestration.children import RETRIED, log_line, run_module
+from flows.orchestration.children import RETRIED, StageFailedError, log_line, run_module
 from flows.orchestration.gpus import gpu_slot
 from flows.project.project import Project
 from flows.storage.s3 import is_s3
@@ -57,6 +57,9 @@ def detect(
         lines.append(line)
         log(line)
 
-    run_module(project, "prediction", *command, on_line=on_line)
-    summary = next(line for line in reversed(lines) if line.startswith("{"))
+    limit = project.params.runtime.stage_timeout_s
+    run_module(project, "prediction", *command, on_line=on_line, timeout=limit)
+    summary = next((line for line in reversed(lines) if line.startswith("{")), None)
+    if summary is None:
+        raise StageFailedError("prediction failed: it ended without a result")
     return dict(json.loads(summary))

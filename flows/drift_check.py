@@ -53,8 +53,9 @@ def drift_check(
 @task(**RETRIED)
 def compare_images(project: Project, sources: list[str], params: DriftParams) -> DriftCheck:
     """Run the check as a child process."""
+    limit = project.params.runtime.stage_timeout_s
     options = ("--params", params.model_dump_json())
-    run_module(project, "drift check", "flows.inference.drift", *sources, *options)
+    run_module(project, "drift check", "flows.inference.drift", *sources, *options, timeout=limit)
     return DriftCheck.model_validate(read_json(project.root / drift.REPORT))
 
 

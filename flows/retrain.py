@@ -30,7 +30,7 @@ from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.limits import registry_slot
 from flows.orchestration.notify import notify_about
 from flows.project.dvc import EXTRA_GRACE_S, dvc, has_remote
-from flows.project.git import checkout
+from flows.project.git import checkout, head_commit
 from flows.project.project import Project
 from flows.project.publish import publish_lock
 from flows.project.workspace import prepare_workspace, stage_names
@@ -70,8 +70,7 @@ def retrain(
         return Completed(name="Skipped", message=reason)
     project = Project(Path.cwd())
     os.environ.setdefault("MLFLOW_TRACKING_URI", project.tracking_uri)  # for child processes
-    if params.ref:
-        use_ref(project, params.ref)
+    use_code(project, params.ref, resumes)
     project.override(params.changes())
     known = freshness.judged_version(project) if params.only_if_data_changed else None
     if known is not None:
@@ -92,6 +91,23 @@ def retrain(
     if params.publish:
         publish(project)
     return steps.summarise(project, number, steps.last_verdict(project))
+
+
+def use_code(project: Project, ref: str | None, resumes: str | None) -> None:
+    """Check out the commit of the flow run to resume, else `ref`, and record what is used.
+
+    The branch may have moved since the crash, and other code would start the training again.
+    """
+    commit = resume.commit_of(resumes) if resumes else None
+    try:
+        if commit or ref:
+            use_ref(project, str(commit or ref))
+    except ConfigError as error:
+        if commit is None:
+            raise
+        log_line()(f"{error} The training starts again if the code has changed since.")
+    if runtime.deployment.id is not None:
+        resume.record_commit(str(runtime.flow_run.id), head_commit(project.root))
 
 
 def use_ref(project: Project, ref: str) -> None:

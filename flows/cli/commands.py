@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ from flows.config.environment import FIT_RETRY
 from flows.config.overrides import takes_null
 from flows.config.params import SECTIONS, unknown_name
 from flows.core.errors import FAILED, OK
-from flows.core.files import parse_yaml
+from flows.core.files import parse_yaml, require_merged
 from flows.project.project import Project
 from rfdetr.errors import ConfigError
 
@@ -43,24 +44,27 @@ def parse_changes(texts: Sequence[str]) -> dict[str, dict[str, object]]:
 
 def plan_command(options: argparse.Namespace) -> int:
     """Print which stages would run, without running any."""
-    from flows.project.dvc import configure_dvc
+    from flows.project.dvc import configure_dvc, knows_git
     from flows.project.plan import plan_stages
     from flows.release import freshness
 
     project = checked_project()
-    if not (project.root / ".dvc/config.local").exists():  # a folder without git needs it
+    if not knows_git(project.root):  # otherwise nothing is written
         configure_dvc(project.root, project.env)
     plans = plan_stages(project)
-    released = all(p.state == "up to date" for p in plans) and freshness.is_released(project)
+    done = all(p.state == "up to date" for p in plans)
+    reason = freshness.unreleased(project) if done else "after the stages"
     if options.json:
-        data = {"stages": [p.model_dump() for p in plans], "released": released}
+        data = {"stages": [p.model_dump() for p in plans], "released": reason is None}
         print(json.dumps(data, indent=2))
         return OK
     for plan in plans:
         print(f"{plan.stage:10} {plan.state}")
         for reason in plan.reasons:
             print(f"             {reason}")
-    print(f"{'release':10} {'up to date' if released else 'runs'}")
+    print(f"{'release':10} {'runs' if reason else 'up to date'}")
+    if done and reason:
+        print(f"             {reason}")
     return OK
 
 
@@ -68,6 +72,7 @@ def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
     """`dvc repro STAGE`: the stage, and the earlier ones that are out of date."""
 
     def run(options: argparse.Namespace) -> int:
+        from flows.orchestration.gpus import gpu_of_command
         from flows.project.dvc import EXTRA_GRACE_S, configure_dvc, dvc
         from flows.project.workspace import require_dataset
 
@@ -76,7 +81,9 @@ def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
         require_dataset(project, print)
         variables = {FIT_RETRY: "1"} if getattr(options, "retry", False) else {}
         grace = project.params.runtime.grace_s + EXTRA_GRACE_S
-        dvc(project.root, "repro", stage, on_line=print, variables=variables, grace=grace)
+        uses_gpu = stage in ("fit", "evaluate")
+        with gpu_of_command(project, None) if uses_gpu else contextlib.nullcontext():
+            dvc(project.root, "repro", stage, on_line=print, variables=variables, grace=grace)
         return OK
 
     return run
@@ -84,14 +91,16 @@ def stage_command(stage: str) -> Callable[[argparse.Namespace], int]:
 
 def register_command(_options: argparse.Namespace) -> int:
     """Register models/trained and run the gate, without Prefect."""
+    from flows.orchestration.gpus import gpu_of_command
     from flows.orchestration.limits import registry_slot
     from flows.release import steps
     from flows.release.summary import what_next
 
     project = project_here()
-    with registry_slot(project):
-        registered = steps.register(project)
-    verdict = steps.judge(project, registered.number)
+    with gpu_of_command(project):
+        with registry_slot(project):
+            registered = steps.register(project)
+        verdict = steps.judge(project, registered.number)
     print(verdict.to_markdown())
     if verdict.promote:
         steps.promote_winner(project, registered.number, verdict)
@@ -142,16 +151,19 @@ def history_command(options: argparse.Namespace) -> int:
 def predict_command(options: argparse.Namespace) -> int:
     """Run a registered model on images: COCO files, and the detections drawn on each image."""
     from flows.inference.predict import predict_images
+    from flows.orchestration.gpus import gpu_of_command
 
     sources, out = [place(source) for source in options.images], place(options.out)
-    found = predict_images(
-        project_here(),
-        sources,
-        out,
-        model=options.model,
-        threshold=options.threshold,
-        draw=not options.no_draw,
-    )
+    project = project_here()
+    with gpu_of_command(project):
+        found = predict_images(
+            project,
+            sources,
+            out,
+            model=options.model,
+            threshold=options.threshold,
+            draw=not options.no_draw,
+        )
     if options.json:
         print(json.dumps(dataclasses.asdict(found)))
         return OK
@@ -272,5 +284,9 @@ def project_here() -> Project:
     for folder in (here, *here.parents):
         if (folder / "dvc.yaml").exists():
             os.chdir(folder)
-            return Project(folder)
+            project = Project(folder)
+            if project.lock_file.is_file():
+                text = project.lock_file.read_text(encoding="utf-8", errors="replace")
+                require_merged(text, str(project.lock_file))
+            return project
     raise ConfigError(f"{here} is not inside a project: no dvc.yaml here or above.")

@@ -17,12 +17,16 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
+from flows.cli.machine import machine_notes, machine_problems
 from flows.config.environment import Environment
+from flows.core.errors import explain
 from flows.core.locks import BusyError, locked
 from flows.core.redact import redact
 from flows.orchestration.limits import LEASE_SECONDS
 from flows.project.dvc import has_remote
 from flows.project.project import Project
+from flows.release.freshness import registry_of
+from flows.release.repair import champion_problem, repair_champion
 from flows.tracking.run import sync, unsent_journals
 from rfdetr.errors import ConfigError
 from rfdetr.tracking.delivery import deliver
@@ -32,6 +36,7 @@ log = logging.getLogger(__name__)
 OLD_DAYS = 30
 REPAIR = "rfdetr-pipeline doctor --repair"
 COPIES = ("unpacked", "exports", "downloads")  # every use refreshes the mtime
+CACHES = ("profiles", "scores", "predictions", "checks")
 LEASES_ENDED_S = LEASE_SECONDS + 20  # the server checks for expired leases every 15 s
 LEASE_STORAGE = "prefect.server.concurrency.lease_storage.memory"
 
@@ -50,12 +55,13 @@ def examine(project: Project, *, repair: bool = False) -> list[Finding]:
     env, uri = project.env, project.tracking_uri
     checks: list[Callable[[], Iterator[Finding]]] = [
         _versions,
+        lambda: _machine(project),
         lambda: _unsent(env, uri, repair=repair),
         lambda: _interrupted(env, uri, repair=repair),
         lambda: _old_state(env, repair=repair),
         lambda: _old_copies(env, repair=repair),
         lambda: _remote(project.root),
-        lambda: _registry(project),
+        lambda: _registry(project, repair=repair),
         lambda: _prefect(repair=repair),
     ]
     findings: list[Finding] = []
@@ -63,7 +69,7 @@ def examine(project: Project, *, repair: bool = False) -> list[Finding]:
         try:
             findings.extend(check())
         except Exception as error:  # noqa: BLE001 - an unavailable server must not hide the rest
-            text = redact(f"{type(error).__name__}: {error}").splitlines()[0]
+            text = explain(error).splitlines()[0]
             findings.append(Finding(subject="check", level="problem", text=text))
     return findings
 
@@ -86,9 +92,19 @@ def _versions() -> Iterator[Finding]:
     yield Finding(subject="packages", level=level, text="; ".join(wrong) or "as required")
 
 
+def _machine(project: Project) -> Iterator[Finding]:
+    """What a run on this machine would fail on."""
+    problems, notes = list(machine_problems(project)), list(machine_notes())
+    for level, texts in (("problem", problems), ("note", notes)):
+        for text in texts:
+            yield Finding.model_validate({"subject": "machine", "level": level, "text": text})
+    if not problems and not notes:
+        yield Finding(subject="machine", level="ok", text="folders, disk and git are usable")
+
+
 def _unsent(env: Environment, uri: str, *, repair: bool) -> Iterator[Finding]:
     """Tracking records that did not reach the server."""
-    waiting = unsent_journals(env.state_dir)
+    waiting = unsent_journals(env.state_dir, uri)
     if waiting and repair:
         left = [p for p in sync(env.state_dir, uri).values() if p]
         text = f"{len(waiting) - len(left)} journals sent, {len(left)} unsent"
@@ -105,11 +121,11 @@ def _unsent(env: Environment, uri: str, *, repair: bool) -> Iterator[Finding]:
 
 
 def _interrupted(env: Environment, uri: str, *, repair: bool) -> Iterator[Finding]:
-    """Trainings whose process died before it closed the MLflow run, which still says RUNNING.
+    """Trainings of this project whose process died before it closed the MLflow run.
 
     A training that is resumed after the repair reopens its run.
     """
-    open_journals = list(_open_journals(env.state_dir, end=repair))
+    open_journals = list(_open_journals(env.state_dir, uri, end=repair))
     if not open_journals:
         yield Finding(subject="trainings", level="ok", text="all running or finished")
         return
@@ -118,21 +134,26 @@ def _interrupted(env: Environment, uri: str, *, repair: bool) -> Iterator[Findin
         yield Finding(subject="trainings", level="note", text=text, repair=REPAIR)
         return
     unsent = sum(not _delivered(journal, uri) for journal in open_journals)
-    text += f"; {len(open_journals) - unsent} closed as KILLED in MLflow"
+    finished = sum((journal.folder / "done").exists() for journal in open_journals)
+    text += f"; {len(open_journals) - unsent - finished} closed as KILLED in MLflow"
+    text += f", {finished} as FINISHED" if finished else ""
     text += f", {unsent} unsent" if unsent else ""
     yield Finding(subject="trainings", level="note", text=text)
 
 
-def _open_journals(state_dir: Path, *, end: bool) -> Iterator[Journal]:
-    """Journals of trainings that were started, not closed, and do not run; with `end`, closed."""
+def _open_journals(state_dir: Path, uri: str, *, end: bool) -> Iterator[Journal]:
+    """Journals of trainings that were started, not closed, and do not run; with `end`, closed.
+
+    A training that finished is closed as FINISHED, even if its process died right after it.
+    """
     for file in (state_dir / "fit").glob(f"*/{JOURNAL}"):
         try:
             with locked(file.parent):
                 journal = Journal(file.parent, mask=redact)
-                if not journal.open:
+                if not (journal.open and journal.belongs_to(redact(uri))):
                     continue
                 if end:
-                    journal.end("KILLED")
+                    journal.end("FINISHED" if (file.parent / "done").exists() else "KILLED")
         except (BusyError, ConfigError, OSError):  # it is running, or its journal is unreadable
             continue
         yield journal
@@ -164,8 +185,8 @@ def _old_state(env: Environment, *, repair: bool) -> Iterator[Finding]:
 
 
 def _old_copies(env: Environment, *, repair: bool) -> Iterator[Finding]:
-    """Unpacked datasets, exports and downloads not used for a month; they can be made again."""
-    for name in COPIES:
+    """Copies and caches that were not used for a month; they can be made again."""
+    for name in (*COPIES, *(cache for cache in CACHES if (env.state_dir / cache).is_dir())):
         old = _old(env.state_dir / name)
         text = f"{len(old)} not used for {OLD_DAYS} days, {_mebibytes(old)} MiB"
         yield _prune(name, text, old, old, "of them", repair=repair)
@@ -201,21 +222,18 @@ def _remote(root: Path) -> Iterator[Finding]:
     yield Finding(subject="dvc", level="ok" if has_remote(root) else "note", text=text)
 
 
-def _registry(project: Project) -> Iterator[Finding]:
-    """Whether the tracking server answers and its aliases point to existing versions."""
-    from flows.registry.registry import Registry
-
-    registry = Registry(project.params.registry.name, project.tracking_uri)
-    aliases = registry.aliases()
-    numbers = {version.number for version in registry.versions()}
-    lost = [f"{alias} -> {number}" for alias, number in aliases.items() if number not in numbers]
-    if lost:
-        text = f"aliases without a version: {', '.join(lost)}"
-        yield Finding(subject="registry", level="problem", text=text)
-    else:
-        named = ", ".join(f"{alias} {number}" for alias, number in sorted(aliases.items()))
-        text = f"{len(numbers)} versions; {named or 'no champion yet'}"
-        yield Finding(subject="registry", level="ok", text=text)
+def _registry(project: Project, *, repair: bool) -> Iterator[Finding]:
+    """Whether the tracking server answers, and whether there is a champion that can be loaded."""
+    registry = registry_of(project)
+    done = repair_champion(project) if repair else []
+    newest, aliases = next(registry.tagged({}), None), registry.aliases()
+    named = ", ".join(f"{alias} {number}" for alias, number in sorted(aliases.items()))
+    text = f"newest version {newest.number}; {named or 'no champion yet'}" if newest else "empty"
+    yield Finding(subject="registry", level="ok", text="; ".join([text, *done]))
+    problem = champion_problem(project)
+    if problem is not None:
+        advice = None if repair else REPAIR
+        yield Finding(subject="champion", level="problem", text=problem, repair=advice)
 
 
 def _prefect(*, repair: bool) -> Iterator[Finding]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterator
 
 from flows.cli.commands import checked, checked_project, parse_changes, place, project_here
-from flows.core.errors import OK
+from flows.core.errors import FAILED, OK
 from flows.project.project import Project
 from rfdetr.errors import ConfigError
 
@@ -36,7 +37,7 @@ def retrain_command(options: argparse.Namespace) -> int:
     configure_dvc(project.root, project.env)
     pin_source(project)
     plans = plan_stages(project)
-    if all(p.state == "up to date" for p in plans) and freshness.is_released(project):
+    if all(p.state == "up to date" for p in plans) and freshness.unreleased(project) is None:
         print("nothing to do: data, parameters and code are those of the registered model")
         print(what_next(project))
         return OK
@@ -69,6 +70,9 @@ def drift_command(options: argparse.Namespace) -> int:
         drift_check(sources, params)
     check = DriftCheck.model_validate_json((project.root / REPORT).read_text(encoding="utf-8"))
     print(check.to_markdown())
+    if options.exit_code and check.report is None:
+        print("nothing was judged", file=sys.stderr)
+        return FAILED
     return DRIFTED if options.exit_code and check.drifted else OK
 
 

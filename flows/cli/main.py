@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from flows.cli import commands as run
 from flows.cli import flow_commands as flow
 from flows.cli import import_data, init, labels
+from flows.config.environment import bypass_proxies
 from flows.core.child_report import report_failure
 from flows.core.errors import FAILED, INTERRUPTED
 from flows.core.stopping import Terminated, say_last_words, stop_on_signals
@@ -34,9 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if arguments is None:  # a process of its own
         stop_on_signals()
+    bypass_proxies()
     command: Callable[[argparse.Namespace], int] = options.run
     try:
         return command(options)
+    except BrokenPipeError:  # the reader, for example `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except Exception as error:  # noqa: BLE001 - a message instead of a traceback
         report_failure("error", error)
         return FAILED
@@ -106,7 +112,9 @@ def parser() -> argparse.ArgumentParser:
     drift.add_argument(
         "--min-images", type=int, default=30, help="judge nothing with fewer images (default: 30)"
     )
-    drift.add_argument("--exit-code", action="store_true", help="status 3 when there is drift")
+    drift.add_argument(
+        "--exit-code", action="store_true", help="status 3 with drift, 1 if too few images"
+    )
     review = _add(commands, "labels", run.labels_command, "find labels that are probably wrong")
     labels.add_options(review)
     demo = _add(commands, "demo", run.demo_command, "build the demo dataset in a folder")

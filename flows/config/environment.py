@@ -9,6 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from rfdetr.errors import ConfigError
+
+PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 FIT_RETRY = "RFDETR_FIT_RETRY"  # set by `fit --retry`: DVC runs a stage's command as written
 
 
@@ -52,6 +55,25 @@ class Environment(BaseModel, frozen=True):
         given["fit_retry"] = "fit_retry" in given
         state = env.get("RFDETR_STATE_DIR")
         if not state:
-            cache = env.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-            state = str(Path(cache) / "rfdetr-pipeline")
+            state = str(Path(env.get("XDG_CACHE_HOME") or _home() / ".cache") / "rfdetr-pipeline")
         return cls.model_validate({"state_dir": Path(state).expanduser().absolute(), **given})
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise ConfigError(
+            "this user has no home folder for the state of trainings. Set RFDETR_STATE_DIR to a "
+            "folder that lasts."
+        ) from None
+
+
+def bypass_proxies() -> None:
+    """Let local servers be reached directly although a proxy is configured for this process."""
+    if not any(os.environ.get(name) for name in PROXIES):
+        return
+    for name in ("no_proxy", "NO_PROXY"):
+        known = [host for host in os.environ.get(name, "").split(",") if host.strip()]
+        if "*" not in known:
+            os.environ[name] = ",".join(dict.fromkeys([*known, "127.0.0.1", "localhost", "::1"]))

@@ -6,9 +6,10 @@ import dataclasses
 import difflib
 import json
 import os
+import posixpath
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, get_type_hints
 
 from pydantic import ValidationError
@@ -34,6 +35,8 @@ from rfdetr.config import StrictConfig
 from rfdetr.errors import ConfigError
 
 PARAMS_FILE = "params.yaml"
+# Folders of the project that stages read as code or write.
+OWN_FOLDERS = {"models", "metrics", "reports", "plots", "flows", "rfdetr", "infra", ".dvc", ".git"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +103,21 @@ def parse_params(data: Any, *, origin: str = PARAMS_FILE, needed: Iterable[str] 
         values["registry"] = RegistrySettings(name=dataset.name)
     sources = _sources(data.get("sources"), problems)
     problems.extend(_combinations(values))
+    problems.extend(_dataset_place(dataset))
     problems.extend(_missing(data, needed))
     if problems:
         count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{origin} has {count}:\n" + "\n".join(f"- {p}" for p in problems))
     return Params(**values, sources=sources)
+
+
+def _dataset_place(dataset: Any) -> Iterator[str]:
+    folder = PurePosixPath(posixpath.normpath(dataset.dir if dataset else "data"))
+    if set(folder.parts) <= {".."} or folder.parts[0] in OWN_FOLDERS:
+        yield (
+            f"dataset.dir: {dataset.dir} holds code or results of the pipeline; put the dataset "
+            "into a folder of its own, for example data/mine."
+        )
 
 
 def _section(name: str, kind: type[StrictConfig], data: Any, problems: list[str]) -> Any:

@@ -1,32 +1,117 @@
-"""Errors as text for a user, and exit statuses."""
+"""Errors as text for a user, and exit statuses.
+
+What the machine, the user or a server did is one text without a traceback. A traceback means a bug
+of this project, and says so.
+"""
 
 from __future__ import annotations
 
 import errno
+import sqlite3
 import traceback
+from collections.abc import Iterator
 
 from flows.core.redact import redact
 from rfdetr.errors import RFDETRError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
+REPORT = "This is a bug in rfdetr-pipeline. Please report it, with the lines above."
+# Libraries whose own exceptions are about servers, files and settings -> how they are called.
+LIBRARIES = {
+    "mlflow": "MLflow",
+    "dvc": "DVC",
+    "dvc_objects": "DVC",
+    "dvc_data": "DVC",
+    "scmrepo": "git",
+    "_pygit2": "git",
+    "dulwich": "git",
+    "prefect": "Prefect",
+    "httpx": "the connection to a server failed",
+    "httpcore": "the connection to a server failed",
+    "requests": "the connection to a server failed",
+    "urllib3": "the connection to a server failed",
+    "botocore": "S3",
+    "sqlalchemy": "the database",
+    "filelock": "the lock file",
+}
 
 
 def explain(error: Exception) -> str:
-    """The message of an error, without secrets.
-
-    An error that this project did not raise itself comes with its traceback.
-    """
+    """The message of an error, without secrets; a traceback only for a bug of this project."""
     full = _full_disk(error)
     if full is not None:
         where = f" while writing {full.filename}" if full.filename else ""
         return f"no space left on the device{where}. Free some space, then start again."
     if isinstance(error, RFDETRError):
         return redact(str(error))
-    if type(error).__module__.partition(".")[0] == "mlflow":  # a server that is down, or refuses
-        return redact(f"MLflow: {error}")
+    for found in _causes(error):
+        text = _of_environment(found)
+        if text is not None:
+            return redact(text)
     trace = "".join(traceback.format_exception(error))
-    return redact(f"unexpected {type(error).__name__}\n{trace}\n{type(error).__name__}: {error}")
+    return redact(f"unexpected {type(error).__name__}\n{trace}\n{REPORT}")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and those that it was raised from; a database error first, which is wrapped."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__
+    yield from (e for e in chain if isinstance(e, sqlite3.Error))
+    yield from chain
+
+
+def _of_environment(error: BaseException) -> str | None:
+    """The text for an error that the machine or a server caused; None for another one."""
+    message = str(error).strip()
+    if isinstance(error, RFDETRError):
+        return message
+    if isinstance(error, sqlite3.Error) or "sqlite3.OperationalError" in message:
+        return _of_database(message)
+    if isinstance(error, OSError) and error.errno is not None:
+        return _of_system(error)
+    return _of_library(error, message)
+
+
+def _of_library(error: BaseException, message: str) -> str | None:
+    if isinstance(error, ConnectionError | TimeoutError):
+        return f"the connection to a server failed: {message or type(error).__name__}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"not enough memory ({message.splitlines()[0] if message else 'RAM'}). Set a smaller "
+            "fit.batch_size (effective_batch_size keeps the result) or fewer runtime.num_workers."
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is missing. Run `make setup`, then start again."
+    package = type(error).__module__.partition(".")[0]
+    if package in LIBRARIES:
+        return f"{LIBRARIES[package]}: {message or type(error).__name__}"
+    return None
+
+
+def _of_database(message: str) -> str:
+    text = message.splitlines()[0]
+    if "locked" in message:
+        return (
+            f"the database is in use by another process ({text}). Wait until it has finished, or "
+            "find it with `fuser mlflow.db`, then start again."
+        )
+    return f"the database cannot be used: {text}. Check the file and its folder."
+
+
+def _of_system(error: OSError) -> str:
+    files = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    text = f"{' -> '.join(files)}: {error.strerror}" if files else str(error.strerror or error)
+    if error.errno in NO_RIGHT:
+        return (
+            f"{text}. Give this user the right to write there, or use another folder "
+            "(RFDETR_STATE_DIR for state and caches, TMPDIR for temporary files)."
+        )
+    return f"{text}. Check that path, then start again."
 
 
 def is_transient(error: BaseException) -> bool:

@@ -39,10 +39,21 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     try:
         return YAML(typ="safe").load(text)
     except YAMLError as error:
+        require_merged(text, origin)
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{origin} is not valid YAML: {problem}{place}.") from None
+
+
+def require_merged(text: str, origin: str) -> None:
+    """Raise ConfigError if `text` contains the conflict markers of git."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.startswith("<<<<<<< "):
+            raise ConfigError(
+                f"{origin} has a merge conflict in line {number}. Resolve it in an editor, or take "
+                "one side (`git checkout --ours` or `--theirs`, then the file); then start again."
+            )
 
 
 def read_yaml(path: Path) -> Any:

@@ -92,6 +92,12 @@ def read_outcome(folder: Path) -> Stopped | Failed | Killed:
     return Killed()
 
 
+def is_open(folder: Path) -> bool:
+    """Whether there is a job whose attempt has not ended."""
+    ended = any((folder / name).exists() for name in (RESULT, ERROR, STOPPED))
+    return (folder / JOB).exists() and not ended
+
+
 def clear_outcome(folder: Path) -> None:
     """Remove what an earlier attempt left."""
     for name in (RESULT, ERROR, STOPPED):
@@ -100,7 +106,14 @@ def clear_outcome(folder: Path) -> None:
 
 def command(folder: Path, runtime: RuntimeSettings, devices: int, run: str) -> list[str]:
     """The torchrun command for one device, several devices, or several machines."""
-    where: Sequence[str] = ["--standalone"]
+    # Loopback by address: `--standalone` hangs where no resolver knows the name of the machine.
+    where: Sequence[str] = [
+        "--nnodes=1",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0",
+        f"--rdzv-id={run}",
+        "--local-addr=127.0.0.1",
+    ]
     if runtime.nodes > 1:
         where = [
             f"--nnodes={runtime.nodes}",

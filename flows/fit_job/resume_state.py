@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from flows.core.digest import digest_of
 from flows.core.files import read_json, write_json
+from flows.fit_job.job import JOB
 from rfdetr.errors import RFDETRError
 
 MAX_ATTEMPTS = 3
@@ -76,6 +77,18 @@ class FitState:
                 differing = {k for k in {*wanted, *other} if wanted.get(k) != other.get(k)}
                 if differing and differing <= set(NOT_SETTINGS):
                     return file.parent, [NOT_SETTINGS[name] for name in sorted(differing)]
+        return None
+
+    def other_effective_batch(self) -> int | None:
+        """The effective batch of a running training that differs in nothing else."""
+        for file in self.folder.parent.glob(f"*/{JOB}"):
+            with contextlib.suppress(ValidationError, RFDETRError):
+                other = RunRecord.model_validate(read_json(file.with_name("run.json"))).inputs
+                same = {
+                    key for key in {*self.inputs, *other} if self.inputs.get(key) == other.get(key)
+                }
+                if {*self.inputs, *other} - same == {"effective_batch"}:
+                    return int(other["effective_batch"])
         return None
 
     def mark_done(self) -> None:

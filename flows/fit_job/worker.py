@@ -20,6 +20,7 @@ from flows.core.files import read_json, write_json
 from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
 from flows.fit_job.job import ERROR, STOPPED, FitJob, FitResult, newest_checkpoint
+from flows.project.project import Project
 from flows.tracking.run import fit_logger
 from flows.tracking.system_metrics import SystemMetrics
 from rfdetr.config import SegmentationTrainConfig, TrainConfig
@@ -49,7 +50,8 @@ def train(folder: Path, env: Environment) -> FitResult | None:
     train_config = train_config.model_copy(update={"class_names": names})
     datamodule.model_config, datamodule.train_config = model_config, train_config
     module = RFDETRModule(model_config, train_config)
-    logger = fit_logger(folder, job.dataset["name"], job.run_name, env.tracking_uri)
+    store = Project(env=env).tracking_uri
+    logger = fit_logger(folder, job.dataset["name"], job.run_name, env.tracking_uri, store)
     trainer = _trainer(job, train_config, model_config, logger)
     checkpoint, problems = newest_checkpoint(folder)
     for problem in problems:

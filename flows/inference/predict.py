@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tempfile
 import time
 from collections.abc import Sequence
@@ -123,14 +124,23 @@ def find_version(registry: Registry, model: str | None) -> Version:
     """A version by number or alias (default: champion). Raises ConfigError if there is none."""
     if model is not None and model.isdecimal():
         return registry.version(int(model))
-    version = registry.by_alias(model or CHAMPION)
-    if version is None:
-        known = ", ".join(registry.aliases()) or "none"
-        raise ConfigError(
-            f"{registry.name} has no version with the alias '{model or CHAMPION}' (aliases: "
-            f"{known}). Run `rfdetr-pipeline retrain` first."
+    alias = model or CHAMPION
+    version = registry.by_alias(alias)
+    if version is not None:
+        return version
+    known = registry.aliases()
+    found = f"{registry.name} has no version with the alias '{alias}'"
+    if alias != CHAMPION:
+        near = difflib.get_close_matches(alias, known, 1)
+        advice = f"Did you mean {near[0]}?" if near else "A version number works too."
+    elif next(registry.tagged({}), None) is None:
+        advice = "Run `rfdetr-pipeline retrain` first."
+    else:
+        advice = (
+            "`rfdetr-pipeline doctor --repair` restores a champion whose alias was removed; "
+            "`rfdetr-pipeline promote VERSION --reason ...` chooses one."
         )
-    return version
+    raise ConfigError(f"{found} (aliases: {', '.join(known) or 'none'}). {advice}")
 
 
 def load_detector(artifacts: Path, **overrides: Any) -> RFDETR:

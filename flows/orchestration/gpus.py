@@ -15,6 +15,7 @@ from flows.orchestration.limits import slot
 from flows.project.project import Project
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+HELD = "RFDETR_GPU_SLOT"  # for child processes: the id of the process that holds the slot
 RETRY_S = 1.0
 WARN_AFTER_S = 60.0
 
@@ -25,12 +26,30 @@ LOGGER = logging.getLogger(__name__)
 def gpu_slot(project: Project, devices: int | None = None) -> Iterator[None]:
     """Hold slots of the GPU limit and as many GPUs of this machine; other flow runs wait.
 
-    `devices` defaults to what params.yaml says.
+    `devices` defaults to what params.yaml says. A child process of a holder has what it needs.
     """
+    own = str(os.getpid())
+    if os.environ.get(HELD, own) != own:
+        yield
+        return
     settings, state_dir = project.params.runtime, project.env.state_dir
     slots = wanted_slots(settings) if devices is None else devices
     gpus = 0 if settings.accelerator in {"cpu", "mps"} else slots
     with slot(settings.gpu_slot, slots, state_dir), claimed(gpus, state_dir):
+        os.environ[HELD] = own
+        try:
+            yield
+        finally:
+            os.environ.pop(HELD, None)
+
+
+@contextlib.contextmanager
+def gpu_of_command(project: Project, devices: int | None = 1) -> Iterator[None]:
+    """The same for a command that a user starts, which on a machine without a GPU needs none."""
+    if not visible_gpus() or project.params.runtime.accelerator in {"cpu", "mps"}:
+        yield
+        return
+    with gpu_slot(project, devices):
         yield
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flows.config.environment import Environment
-from flows.core.redact import redact
+from flows.core.redact import redact, redact_mapping
 from rfdetr.errors import ConfigError
 
 LOGGER = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ def _send_to_block(name: str, subject: str, body: str, _facts: Mapping[str, Any]
 def _post(address: str, subject: str, body: str, facts: Mapping[str, Any]) -> None:
     if not address.startswith(("https://", "http://")):
         raise ConfigError("RFDETR_NOTIFY_URL must start with https:// or http://")
-    message = {key: redact(str(v)) if isinstance(v, str) else v for key, v in facts.items()}
-    text = json.dumps({**message, "subject": subject, "text": body}, default=str)
+    message = {**redact_mapping(facts), "subject": subject, "text": body}
+    text = json.dumps(message, default=str)
     request = urllib.request.Request(  # noqa: S310 - the scheme is checked above
         address, data=text.encode(), headers={"Content-Type": "application/json"}
     )

@@ -10,6 +10,7 @@ import time
 from typing import Any
 from uuid import UUID
 
+COMMIT = "commit:"
 SETTLE_SECONDS = 30.0  # the automation that marks lost flow runs acts at the same time
 
 
@@ -30,6 +31,26 @@ def refusal(resumed: str, own: str) -> str | None:
     if first is not None and str(first.id) != own:
         return f"flow run {resumed} is already resumed by {first.id}"
     return None
+
+
+def record_commit(run: str, commit: str | None) -> None:
+    """Note the commit of a flow run, as a tag, for the flow run that resumes it."""
+    from prefect.client.orchestration import get_client
+
+    if commit is None:
+        return
+    with get_client(sync_client=True) as client:
+        tags = [tag for tag in client.read_flow_run(UUID(run)).tags if not tag.startswith(COMMIT)]
+        client.update_flow_run(UUID(run), tags=[*tags, COMMIT + commit])
+
+
+def commit_of(run: str) -> str | None:
+    """The commit that a flow run used, if it got that far."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        tags = client.read_flow_run(UUID(run)).tags
+    return next((tag.removeprefix(COMMIT) for tag in tags if tag.startswith(COMMIT)), None)
 
 
 def _settled(client: Any, run: UUID) -> Any:

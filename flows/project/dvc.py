@@ -99,6 +99,8 @@ def configure_dvc(root: Path, env: Environment) -> None:
         with Config(str(root / ".dvc"), validate=False).edit("local") as local:
             if not _has_git(root):
                 local["core"]["no_scm"] = True
+            else:  # git may have come later
+                local["core"].pop("no_scm", None)
             if env.dvc_cache is not None:
                 folder = str(env.dvc_cache.expanduser().absolute())
                 local["cache"].update(dir=folder, type=LINK_TYPES)
@@ -113,6 +115,12 @@ def configure_dvc(root: Path, env: Environment) -> None:
                 del local["core"]["remote"], local["remote"][REMOTE]
     except DvcConfigError as error:
         raise ConfigError(f"{root / '.dvc'}: {redact(str(error))}") from error
+
+
+def knows_git(root: Path) -> bool:
+    """Whether DVC's local settings exist, and say correctly whether the project is in git."""
+    local = root / ".dvc" / "config.local"
+    return local.is_file() and ("no_scm" in local.read_text(encoding="utf-8")) != _has_git(root)
 
 
 def _has_git(root: Path) -> bool:

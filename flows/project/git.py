@@ -8,10 +8,20 @@ from typing import Any
 from flows.core.process import CommandFailed, Line, run_streaming
 from rfdetr.errors import ConfigError
 
+SECONDS = 600.0
+
 
 def git(root: Path, *args: str, on_line: Line, **limits: Any) -> list[str]:
-    """Run one git command in `root` as a child process."""
-    return run_streaming(["git", *args], on_line, cwd=root, **limits)
+    """Run one git command in `root` as a child process, for at most ten minutes."""
+    return run_streaming(["git", *args], on_line, cwd=root, **{"timeout": SECONDS, **limits})
+
+
+def head_commit(root: Path) -> str | None:
+    """The commit that is checked out; None outside of git."""
+    try:
+        return git(root, "rev-parse", "HEAD", on_line=lambda _: None)[-1]
+    except CommandFailed:
+        return None
 
 
 def checkout(root: Path, ref: str, on_line: Line) -> None:

@@ -25,7 +25,8 @@ def prepare_workspace(project: Project, on_line: Line) -> None:
     pin_source(project)
     configure_dvc(project.root, project.env)
     if has_remote(project.root):
-        dvc(project.root, "pull", "--allow-missing", on_line=on_line)
+        limit = project.params.runtime.stage_timeout_s
+        dvc(project.root, "pull", "--allow-missing", on_line=on_line, timeout=limit)
     require_dataset(project, on_line)
 
 
@@ -49,8 +50,9 @@ def require_dataset(project: Project, on_line: Line) -> None:
 
 def _checked_out(project: Project, pointer: Path, on_line: Line) -> bool:
     """Check out the data of a pointer file from DVC's cache; False if it is not there."""
+    limit, name = project.params.runtime.stage_timeout_s, str(pointer.relative_to(project.root))
     try:
-        dvc(project.root, "checkout", str(pointer.relative_to(project.root)), on_line=on_line)
+        dvc(project.root, "checkout", name, on_line=on_line, timeout=limit)
     except CommandFailed:
         return False
     return True

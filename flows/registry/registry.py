@@ -6,6 +6,7 @@ Every operation can be repeated after a failure at any point; nothing is created
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tempfile
 import time
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from flows.core.redact import redact, redact_mapping
+from flows.registry.artifacts import has_files
 from flows.registry.model_folder import ModelFiles, build_model
 from rfdetr.errors import RFDETRError
 from rfdetr.tracking.client import experiment_id, tracking_client
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous_champion"
 MODEL_NAME = "detector"
+PAGE, SHOWN = 50, 20
+MISSING_FILES = (
+    "cannot be loaded: its files are missing from MLflow's artifacts. `rfdetr-pipeline doctor "
+    "--repair` restores them if models/trained still holds this model; otherwise restore the "
+    "artifacts from a backup, or promote a version that can be loaded."
+)
 
 
 class RegistryError(RFDETRError):
@@ -69,31 +77,38 @@ class Registry:
         """Log the model, unless one with these weights exists; returns the id of the logged model.
 
         `metrics` are the test metrics and `dataset` the (name, digest) of the dataset they belong
-        to. A model whose upload was interrupted is completed instead of logged again.
+        to. A model whose upload was interrupted, or whose files were deleted, is uploaded again.
         """
-        weights = files.weights_sha256
         where = [experiment_id(self.client, experiment, self.uri)]
+        model, ready = self._logged(where, files.weights_sha256, run_id)
+        if ready and has_files(self.client, model.model_id):
+            return str(model.model_id)
+        if model is None:
+            model = self.client.create_logged_model(
+                where[0], MODEL_NAME, run_id, params=files.params(), model_type="detector"
+            )
+        self.upload(model.model_id, model.source_run_id, files)
+        if not ready:
+            self._log_metrics(model.model_id, run_id, metrics or {}, dataset)
+            self.client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
+
+    def upload(self, model_id: str, run_id: str | None, files: ModelFiles) -> None:
+        """Store the model folder of a logged model, or store it again."""
+        with tempfile.TemporaryDirectory(prefix="rfdetr-model-") as folder:
+            path = Path(folder) / "model"
+            build_model(path, files, model_id=model_id, run_id=run_id)
+            self.client.log_model_artifacts(model_id, str(path))
+
+    def _logged(self, where: list[str], weights: str, run_id: str | None) -> tuple[Any, bool]:
+        """The logged model of these weights, and whether it was finished; (None, False) if new."""
         query = f"params.weights_sha256 = '{weights}' AND name = '{MODEL_NAME}'"
         found = self.client.search_logged_models(where, filter_string=query)
         ready = [m for m in found if str(m.status) == "READY"]
-        same_run = [m for m in ready if m.source_run_id == run_id]
-        if ready:
-            return str((same_run or ready)[0].model_id)
-        pending = [m for m in found if m.source_run_id == run_id]
-        model = (
-            pending[0]
-            if pending
-            else self.client.create_logged_model(
-                where[0], MODEL_NAME, run_id, params=files.params(), model_type="detector"
-            )
-        )
-        with tempfile.TemporaryDirectory(prefix="rfdetr-model-") as folder:
-            path = Path(folder) / "model"
-            build_model(path, files, model_id=model.model_id, run_id=run_id)
-            self.client.log_model_artifacts(model.model_id, str(path))
-        self._log_metrics(model.model_id, run_id, metrics or {}, dataset)
-        self.client.finalize_logged_model(model.model_id, "READY")
-        return str(model.model_id)
+        same_run = [m for m in found if m.source_run_id == run_id]
+        for model in ([m for m in ready if m in same_run] or ready)[:1]:
+            return model, True
+        return (same_run[0] if same_run else None), False
 
     def _log_metrics(
         self,
@@ -171,14 +186,9 @@ class Registry:
         return dict(model.tags) if model else {}
 
     def _model(self) -> RegisteredModel | None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self.client.get_registered_model(self.name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
+        """The registered model. A search, because MLflow's direct request loads all versions."""
+        found = self.client.search_registered_models(f"name = '{self.name}'", max_results=1)
+        return found[0] if found else None
 
     def version(self, number: int) -> Version:
         """A version by number. Raises RegistryError if it does not exist."""
@@ -189,22 +199,42 @@ class Registry:
         except MlflowException as error:
             if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
                 raise
-            numbers = sorted(v.number for v in self.versions()) or "none"
+            newest = [v.number for v in itertools.islice(self.tagged({}), SHOWN + 1)]
+            known = f"{'..., ' * (len(newest) > SHOWN)}{sorted(newest[:SHOWN]) or 'none'}"
             raise RegistryError(
-                f"{self.name} has no version {number}; known versions: {numbers}."
+                f"{self.name} has no version {number}; known versions: {known}."
             ) from None
         return _version(found)
 
+    def exists(self, number: int) -> bool:
+        """Whether there is a version of this number."""
+        try:
+            self.version(number)
+        except RegistryError:
+            return False
+        return True
+
     def versions(self) -> list[Version]:
-        """All versions, oldest first."""
-        found: list[Version] = []
+        """All versions, oldest first. Slow for a thousand: prefer `tagged`."""
+        return sorted(self.tagged({}), key=lambda version: version.number)
+
+    def tagged(self, tags: Mapping[str, str | None]) -> Iterator[Version]:
+        """The versions that have all these tags, newest first; None stands for any value.
+
+        The registry is asked for one page at a time, when it is needed.
+        """
+        query = f"name='{self.name}'"
+        for key, value in tags.items():
+            query += f" AND tags.`{key}` " + ("LIKE '%'" if value is None else f"= '{value}'")
         token = None
         while True:
-            page = self.client.search_model_versions(f"name='{self.name}'", page_token=token)
-            found.extend(map(_version, page))
+            page = self.client.search_model_versions(
+                query, max_results=PAGE, order_by=["version_number DESC"], page_token=token
+            )
+            yield from map(_version, page)
             token = page.token
             if not token:
-                return sorted(found, key=lambda version: version.number)
+                return
 
     def by_alias(self, alias: str) -> Version | None:
         """The version behind an alias, or None."""
@@ -216,14 +246,33 @@ class Registry:
         return self.by_alias(CHAMPION)
 
     def fetch(self, version: Version, folder: Path) -> Path:
-        """Download a version's model folder into `folder`; weights and card are in `artifacts`."""
+        """Download a version's model folder into `folder`; weights and card are in `artifacts`.
+
+        Raises RegistryError if its files are missing.
+        """
         import mlflow.artifacts
 
+        if not has_files(self.client, version.model_id):
+            raise RegistryError(f"{self.name} version {version.number} {MISSING_FILES}")
         with global_tracking_uri(self.uri):
             path = mlflow.artifacts.download_artifacts(
                 artifact_uri=f"models:/{version.model_id}", dst_path=str(folder)
             )
         return Path(path)
+
+    def active_run(self, version: Version) -> str | None:
+        """The id of the run that trained a version, or None if it was deleted."""
+        from mlflow.exceptions import MlflowException
+
+        if version.run_id is None:
+            return None
+        try:
+            stage = self.client.get_run(version.run_id).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return version.run_id if stage == "active" else None
 
     def experiment_of(self, run_id: str) -> str:
         """The id of the experiment that holds a run."""

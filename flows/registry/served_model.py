@@ -2,15 +2,22 @@
 
 The file is copied into the model folder, and must import `rfdetr` but nothing of `flows`. Each row
 of a request is one image; boxes are x1, y1, x2, y2 in pixels.
+
+Requests come from strangers. The model reads local files only below the folders in
+RFDETR_SERVE_FILES (separated by colons), and fetches URLs only from the hosts in RFDETR_SERVE_URLS
+(separated by commas, see `rfdetr.data.remote_images`). By default, both are empty, and the answer
+does not depend on what exists on this machine or in its network.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import difflib
+import logging
+import os
 import re
-import urllib.error
-import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +25,32 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.pyfunc.model import PythonModel
 from PIL import Image, UnidentifiedImageError
 
 from rfdetr.data.decode import ImageTooLargeError, Levels, open_image, to_rgb
+from rfdetr.data.remote_images import BusyError, UrlFetcher, listed
 
 LARGEST_BYTES = 64 << 20
 LARGEST_PIXELS = 100_000_000
-SECONDS = 20.0
 DATA_URI = re.compile(r"data:[\w/+.;=-]*,", re.IGNORECASE)
+PARAMS = ("threshold", "max_detections")
+
+
+FOLDERS = [os.path.realpath(folder) for folder in listed("RFDETR_SERVE_FILES", os.pathsep)]
+URLS = UrlFetcher(listed("RFDETR_SERVE_URLS", ","), max_bytes=LARGEST_BYTES)
 
 
 class DetectorModel(PythonModel):  # type: ignore[misc]
-    """Detections of images given as path, http(s) URL, base64 text, data URI, bytes or array."""
+    """Detections of images given as base64 text, data URI, bytes, array, or allowed path or URL."""
 
     def load_context(self, context: Any) -> None:
         """Load the weights of the model folder."""
         from rfdetr import RFDETR
 
         self.detector = RFDETR.from_checkpoint(context.artifacts["weights"])
+        _refuse_unknown_params()
 
     def predict(self, context: Any, model_input, params=None):  # type: ignore[no-untyped-def] # noqa: ARG002
         # with type hints, MLflow would replace the signature and drop the parameters
@@ -65,21 +79,68 @@ class DetectorModel(PythonModel):  # type: ignore[misc]
         }
 
 
+class _UnknownParams(logging.Filter):
+    """MLflow drops unknown parameters with a warning; here a request that has some is refused."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if not text.startswith("Unrecognized params"):
+            return True
+        unknown = re.findall(r"'([^']*)'", text.partition("]")[0])
+        near = [m for name in unknown for m in difflib.get_close_matches(name, PARAMS, 1)]
+        advice = f" Did you mean {near[0]}?" if near else ""
+        raise MlflowException.invalid_parameter_value(
+            f"unknown params: {', '.join(unknown)}. Known: {', '.join(PARAMS)}.{advice}"
+        )
+
+
+def _refuse_unknown_params() -> None:
+    logger = logging.getLogger("mlflow.models.utils")  # of MLflow 3.17
+    logger.setLevel(logging.WARNING)
+    if not any(type(known).__name__ == _UnknownParams.__name__ for known in logger.filters):
+        logger.addFilter(_UnknownParams())
+
+
 def read_images(model_input: Any, levels: Levels | None = None) -> list[Image.Image]:
     """The images of a request, as `read_image`. Raises one error that lists every invalid row."""
     rows = _rows(model_input)
+    fetched = _fetched(value for value in rows if _is_url(value))
     images, problems = [], []
     for index, value in enumerate(rows):
         try:
-            images.append(read_image(value, levels))
+            images.append(read_image(fetched[value] if _is_url(value) else value, levels))
         except (ValueError, OSError, Image.DecompressionBombError) as error:
             problems.append(f"row {index}: {error}")
     if problems:
         raise MlflowException.invalid_parameter_value(
-            "column 'image' needs a path, an http(s) URL, base64 text of an image file, or an "
-            f"array (height, width, 3) of uint8. {'; '.join(problems)}."
+            "column 'image' needs base64 text of an image file, an array (height, width, 3) of "
+            "uint8, or a path or http(s) URL that this server allows (RFDETR_SERVE_FILES, "
+            f"RFDETR_SERVE_URLS). {'; '.join(problems)}."
         )
     return images
+
+
+def _is_url(value: Any) -> bool:
+    return isinstance(value, str) and value.lower().startswith(("http://", "https://"))
+
+
+def _fetched(urls: Iterable[str]) -> dict[str, bytes | ValueError]:
+    """URL -> content or problem. Raises MlflowException (503) if too many requests fetch URLs."""
+    wanted = list(dict.fromkeys(urls))
+    if not wanted:
+        return {}
+    try:
+        found = URLS.fetch(wanted)
+    except BusyError:
+        raise MlflowException(
+            "this server is fetching the URLs of other requests. Try again, or send the images "
+            "themselves as base64 text.",
+            error_code=TEMPORARILY_UNAVAILABLE,
+        ) from None
+    return {
+        url: ValueError(f"{_shown(url)} {content}") if isinstance(content, ValueError) else content
+        for url, content in zip(wanted, found, strict=True)
+    }
 
 
 def _rows(model_input: Any) -> list[Any]:
@@ -109,12 +170,14 @@ def read_image(value: Any, levels: Levels | None = None) -> Image.Image:
 
     Raises ValueError or OSError.
     """
+    if isinstance(value, ValueError):
+        raise value
     if isinstance(value, Image.Image):
         return to_rgb(value, levels)
     if isinstance(value, np.ndarray | list | tuple):
         return _from_array(value)
     if isinstance(value, str):
-        data = _fetch(value)
+        data = _content(value)
     elif isinstance(value, bytes | bytearray):
         data = bytes(value)
     else:
@@ -145,41 +208,29 @@ def _from_array(value: Any) -> Image.Image:
     return Image.fromarray(array.astype(np.uint8))
 
 
-def _fetch(text: str) -> bytes:
-    if text.lower().startswith(("http://", "https://")):
-        return _download(text)
+def _content(text: str) -> bytes:
+    """The bytes of a data URI, of an allowed file, or of base64 text."""
     payload = text[match.end() :] if (match := DATA_URI.match(text)) else text
-    if match is None and len(text) < 4096 and "\n" not in text:
-        path = Path(text.removeprefix("file://"))
-        if _is_file(path):
-            if path.stat().st_size > LARGEST_BYTES:
-                raise ValueError(f"{text} is larger than {LARGEST_BYTES >> 20} MiB")
-            return path.read_bytes()
-        if path.suffix and len(path.suffix) <= 5:
-            raise ValueError(f"{text} is not a readable file on this machine")
+    path = None if match else _allowed_file(text)
+    if path is not None:
+        if not path.is_file():
+            raise ValueError(f"{_shown(text)} is not a readable file")
+        if path.stat().st_size > LARGEST_BYTES:
+            raise ValueError(f"{_shown(text)} is larger than {LARGEST_BYTES >> 20} MiB")
+        return path.read_bytes()
     try:
         return base64.b64decode(re.sub(r"\s+", "", payload), validate=True)
-    except binascii.Error:
-        raise ValueError(f"{_shown(text)} is not a file, a URL or base64 text") from None
+    except (binascii.Error, ValueError):
+        raise ValueError(f"{_shown(text)} is neither base64 text nor allowed") from None
 
 
-def _is_file(path: Path) -> bool:
-    """Whether a file exists; base64 text may be longer than the longest valid name."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def _download(url: str) -> bytes:
-    try:
-        with urllib.request.urlopen(url, timeout=SECONDS) as response:  # noqa: S310 - http(s) only
-            data = response.read(LARGEST_BYTES + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise ValueError(f"{_shown(url)} cannot be fetched: {error}") from None
-    if len(data) > LARGEST_BYTES:
-        raise ValueError(f"{_shown(url)} is larger than {LARGEST_BYTES >> 20} MiB")
-    return bytes(data)
+def _allowed_file(text: str) -> Path | None:
+    """The path in `text` if it is below an allowed folder, links followed."""
+    name = text.removeprefix("file://")
+    if not FOLDERS or len(text) > 4096 or "\0" in text or not Path(name).is_absolute():
+        return None
+    path = Path(os.path.realpath(name))
+    return path if any(path.is_relative_to(folder) for folder in FOLDERS) else None
 
 
 def _shown(value: Any) -> str:

@@ -144,7 +144,7 @@ def _interrupted_rollback(registry: Registry) -> AuditRecord | None:
     """The rollback that was started and not finished, unless it was followed by another move."""
     current, moves = registry.aliases().get(CHAMPION), history(registry)
     last_move = moves[-1].at if moves else ""
-    found = (_interrupted(version, current, "rollback") for version in registry.versions())
+    found = (_interrupted(v, current, "rollback") for v in registry.tagged({PENDING: None}))
     valid = [r for r in found if r and (r.version == current or r.at > last_move)]
     return max(valid, key=lambda record: record.at, default=None)
 
@@ -183,15 +183,38 @@ def _move_back(registry: Registry, record: AuditRecord) -> None:
 
 
 def history(registry: Registry) -> list[AuditRecord]:
-    """Every promotion and rollback, oldest first."""
-    sources = [registry.model_tags(), *(version.tags for version in registry.versions())]
+    """Every promotion and rollback, oldest first.
+
+    The registered model has all records, except perhaps that of an interrupted move, which is on a
+    version with an intent. Only a model without any may have them on its versions alone.
+    """
+    tags = registry.model_tags()
+    wanted = {PENDING: None} if any(key.startswith(AUDIT) for key in tags) else {}
+    sources = [tags, *(version.tags for version in registry.tagged(wanted))]
     records = {
         AuditRecord.model_validate_json(value)
-        for tags in sources
-        for key, value in tags.items()
+        for found in sources
+        for key, value in found.items()
         if key.startswith(AUDIT)
     }
     return sorted(records, key=lambda record: record.at)
+
+
+def lost_champion(registry: Registry) -> int | None:
+    """The last champion, if the alias `champion` was removed by hand and the version exists."""
+    if CHAMPION in registry.aliases():
+        return None
+    moves = history(registry)
+    return moves[-1].version if moves and registry.exists(moves[-1].version) else None
+
+
+def restore_champion(registry: Registry) -> int | None:
+    """Point `champion` at the last champion again if the alias was removed; returns its version."""
+    number = lost_champion(registry)
+    if number is not None:
+        registry.set_alias(CHAMPION, number)
+        _drop_challenger(registry, number)
+    return number
 
 
 def _checked_reason(reason: str) -> str:
@@ -276,7 +299,7 @@ def _champion_before(registry: Registry, number: int) -> int | None:
 
 def _existing(registry: Registry, number: int | None) -> Version | None:
     """The version, or None if it was deleted."""
-    return next((version for version in registry.versions() if version.number == number), None)
+    return registry.version(number) if number is not None and registry.exists(number) else None
 
 
 def _drop_challenger(registry: Registry, number: int) -> None:

@@ -11,7 +11,9 @@ from flows.core.digest import digest_of
 from flows.core.files import read_json, read_yaml
 from flows.project import workspace
 from flows.project.project import Project
+from flows.registry.artifacts import has_files
 from flows.registry.registry import CHAMPION, Registry, Version
+from flows.release.champion import lost_champion
 
 GATE_KEY = "gate.key"
 
@@ -51,13 +53,9 @@ def judged_version(project: Project) -> Version | None:
         return None
     registry, dataset = registry_of(project), str(current_version(project))
     champion = registry.aliases().get(CHAMPION)
-    known = [
-        v
-        for v in registry.versions()
-        if v.tags.get("lineage.dataset_version") == dataset
-        and (v.number == champion or ("gate.outcome" in v.tags and _settled(v)))
-    ]
-    return known[-1] if known else None
+    found = registry.tagged({"lineage.dataset_version": dataset})
+    known = (v for v in found if v.number == champion or ("gate.outcome" in v.tags and _settled(v)))
+    return next(known, None)
 
 
 def pinned_version(project: Project) -> DatasetVersion:
@@ -86,17 +84,27 @@ def _version(project: Project, *, pinned: bool) -> DatasetVersion:
     return DatasetVersion("content", project.dataset_digest())
 
 
-def is_released(project: Project) -> bool:
-    """Whether the trained model is registered, and was judged with the current parameters."""
+def unreleased(project: Project) -> str | None:
+    """What a release would do for the trained model, or None if there is nothing to do.
+
+    Nothing, if it is registered, was judged with the current parameters, and can be loaded, and if
+    the champion can be loaded too.
+    """
     card_file = project.model_card
     if not card_file.exists() or not _has_registry(project):
-        return False
-    weights = read_json(card_file)["weights_sha256"]
-    key = gate_key(project.params, project.dataset_digest())
-    return any(
-        v.weights_sha256 == weights and v.tags.get(GATE_KEY) == key and _settled(v)
-        for v in registry_of(project).versions()
-    )
+        return "the model is not registered"
+    registry, weights = registry_of(project), read_json(card_file)["weights_sha256"]
+    tags = {"weights.sha256": weights, GATE_KEY: gate_key(project.params, project.dataset_digest())}
+    known = next((v for v in registry.tagged(tags) if _settled(v)), None)
+    if known is None:
+        return "the model is not registered, or was not judged with these parameters"
+    lost = lost_champion(registry)
+    if lost is not None:
+        return f"the alias champion is missing; the last champion was version {lost}"
+    for version in (known, registry.champion()):
+        if version is not None and not has_files(registry.client, version.model_id):
+            return f"the files of version {version.number} are missing"
+    return None
 
 
 def gate_key(params: Params, digest: str) -> str:

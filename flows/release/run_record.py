@@ -16,7 +16,8 @@ from flows.registry.registry import RegistryError
 from flows.tracking.run import sync
 from rfdetr.files import sha256_file
 from rfdetr.tracking.client import experiment_id, tracking_client, valid_key
-from rfdetr.tracking.journal import flatten, read_state
+from rfdetr.tracking.delivery import deliver
+from rfdetr.tracking.journal import Journal, flatten, read_state
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,16 +30,16 @@ MAX_PARAMS, MAX_METRICS = 100, 1000  # in one call, set by MLflow
 def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
     """Add metrics, reports and lineage to the run of the fit stage; returns its id.
 
-    Unsent records of trainings are sent first. If the training never reached the server, its run
-    is created now. Repeating the call changes nothing, unless the results have changed, for example
-    after an evaluation with other settings.
+    Unsent records of this store's trainings, and of this model's, are sent first. If the training
+    never reached the server, its run is created now. Repeating the call changes nothing, unless the
+    results have changed, for example after an evaluation with other settings.
     """
     from mlflow.entities import RunTag
 
     uri = project.tracking_uri
-    for journal, problem in sync(project.env.state_dir, uri).items():
+    for folder, problem in sync(project.env.state_dir, uri).items():
         if problem:
-            LOGGER.warning("journal %s is still unsent: %s", journal, problem)
+            LOGGER.warning("journal %s is still unsent: %s", folder, problem)
     needed = (project.lock_file, project.model_card, project.fit_metrics, project.test_metrics)
     missing = [str(file.relative_to(project.root)) for file in needed if not file.is_file()]
     if missing:
@@ -48,6 +49,7 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
             "write dvc.lock; `dvc commit -f` accepts their results)."
         )
     card = read_json(project.model_card)
+    _send_journal(project, card, uri)
     client = tracking_client(uri)
     run_id = _known_run(client, card, project.env.state_dir) or _new_run(client, project, card)
     metrics = read_json(project.test_metrics)
@@ -71,6 +73,17 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
     return run_id
 
 
+def _send_journal(project: Project, card: Mapping[str, Any], uri: str) -> None:
+    """Send what is left of this model's journal, which was begun for another place of the store."""
+    folder = project.env.state_dir / "fit" / str(card.get("fingerprint"))
+    state = read_state(folder)
+    if state is None or state.uri not in (None, uri):
+        return
+    journal = Journal(folder, mask=redact)
+    if journal.unsent:
+        deliver(journal, uri)
+
+
 def _reports(project: Project) -> list[Path]:
     """Files and folders of the stages that the run keeps, under the same relative paths."""
     return [
@@ -92,17 +105,22 @@ def _add_report(client: MlflowClient, run_id: str, project: Project, path: Path)
 
 
 def _known_run(client: MlflowClient, card: Mapping[str, Any], state_dir: Path) -> str | None:
-    """The run in the model card, else the one in the training's journal, if it exists."""
+    """The run in the model card, else the one in the training's journal, if it exists.
+
+    A deleted run is restored.
+    """
     from mlflow.exceptions import MlflowException
 
     state = read_state(state_dir / "fit" / str(card.get("fingerprint")))
     for run_id in filter(None, [card.get("mlflow_run_id"), state and state.run_id]):
         try:
-            client.get_run(run_id)
+            found = client.get_run(run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
         else:
+            if found.info.lifecycle_stage == "deleted":
+                client.restore_run(run_id)
             return str(run_id)
     return None
 

@@ -67,7 +67,7 @@ def register(project: Project, flow_run: str | None = None) -> Registered:
     digest = card["dataset"]["digest"]
     lineage = _lineage(project, card, flow_run)
     run_id = complete_run(project, lineage)
-    files, export_parity = _model_files(project, project.trained / card["weights"], digest)
+    files, export_parity = model_files(project, project.trained / card["weights"], digest)
     numbers = read_json(project.test_metrics)
     metrics = {f"test/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
     quiet_libraries()  # importing Lightning resets the log levels
@@ -78,6 +78,9 @@ def register(project: Project, flow_run: str | None = None) -> Registered:
         metrics=metrics,
         dataset=(params.dataset.name, digest),
     )
+    restored = champion.restore_champion(registry)
+    if restored is not None:
+        print(f"the alias champion was missing: version {restored} is champion again", flush=True)
     version = registry.register(model_id, run_id=run_id, tags=lineage)
     # If the source has a new version with the same content, an existing version gets its name.
     registry.set_tags(version.number, {DATASET_VERSION: lineage[DATASET_VERSION]})
@@ -95,7 +98,7 @@ def register(project: Project, flow_run: str | None = None) -> Registered:
     return registered
 
 
-def _model_files(project: Project, weights: Path, digest: str) -> tuple[ModelFiles, bool]:
+def model_files(project: Project, weights: Path, digest: str) -> tuple[ModelFiles, bool]:
     """The files of the model folder, and whether the ONNX export agrees with the weights."""
     from flows.registry.image_profile import profile_once
     from flows.registry.onnx_export import export_once
@@ -121,10 +124,8 @@ def judge(project: Project, number: int) -> Verdict:
     challenger = scores_of(project, weights, f"version {number}", digest)
     parity = last_registered(project).export_parity
     challenger = challenger.model_copy(update={"export_parity": parity})
-    champion = registry.champion()
-    old = None
-    if champion is not None:
-        old = champion_scores(project, registry, champion, digest)
+    current = registry.champion()
+    old = None if current is None else champion_scores(project, registry, current, digest)
     tags = registry.version(number).tags
     reason = None
     if tags.get("promotion.rolled_back") == "true":
@@ -132,9 +133,9 @@ def judge(project: Project, number: int) -> Verdict:
     policy = GatePolicy(
         **params.gate.model_dump(),
         rolled_back=reason,
-        champion_origin=other_origin(project, registry.name, champion) if champion else None,
+        champion_origin=other_origin(project, registry.name, current) if current else None,
     )
-    verdict = decide(old, challenger, policy, champion.number if champion else None)
+    verdict = decide(old, challenger, policy, current.number if current else None)
     record_verdict(registry, number, verdict)
     registry.set_tags(number, {GATE_KEY: gate_key(params, digest)})
     write_text_atomic(project.verdict, verdict.model_dump_json(indent=2))
@@ -151,19 +152,21 @@ def other_origin(project: Project, name: str, champion: Version) -> str | None:
 
 def record_verdict(registry: Registry, number: int, verdict: Verdict) -> None:
     """Write a verdict, refusals included: tags of the version, JSON and Markdown on its run."""
-    metric, champion = verdict.policy.metric, verdict.champion
+    metric, compared = verdict.policy.metric, verdict.champion
     tags = {
         "gate.outcome": verdict.outcome,
         "gate.reason": verdict.reason,
         "gate.metric": metric,
         "gate.challenger": verdict.challenger.metrics.get(metric),
-        "gate.champion": champion.metrics.get(metric) if champion else "none",
+        "gate.champion": compared.metrics.get(metric) if compared else "none",
         "gate.champion_version": verdict.champion_version or "none",
         "gate.failed": ", ".join(r.name for r in verdict.rules if r.passed is False) or "none",
         "gate.at": now(),
     }
     registry.set_tags(number, tags)
     version, path = registry.version(number), f"gate/version-{number}"
+    if registry.active_run(version) is None:
+        return  # it was deleted; the tags of the version say the same
     registry.log_text(version, verdict.model_dump_json(indent=2), f"{path}.json")
     registry.log_text(version, verdict.to_markdown(), f"{path}.md")
 
@@ -242,12 +245,12 @@ def audit(project: Project) -> list[AuditRecord]:
 
 def summarise(project: Project, number: int, verdict: Verdict) -> dict[str, Any]:
     """The outcome of a flow run as plain data."""
-    champion = registry_of(project).champion()
+    current = registry_of(project).champion()
     return {
         "version": number,
         "outcome": verdict.outcome,
         "reason": verdict.reason,
-        "champion": champion.number if champion else None,
+        "champion": current.number if current else None,
         "metrics": dict(verdict.challenger.metrics),
     }
 

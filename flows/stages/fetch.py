@@ -43,7 +43,9 @@ def main(arguments: list[str]) -> int:
     """`python -m flows.stages.fetch NAME`."""
     match arguments:
         case [name] if not name.startswith("-"):
-            return run_stage(f"fetch {name}", ["sources"], functools.partial(fetch_source, name))
+            return run_stage(
+                f"fetch {name}", [("sources", name)], functools.partial(fetch_source, name)
+            )
     print(main.__doc__, file=sys.stderr)
     return 2
 

@@ -37,6 +37,7 @@ from rfdetr.tracking.journal import JOURNAL
 
 SECTIONS = ["dataset", "model", "fit"]
 JOIN_SECONDS = 600.0
+SAME_DEVICES = "Set runtime.devices to one number that all nodes have."
 # Code of the stage that does not shape the training: a change rewrites the outputs only.
 AFTER_TRAINING = {"flows/stages/trained_model.py"}
 
@@ -207,10 +208,21 @@ def join(project: Project) -> None:
         return
     folder = state.folder
     deadline = time.monotonic() + JOIN_SECONDS
-    while not (folder / jobs.JOB).exists():
+    while not jobs.is_open(folder):
+        batch = state.other_effective_batch()
+        if batch is not None:
+            raise FitError(
+                f"the first node trains with an effective batch of {batch}, which does not fit the "
+                f"{job.devices} devices of this machine. {SAME_DEVICES}"
+            )
         if time.monotonic() > deadline:
             raise FitError(f"{folder / jobs.JOB} did not appear. Is the state folder shared?")
         time.sleep(1.0)
+    first = FitJob.read(folder).devices
+    if first != job.devices:
+        raise FitError(
+            f"the first node uses {first} devices, this machine {job.devices}. {SAME_DEVICES}"
+        )
     run_streaming(
         jobs.command(folder, params.runtime, job.devices, folder.name),
         _say,

@@ -17,7 +17,7 @@ from rfdetr.errors import ConfigError
 
 def run_stage(
     name: str,
-    sections: Sequence[str],
+    sections: Sequence[str | tuple[str, str]],
     body: Callable[[Project], None],
     arguments: Sequence[str] = (),
 ) -> int:
@@ -51,15 +51,19 @@ def run_stage(
     return OK
 
 
-def check_unchanged(project: Project, sections: Sequence[str]) -> None:
-    """Raise ConfigError if params.yaml no longer holds the values that the stage used."""
-    used = project.params.snapshot(*sections)
-    now = load_params(project.params_file).snapshot(*sections)
+def check_unchanged(project: Project, sections: Sequence[str | tuple[str, str]]) -> None:
+    """Raise ConfigError if params.yaml no longer holds the values that the stage used.
+
+    `sections` are names of sections, or (section, field) for a single field.
+    """
+    only = {item if isinstance(item, str) else item[0]: item for item in sections}
+    used = project.params.snapshot(*only)
+    now = load_params(project.params_file).snapshot(*only)
     changed = [
         f"{section}.{field} was {value!r}, is {now[section].get(field)!r}"
         for section, fields in used.items()
         for field, value in fields.items()
-        if now[section].get(field) != value
+        if only[section] in (section, (section, field)) and now[section].get(field) != value
     ]
     if changed:
         raise ConfigError(

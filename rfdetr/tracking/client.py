@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import posixpath
 import re
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rfdetr.tracking.local_store import FOLDER, follow_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,12 +22,27 @@ MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 
 @lru_cache(maxsize=4)
 def tracking_client(uri: str) -> MlflowClient:
-    """A client with bounded waits; it neither reads nor changes MLflow's global tracking URI."""
+    """A client with bounded waits; it neither reads nor changes MLflow's global tracking URI.
+
+    The artifact locations of a SQLite store that was moved are corrected.
+    """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
+    # It logs the traceback of every database error, which the caller explains in one text.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    follow_database(uri)
+    _forget_locations()
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _forget_locations() -> None:
+    """Empty MLflow's cache of artifact folders, whose key is an id: copies of a store share ids."""
+    from mlflow.tracking._tracking_service import utils  # read in 3.17
+
+    getattr(utils, "_artifact_repos_cache", {}).clear()
 
 
 def local_store(folder: str | os.PathLike[str]) -> str:
@@ -43,7 +61,7 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     if found is None:
         artifacts = None
         if uri.startswith("sqlite:"):
-            root = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
+            root = Path(uri.removeprefix("sqlite:///")).absolute().parent / FOLDER
             artifacts = (root / re.sub(r"[^\w.-]+", "-", name)).as_uri()
         try:
             return str(

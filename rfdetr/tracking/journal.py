@@ -33,13 +33,18 @@ Record = dict[str, Any]
 
 
 class RunSpec(BaseModel):
-    """The MLflow run of a journal. Without a name MLflow makes one up."""
+    """The MLflow run of a journal. Without a name MLflow makes one up.
+
+    `store` names the tracking store that the run was begun for; only that one receives the journal
+    later. None means any.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     experiment: str
     name: str | None = None
     tags: dict[str, str] = {}
+    store: str | None = None
 
 
 class JournalState(BaseModel):
@@ -88,6 +93,11 @@ class Journal:
             if spec is None:
                 raise ConfigError(f"{self.folder} has no journal; start one with a RunSpec.")
             self.save(JournalState(spec=spec, key=uuid.uuid4().hex))
+        elif spec is not None and spec.store is not None:  # a resumed run may have a new store
+            kept = self.state
+            moved = kept.spec.model_copy(update={"store": spec.store})
+            if moved != kept.spec:
+                self.save(kept.model_copy(update={"spec": moved}))
 
     # --- the state beside the journal
 
@@ -107,6 +117,10 @@ class Journal:
     def run_id(self) -> str | None:
         """The MLflow run, None until a server was reached."""
         return self.state.run_id
+
+    def belongs_to(self, store: str | None) -> bool:
+        """Whether the run was begun for this store."""
+        return store is None or self.state.spec.store in (None, store)
 
     @property
     def unsent(self) -> int:

@@ -88,13 +88,15 @@ class Sender:
                 self._closing.wait(pause or INTERVAL)
 
 
-def unsent_journals(folder: str | os.PathLike[str], mask: Mask = str) -> list[Journal]:
-    """Journals below `folder` with records that MLflow does not have."""
+def unsent_journals(
+    folder: str | os.PathLike[str], mask: Mask = str, store: str | None = None
+) -> list[Journal]:
+    """Journals below `folder` with records that MLflow does not have; of one store, or of all."""
     found = []
     for file in sorted(Path(folder).rglob(JOURNAL)):
         try:
             journal = Journal(file.parent, mask=mask)
-            if journal.unsent:
+            if journal.unsent and journal.belongs_to(store):
                 found.append(journal)
         except (ConfigError, OSError) as error:
             log.warning("%s cannot be sent: %s", file, error)
@@ -102,9 +104,12 @@ def unsent_journals(folder: str | os.PathLike[str], mask: Mask = str) -> list[Jo
 
 
 def sync(folder: str | os.PathLike[str], uri: str, mask: Mask = str) -> dict[Path, str | None]:
-    """Send every unsent journal below `folder`: its folder -> None, or why it was not sent."""
+    """Send the unsent journals of the store `uri` below `folder`.
+
+    Returns the folder of each -> None, or why it was not sent.
+    """
     results: dict[Path, str | None] = {}
-    for journal in unsent_journals(folder, mask):
+    for journal in unsent_journals(folder, mask, mask(uri)):
         try:
             deliver(journal, uri)
             results[journal.folder] = None

@@ -127,7 +127,7 @@ def test_drift_found_by_the_worker_starts_a_retraining(
         pixels = noise.integers(0, 256, (96, 160, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     known = {run["id"] for run in live.runs()}
-    check = live.start_with("drift-check/hourly", source=str(tmp_path))
+    check = live.start_with("drift-check/drift-hourly", source=str(tmp_path))
     live.wait_final(check, "COMPLETED")
     retraining = next_run(live, known | {check})
     state = live.wait_final(retraining, "COMPLETED")
@@ -139,7 +139,7 @@ def test_batch_prediction_on_the_worker_writes_to_s3(
 ) -> None:
     build_demo(tmp_path / "data", train=1, valid=1, test=12)
     run = live.start_with(
-        "batch-predict/manual",
+        "batch-predict/batch-predict",
         source=str(tmp_path / "data/test"),
         out="s3://data/found",
         threshold=0.0,

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from flows.config.environment import Environment
 from flows.orchestration import gpus
+from flows.project.project import Project
+from tests.flows.projects import ROOT, environment, write_params
 
 HOLDER = """
 import sys, time
@@ -60,6 +63,43 @@ def test_a_machine_without_gpus_has_nothing_to_claim(
     with gpus.claimed(1, tmp_path):
         assert visible_to_children() == "all"
     assert list(tmp_path.iterdir()) == []
+
+
+BY_HAND = """
+import sys
+from pathlib import Path
+from flows.config.environment import Environment
+from flows.orchestration import gpus
+from flows.project.project import Project
+gpus._uuids = lambda: ["GPU-a", "GPU-b", "GPU-c"]
+env = Environment.read({"RFDETR_STATE_DIR": sys.argv[2]})
+with gpus.gpu_of_command(Project(Path(sys.argv[1]), env)):
+    import os; print(os.environ.get("CUDA_VISIBLE_DEVICES"))
+"""
+
+
+@pytest.mark.parametrize(("accelerator", "seen"), [("auto", "0"), ("cpu", "None")])
+def test_a_command_by_hand_claims_a_gpu_unless_it_runs_for_a_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerator: str, seen: str
+) -> None:
+    write_params(tmp_path, runtime={"accelerator": accelerator})
+    project = Project(tmp_path, Environment.read({"RFDETR_STATE_DIR": str(tmp_path / "state")}))
+    command = [sys.executable, "-c", BY_HAND, str(tmp_path), str(tmp_path / "state")]
+
+    def by_hand() -> str:
+        env = environment(tmp_path, PYTHONPATH=str(ROOT))
+        if gpus.HELD not in env:  # started elsewhere, not by this process
+            env.pop(gpus.VISIBLE, None)
+        return subprocess.check_output(command, text=True, env=env, timeout=60).strip()
+
+    assert by_hand() == seen
+    if accelerator == "cpu":
+        return
+    with gpus.claimed(1, tmp_path / "state"):
+        assert by_hand() == "1", "GPU 0 is in use"
+    with gpus.gpu_slot(project, 1):
+        assert by_hand() == "0", "a child of the holder uses the holder's GPU, and does not wait"
+    assert gpus.HELD not in os.environ
 
 
 def test_one_gpu_has_one_lock_whatever_it_is_called(

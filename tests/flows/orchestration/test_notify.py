@@ -60,3 +60,16 @@ def test_nothing_is_sent_when_nothing_is_configured(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("RFDETR_NOTIFY_URL", raising=False)
     monkeypatch.delenv("RFDETR_NOTIFY_BLOCK", raising=False)
     assert notify(Environment.read(), "a", "b") == []
+
+
+def test_secrets_in_nested_facts_are_masked(
+    listener: tuple[str, list[dict[str, str]]],
+) -> None:
+    address, received = listener
+    env = Environment.read({"RFDETR_NOTIFY_URL": address})
+    secret = "https://bot:Zq8vX2mN4pL7rT1w@host/x"
+    notify(env, "subject", "text", {"text": "other", "deep": {"list": [secret]}})
+    (sent,) = received
+    assert "Zq8vX2mN4pL7rT1w" not in json.dumps(sent)
+    assert "***@host" in json.dumps(sent)
+    assert sent["text"] == "text"

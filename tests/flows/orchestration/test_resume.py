@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Completed, Crashed, Failed, Running, State
 
+from flows import retrain
 from flows.orchestration import resume
+from flows.project.project import Project
 from tests.flows.prefect_fixtures import PrefectServer
 
 
@@ -67,3 +71,41 @@ def test_a_run_that_is_still_alive_is_left_alone(
     monkeypatch.setattr(resume, "SETTLE_SECONDS", 0.0)
     alive = run(client)
     assert "it is Running" in str(resume.refusal(alive, str(uuid.uuid4())))
+
+
+def test_the_commit_of_a_crashed_run_is_used_again(
+    client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The branch has moved since the crash; the run that resumes works on the old commit."""
+    origin, clone = tmp_path / "origin", tmp_path / "clone"
+    origin.mkdir()
+    git(origin, "init", "-q", "-b", "main")
+    git(origin, "config", "user.email", "test@localhost")
+    git(origin, "config", "user.name", "test")
+    commits = []
+    for text in ("old", "new"):
+        (origin / "code.txt").write_text(text)
+        git(origin, "add", ".")
+        git(origin, "commit", "-qm", text)
+        commits.append(git(origin, "rev-parse", "HEAD"))
+    crashed = run(client, Crashed())
+    resume.record_commit(crashed, commits[0])
+    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{origin}", str(clone))
+    own = run(client, resumes=crashed)
+    monkeypatch.setattr(retrain.runtime.flow_run, "id", own, raising=False)
+    monkeypatch.setattr(retrain.runtime.deployment, "id", "some deployment", raising=False)
+    lines: list[str] = []
+    monkeypatch.setattr(retrain, "log_line", lambda: lines.append)
+    retrain.use_code(Project(clone), None, crashed)
+    assert (clone / "code.txt").read_text() == "old"
+    assert resume.commit_of(own) == commits[0]
+    resume.record_commit(crashed, "0" * 40)  # lost by a force-push
+    retrain.use_code(Project(clone), None, crashed)
+    assert "The training starts again if the code has changed" in lines[-1]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()

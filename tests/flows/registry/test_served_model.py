@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import http.server
 import io
@@ -8,9 +9,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +27,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import scoring_server
 from PIL import Image
 
+from flows.registry import served_model
 from flows.registry.registry import Registry, global_tracking_uri
 from flows.registry.served_model import read_images
 from rfdetr import RFDETR
+from rfdetr.data.remote_images import UrlFetcher
 from tests.flows.mlflow_fixtures import free_port, stop, wait_for
 from tests.flows.models import NAMES, register_champion, write_model
 
@@ -43,9 +49,23 @@ def registered(
         yield registry
 
 
+def fetcher(*allowed: str, seconds: float = 20.0) -> UrlFetcher:
+    return UrlFetcher(allowed, max_bytes=1 << 20, seconds=seconds)
+
+
+@pytest.fixture
+def open_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`read_images` reads files below the temporary folder and URLs of this machine."""
+    monkeypatch.setattr(served_model, "FOLDERS", [os.path.realpath(tempfile.gettempdir())])
+    monkeypatch.setattr(served_model, "URLS", fetcher("127.0.0.1"))
+
+
 @pytest.fixture(scope="module")
 def champion(registered: Registry) -> Any:
-    return mlflow.pyfunc.load_model(f"models:/{registered.name}@champion")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RFDETR_SERVE_FILES", tempfile.gettempdir())
+        patch.setenv("RFDETR_SERVE_URLS", "127.0.0.1")
+        return mlflow.pyfunc.load_model(f"models:/{registered.name}@champion")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +138,7 @@ def test_threshold_and_largest_number_of_detections(champion: Any, image_file: P
             champion.predict(frame, params=params)
 
 
-def test_every_bad_row_is_named(tmp_path: Path, image_file: Path) -> None:
+def test_every_bad_row_is_named(open_model: None, tmp_path: Path, image_file: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes(image_file.read_bytes()[:300])
     rows = [
@@ -133,13 +153,13 @@ def test_every_bad_row_is_named(tmp_path: Path, image_file: Path) -> None:
     assert caught.value.get_http_status_code() == 400
     assert "row 0:" not in text
     assert all(f"row {index}:" in text for index in range(1, len(rows)))
-    assert "missing.jpg is not a readable file" in text and "cannot be fetched" in text
+    assert "missing.jpg' is not a readable file" in text and "cannot be fetched" in text
     assert "abcdef123456" not in text
     with pytest.raises(MlflowException, match=r"column 'image' is missing; found \['picture'\]"):
         read_images(pd.DataFrame({"picture": ["a"]}))
 
 
-def test_gray_palette_alpha_and_deep_images_are_read(tmp_path: Path) -> None:
+def test_gray_palette_alpha_and_deep_images_are_read(open_model: None, tmp_path: Path) -> None:
     for mode in ("L", "P", "RGBA", "LA", "CMYK", "I;16", "1"):
         path = tmp_path / f"{mode.replace(';', '')}.tiff"
         Image.new(mode, (5, 4)).save(path)
@@ -178,7 +198,7 @@ def test_scoring_server_takes_json_and_answers_400_to_bad_rows(
     bad = {"dataframe_split": {"columns": ["image"], "data": [["nothing"]]}}
     answer = client.post("/invocations", json=bad)
     assert answer.status_code == 400
-    assert "row 0: 'nothing' is not a file, a URL or base64 text" in answer.text
+    assert "row 0: 'nothing' is neither base64 text nor allowed" in answer.text
 
 
 def test_signature_example_and_files_of_the_model(champion: Any, registered: Registry) -> None:
@@ -190,6 +210,169 @@ def test_signature_example_and_files_of_the_model(champion: Any, registered: Reg
         str(registered.client.get_logged_model(champion.metadata.model_id).artifact_location)
     )
     assert len(champion.predict(example)) == 1
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        ("/etc/passwd", "/etc/nope"),
+        ("/etc/hosts", "/etc/hostz"),
+        ("file:///etc/passwd", "file:///etc/nope"),
+        ("/proc/self/environ", "/proc/self/environz"),
+        ("../../etc/passwd", "../../etc/nope"),
+        ("http://127.0.0.1:{port}/a.png", "http://127.0.0.1:9/a.png"),
+        ("HTTP://localhost:{port}/a.png", "HTTP://localhost:9/a.png"),
+        ("http://2130706433:{port}/a.png", "http://2130706433:9/a.png"),
+    ],
+)
+def test_by_default_the_answer_does_not_depend_on_files_and_network(
+    site: Site, image_file: Path, there: str, missing: str
+) -> None:
+    texts = []
+    for value in (there, missing):
+        value = value.format(port=site.port)
+        with pytest.raises(MlflowException) as caught:
+            read_images([value])
+        assert caught.value.get_http_status_code() == 400
+        texts.append(str(caught.value).replace(repr(value), "<value>"))
+    assert texts[0] == texts[1]
+    with pytest.raises(MlflowException, match=r"neither base64 text nor allowed|not a readable"):
+        read_images([str(image_file)])
+    assert site.asked == []
+
+
+def test_only_files_below_the_listed_folders_are_read(
+    tmp_path: Path, image_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_model, "FOLDERS", [str(tmp_path)])
+    (tmp_path / "in.png").write_bytes(image_file.read_bytes())
+    (tmp_path / "link.png").symlink_to(image_file)
+    assert len(read_images([str(tmp_path / "in.png"), f"file://{tmp_path}/in.png"])) == 2
+    for value in (tmp_path / "link.png", tmp_path / "../x.png", image_file, tmp_path / "no.png"):
+        with pytest.raises(MlflowException):
+            read_images([str(value)])
+
+
+class Site:
+    """A web server on this machine: an image, redirects, and pages that never end."""
+
+    def __init__(self, image: bytes) -> None:
+        site = self
+        self.asked: list[str] = []
+        self.location = ""
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                site.asked.append(self.path)
+                if self.path == "/redirect":
+                    self.send_response(302)
+                    self.send_header("Location", site.location)
+                    self.end_headers()
+                elif self.path.startswith("/drip"):
+                    site.drip(self)
+                else:
+                    self.send_response(200)
+                    self.end_headers()
+                    self.wfile.write(image)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def drip(self, request: Any) -> None:
+        head = request.path == "/drip-headers"
+        with contextlib.suppress(OSError):
+            request.wfile.write(b"HTTP/1.0 200 OK\r\nX-A: " if head else b"HTTP/1.0 200 OK\r\n\r\n")
+            for _ in range(600):
+                request.wfile.write(b"x")
+                request.wfile.flush()
+                time.sleep(0.1)
+
+    def url(self, path: str, host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.port}{path}"
+
+
+@pytest.fixture
+def site(image_file: Path) -> Iterator[Site]:
+    site = Site(image_file.read_bytes())
+    yield site
+    site.server.shutdown()
+    site.server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host", "fetched"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.0/8", "127.0.0.1", True),
+        ("localhost", "localhost", True),
+        ("LOCALHOST", "localhost", True),
+        ("*, 127.0.0.0/8", "localhost", True),
+        ("*", "localhost", False),  # a pattern never allows a private address
+        ("*", "127.0.0.1", False),
+        ("*", "[::ffff:127.0.0.1]", False),
+        ("*", "2130706433", False),
+        ("10.0.0.0/8", "127.0.0.1", False),
+        ("example.com", "localhost", False),
+        ("127.0.0.0/8", "localhost", False),  # names must be listed as names
+    ],
+)
+def test_hosts_and_private_addresses(site: Site, allowed: str, host: str, fetched: bool) -> None:
+    (found,) = fetcher(*allowed.split(", ")).fetch([site.url("/a.png", host)])
+    assert isinstance(found, bytes) == fetched
+    assert bool(site.asked) == fetched
+    assert fetched or str(found) == "is not on the list of allowed hosts"
+
+
+@pytest.mark.parametrize("target", ["http://localhost:{}/a.png", "file:///etc/passwd", "ftp://a/b"])
+def test_redirects_are_checked_like_the_url(site: Site, target: str) -> None:
+    site.location = target.format(site.port)
+    (found,) = fetcher("127.0.0.1").fetch([site.url("/redirect")])
+    assert str(found) == "is not on the list of allowed hosts"
+    assert site.asked == ["/redirect"]
+    site.location = "/a.png"
+    assert isinstance(fetcher("127.0.0.1").fetch([site.url("/redirect")])[0], bytes)
+    site.location = "/redirect"
+    assert "redirects" in str(fetcher("127.0.0.1").fetch([site.url("/redirect")])[0])
+
+
+@pytest.mark.parametrize("path", ["/drip", "/drip-headers"])
+def test_all_urls_of_a_request_share_one_time_limit(site: Site, path: str) -> None:
+    started = time.monotonic()
+    slow = fetcher("127.0.0.1", seconds=0.6)
+    found = slow.fetch([site.url(path), site.url(path), site.url("/a.png")])
+    assert all(isinstance(content, ValueError) for content in found)
+    assert time.monotonic() - started < 3
+
+
+def test_slow_urls_block_nobody(
+    site: Site, image_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_model, "URLS", fetcher("127.0.0.1", seconds=2.0))
+    with ThreadPoolExecutor(12) as pool:
+        slow = [pool.submit(read_images, [site.url("/drip")]) for _ in range(12)]
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert sum(request.done() for request in slow) == 10
+        assert len(read_images([encoded(image_file)])) == 1
+        with pytest.raises(MlflowException, match="fetching the URLs of other requests") as caught:
+            read_images([site.url("/a.png")])
+        assert caught.value.get_http_status_code() == 503
+        assert time.monotonic() - started < 1.5
+    assert {request.exception().get_http_status_code() for request in slow} == {400, 503}
+    assert len(read_images([site.url("/a.png")])) == 1
+
+
+def test_unknown_params_are_refused(champion: Any, image_file: Path) -> None:
+    frame = pd.DataFrame({"image": [encoded(image_file)]})
+    with pytest.raises(MlflowException, match=r"unknown params: treshold.*Did you mean threshold"):
+        champion.predict(frame, params={"treshold": 0.1})
+    body = {"inputs": {"image": [encoded(image_file)]}, "params": {"treshold": 0.1}}
+    answer = TestClient(scoring_server.init(champion)).post("/invocations", json=body)
+    assert (answer.status_code, "Did you mean threshold" in answer.text) == (400, True)
 
 
 OUTSIDE = """
@@ -210,7 +393,7 @@ def test_the_model_loads_in_another_folder_without_the_pipeline_and_without_pick
     assert not [p for p in folder.rglob("*") if p.suffix in {".pkl", ".pickle"}]
     held = {p.name for p in (folder / "artifacts").iterdir()}
     assert held == {"best.pth", "model.json", "model.onnx", "parity.json"}
-    command = [sys.executable, "-c", OUTSIDE, str(folder), str(image_file)]
+    command = [sys.executable, "-c", OUTSIDE, str(folder), encoded(image_file)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "1", done.stderr[-3000:]
 

@@ -12,12 +12,14 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from flows.config.environment import Environment
 from flows.config.params import parse_params
 from flows.config.sections import DatasetSettings, EvaluateSettings, RuntimeSettings
 from flows.core.digest import path_digest
 from flows.core.errors import explain
 from flows.core.files import write_json
-from flows.fit_job.job import command, newest_checkpoint, resolve_devices
+from flows.fit_job.job import FitJob, command, newest_checkpoint, resolve_devices
+from flows.fit_job.resume_state import FitState
 from flows.gate.decide import decide
 from flows.gate.score_cache import _cache_file
 from flows.gate.scoring import label_table, relabel, score_model
@@ -28,7 +30,7 @@ from flows.release import run_record
 from flows.stages import convert as convert_stage
 from flows.stages import evaluate, fit, validate
 from flows.stages.fit import AFTER_TRAINING, code_of_training
-from flows.stages.runner import run_stage
+from flows.stages.runner import check_unchanged, run_stage
 from flows.stages.trained_model import epoch_rows
 from flows.stages.validate import UNREADABLE, reasons_to_stop
 from rfdetr.checkpoints.record import CheckpointRecord
@@ -38,6 +40,7 @@ from rfdetr.data.demo import build_demo
 from rfdetr.errors import ConfigError
 from rfdetr.evaluation.box_table import EvaluationData, make_box_table
 from tests.flows.models import NAMES, write_model
+from tests.flows.projects import write_params
 
 ROOT = Path(__file__).parents[3]
 
@@ -79,7 +82,9 @@ def test_several_machines_meet_at_one_address(tmp_path: Path) -> None:
     assert "--nnodes=2" in line
     assert "--rdzv-endpoint=host:29500" in line
     assert "--nproc-per-node=4" in line
-    assert "--standalone" in command(tmp_path, RuntimeSettings(), 1, "run1")
+    alone = command(tmp_path, RuntimeSettings(), 1, "run1")
+    assert "--standalone" not in alone  # it needs a resolver that knows this machine
+    assert {"--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"} <= set(alone)
 
 
 def test_an_unreadable_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
@@ -273,3 +278,41 @@ def test_an_answer_of_mlflow_needs_no_traceback() -> None:
     text = explain(MlflowException("no run http://user:pass@host/x"))
     assert text.startswith("MLflow: no run")
     assert "pass" not in text
+
+
+@pytest.mark.parametrize(
+    ("batch", "devices", "words"),
+    [(8, 1, "effective batch of 8, which does not fit the 1"), (4, 2, "uses 2 devices, this")],
+)
+def test_a_node_with_other_devices_cannot_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, devices: int, words: str
+) -> None:
+    mine = FitJob(
+        model={"variant": "nano"}, train={}, initial="", precision="auto", accelerator="cpu",
+        devices=1, nodes=2, params={}, run_name="", dataset={},
+    )  # fmt: skip
+    inputs = {"data": "d", "effective_batch": 4}
+    monkeypatch.setattr(fit, "plan", lambda _: mine)
+    monkeypatch.setattr(fit, "fingerprint", lambda *_: inputs)
+    first = FitState(tmp_path, {**inputs, "effective_batch": batch})
+    first.begin_attempt()
+    mine.model_copy(update={"devices": devices}).write(first.folder)
+    env = Environment.read({"RFDETR_STATE_DIR": str(tmp_path)})
+    write_params(tmp_path)
+    with pytest.raises(fit.FitError, match=words):
+        fit.join(Project(tmp_path, env))
+
+
+def test_a_fetch_depends_on_its_own_source_only(tmp_path: Path) -> None:
+    def write(mine: str, other: str) -> None:
+        uris = {"mine": {"uri": f"s3://{mine}"}, "other": {"uri": f"s3://{other}"}}
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump({"sources": uris}))
+
+    write("a/x", "b/x")
+    project = Project(tmp_path, Environment.read({"RFDETR_STATE_DIR": str(tmp_path)}))
+    _ = project.params
+    write("a/x", "changed/x")
+    check_unchanged(project, [("sources", "mine")])
+    write("changed/x", "b/x")
+    with pytest.raises(ConfigError, match=r"sources\.mine was"):
+        check_unchanged(project, [("sources", "mine")])

@@ -12,6 +12,8 @@ from mlflow import MlflowClient
 from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from flows.cli import doctor
+from flows.config.environment import Environment
 from flows.project.project import Project
 from flows.release.run_record import _add_report
 from flows.tracking.provenance import collect_provenance
@@ -122,3 +124,51 @@ def test_provenance_works_without_git(tmp_path: Path) -> None:
     found = collect_provenance(tmp_path)
     assert found.git_commit is None and found.git_dirty is None
     assert found.packages["torch"]
+
+
+def test_projects_of_one_user_do_not_mix_their_runs(
+    tracking_uri: str, migrated_database: Path, tmp_path: Path
+) -> None:
+    """Both trained offline, with one state folder; one project syncs, repairs, then the other."""
+    other = tmp_path / "other.db"
+    other.write_bytes(migrated_database.read_bytes())
+    stores = {"mine": tracking_uri, "theirs": f"sqlite:///{other}"}
+    env = Environment.read({"RFDETR_STATE_DIR": str(tmp_path / "state")})
+    for name, store in stores.items():
+        for ending in ("FINISHED", "FAILED", "KILLED", None, "done"):
+            folder = env.state_dir / "fit" / f"{name}-{ending}"
+            logger = fit_logger(folder, "demo", f"{name} {ending}", None, store)
+            logger.log_metrics({"loss": 1.0}, 1)
+            if ending in ("FINISHED", "FAILED", "KILLED"):
+                logger.journal.end(ending)
+            if ending == "done":  # killed between its last epoch and the end of the run
+                (folder / "done").write_text("{}")
+    assert len(unsent_journals(env.state_dir)) == 10
+    assert len(sync(env.state_dir, tracking_uri)) == 5
+    list(doctor._interrupted(env, tracking_uri, repair=True))
+    assert statuses(tracking_uri) == {
+        "mine FINISHED": "FINISHED",
+        "mine FAILED": "FAILED",
+        "mine KILLED": "KILLED",
+        "mine None": "KILLED",
+        "mine done": "FINISHED",
+    }
+    assert statuses(stores["theirs"]) == {}
+    sync(env.state_dir, stores["theirs"])
+    found = statuses(stores["theirs"])
+    assert found["theirs FINISHED"] == "FINISHED"
+    assert found["theirs None"] == found["theirs done"] == "RUNNING"
+    assert sync(env.state_dir, tracking_uri) == {}
+    list(doctor._interrupted(env, tracking_uri, repair=True))
+    assert statuses(stores["theirs"]) == found
+
+
+def statuses(uri: str) -> dict[str, str]:
+    return {run.info.run_name: run.info.status for run in runs(uri)}
+
+
+def test_a_resumed_run_belongs_to_the_store_that_it_was_resumed_with(tmp_path: Path) -> None:
+    fit_logger(tmp_path / "abc", "demo", "fit", None, "sqlite:///old.db").log_metrics({"a": 1.0}, 1)
+    fit_logger(tmp_path / "abc", "demo", "fit", None, "sqlite:///new.db").log_metrics({"a": 1.0}, 2)
+    assert unsent_journals(tmp_path, "sqlite:///old.db") == []
+    assert len(unsent_journals(tmp_path, "sqlite:///new.db")) == 1

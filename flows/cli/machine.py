@@ -1,0 +1,79 @@
+"""What `doctor` checks about the machine: folders, disk, git, names, addresses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.project.project import Project
+
+FREE_BYTES = 512 << 20
+ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+
+
+def machine_problems(project: Project) -> Iterator[str]:
+    """One text for each thing of this machine that a run would fail on."""
+    for folder, change in (
+        (project.root, "use a checkout of your own"),
+        (project.env.state_dir, "set RFDETR_STATE_DIR to another folder"),
+        (Path(tempfile.gettempdir()), "set TMPDIR to another folder"),
+    ):
+        yield from _folder_problems(folder, change)
+    yield from _git_problems(project.root)
+    for name in ENDPOINTS:
+        address = os.environ.get(name)
+        if address and not address.startswith(("http://", "https://")):
+            yield f"{name} must start with http:// or https://"
+
+
+def machine_notes() -> Iterator[str]:
+    """What is unusual, but works."""
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+    except OSError:
+        yield (
+            f"no resolver knows this machine's name, {socket.gethostname()}: trainings on several "
+            "nodes need runtime.rendezvous with an address"
+        )
+
+
+def _folder_problems(folder: Path, change: str) -> Iterator[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".rfdetr-"):
+            pass
+    except OSError as error:
+        yield f"{folder} cannot be written ({error.strerror}); {change}"
+        return
+    free = shutil.disk_usage(folder).free
+    if free < FREE_BYTES:
+        yield f"{folder} has only {free >> 20} MiB free; free some space, or {change}"
+
+
+def _git_problems(root: Path) -> Iterator[str]:
+    """A checkout of another user, whose commit would be missing from every record."""
+    if not any((folder / ".git").exists() for folder in (root, *root.parents)):
+        return
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--git-dir"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        yield "git does not work, so records would not name the commit; install it"
+        return
+    if done.returncode and "dubious ownership" in done.stderr:
+        yield (
+            f"git refuses {root}, which belongs to another user, so records would not name the "
+            f"commit; run `git config --global --add safe.directory {root}`"
+        )
+    elif done.returncode:
+        yield f"git refuses {root}: {done.stderr.strip()}"
