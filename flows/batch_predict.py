@@ -21,12 +21,13 @@ def batch_predict(
     source: str,
     out: str,
     model: str | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     draw: bool = False,
 ) -> dict[str, Any]:
     """Detect objects in every image of `source` and write COCO results to `out`.
 
     Both are folders or s3:// prefixes. `model` is an alias or version number (default: champion).
+    `threshold` defaults to the model's operating point, or 0.5 if it has none.
     To resume an interrupted flow run, start it again with the same `out`.
     """
     if runtime.deployment.id and not is_s3(out) and not Path(out).is_absolute():
@@ -43,11 +44,17 @@ def batch_predict(
 
 @task(**RETRIED)
 def detect(
-    project: Project, source: str, out: str, model: str | None, threshold: float, *, draw: bool
+    project: Project,
+    source: str,
+    out: str,
+    model: str | None,
+    threshold: float | None,
+    *,
+    draw: bool,
 ) -> dict[str, Any]:
     """Run `rfdetr-pipeline predict` as a child process; a retry resumes after the last batch."""
     command = ["flows.cli.main", "predict", source, "--out", out, "--json"]
-    command += ["--threshold", str(threshold)]
+    command += [] if threshold is None else ["--threshold", str(threshold)]
     command += ["--model", model] if model else []
     command += [] if draw else ["--no-draw"]
     lines: list[str] = []

@@ -47,6 +47,9 @@ def parameters() -> str:
     for name, kind in sections.items():
         parts += [f"## `{name}`", _summary(kind), _fields(kind)]
     parts += [
+        "## `slices`",
+        "Names with rules: `path:REGEX`, `file:LIST.txt`, `attribute:KEY` or a comparison of the "
+        "area; see [evaluation.md](evaluation.md#slices).",
         "## Variants",
         "Defaults that differ between the variants (`model: {variant: ...}`, or the classes of "
         "`rfdetr.config`).",

@@ -8,7 +8,8 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -101,6 +102,7 @@ class RFDETR(PublicNames):
         detector = sized.__new__(sized)
         network = build_network(config)
         detector._begin(network, config, load_record(network, config, record))
+        detector.model.weights = Path(file)
         return detector
 
     @property
@@ -167,6 +169,7 @@ class RFDETR(PublicNames):
         state.square = train_config.square_resize_div_64
         state.optimized = None
         state.dataset_dir = train_config.dataset_dir
+        state.weights = None
         state.origin = Origin(
             f"the {'' if complete else 'interrupted '}training in {train_config.output_dir}",
             averaged=complete and ema_network(trainer) is not None,
@@ -211,7 +214,7 @@ class RFDETR(PublicNames):
     def predict(
         self,
         images: Any,
-        threshold: float = 0.5,
+        threshold: float | Literal["operating_point"] = 0.5,
         shape: tuple[int, int] | None = None,
         *,
         include_source_image: bool | None = None,
@@ -230,9 +233,12 @@ class RFDETR(PublicNames):
         width) replaces the resolution of the network. Weights trained with
         square_resize_div_64=False see images as in validation: at their own aspect ratio, padded
         to the largest of the batch. A list is processed in batches of `batch_size`; at most two
-        are in memory. `dtype` float16 or bfloat16 runs the network in mixed precision. Raises
-        InputError or FileNotFoundError for anything that is not an image.
+        are in memory. `dtype` float16 or bfloat16 runs the network in mixed precision. The
+        threshold "operating_point" is the threshold per class in the model.json beside the weights,
+        as registered models have it. Raises InputError or FileNotFoundError for anything that is
+        not an image.
         """
+        least = self.model.threshold(threshold)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be an integer of at least 1; got {batch_size}.")
         refuse(others, PREDICT_OPTIONS, "predict()")
@@ -256,7 +262,7 @@ class RFDETR(PublicNames):
         found: list[supervision.Detections] = []
         with torch.inference_mode(), eval_mode(self.model.model):
             for batch in read_batches(sources, batch_size, self.model.config.grey_levels):
-                part = self.model.detect(batch, threshold, dtype, shape)
+                part = self.model.detect(batch, least, dtype, shape)
                 if include_source_image or (include_source_image is None and single):
                     for detections, image in zip(part, batch, strict=True):
                         detections.metadata["source_image"] = image.copy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
 from rfdetr.data.decode import Pixels
 from rfdetr.data.transforms import EvalTransform
 from rfdetr.data.upload import resized
+from rfdetr.errors import InputError
+from rfdetr.evaluation.operating_point import OperatingPoint, read_point
 from rfdetr.export.frozen import FrozenNetwork
 from rfdetr.model.network import RFDETRNetwork
 from rfdetr.model.postprocess import PostProcess, image_masks
@@ -23,6 +26,8 @@ from rfdetr.model.types import HostDetections
 
 if TYPE_CHECKING:
     import supervision
+
+AT_POINT = "operating_point"
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class DetectorState:
 
     `label_offset` is 1 if label i + 1 means `class_names[i]`. `square` is False if the weights were
     trained on images at their own aspect ratio. `optimized` is the fixed copy of the network that
-    predicts instead of it, if there is one. `origin` says which weights the network has,
-    `dataset_dir` on which data it was trained last.
+    predicts instead of it, if there is one. `origin` says which weights the network has, `weights`
+    is the file that they are unchanged from, `dataset_dir` the data it was trained on last.
     """
 
     def __init__(self, network: RFDETRNetwork, config: ModelConfig) -> None:
@@ -64,6 +69,9 @@ class DetectorState:
         self.optimized: FrozenNetwork | None = None
         self.origin = Origin("random initialisation")
         self.dataset_dir: str | None = None
+        self.weights: Path | None = None
+        self._point: OperatingPoint | None = None
+        self._point_of: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +82,31 @@ class DetectorState:
     def has_names(self) -> bool:
         """Whether the names of the classes are known."""
         return bool(self.class_names) or self.config.num_classes == COCO_CLASSES
+
+    @property
+    def operating_point(self) -> OperatingPoint | None:
+        """The operating point in the model.json beside the weights, if there is one.
+
+        Raises InputError if model.json is damaged or describes other weights.
+        """
+        if self.weights != self._point_of:
+            self._point = None if self.weights is None else read_point(self.weights)
+            self._point_of = self.weights
+        return self._point if self.weights is not None else None
+
+    def threshold(self, given: float | str) -> float | OperatingPoint:
+        """What `predict` was given, with the name "operating_point" resolved."""
+        if not isinstance(given, str):
+            return given
+        if given != AT_POINT:
+            raise InputError(f"threshold must be a number or '{AT_POINT}'; got {given!r}.")
+        if (point := self.operating_point) is None:
+            raise InputError(
+                f"{self.origin} have no operating point: there is none in a model.json beside the "
+                "file. Give a threshold; registered models have a point if "
+                "evaluate.operating_point was set."
+            )
+        return point
 
     def names(self) -> list[str]:
         """Names of the classes: of the data or the weights, else COCO's 80, else numbers."""
@@ -93,7 +126,7 @@ class DetectorState:
     def detect(
         self,
         images: Sequence[Pixels],
-        threshold: float,
+        threshold: float | OperatingPoint,
         dtype: torch.dtype = torch.float32,
         shape: tuple[int, int] | None = None,
     ) -> list[supervision.Detections]:
@@ -106,7 +139,11 @@ class DetectorState:
         half = dtype != torch.float32
         with torch.autocast(self.device.type, dtype if half else None, enabled=half):
             outputs: Any = network(self._batch(images, sizes, shape))
-        found = self.postprocess.on_host(outputs, torch.tensor(sizes), threshold)
+        point = threshold if isinstance(threshold, OperatingPoint) else None
+        lowest = threshold if not isinstance(threshold, OperatingPoint) else threshold.below_lowest
+        found = self.postprocess.on_host(outputs, torch.tensor(sizes), lowest)
+        if point is not None:
+            found = [_accepted(one, point) for one in found]
         return [self._detections(one, size) for one, size in zip(found, sizes, strict=True)]
 
     def _batch(
@@ -155,6 +192,12 @@ def _chosen(result: HostDetections, kept: Tensor) -> HostDetections:
     own: Any = result
     some: Any = {name: value[kept] for name, value in own.items() if name != "mask_logits"}
     return {**result, **some}
+
+
+def _accepted(result: HostDetections, point: OperatingPoint) -> HostDetections:
+    """The detections above the threshold of their class."""
+    kept = point.accepts(result["labels"].numpy(), result["scores"].numpy())
+    return _chosen(result, torch.from_numpy(kept))
 
 
 @contextmanager

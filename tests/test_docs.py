@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from flows.cli.main import parser
-from flows.config.params import SECTIONS, parse_params
+from flows.config.params import MAPPINGS, SECTIONS, parse_params
 from infra.generate_docs import documents
 from rfdetr.data.demo import build_demo
 
@@ -87,7 +87,7 @@ def test_every_deployment_exists() -> None:
 
 
 def test_every_parameter_is_accepted() -> None:
-    snippets = [code for code in CODE if re.match(rf"({'|'.join([*SECTIONS, 'sources'])}): ", code)]
+    snippets = [code for code in CODE if re.match(rf"({'|'.join([*SECTIONS, *MAPPINGS])}): ", code)]
     assert len(snippets) >= 5
     for snippet in snippets:
         parse_params(yaml.safe_load(snippet), origin=snippet)

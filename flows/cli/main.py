@@ -149,7 +149,11 @@ def _add(
 def _predict_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", help="files, folders or s3:// prefixes")
     parser.add_argument("--out", default="predictions", help="folder (default) or s3:// prefix")
-    parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="score threshold (default: the model's operating point, 0.5 if it has none)",
+    )
     parser.add_argument("--model", help="alias or version number (default: champion)")
     parser.add_argument("--no-draw", action="store_true", help="do not draw the detections")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from flows.config.batch_plan import plan_batch
 from flows.config.sections import (
     SET_ELSEWHERE,
+    SLICE_NAME,
     SOURCE_NAME,
     ConvertSettings,
     DatasetSettings,
@@ -32,11 +33,13 @@ from flows.config.sections import (
 )
 from flows.core.files import read_yaml
 from rfdetr.config import StrictConfig
-from rfdetr.errors import ConfigError
+from rfdetr.errors import ConfigError, InputError
+from rfdetr.evaluation.slice_rules import parse_rule
 
 PARAMS_FILE = "params.yaml"
 # Folders of the project that stages read as code or write.
 OWN_FOLDERS = {"models", "metrics", "reports", "plots", "flows", "rfdetr", "infra", ".dvc", ".git"}
+MAPPINGS = ("sources", "slices")  # sections whose keys the user chooses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +57,22 @@ class Params:
     registry: RegistrySettings
     runtime: RuntimeSettings
     sources: dict[str, SourceSettings] = dataclasses.field(default_factory=dict)
+    slices: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def snapshot(self, *sections: str) -> dict[str, Any]:
-        """The named sections (default: all but `sources`) as plain data."""
+        """The named sections (default: all but `sources` and `slices`) as plain data."""
         names = sections or tuple(SECTIONS)
-        known = [name for name in names if name != "sources"]
+        known = [name for name in names if name in SECTIONS]
         plain = {name: getattr(self, name).model_dump(mode="json") for name in known}
         if "sources" in names:
             plain["sources"] = {key: value.model_dump() for key, value in self.sources.items()}
+        if "slices" in names:
+            plain["slices"] = dict(self.slices)
         return plain
 
 
 SECTIONS: dict[str, type[StrictConfig]] = {
-    name: kind for name, kind in get_type_hints(Params).items() if name != "sources"
+    name: kind for name, kind in get_type_hints(Params).items() if name not in MAPPINGS
 }
 
 
@@ -93,8 +99,8 @@ def parse_params(data: Any, *, origin: str = PARAMS_FILE, needed: Iterable[str] 
         raise ConfigError(f"{origin}: expected sections, found {type(data).__name__}.")
     problems: list[str] = []
     for name in data:
-        if name not in (*SECTIONS, "sources"):
-            problems.append(unknown_name(str(name), "", [*SECTIONS, "sources"]))
+        if name not in (*SECTIONS, *MAPPINGS):
+            problems.append(unknown_name(str(name), "", [*SECTIONS, *MAPPINGS]))
     values = {
         name: _section(name, kind, data.get(name), problems) for name, kind in SECTIONS.items()
     }
@@ -102,13 +108,14 @@ def parse_params(data: Any, *, origin: str = PARAMS_FILE, needed: Iterable[str] 
     if dataset and registry and "name" not in registry.model_fields_set:
         values["registry"] = RegistrySettings(name=dataset.name)
     sources = _sources(data.get("sources"), problems)
+    slices = _slices(data.get("slices"), problems)
     problems.extend(_combinations(values))
     problems.extend(_dataset_place(dataset))
     problems.extend(_missing(data, needed))
     if problems:
         count = f"{len(problems)} mistake{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{origin} has {count}:\n" + "\n".join(f"- {p}" for p in problems))
-    return Params(**values, sources=sources)
+    return Params(**values, sources=sources, slices=slices)
 
 
 def _dataset_place(dataset: Any) -> Iterator[str]:
@@ -160,6 +167,25 @@ def _sources(data: Any, problems: list[str]) -> dict[str, SourceSettings]:
     }
 
 
+def _slices(data: Any, problems: list[str]) -> dict[str, str]:
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        problems.append(f"slices: expected names with their rules, found {data!r}.")
+        return {}
+    for key, value in data.items():
+        if not isinstance(key, str) or not re.fullmatch(SLICE_NAME, key):
+            problems.append(
+                f"slices: the name {key!r} must consist of letters, digits, '-', '_' and '.', and "
+                "begin with a letter or digit."
+            )
+        try:
+            parse_rule(str(key), value)
+        except InputError as error:
+            problems.append(f"slices.{key}: {error} (found {value!r}).")
+    return {str(key): str(value) for key, value in data.items()}
+
+
 def _needed_by(graph: Any) -> set[str]:
     """The sections and `section.field`s that a dvc.yaml tracks, or uses as `${section.field}`."""
     names: set[str] = set()
@@ -169,7 +195,7 @@ def _needed_by(graph: Any) -> set[str]:
         names.update(re.findall(r"\$\{(.+?)\}", json.dumps(stage)))
     fields = {f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields}
     used = names & fields
-    complete = names & {"sources", *SECTIONS}
+    complete = names & {*MAPPINGS, *SECTIONS}
     implied = {name.partition(".")[0] for name in used}
     return used | (complete - implied)
 
@@ -183,7 +209,7 @@ def _missing(data: dict[str, Any], needed: Iterable[str]) -> list[str]:
         if field and not (isinstance(value, dict) and field in value):
             default = json.dumps(SECTIONS[section].model_fields[field].default)
             add[name] = f"`{section}: {{{field}: {default}}}`"
-        elif section not in data or (section == "sources" and value is None):
+        elif section not in data or (section in MAPPINGS and value is None):
             add[name] = f"`{section}: {{}}`"
     if not add:
         return []
@@ -224,6 +250,14 @@ def _combinations(values: dict[str, Any]) -> list[str]:
             plan_batch(fit, runtime.devices * runtime.nodes)
         except ConfigError as error:
             problems.append(str(error))
+    evaluation, gate = values["evaluate"], values["gate"]
+    if evaluation is not None and gate is not None and evaluation.operating_point is None:
+        needed = []
+        if gate.metric == "f1_at_point":
+            needed.append("gate.metric: f1_at_point needs")
+        if gate.max_false_alarms_per_image is not None:
+            needed.append("gate.max_false_alarms_per_image: needs")
+        problems += [f"{text} evaluate.operating_point, for example f1." for text in needed]
     if runtime is not None and runtime.nodes > 1 and not runtime.rendezvous:
         problems.append("runtime.rendezvous: nodes > 1 require host:port of the first node.")
     return problems

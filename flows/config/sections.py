@@ -6,6 +6,7 @@ others (devices, workers, time limits), which DVC does not track.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -29,11 +30,15 @@ from rfdetr.config import (
     Workers,
     optional_fields,
 )
+from rfdetr.errors import InputError
+from rfdetr.evaluation.slice_rules import SliceRule
+from rfdetr.evaluation.targets import parse_target
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Variant = Annotated[str, Field(min_length=1)]
 
 SOURCE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"  # a folder of data/; DVC splits names at dots
+SLICE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 EVALUATOR_VERSION = 2  # increased when the same weights would get other numbers
 
@@ -190,10 +195,27 @@ class EvaluateSettings(Section):
     max_dets: int = Field(500, ge=1, description="Detections per image for metrics")
     score_threshold: float = Field(0.05, ge=0, lt=1, description="Minimum score written to files")
     pictures: int = Field(12, ge=0, le=100, description="Sample images in the report")
+    operating_point: str | None = Field(
+        None,
+        description="Score thresholds chosen on valid, for the best f1, or for a precision or "
+        "recall such as precision>=0.95; null: none",
+    )
 
-    def key(self) -> str:
-        """A key of what determines the numbers: split, number of detections, evaluator version."""
-        return digest_of([self.split, self.max_dets, EVALUATOR_VERSION])[:16]
+    @field_validator("operating_point")
+    @classmethod
+    def _known_target(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_target(value)
+            except InputError as error:
+                raise ValueError(str(error)) from None
+        return value and value.replace(" ", "")
+
+    def key(self, slices: Sequence[SliceRule] = ()) -> str:
+        """A key of what determines the numbers: these settings, slices, evaluator version."""
+        rules = [[rule.name, rule.kind, rule.value, sorted(rule.listed)] for rule in slices]
+        how = [self.split, self.max_dets, EVALUATOR_VERSION, self.operating_point, rules]
+        return digest_of(how)[:16]
 
 
 GateEvidence = Literal["superior", "non_inferior", "point"]
@@ -202,7 +224,7 @@ GateEvidence = Literal["superior", "non_inferior", "point"]
 class GateSettings(Section):
     """When a challenger replaces the champion."""
 
-    metric: Literal["map_50_95", "map_50", "map_75", "f1"] = Field(
+    metric: Literal["map_50_95", "map_50", "map_75", "f1", "f1_at_point"] = Field(
         "map_50_95", description="Metric that is compared"
     )
     floor: float = Field(0.0, ge=0, le=1, description="Minimum value for a first champion")
@@ -217,8 +239,15 @@ class GateSettings(Section):
         0.05, ge=0, le=1, description="Largest accepted drop of the AP of a class"
     )
     class_min_boxes: int = Field(20, ge=1, description="Classes with fewer boxes are ignored")
+    max_slice_drop: float = Field(
+        0.05, ge=0, le=1, description="Largest accepted drop of the mAP of a slice"
+    )
+    slice_min_boxes: int = Field(50, ge=1, description="Slices with fewer boxes are ignored")
     min_images: int = Field(50, ge=1, description="Minimum number of test images")
     allow_class_change: bool = Field(False, description="Accept another list of classes")
+    max_false_alarms_per_image: float | None = Field(
+        None, ge=0, description="Most false alarms per image at the operating point"
+    )
     max_latency_ms: float | None = Field(None, gt=0, description="Largest latency per image")
     max_size_mb: float | None = Field(None, gt=0, description="Largest weights file, 10^6 bytes")
     require_export_parity: bool = Field(True, description="ONNX must match the network")

@@ -114,6 +114,8 @@ fit:
 
 evaluate: {_flow({"split": facts.test_split})} # {_why_split(facts)}
 
+slices: {{}} # groups of test images with own numbers, as {{site: 'path:(?P<site>[^/]+)/'}}
+
 gate:
   metric: map_50_95
   floor: 0.0 # least value of a first champion; raise it to what you can use

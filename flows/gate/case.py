@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
-from flows.gate.verdict import GatePolicy, Rule, Scores
+import numpy as np
+
+from flows.gate.verdict import GatePolicy, Rule, Scores, SliceChange
 from rfdetr.errors import InputError
 from rfdetr.evaluation.bootstrap import Interval, paired_bootstrap
+from rfdetr.evaluation.evidence import MatchEvidence
 
 EPSILON = 1e-9  # smaller differences are rounding errors
 
@@ -15,6 +19,7 @@ class Case:
     """Champion (None before the first), challenger and policy.
 
     `interval` is the paired interval of the primary metric; without one, `no_interval` says why.
+    `slices` has the change of each slice that both models have, with its interval.
     """
 
     def __init__(self, champion: Scores | None, challenger: Scores, policy: GatePolicy) -> None:
@@ -27,6 +32,7 @@ class Case:
         self.no_interval = not_compared(self)
         if self.comparable:
             self.interval, self.no_interval = self._paired()
+        self.slices = self._slice_changes() if self.interval is not None else {}
 
     def _paired(self) -> tuple[Interval | None, str]:
         assert self.champion is not None
@@ -39,6 +45,20 @@ class Case:
             return paired_bootstrap(old, new, metric=self.policy.metric), ""
         except InputError as error:
             return None, str(error)
+
+    def _slice_changes(self) -> dict[str, SliceChange]:
+        assert self.champion is not None
+        changes = {}
+        for name in self.challenger.slices:
+            pair = [slice_evidence(scores, name) for scores in (self.champion, self.challenger)]
+            if pair[0] is None or pair[1] is None or not pair[1].positives.any():
+                continue
+            with contextlib.suppress(InputError):  # other boxes: the rule of the slice refuses
+                found = paired_bootstrap(pair[0], pair[1])
+                changes[name] = SliceChange(
+                    change=found.observed, lower=found.lower, upper=found.upper
+                )
+        return changes
 
     def value(self, scores: Scores) -> float:
         """The primary metric; NaN if missing."""
@@ -53,6 +73,14 @@ class Case:
     def new(self) -> float:
         """The challenger's value."""
         return self.value(self.challenger)
+
+
+def slice_evidence(scores: Scores, name: str) -> MatchEvidence | None:
+    """The matches of one slice; None if they were not recorded."""
+    found = scores.slices.get(name)
+    if found is None or found.members is None or scores.evidence is None:
+        return None if found is None else found.evidence
+    return scores.evidence.take(np.array(found.members, dtype=np.int64))
 
 
 def skip(name: str, reason: str) -> Rule:

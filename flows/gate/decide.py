@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from flows.config.sections import GateEvidence
-from flows.gate.case import EPSILON, Case, not_compared, skip
+from flows.gate.case import EPSILON, Case, skip
+from flows.gate.drops import class_drop, slice_drops
 from flows.gate.gain import gain, images_needed
 from flows.gate.verdict import GatePolicy, Outcome, Rule, Scores, Verdict
 
@@ -33,7 +34,7 @@ def decide(
     scored on the same test set with the same settings.
     """
     case = Case(champion, challenger, policy)
-    rules = [rule(case) for rule in RULES]
+    rules = [*(rule(case) for rule in RULES), *slice_drops(case)]
     outcome, failed = _outcome(rules)
     why = "; ".join(rule.reason for rule in failed)
     if not failed:
@@ -45,12 +46,13 @@ def decide(
         outcome=outcome,
         reason=why,
         rules=tuple(rules),
-        challenger=challenger.model_copy(update={"evidence": None}),
-        champion=champion and champion.model_copy(update={"evidence": None}),
+        challenger=challenger.without_evidence(),
+        champion=champion and champion.without_evidence(),
         champion_version=champion_version,
         interval=case.interval,
         images_needed=images_needed(case, policy.evidence),
         other_evidence=others,
+        slices=case.slices,
         policy=policy,
     )
 
@@ -172,26 +174,6 @@ def _floor(case: Case) -> Rule:
     )
 
 
-def _class_drop(case: Case) -> Rule:
-    if not case.comparable or case.champion is None:
-        return skip("class_drop", not_compared(case))
-    limit, worst, bad = case.policy.max_class_drop, 0.0, []
-    kept = set(case.challenger.class_names)
-    for name, old in case.champion.per_class.items():
-        if name not in kept or old.boxes < case.policy.class_min_boxes or math.isnan(old.ap):
-            continue
-        new = case.challenger.per_class.get(name)
-        drop = old.ap - new.ap if new else math.nan
-        if math.isnan(drop) or drop > limit + EPSILON:
-            bad.append(f"{name} {old.ap:.4f} -> {new.ap if new else math.nan:.4f}")
-        if not math.isnan(drop):
-            worst = max(worst, drop)
-    reason = f"largest drop of a class {worst:.4f}, allowed {limit:.4f}"
-    if bad:
-        reason = f"classes dropped by more than {limit:.4f}: " + ", ".join(bad)
-    return Rule(name="class_drop", passed=not bad, observed=worst, limit=limit, reason=reason)
-
-
 def _budget(name: str, field: str, unit: str) -> Callable[[Case], Rule]:
     def rule(case: Case) -> Rule:
         limit: float | None = getattr(case.policy, f"max_{field}")
@@ -205,6 +187,22 @@ def _budget(name: str, field: str, unit: str) -> Callable[[Case], Rule]:
         return Rule(name=name, passed=passed, observed=found, limit=limit, reason=reason)
 
     return rule
+
+
+def _false_alarms(case: Case) -> Rule:
+    limit = case.policy.max_false_alarms_per_image
+    if limit is None:
+        return skip("false_alarms", "no budget set")
+    point = case.challenger.operating_point
+    found = None if point is None else point.false_alarms
+    return Rule(
+        name="false_alarms",
+        passed=found is not None and found <= limit + EPSILON,
+        observed=found,
+        limit=limit,
+        reason=f"false alarms per image at the operating point "
+        f"{'not measured' if found is None else f'{found:.4f}'}, budget {limit:.4f}",
+    )
 
 
 def _export(case: Case) -> Rule:
@@ -232,9 +230,10 @@ RULES: tuple[Callable[[Case], Rule], ...] = (
     _min_images,
     _floor,
     gain,
-    _class_drop,
+    class_drop,
     _budget("latency", "latency_ms", "ms"),
     _budget("size", "size_mb", "MB"),
+    _false_alarms,
     _export,
     _approval,
 )

@@ -16,7 +16,7 @@ from rfdetr.errors import RFDETRError
 from rfdetr.files import sha256_file, write_text_atomic
 
 if TYPE_CHECKING:
-    from flows.gate.scoring import ScoredModel
+    from flows.gate.scored_model import ScoredModel
 
 CACHE_VERSION = 3  # increased when cached scores lack something that the gate needs
 
@@ -54,6 +54,7 @@ def scores_of(project: Project, weights: Path, label: str, digest: str) -> Score
         open_dataset(project.dataset_dir, project.env.state_dir),
         params.dataset,
         params.evaluate,
+        slices=project.slices,
         accelerator=params.runtime.accelerator,
         num_workers=params.runtime.num_workers,
     )
@@ -72,7 +73,7 @@ def _cache_file(project: Project, weights_sha256: str, digest: str) -> Path:
     """The file of the scores: per machine if the gate has a latency budget."""
     params = project.params
     machine = platform.node() if params.gate.max_latency_ms is not None else None
-    how = [params.evaluate.key(), params.evaluate.batch_size, params.dataset.layout]
+    how = [params.evaluate.key(project.slices), params.evaluate.batch_size, params.dataset.layout]
     where = [params.runtime.accelerator, machine]
     key = digest_of([CACHE_VERSION, weights_sha256, digest, *how, *where])[:32]
     return project.env.state_dir / "scores" / f"{key}.json"

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
 
 from flows.config.sections import GateEvidence, GateSettings
 from rfdetr.evaluation.bootstrap import Interval
+from rfdetr.evaluation.calibration import Calibration
 from rfdetr.evaluation.evidence import MatchEvidence
 
 Outcome = Literal["promote", "refuse", "approval", "no-op"]
@@ -31,6 +32,64 @@ class ClassScore(_Record):
     boxes: int
 
 
+class SliceScore(_Record):
+    """Numbers of one slice of the test set, as in `rfdetr.evaluation.slices.Slice`.
+
+    `map_50_95`, `map_50` and `f1` are None without boxes; `false_alarms` are per image. `members`
+    are the positions of its images; an area range has `evidence` of its own instead.
+    """
+
+    images: int
+    boxes: int
+    map_50_95: float | None
+    map_50: float | None
+    f1: float | None
+    false_alarms: float
+    members: tuple[int, ...] | None = None
+    evidence: Evidence | None = None
+
+
+class SliceChange(_Record):
+    """Challenger minus champion on one slice, in mAP, with the ends of its 95 % interval."""
+
+    change: float
+    lower: float
+    upper: float
+
+
+class ClassAtPoint(_Record):
+    """The threshold of a class, and what it gives on the test set at IoU 0.5.
+
+    `shared`: the class has few boxes and shares its threshold; `reached`: whether the target was
+    met on the split that the threshold was chosen on.
+    """
+
+    threshold: float
+    shared: bool
+    reached: bool
+    precision: float
+    recall: float
+
+
+class AtPoint(_Record):
+    """What the operating point gives on the test set at IoU 0.5.
+
+    `f1`, `precision` and `recall` are means over the classes with boxes, `false_alarms` are wrong
+    detections per image, and `detections` counts all accepted ones. `note` says which classes miss
+    the target and what was chosen instead.
+    """
+
+    target: str
+    chosen_on: str
+    f1: float
+    precision: float
+    recall: float
+    false_alarms: float
+    detections: int
+    note: str
+    classes: dict[str, ClassAtPoint]
+
+
 class Scores(_Record):
     """The scores of one model on one test set.
 
@@ -38,7 +97,8 @@ class Scores(_Record):
     different settings are not comparable. `metrics` are COCO-style numbers from 0 to 1,
     `latency_ms` is per image, measured on `latency_on`; `size_mb` counts 10^6 bytes. `evidence`
     holds the matches per image and class that the bootstrap resamples. `export_parity` is None if
-    the ONNX export was not compared with the weights.
+    the ONNX export was not compared with the weights. `slices` are in the order of params.yaml.
+    `operating_point` is None unless `evaluate.operating_point` is set.
     """
 
     model: str
@@ -55,6 +115,17 @@ class Scores(_Record):
     size_mb: float | None = None
     export_parity: bool | None = None
     evidence: Evidence | None = None
+    slices: dict[str, SliceScore] = {}
+    operating_point: AtPoint | None = None
+    calibration: Calibration | None = None
+
+    def without_evidence(self) -> Scores:
+        """The numbers alone, without what is recorded per image."""
+        slices = {
+            name: found.model_copy(update={"members": None, "evidence": None})
+            for name, found in self.slices.items()
+        }
+        return self.model_copy(update={"evidence": None, "slices": slices})
 
 
 class GatePolicy(GateSettings):
@@ -81,7 +152,7 @@ class Verdict(_Record):
     there was no champion. `interval` is the paired interval of the primary metric, whatever
     `gate.evidence` is, and `other_evidence` what the gate would have decided with its other two
     values. `images_needed` is how many test images would decide if the observed difference stays;
-    None if the test set is large enough.
+    None if the test set is large enough. `slices` has the change of each slice.
     """
 
     outcome: Outcome
@@ -93,6 +164,7 @@ class Verdict(_Record):
     interval: Interval | None = None
     images_needed: int | None = None
     other_evidence: dict[GateEvidence, Outcome] = {}
+    slices: dict[str, SliceChange] = {}
     policy: GatePolicy
 
     @property

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flows.core.names import local_names
 from flows.inference.coco_results import Row
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BATCH = 8
 DRAWN = "pictures"  # subfolder of the results
 
+Least = float | Literal["operating_point"]  # threshold
 Loaded = tuple[SourceImage, Any]  # with its RGB pixels, or the InputError of an unreadable file
 
 
@@ -67,7 +68,7 @@ def _load(
 
 
 def detect(
-    detector: RFDETR, batch: Sequence[Loaded], threshold: float, drawn: Mapping[str, Path]
+    detector: RFDETR, batch: Sequence[Loaded], threshold: Least, drawn: Mapping[str, Path]
 ) -> list[Row]:
     readable = [pixels for _, pixels in batch if not isinstance(pixels, InputError)]
     found = iter(detector.predict(readable, threshold=threshold) if readable else [])

@@ -142,7 +142,13 @@ def _measure(
         reference = ImageProfile.load(artifacts / PROFILE)
         detector = load_detector(artifacts, device=params.device)
         files = fetch_images(images, Path(temporary) / "images")
-        recent = profile_images(detector, files, limit=params.limit, threshold=reference.threshold)
+        recent = profile_images(
+            detector,
+            files,
+            limit=params.limit,
+            threshold=reference.threshold,
+            point=reference.point,
+        )
     report = compare(reference, recent, params.thresholds)
     draw_drift(reference, recent, report, root / PLOT)
     return report

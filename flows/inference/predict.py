@@ -15,9 +15,18 @@ from flows.core.digest import digest_of
 from flows.core.files import read_json
 from flows.core.locks import locked
 from flows.inference.coco_results import DATASET, PROGRESS, RESULTS, Progress, write_coco
-from flows.inference.detections import DRAWN, best_scores, detect, drawn_files, loaded, with_ids
+from flows.inference.detections import (
+    DRAWN,
+    Least,
+    best_scores,
+    detect,
+    drawn_files,
+    loaded,
+    with_ids,
+)
 from flows.inference.images import list_images
 from flows.project.project import Project
+from flows.registry.model_folder import DEFAULT_THRESHOLD
 from flows.registry.registry import CHAMPION, Registry, Version
 from flows.storage.objects import download, upload
 from flows.storage.prefixes import upload_tree
@@ -58,7 +67,7 @@ def predict_images(
     out: str,
     *,
     model: str | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     draw: bool = True,
 ) -> Predictions:
     """Detect objects in files, folders and s3:// prefixes.
@@ -66,20 +75,25 @@ def predict_images(
     Writes to the folder or s3:// prefix `out`: `detections.json` (a COCO dataset with scores),
     `results.json` (COCO results) and, with `draw`, images with the detections drawn in. After an
     interruption the same call resumes after the last finished batch, also on another machine if
-    `out` is on S3. Another model or threshold, or a change of `draw`, starts from scratch. Files
+    `out` is on S3. Without a threshold, the version's operating point decides, or 0.5 if it has
+    none. Another model or threshold, or a change of `draw`, starts from scratch. Files
     that are not valid images are skipped and listed in the results.
     """
-    if not 0 <= threshold <= 1:
+    if threshold is not None and not 0 <= threshold <= 1:
         raise ConfigError(f"threshold must be between 0 and 1; got {threshold}.")
     registry = Registry(project.params.registry.name, project.tracking_uri)
     version = find_version(registry, model)
+    at_point = threshold is None and version.operating_point is not None
+    least: Least = DEFAULT_THRESHOLD if threshold is None else threshold
+    if at_point:
+        least = "operating_point"
     folder = _working_folder(out, project.env.state_dir)
     images = list_images(sources, exclude=folder)
     header = {
         "model": registry.name,
         "version": version.number,
         "weights_sha256": version.weights_sha256,
-        "threshold": threshold,
+        "threshold": version.operating_point if at_point else least,
         "pictures": draw,
         "categories": "dataset",  # their ids
     }
@@ -99,7 +113,7 @@ def predict_images(
             drawn = drawn_files(images, folder) if draw else {}
             levels = detector.model_config.grey_levels
             for number, batch in enumerate(loaded(remaining, Path(temporary), levels)):
-                rows = detect(detector, batch, threshold, drawn)
+                rows = detect(detector, batch, least, drawn)
                 if number < SEARCHED and not any(row.get("boxes") for row in rows):
                     best = max([best, *best_scores(detector, batch)])
                 progress.add([with_ids(row, ids) for row in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
@@ -15,6 +16,8 @@ from flows.config.params import PARAMS_FILE, Params, load_params
 from flows.core.digest import path_digest
 from flows.core.files import read_yaml
 from flows.tracking.provenance import Provenance, collect_provenance
+from rfdetr.errors import ConfigError
+from rfdetr.evaluation.slice_rules import SliceRule, parse_rule, read_listed
 
 
 class Project:
@@ -44,14 +47,38 @@ class Project:
         """Git commit, uncommitted changes, packages and hardware."""
         return collect_provenance(self.root)
 
+    @cached_property
+    def slices(self) -> tuple[SliceRule, ...]:
+        """The rules of `slices`, with their list files read.
+
+        A list file is relative to the project folder, or else to the dataset folder. Raises
+        ConfigError that names every one that is missing.
+        """
+        rules, problems = [], []
+        for name, text in self.params.slices.items():
+            rule = parse_rule(name, text)
+            if rule.kind == "file":
+                places = (self.root / rule.value, self.dataset_dir / rule.value)
+                file = next((place for place in places if place.is_file()), None)
+                if file is None:
+                    problems.append(f"slices.{name}: neither {places[0]} nor {places[1]} exists.")
+                    continue
+                listed = read_listed(file.read_text(encoding="utf-8", errors="surrogateescape"))
+                rule = dataclasses.replace(rule, listed=listed)
+            rules.append(rule)
+        if problems:
+            raise ConfigError("\n".join([*problems, "Write one image path per line in the file."]))
+        return tuple(rules)
+
     def override(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
         """Write changes into params.yaml. Raises ConfigError and writes nothing if one is wrong."""
         write_overrides(self.root, changes)
-        self.__dict__.pop("params", None)
+        for name in ("params", "slices"):
+            self.__dict__.pop(name, None)
 
     def reload(self) -> None:
         """Forget what was read, after a checkout has changed the files."""
-        for name in ("params", "graph", "provenance"):
+        for name in ("params", "slices", "graph", "provenance"):
             self.__dict__.pop(name, None)
 
     def run_name(self, changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> str:
@@ -109,6 +136,11 @@ class Project:
         return self.trained / "model.json"
 
     @property
+    def registered_card(self) -> Path:
+        """Description of the registered model, if it has an operating point."""
+        return self.root / "models/registered/model.json"
+
+    @property
     def fit_metrics(self) -> Path:
         return self.root / "metrics/fit.json"
 
@@ -133,6 +165,16 @@ class Project:
     def validation(self) -> Path:
         """The dataset report; a Markdown and an HTML version lie beside it."""
         return self.reports / "validation.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """The evaluation report in Markdown; an HTML version lies beside it."""
+        return self.reports / "evaluation.md"
+
+    @property
+    def operating_point(self) -> Path:
+        """The operating point of the trained model, or null if none is asked for."""
+        return self.reports / "operating_point.json"
 
     @property
     def registered(self) -> Path:

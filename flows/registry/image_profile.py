@@ -7,19 +7,27 @@ from pathlib import Path
 from flows.config.sections import DatasetSettings
 from flows.core.digest import digest_of
 from flows.storage.packs import open_dataset
+from rfdetr.evaluation.operating_point import OperatingPoint
 from rfdetr.files import sha256_file
 
 PROFILE = "profile.npz"
 
 
 def profile_once(
-    data: Path, dataset: DatasetSettings, weights: Path, digest: str, state_dir: Path
+    data: Path,
+    dataset: DatasetSettings,
+    weights: Path,
+    digest: str,
+    state_dir: Path,
+    *,
+    point: OperatingPoint | None = None,
 ) -> Path:
     """The profile of a sample of every split, cached in the state folder.
 
-    `data` is the dataset folder, `digest` its content hash.
+    `data` is the dataset folder, `digest` its content hash. Boxes above the operating point count.
     """
-    key = digest_of([sha256_file(weights), digest])[:32]
+    seen = [sha256_file(weights), digest, *([point.to_dict()] if point else [])]
+    key = digest_of(seen)[:32]
     file = state_dir / "profiles" / key / PROFILE
     if not file.exists():
         from rfdetr import RFDETR
@@ -29,7 +37,8 @@ def profile_once(
         share = IMAGES // len(splits)
         sample = [path for paths in splits.values() for path in spread(paths, share)]
         detector = RFDETR.from_checkpoint(str(weights))
-        profile_images(detector, sample, fitted=splits.get("train", ())).save(file)
+        fitted = splits.get("train", ())
+        profile_images(detector, sample, fitted=fitted, point=point).save(file)
     return file
 
 

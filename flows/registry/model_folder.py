@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from flows.core.digest import digest_of
 from rfdetr.errors import CheckpointError
 from rfdetr.files import sha256_file
 
@@ -53,6 +54,12 @@ class ModelFiles(BaseModel):
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.card} cannot be read: {error}") from None
 
+    @property
+    def operating_point(self) -> str | None:
+        """Target and digest of the operating point, None without one."""
+        point = self.details.get("operating_point")
+        return point and f"{point['target']} {digest_of(point)[:12]}"
+
     def params(self) -> dict[str, str]:
         """Parameters of the logged model."""
         known = ("variant", "resolution", "class_names", "num_classes", "epochs", "best_epoch")
@@ -68,8 +75,11 @@ class ModelFiles(BaseModel):
         return {name: str(path) for name, path in files.items() if path is not None}
 
 
-def signature() -> Any:
-    """Input column `image`; output boxes, scores, labels, names; two parameters."""
+def signature(threshold: float | None = DEFAULT_THRESHOLD) -> Any:
+    """Input column `image`; output boxes, scores, labels, names; two parameters.
+
+    `threshold` is the default of that parameter; None stands for the operating point.
+    """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType, Array
@@ -88,7 +98,7 @@ def signature() -> Any:
         ),
         params=ParamSchema(
             [
-                ParamSpec("threshold", DataType.double, DEFAULT_THRESHOLD),
+                ParamSpec("threshold", DataType.double, threshold),
                 ParamSpec("max_detections", DataType.long, DEFAULT_MAX_DETECTIONS),
             ]
         ),
@@ -134,7 +144,7 @@ def build_model(path: Path, files: ModelFiles, *, model_id: str, run_id: str | N
             path=str(path),
             python_model=str(CODE),
             artifacts=files.artifacts(),
-            signature=signature(),
+            signature=signature(None if files.operating_point else DEFAULT_THRESHOLD),
             input_example=input_example(),
             pip_requirements=requirements,
             mlflow_model=Model(run_id=run_id, model_id=model_id),

@@ -34,6 +34,7 @@ MISSING_FILES = (
     "--repair` restores them if models/trained still holds this model; otherwise restore the "
     "artifacts from a backup, or promote a version that can be loaded."
 )
+POINT = "operating_point"
 
 
 class RegistryError(RFDETRError):
@@ -54,6 +55,11 @@ class Version(BaseModel):
     def weights_sha256(self) -> str | None:
         """Content hash of the weights."""
         return self.tags.get("weights.sha256")
+
+    @property
+    def operating_point(self) -> str | None:
+        """Target and digest of the operating point in the version's model.json, if it has one."""
+        return self.tags.get(POINT)
 
 
 class Registry:
@@ -77,11 +83,13 @@ class Registry:
         """Log the model, unless one with these weights exists; returns the id of the logged model.
 
         `metrics` are the test metrics and `dataset` the (name, digest) of the dataset they belong
-        to. A model whose upload was interrupted, or whose files were deleted, is uploaded again.
+        to. A model whose upload was interrupted, whose files were deleted, or whose operating point
+        is another one, is uploaded again.
         """
         where = [experiment_id(self.client, experiment, self.uri)]
         model, ready = self._logged(where, files.weights_sha256, run_id)
-        if ready and has_files(self.client, model.model_id):
+        same = ready and model.tags.get(POINT) == files.operating_point
+        if same and has_files(self.client, model.model_id):
             return str(model.model_id)
         if model is None:
             model = self.client.create_logged_model(
@@ -99,6 +107,7 @@ class Registry:
             path = Path(folder) / "model"
             build_model(path, files, model_id=model_id, run_id=run_id)
             self.client.log_model_artifacts(model_id, str(path))
+        self._tag_point(model_id, files)
 
     def _logged(self, where: list[str], weights: str, run_id: str | None) -> tuple[Any, bool]:
         """The logged model of these weights, and whether it was finished; (None, False) if new."""
@@ -109,6 +118,12 @@ class Registry:
         for model in ([m for m in ready if m in same_run] or ready)[:1]:
             return model, True
         return (same_run[0] if same_run else None), False
+
+    def _tag_point(self, model_id: str, files: ModelFiles) -> None:
+        if files.operating_point is not None:
+            self.client.set_logged_model_tags(model_id, {POINT: files.operating_point})
+        elif POINT in self.client.get_logged_model(model_id).tags:
+            self.client.delete_logged_model_tag(model_id, POINT)
 
     def _log_metrics(
         self,
@@ -143,10 +158,10 @@ class Registry:
         source = f"models:/{model_id}"
         query = f"name='{self.name}' and source_path='{source}'"
         known = self.client.search_model_versions(query)
+        model = self.client.get_logged_model(model_id)
         if known:
             number = min(int(version.version) for version in known)
         else:
-            model = self.client.get_logged_model(model_id)
             given = {k: str(v) for k, v in redact_mapping(tags or {}).items() if v is not None}
             given["weights.sha256"] = str(model.params.get("weights_sha256"))
             with global_tracking_uri(self.uri):
@@ -154,6 +169,11 @@ class Registry:
                     self.name, source, run_id=run_id, tags=given, model_id=model_id
                 )
             number = int(made.version)
+        point, before = model.tags.get(POINT), self.version(number).operating_point
+        if point is not None and point != before:
+            self.set_tags(number, {POINT: point})
+        elif point is None and before is not None:
+            self.delete_tag(number, POINT)
         aliases = self.aliases()
         if aliases.get(CHAMPION) != number and aliases.get(CHALLENGER) != number:
             self.set_alias(CHALLENGER, number)

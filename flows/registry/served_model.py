@@ -1,7 +1,8 @@
 """The served model. MLflow stores and runs this file as code, so no pickle is needed.
 
 The file is copied into the model folder, and must import `rfdetr` but nothing of `flows`. Each row
-of a request is one image; boxes are x1, y1, x2, y2 in pixels.
+of a request is one image; boxes are x1, y1, x2, y2 in pixels. Without the parameter `threshold`,
+the operating point in model.json decides, or 0.5 if there is none.
 
 Requests come from strangers. The model reads local files only below the folders in
 RFDETR_SERVE_FILES (separated by colons), and fetches URLs only from the hosts in RFDETR_SERVE_URLS
@@ -55,15 +56,17 @@ class DetectorModel(PythonModel):  # type: ignore[misc]
     def predict(self, context: Any, model_input, params=None):  # type: ignore[no-untyped-def] # noqa: ARG002
         # with type hints, MLflow would replace the signature and drop the parameters
         params = params or {}
-        threshold = float(params.get("threshold", 0.5))
-        most = int(params.get("max_detections", 300))
+        given, most = params.get("threshold"), int(params.get("max_detections", 300))
+        at_point = given is None and self.detector.model.operating_point is not None
+        threshold = 0.5 if given is None else float(given)
         if not 0 <= threshold < 1 or most < 1:
             raise MlflowException.invalid_parameter_value(
                 f"threshold must be in [0, 1) and max_detections at least 1; found {threshold} and "
                 f"{most}."
             )
         images = read_images(model_input, self.detector.model_config.grey_levels)
-        found = self.detector.predict(images, threshold=threshold) if images else []
+        least: Any = "operating_point" if at_point else threshold
+        found = self.detector.predict(images, threshold=least) if images else []
         return pd.DataFrame(
             [self._row(detections, most) for detections in found],
             columns=["boxes", "scores", "labels", "names"],

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flows.config.params import Params
 from flows.core.digest import digest_of
 from flows.core.files import read_json, read_yaml
 from flows.project import workspace
@@ -94,7 +93,7 @@ def unreleased(project: Project) -> str | None:
     if not card_file.exists() or not _has_registry(project):
         return "the model is not registered"
     registry, weights = registry_of(project), read_json(card_file)["weights_sha256"]
-    tags = {"weights.sha256": weights, GATE_KEY: gate_key(project.params, project.dataset_digest())}
+    tags = {"weights.sha256": weights, GATE_KEY: gate_key(project, project.dataset_digest())}
     known = next((v for v in registry.tagged(tags) if _settled(v)), None)
     if known is None:
         return "the model is not registered, or was not judged with these parameters"
@@ -107,9 +106,11 @@ def unreleased(project: Project) -> str | None:
     return None
 
 
-def gate_key(params: Params, digest: str) -> str:
+def gate_key(project: Project, digest: str) -> str:
     """Key of what a verdict depends on besides the models: gate, evaluation, dataset."""
-    return digest_of([params.gate.model_dump(), params.evaluate.key(), digest])[:16]
+    params = project.params
+    how = [params.gate.model_dump(), params.evaluate.key(project.slices), digest]
+    return digest_of(how)[:16]
 
 
 def _settled(version: Version) -> bool:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from flows.core.digest import digest_of
 from flows.core.files import read_json
 from flows.core.redact import redact, redact_mapping
+from flows.gate.report import HTML
+from flows.gate.verdict import Verdict
 from flows.project.project import Project
-from flows.registry.registry import RegistryError
+from flows.registry.registry import Registry, RegistryError
 from flows.tracking.run import sync
 from rfdetr.files import sha256_file
 from rfdetr.tracking.client import experiment_id, tracking_client, valid_key
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LOGGER = logging.getLogger(__name__)
+REPORTS = ("per_class.csv", "curves", "pictures", "evaluation.md", "evaluation.html")
 RECORDED = "pipeline.recorded"
 MAX_PARAMS, MAX_METRICS = 100, 1000  # in one call, set by MLflow
 
@@ -88,7 +91,7 @@ def _reports(project: Project) -> list[Path]:
     """Files and folders of the stages that the run keeps, under the same relative paths."""
     return [
         *(project.validation.with_suffix(suffix) for suffix in (".json", ".md", ".html")),
-        *(project.reports / name for name in ("per_class.csv", "curves", "pictures")),
+        *(project.reports / name for name in REPORTS),
         project.fit_picture,
         project.initial / "model.json",
         project.model_card,
@@ -163,3 +166,19 @@ def _add_numbers(client: MlflowClient, run_id: str, project: Project) -> None:
     ]
     for start in range(0, len(metrics), MAX_METRICS):
         client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+
+
+def add_comparison(registry: Registry, number: int, verdict: Verdict, report: Path) -> None:
+    """Store the report on the version's run, and the change of each slice as metrics."""
+    run_id = registry.active_run(registry.version(number))
+    if run_id is None:
+        return
+    for file in (report, report.with_suffix(HTML)):
+        registry.log_artifact(run_id, file, report.parent.name)
+    changes = {
+        valid_key(f"gate/slices.{name}.{end}"): float(getattr(change, end))
+        for name, change in verdict.slices.items()
+        for end in ("change", "lower", "upper")
+    }
+    if changes:
+        registry.append_metrics(run_id, changes)

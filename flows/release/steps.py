@@ -20,6 +20,7 @@ from flows.core.quiet import quiet_libraries
 from flows.core.redact import redact
 from flows.core.stopping import exit_on_sigterm
 from flows.gate.decide import decide
+from flows.gate.report import write_report
 from flows.gate.score_cache import champion_scores, scores_of
 from flows.gate.verdict import GatePolicy, Verdict
 from flows.orchestration.limits import registry_slot
@@ -31,6 +32,7 @@ from flows.release import champion
 from flows.release.champion import AuditRecord
 from flows.release.description import description
 from flows.release.freshness import GATE_KEY, gate_key, pinned_version, registry_of
+from rfdetr.evaluation.operating_point import OperatingPoint
 from rfdetr.files import write_text_atomic
 
 DATASET_VERSION = "lineage.dataset_version"
@@ -105,18 +107,40 @@ def model_files(project: Project, weights: Path, digest: str) -> tuple[ModelFile
 
     state_dir, dataset = project.env.state_dir, project.params.dataset
     exported = export_once(weights, state_dir)
+    point = _operating_point(project)
     files = ModelFiles(
         weights=weights,
-        card=project.model_card,
+        card=_description(project, point),
         onnx=exported.onnx,
         parity=exported.parity,
-        profile=profile_once(project.dataset_dir, dataset, weights, digest, state_dir),
+        profile=profile_once(project.dataset_dir, dataset, weights, digest, state_dir, point=point),
     )
     return files, exported.agrees
 
 
+def _operating_point(project: Project) -> OperatingPoint | None:
+    """What the stage `evaluate` chose."""
+    file = project.operating_point
+    found = read_json(file) if file.exists() else None
+    return found and OperatingPoint.from_dict(found)
+
+
+def _description(project: Project, point: OperatingPoint | None) -> Path:
+    """The model.json to register: that of the training, with the operating point if there is one.
+
+    The outputs of `fit` stay as they are, so the description with a point is a file of its own.
+    """
+    if point is None:
+        return project.model_card
+    card = {**read_json(project.model_card), "operating_point": point.to_dict()}
+    write_json(project.registered_card, card)
+    return project.registered_card
+
+
 def judge(project: Project, number: int) -> Verdict:
     """Score challenger and champion on the current test set, decide, and record the verdict."""
+    from flows.release.run_record import add_comparison
+
     params, registry = project.params, registry_of(project)
     digest = project.dataset_digest()
     card = read_json(project.model_card)
@@ -137,8 +161,10 @@ def judge(project: Project, number: int) -> Verdict:
     )
     verdict = decide(old, challenger, policy, current.number if current else None)
     record_verdict(registry, number, verdict)
-    registry.set_tags(number, {GATE_KEY: gate_key(params, digest)})
+    registry.set_tags(number, {GATE_KEY: gate_key(project, digest)})
     write_text_atomic(project.verdict, verdict.model_dump_json(indent=2))
+    write_report(challenger, project.evaluation, title=params.dataset.name, verdict=verdict)
+    add_comparison(registry, number, verdict, project.evaluation)
     return verdict
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from flows.core.files import new_folder, read_json, write_csv, write_json
 from flows.gate import score_cache
-from flows.gate.scoring import ScoredModel, score_model
+from flows.gate.report import write_report
+from flows.gate.scored_model import ScoredModel
+from flows.gate.scoring import score_model
 from flows.project.project import Project
 from flows.stages.runner import run_stage
 from flows.storage.packs import open_dataset
@@ -21,11 +23,23 @@ from rfdetr.evaluation.plots import draw_evaluation
 from rfdetr.evaluation.report import class_labels, standard_metrics
 from rfdetr.files import atomic_path, sha256_file
 
-SECTIONS = ["dataset", "evaluate"]
+SECTIONS = ["dataset", "evaluate", "slices"]
 
 
 def evaluate(project: Project) -> None:
-    """Score models/trained and write metrics, tables, curves, detections and pictures.
+    """Score models/trained and write metrics, tables, curves, detections, pictures and the report.
+
+    | file                                   | contents                                           |
+    |----------------------------------------|----------------------------------------------------|
+    | metrics/test.json                      | `numbers`                                          |
+    | reports/evaluation.md, evaluation.html | the report, from `Scores`; the gate adds the       |
+    |                                        | comparison with the champion                       |
+    | reports/operating_point.json           | `OperatingPoint.to_dict()` for the model's labels, |
+    |                                        | or null                                            |
+    | reports/detections.json                | detections in COCO's results format                |
+    | reports/per_class.csv, curves, pictures| tables for `dvc plots`, and plots                  |
+
+    The record of everything, `Scores`, is kept in the state folder for the gate.
 
     Raises ConfigError if the weights are not those that model.json describes.
     """
@@ -36,6 +50,7 @@ def evaluate(project: Project) -> None:
         open_dataset(project.dataset_dir, project.env.state_dir),
         params.dataset,
         params.evaluate,
+        slices=project.slices,
         accelerator=params.runtime.accelerator,
         num_workers=params.runtime.num_workers,
     )
@@ -48,16 +63,20 @@ def evaluate(project: Project) -> None:
     with new_folder(reports / "pictures") as folder:
         draw_evaluation(scored.result, scored.columns, names, scored.samples, folder)
     write_json(project.test_metrics, numbers(scored))
-    score_cache.keep(
-        project, scored, str(project.trained), digest
-    )  # the gate need not score it again
+    point = scored.model_point
+    write_json(project.operating_point, None if point is None else point.to_dict())
+    # the gate need not score it again
+    kept = score_cache.keep(project, scored, str(project.trained), digest)
+    write_report(kept, project.evaluation, title=params.dataset.name)
     main = scored.metrics()
     print(
         f"{params.evaluate.split} split, {scored.result.images} images: mAP "
         f"{main['map_50_95']:.4f}, mAP50 {main['map_50']:.4f}, F1 {main['f1']:.4f} at score "
-        f"{main['best_threshold']:.2f}; pictures in {reports / 'pictures'}",
+        f"{main['best_threshold']:.2f}; see {project.evaluation.with_suffix('.html')}",
         flush=True,
     )
+    if point is not None and (note := point.unreached()):
+        print(f"operating point: {note}", flush=True)
 
 
 def trained_weights(folder: Path) -> Path:
@@ -74,12 +93,10 @@ def trained_weights(folder: Path) -> Path:
 
 def numbers(scored: ScoredModel) -> dict[str, Any]:
     """metrics/test.json: metrics at `max_dets`, the COCO standard at 100, and AP per class."""
-    part = scored.result.segm or scored.result.bbox
-    assert part is not None
     return {
         "images": scored.result.images,
         **scored.metrics(),
-        "max_dets": part.summary.max_dets,
+        "max_dets": scored.part.summary.max_dets,
         "coco_100": {
             name.removeprefix("coco_"): value
             for name, value in standard_metrics(scored.result).items()
@@ -88,7 +105,25 @@ def numbers(scored: ScoredModel) -> dict[str, Any]:
         "latency_ms": scored.latency_ms,
         "latency_on": scored.latency_on,
         "size_mb": scored.size_mb,
+        **_optional(scored),
     }
+
+
+def _optional(scored: ScoredModel) -> dict[str, Any]:
+    """Numbers of what params.yaml asks for: slices and the operating point."""
+    names = ("images", "boxes", "map_50_95", "map_50", "f1", "false_alarms")
+    found: dict[str, Any] = {}
+    if scored.slices:
+        found["slices"] = {
+            slice_name: {name: getattr(row, name) for name in names}
+            for slice_name, row in scored.slices.items()
+        }
+    if (at_point := scored.at_point()) is not None:
+        found["operating_point"] = {
+            **at_point.model_dump(exclude={"classes", "note"}),
+            "thresholds": {name: row.threshold for name, row in at_point.classes.items()},
+        }
+    return found
 
 
 def write_detections(scored: ScoredModel, target: Path, threshold: float) -> None:
@@ -100,9 +135,7 @@ def write_detections(scored: ScoredModel, target: Path, threshold: float) -> Non
 
 def write_curves(scored: ScoredModel, names: Sequence[str], folder: Path) -> None:
     """Write precision_recall.csv, f1_threshold.csv and confusion_matrix.csv, for `dvc plots`."""
-    part = scored.result.segm or scored.result.bbox
-    assert part is not None
-    sweep = scored.result.sweep
+    part, sweep = scored.part, scored.result.sweep
     curves = [
         {"class": name, "recall": round(float(r), 2), "precision": round(float(p), 5)}
         for name, curve, boxes in zip(names, part.precision_curve, sweep.positives, strict=True)

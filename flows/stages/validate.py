@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from flows.config.params import Params
+from flows.gate.slice_images import add_findings
 from flows.project.project import Project
 from flows.stages.runner import run_stage
 from flows.storage.packs import open_dataset
@@ -13,7 +14,7 @@ from rfdetr.checks import CheckConfig, DatasetReport, check_dataset
 from rfdetr.errors import DatasetError
 from rfdetr.files import write_text_atomic
 
-SECTIONS = ["dataset", "model", "validate"]
+SECTIONS = ["dataset", "model", "validate", "slices"]
 SHOWN = 10
 UNREADABLE = {
     "file-case",
@@ -46,6 +47,7 @@ def validate(project: Project) -> None:
         cache_dir=env.state_dir / "checks",
         progress=sys.stderr.isatty(),
     )
+    report = add_findings(report, data, params.dataset, project.slices)
     report.write(file)
     write_text_atomic(file.with_suffix(".md"), to_markdown(report))
     write_html(report, file.with_suffix(".html"), data)

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rfdetr.arrays import Integers
+from rfdetr.arrays import Bools, Integers
 from rfdetr.errors import InputError
 from rfdetr.evaluation.box_table import EvaluationData, IouType
-from rfdetr.evaluation.matching import IOU_THRESHOLDS, match
+from rfdetr.evaluation.matching import AREA_RANGES, IOU_THRESHOLDS, match
 
-_FIELDS = ("positives", "image", "label", "score", "matched", "ignored")
+EVERY_AREA = (float(AREA_RANGES[0, 0]), float(AREA_RANGES[0, 1]))
+
+_FIELDS = ("positives", "image", "label", "score", "matched", "ignored", "accepted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,8 @@ class MatchEvidence:
     positives: (I, K) ground-truth boxes that count, per image and class.
     image, label: (D,) image and class index of each detection, in the order of evaluation.
     score: (D,). matched, ignored: (D,) bit t is set when the detection matched (or is ignored,
-    e.g. because of a crowd region) at IoU 0.5 + 0.05 t.
+    e.g. because of a crowd region) at IoU 0.5 + 0.05 t. accepted: (D,) whether the detection is
+    above the operating point, or without one reaches the threshold of the best F1.
     """
 
     positives: NDArray[np.int32]
@@ -35,12 +38,13 @@ class MatchEvidence:
     score: NDArray[np.float32]
     matched: NDArray[np.uint16]
     ignored: NDArray[np.uint16]
+    accepted: NDArray[np.bool_]
 
     def __post_init__(self) -> None:
         lengths = {len(getattr(self, name)) for name in _FIELDS[1:]}
         if self.positives.ndim != 2 or len(lengths) != 1:
             raise InputError(
-                "match evidence needs positives (images, classes) and five arrays of one length; "
+                "match evidence needs positives (images, classes) and six arrays of one length; "
                 f"found positives {self.positives.shape} and arrays of lengths {sorted(lengths)}"
             )
         for name, limit in (("image", self.positives.shape[0]), ("label", self.positives.shape[1])):
@@ -87,21 +91,27 @@ def collect_evidence(
     *,
     iou_type: IouType = "bbox",
     max_dets: int = 500,
+    area: tuple[float, float] = EVERY_AREA,
+    accepted: Bools | None = None,
 ) -> MatchEvidence:
     """Match detections to ground truth as the evaluator does and keep the flags per image.
 
-    The class axis follows ascending `class_ids`.
+    The class axis follows ascending `class_ids`. Boxes outside the range `area` are ignored, as in
+    the area ranges of COCO. `accepted` are flags of the rows of `data.detections`.
     """
     ids = np.unique(np.asarray(class_ids, dtype=np.int64))
-    matches = match(data, ids, iou_type, max_dets)
+    matches = match(data, ids, iou_type, max_dets, areas=np.array([area], dtype=np.float64))
     truth = data.truth
-    counted = ~truth.crowd & np.isin(truth.label, ids)
+    inside = (truth.area >= area[0]) & (truth.area <= area[1])
+    counted = ~truth.crowd & inside & np.isin(truth.label, ids)
     positives = np.zeros((len(data.image_ids), len(ids)), dtype=np.int32)
     np.add.at(positives, (truth.image[counted], np.searchsorted(ids, truth.label[counted])), 1)
     bits = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
     flags = np.zeros((2, len(matches.row)), dtype=np.uint16)  # zero unless near ground truth
     flags[0, matches.candidate] = matches.matched[:, :, 0] @ bits
+    flags[1] = np.where(matches.inside[:, 0], 0, bits.sum())  # outside, unless it is near a box
     flags[1, matches.candidate] = matches.ignored[:, :, 0] @ bits
+    chosen = np.zeros(len(data.detections), dtype=bool) if accepted is None else accepted
     return MatchEvidence(
         positives=positives,
         image=data.detections.image[matches.row].astype(np.int32),
@@ -109,4 +119,5 @@ def collect_evidence(
         score=matches.score.astype(np.float32),
         matched=flags[0],
         ignored=flags[1],
+        accepted=chosen[matches.row],
     )

@@ -49,12 +49,21 @@ class Matches:
     positives: Integers
 
 
-def match(data: EvaluationData, class_ids: Integers, iou_type: IouType, max_dets: int) -> Matches:
-    """Match the `max_dets` best detections of each image and class; `class_ids` (K,) ascend."""
+def match(
+    data: EvaluationData,
+    class_ids: Integers,
+    iou_type: IouType,
+    max_dets: int,
+    areas: Floats = AREA_RANGES,
+) -> Matches:
+    """Match the `max_dets` best detections of each image and class; `class_ids` (K,) ascend.
+
+    `areas` (A, 2) are the lowest and highest area of each range, inclusive.
+    """
     images = len(data.image_ids)
     truth_row, truth_group = _grouped(data.truth, class_ids, images)
     truth = data.truth.take(truth_row)
-    ignore = truth.crowd[:, None] | ~_inside(truth.area)
+    ignore = truth.crowd[:, None] | ~_inside(truth.area, areas)
     row, group = _grouped(data.detections, class_ids, images)
     rank = _rank_in_runs(group)
     kept = rank < max_dets
@@ -65,7 +74,7 @@ def match(data: EvaluationData, class_ids: Integers, iou_type: IouType, max_dets
     pairs = find(detections, group, truth, truth_group)
     candidate, matched, ignored = _assign(group, truth, ignore, pairs)
 
-    inside = _inside(detections.area)
+    inside = _inside(detections.area, areas)
     ignored |= ~matched & ~inside[candidate][:, None, :]
     label = group // max(1, images)
     by_score = np.argsort(-detections.score, kind="stable")
@@ -73,7 +82,7 @@ def match(data: EvaluationData, class_ids: Integers, iou_type: IouType, max_dets
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     by_place = np.argsort(place[candidate])
-    positives = np.zeros((len(class_ids), len(AREA_RANGES)), dtype=np.int64)
+    positives = np.zeros((len(class_ids), len(areas)), dtype=np.int64)
     np.add.at(positives, truth_group // max(1, images), ~ignore)
     return Matches(
         row=row[order],
@@ -88,8 +97,8 @@ def match(data: EvaluationData, class_ids: Integers, iou_type: IouType, max_dets
     )
 
 
-def _inside(area: Floats) -> Bools:
-    low, high = AREA_RANGES.T
+def _inside(area: Floats, areas: Floats) -> Bools:
+    low, high = areas.T
     outside: Bools = (area[:, None] < low) | (area[:, None] > high)
     return ~outside
 
@@ -222,7 +231,7 @@ def _assign(
     turn = _rank_in_runs(group[candidate])[pair_candidate]
     by_turn = np.argsort(turn, kind="stable")
     rounds = np.searchsorted(turn[by_turn], np.arange(turn.max() + 2 if len(turn) else 1))
-    shape = (len(IOU_THRESHOLDS), len(AREA_RANGES))
+    shape = (len(IOU_THRESHOLDS), ignore.shape[1])
     taken = np.zeros((len(truth), *shape), dtype=bool)
     matched = np.zeros((len(candidate), *shape), dtype=bool)
     ignored = np.zeros_like(matched)

@@ -21,7 +21,7 @@ from rfdetr.evaluation.evidence import MatchEvidence
 from rfdetr.evaluation.f1 import SCORE_THRESHOLDS, score_bins
 from rfdetr.evaluation.matching import IOU_THRESHOLDS
 
-Metric = Literal["map_50_95", "map_50", "map_75", "f1"]
+Metric = Literal["map_50_95", "map_50", "map_75", "f1", "f1_at_point"]
 METRIC_THRESHOLDS: dict[str, slice] = {  # positions in IOU_THRESHOLDS
     "map_50_95": slice(None),
     "map_50": slice(0, 1),
@@ -35,6 +35,8 @@ Statistic = Callable[[Integers], Floats]  # image weights (B, I) -> values (B,)
 
 def statistic(evidence: MatchEvidence, metric: Metric) -> Statistic:
     """The function that computes `metric`, NaN where no box was drawn."""
+    if metric == "f1_at_point":
+        return MacroF1AtPoint(evidence)
     return MacroF1(evidence) if metric == "f1" else MeanAveragePrecision(evidence, metric)
 
 
@@ -60,13 +62,13 @@ class _ClassCurve:
         return len(self._image)
 
     def average_precision(self, weights: Integers) -> Floats:
-        """AP (B,) of this class, mean over the thresholds; NaN where no positive was drawn."""
+        """AP (B, T) of this class at the thresholds; NaN where no positive was drawn."""
         total = weights @ self._positives
         needed = _needed(total)
         weight = weights[:, self._image].astype(np.int32)
         rank = np.cumsum(weight, axis=1, dtype=np.int32)
-        found = np.zeros(len(weights))
-        for hits, ignored in zip(self._true, self._ignored, strict=True):
+        found = np.zeros((len(weights), len(self._true)))
+        for t, (hits, ignored) in enumerate(zip(self._true, self._ignored, strict=True)):
             if len(hits):
                 true = np.cumsum(weight[:, hits], axis=1, dtype=np.int32)
                 before = rank[:, hits]
@@ -76,9 +78,8 @@ class _ClassCurve:
                     )
                     skipped = np.pad(skipped, ((0, 0), (1, 0)))
                     before = before - skipped[:, np.searchsorted(ignored, hits)]
-                found += _area(true, before, needed)
-        found /= len(self._true) * len(RECALL_POINTS)
-        return np.where(total > 0, found, np.nan)
+                found[:, t] = _area(true, before, needed) / len(RECALL_POINTS)
+        return np.where(total[:, None] > 0, found, np.nan)
 
 
 def _needed(total: Integers) -> Integers:
@@ -116,18 +117,29 @@ class MeanAveragePrecision:
 
     def __init__(self, evidence: MatchEvidence, metric: Metric = "map_50_95") -> None:
         classes = np.flatnonzero(evidence.positives.sum(axis=0) > 0)
+        self._thresholds = len(IOU_THRESHOLDS[METRIC_THRESHOLDS[metric]])
         self._curves = [
             _ClassCurve(evidence, int(label), METRIC_THRESHOLDS[metric]) for label in classes
         ]
 
     def __call__(self, weights: Integers) -> Floats:
         """The mAP (B,) with image i counted `weights[b, i]` times; NaN without any box."""
-        table = np.full((len(self._curves), len(weights)), np.nan)
-        for row, curve in zip(table, self._curves, strict=True):
+        return _mean_of_defined(self.at_thresholds(weights).mean(axis=2))
+
+    def at_thresholds(self, weights: Integers) -> Floats:
+        """AP (K, B, T) of each class at each IoU threshold, NaN without a box of the class."""
+        table = np.full((len(self._curves), len(weights), self._thresholds), np.nan)
+        for rows, curve in zip(table, self._curves, strict=True):
             step = max(1, CELLS_AT_ONCE // max(1, curve.size))
             for start in range(0, len(weights), step):
-                row[start : start + step] = curve.average_precision(weights[start : start + step])
-        return _mean_of_defined(table)
+                rows[start : start + step] = curve.average_precision(weights[start : start + step])
+        return table
+
+
+def mean_average_precisions(evidence: MatchEvidence, weights: Integers) -> tuple[Floats, Floats]:
+    """The mAP at IoU 0.50:0.95 and at 0.50, both (B,), in one pass."""
+    table = MeanAveragePrecision(evidence).at_thresholds(weights)
+    return _mean_of_defined(table.mean(axis=2)), _mean_of_defined(table[:, :, 0])
 
 
 class MacroF1:
@@ -160,6 +172,28 @@ class MacroF1:
     def _at_or_above(self, weight: Integers) -> Floats:
         table = np.bincount(self._cell, weight, minlength=self._shape[0] * self._shape[1])
         return np.asarray(np.cumsum(table.reshape(self._shape)[:, :0:-1], axis=1)[:, ::-1])
+
+
+class MacroF1AtPoint:
+    """The macro F1 of the accepted detections, at IoU 0.5, under image weights."""
+
+    def __init__(self, evidence: MatchEvidence) -> None:
+        counted = evidence.accepted & (evidence.ignored & 1 == 0)
+        self._positives = evidence.positives.astype(np.int64)
+        self._every = self._per_image(evidence, counted)
+        self._true = self._per_image(evidence, counted & (evidence.matched & 1 == 1))
+
+    @staticmethod
+    def _per_image(evidence: MatchEvidence, chosen: Bools) -> Integers:
+        table = np.zeros(evidence.positives.shape, dtype=np.int64)
+        np.add.at(table, (evidence.image[chosen], evidence.label[chosen]), 1)
+        return table
+
+    def __call__(self, weights: Integers) -> Floats:
+        """The F1 (B,) with image i counted `weights[b, i]` times; NaN without any box."""
+        positives, true, every = (weights @ t for t in (self._positives, self._true, self._every))
+        f1 = np.where(positives > 0, 2 * true / np.maximum(every + positives, 1), np.nan)
+        return _mean_of_defined(f1.T)
 
 
 def _mean_of_defined(table: Floats) -> Floats:

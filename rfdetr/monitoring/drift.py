@@ -172,7 +172,7 @@ def values_of(name: str, profile: ImageProfile) -> tuple[Floats, Integers]:
     """The values of a measure and the image number of each."""
     if name in profile.features:
         return profile.features[name].astype(np.float64), np.arange(len(profile))
-    boxes = profile.scores >= (0 if name == "scores" else profile.threshold)
+    boxes = profile.scores >= 0 if name == "scores" else profile.counted
     sources: dict[str, NDArray[Any]] = {
         "scores": profile.scores,
         "box_size": profile.sizes,

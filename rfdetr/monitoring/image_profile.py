@@ -21,11 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rfdetr.arrays import Integers
+from rfdetr.arrays import Bools, Integers
 from rfdetr.data.decode import Levels
 from rfdetr.data.image_input import ImageLike, height_and_width, read_image
 from rfdetr.data.transforms import MEAN, STD, preprocess
 from rfdetr.errors import InputError
+from rfdetr.evaluation.operating_point import OperatingPoint
 from rfdetr.files import atomic_path
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class ImageProfile:
 
     `features` have one number per image: brightness, contrast and sharpness of the resized image
     in 0..1; image_size, log2 of sqrt(width x height) in pixels; image_shape, log2 of width /
-    height; best_score; and boxes_per_image, the detections with a score of at least `threshold`.
+    height; best_score; and boxes_per_image, the detections that count: those above the operating
+    point `point`, or without one those with a score of at least `threshold`.
     Detection k belongs to image `owner[k]`; `sizes[k]` is the square root of its share of the
     image's area. `embeddings` (at most 256, D) are means of the last feature map for the images
     `embedded_images(n)`. `held_out` is False for images that the model was trained on, whose
@@ -70,6 +72,12 @@ class ImageProfile:
     class_names: tuple[str, ...]
     threshold: float = THRESHOLD
     unreadable: tuple[str, ...] = ()
+    point: OperatingPoint | None = None
+
+    @property
+    def counted(self) -> Bools:
+        """Which of the kept detections count as boxes."""
+        return counts_as_box(self.labels.astype(np.int64), self.scores, self.threshold, self.point)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -82,6 +90,7 @@ class ImageProfile:
             "class_names": self.class_names,
             "threshold": self.threshold,
             "unreadable": self.unreadable,
+            "point": self.point and self.point.to_dict(),
         }
         arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"feature.{name}": values for name, values in self.features.items()}
@@ -107,6 +116,8 @@ class ImageProfile:
             raise InputError(
                 f"{path} has another version of the profile format; register the model again."
             )
+        point = facts.pop("point", None)
+        facts["point"] = point and OperatingPoint.from_dict(point)
         fields: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()
         }
@@ -135,9 +146,11 @@ def profile_images(
     batch_size: int = BATCH_SIZE,
     limit: int = IMAGES,
     threshold: float = THRESHOLD,
+    point: OperatingPoint | None = None,
 ) -> ImageProfile:
     """The profile of at most `limit` evenly spaced `files`; `fitted` are training images.
 
+    Boxes are counted above the operating point, or without one from `threshold` on.
     Files that cannot be read are listed in `unreadable` and skipped. Raises InputError if none can
     be read.
     """
@@ -153,7 +166,7 @@ def profile_images(
                 collected.embeddings.append(maps.pop().float().mean(dim=(2, 3)).cpu())
     if not collected.files:
         raise InputError(f"None of the {len(chosen)} files is a readable image.")
-    return _profile(collected, tuple(detector.class_names), threshold)
+    return _profile(collected, tuple(detector.class_names), threshold, point)
 
 
 class _Collected:
@@ -226,10 +239,26 @@ def _pixel_features(inputs: Tensor) -> Tensor:
     return torch.stack([luma.mean(dim=(1, 2)), luma.std(dim=(1, 2)), sharpness], dim=1)
 
 
-def _profile(collected: _Collected, class_names: tuple[str, ...], threshold: float) -> ImageProfile:
+def counts_as_box(
+    labels: Integers, scores: NDArray[Any], threshold: float, point: OperatingPoint | None
+) -> Bools:
+    """Which detections (n,) are above the operating point, or without one reach `threshold`."""
+    reached: Bools = scores >= threshold
+    return reached if point is None else point.accepts(labels, scores)
+
+
+def _profile(
+    collected: _Collected,
+    class_names: tuple[str, ...],
+    threshold: float,
+    point: OperatingPoint | None,
+) -> ImageProfile:
     brightness, contrast, sharpness = torch.cat(collected.pixels).T.numpy()
     geometry = np.round(np.array(collected.geometry) * STEPS_PER_OCTAVE) / STEPS_PER_OCTAVE
-    counts = [int((found["scores"] >= threshold).sum()) for found in collected.found]
+    counts = [
+        int(counts_as_box(found["labels"], found["scores"], threshold, point).sum())
+        for found in collected.found
+    ]
     boxes = np.concatenate([found["boxes"] for found in collected.found])
     features = {
         "brightness": brightness,
@@ -255,4 +284,5 @@ def _profile(collected: _Collected, class_names: tuple[str, ...], threshold: flo
         class_names=class_names,
         threshold=threshold,
         unreadable=tuple(collected.unreadable),
+        point=point,
     )

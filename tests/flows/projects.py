@@ -43,6 +43,7 @@ TINY: dict[str, Any] = {
         "use_ema": False,
     },
     "evaluate": {"score_threshold": 0.0},
+    "slices": {},
     "gate": {"floor": 0.0, "min_images": 5, "class_min_boxes": 1000},
     "registry": {"name": "tiny"},
     "runtime": {"accelerator": "cpu", "num_workers": 0, "grace_s": 20},

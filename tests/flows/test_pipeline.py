@@ -19,7 +19,11 @@ from tests.flows.projects import make_project, run, write_params
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A git repository in which the pipeline has run once, with its own DVC cache."""
-    root = make_project(tmp_path_factory.mktemp("pipeline") / "project")
+    root = make_project(
+        tmp_path_factory.mktemp("pipeline") / "project",
+        evaluate={"operating_point": "f1"},
+        slices={"odd": r"path:[13579]\.jpg$", "small": "area<32**2"},
+    )
     run(root, "git", "init", "-q")
     run(root, "git", "config", "user.email", "test@localhost")
     run(root, "git", "config", "user.name", "test")
@@ -53,6 +57,14 @@ def test_every_stage_left_its_results(project: Path) -> None:
     truth = json.loads((project / "data/demo/train/_annotations.coco.json").read_text())
     ids = {category["name"]: category["id"] for category in truth["categories"]}
     assert card["category_ids"] == [ids[name] for name in card["class_names"]]
+    page = (project / "reports/evaluation.html").read_text()
+    text = (project / "reports/evaluation.md").read_text()
+    assert "<h2>Slices</h2>" in page and "<h2>Operating point</h2>" in page
+    assert "| odd | 4 |" in text
+    numbers = json.loads((project / "metrics/test.json").read_text())
+    assert list(numbers["slices"]) == ["odd", "small"]
+    point = json.loads((project / "reports/operating_point.json").read_text())
+    assert point["target"] == numbers["operating_point"]["target"] == "f1"
 
 
 def test_numbers_of_the_test_stage_equal_those_of_its_detections(project: Path) -> None:

@@ -66,6 +66,7 @@ def detect(test: TestSet, quality: float, random: np.random.Generator) -> MatchE
         score=(1 / (1 + np.exp(-score[order]))).astype(np.float32),
         matched=matched[order].astype(np.uint16),
         ignored=np.zeros(len(order), dtype=np.uint16),
+        accepted=np.zeros(len(order), dtype=bool),
     )
 
 

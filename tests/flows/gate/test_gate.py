@@ -44,6 +44,7 @@ def matches(hit_rate: float, seed: int = 0, images: int = 60) -> MatchEvidence:
         score=np.linspace(1, 0.5, images, dtype=np.float32),
         matched=np.where(hit, 1023, 0).astype(np.uint16),
         ignored=np.zeros(images, dtype=np.uint16),
+        accepted=np.zeros(images, dtype=bool),
     )
 
 

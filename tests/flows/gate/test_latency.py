@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flows.config.sections import EvaluateSettings
-from flows.gate import scoring
+from flows.gate import split_run
 from tests.flows.gate.test_gate import judge, rule, scores
 
 
@@ -33,7 +33,7 @@ def run(collector: Any, device: str, seconds: list[float], events: list[str]) ->
 
 
 def collector(monkeypatch: pytest.MonkeyPatch) -> Any:
-    made = scoring._Collector(EvaluateSettings(pictures=0), masks=False)
+    made = split_run.Collector(EvaluateSettings(pictures=0), masks=False)
     monkeypatch.setattr(made.evaluator, "update", lambda *_: None)
     return made
 
@@ -46,7 +46,7 @@ def test_the_first_call_is_not_timed_even_if_there_is_one_batch(
         run(timed, "cpu", seconds, events)
         assert len(events) == len(seconds) + 1
         assert 10 <= timed.latency_ms < 50  # 20 ms for two images, not 200
-        assert timed.device == scoring.device_name(torch.device("cpu"))
+        assert timed.device == split_run.device_name(torch.device("cpu"))
         assert "thread" in timed.device
 
 

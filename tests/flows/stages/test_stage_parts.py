@@ -139,6 +139,8 @@ def test_a_model_of_other_classes_scores_zero_and_the_gate_says_why(tmp_path: Pa
     "change",
     [
         {"evaluate": {"batch_size": 3}},
+        {"evaluate": {"operating_point": "f1"}},
+        {"slices": {"night": "path:night"}},
         {"dataset": {"layout": "yolo"}},
         {"runtime": {"accelerator": "gpu"}},
     ],
