@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from pydantic import BaseModel, ConfigDict
 
 from flows.config.sections import DatasetSettings
-from flows.gate.scoring import ScoredModel
+from flows.gate.scored_model import ScoredModel
 from rfdetr.arrays import Floats, Integers
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.decode import open_image, to_rgb

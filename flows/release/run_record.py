@@ -170,15 +170,14 @@ def _add_numbers(client: MlflowClient, run_id: str, project: Project) -> None:
 
 def add_comparison(registry: Registry, number: int, verdict: Verdict, report: Path) -> None:
     """Store the report on the version's run, and the change of each slice as metrics."""
-    run_id = registry.active_run(registry.version(number))
-    if run_id is None:
-        return
+    version = registry.version(number)
     for file in (report, report.with_suffix(HTML)):
-        registry.log_artifact(run_id, file, report.parent.name)
+        path = f"{report.parent.name}/{file.name}"
+        registry.log_text(version, file.read_text(encoding="utf-8"), path)
     changes = {
         valid_key(f"gate/slices.{name}.{end}"): float(getattr(change, end))
         for name, change in verdict.slices.items()
         for end in ("change", "lower", "upper")
     }
-    if changes:
-        registry.append_metrics(run_id, changes)
+    if changes and version.run_id is not None:
+        registry.append_metrics(version.run_id, changes)

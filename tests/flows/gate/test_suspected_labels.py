@@ -15,7 +15,8 @@ from PIL import Image
 
 from flows.cli.main import main
 from flows.config.sections import DatasetSettings, EvaluateSettings
-from flows.gate.scoring import ScoredModel, score_model
+from flows.gate.scored_model import ScoredModel
+from flows.gate.scoring import score_model
 from flows.gate.suspected_labels import image_files, proposals, suspected_labels, write_page
 from rfdetr.checks.check import check_dataset
 from rfdetr.data.demo import build_demo
