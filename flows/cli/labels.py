@@ -47,7 +47,7 @@ def review_labels(project: Project, options: argparse.Namespace) -> int:
         options.model or trained_weights(project.trained),
         root,
         params.dataset,
-        params.evaluate.model_copy(update={"split": split, "pictures": 0}),
+        params.evaluate.model_copy(update={"split": split, "pictures": 0, "operating_point": None}),
         accelerator=params.runtime.accelerator,
         num_workers=params.runtime.num_workers,
     )
