@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -100,7 +101,8 @@ def test_every_way_to_detect_finds_the_same_boxes(
 
     with global_tracking_uri(registry.uri):
         served = mlflow.pyfunc.load_model(f"models:/{registry.name}@champion")
-        frame = pd.DataFrame({"image": [str(file) for file in images]})
+        sent = [base64.b64encode(file.read_bytes()).decode() for file in images]
+        frame = pd.DataFrame({"image": sent})
         rows = served.predict(frame)
         given = served.predict(frame, params={"threshold": 0.5})
     assert sum(map(len, rows.boxes)) == at_point.detections
