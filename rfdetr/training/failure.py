@@ -26,14 +26,15 @@ def limit_failure(trainer: pl.Trainer, exception: BaseException) -> None:
 
     Loader workers are killed, and loggers have LOGGERS_S to end. If the trainer has not raised the
     error after LIMIT_S, or if the process has not ended AT_EXIT_S after its main thread, it is
-    ended with status 1. A program that handles the error and continues is not disturbed; an
-    interactive session is never ended.
+    ended, with the status of a SystemExit (SIGTERM: 143) or else 1. A program that handles the
+    error continues undisturbed until it ends; an interactive session is never ended.
     """
     end_loader_workers(trainer)
     _end_loggers(trainer.loggers, exception)
     if not (hasattr(sys, "ps1") or "ipykernel" in sys.modules):
         lift_limit()
-        _Watch.current = _Watch()
+        status = exception.code if isinstance(exception, SystemExit) else 1
+        _Watch.current = _Watch(status if isinstance(status, int) else 1)
 
 
 def lift_limit() -> None:
@@ -48,8 +49,9 @@ class _Watch:
 
     current: _Watch | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, status: int) -> None:
         self.cancelled = False
+        self._status = status
         self._deadline = time.monotonic() + LIMIT_S - LOGGERS_S
         threading.Thread(target=self._run, name="failure limit", daemon=True).start()
         atexit.register(self._arm)  # where the thread does not get to run
@@ -60,16 +62,18 @@ class _Watch:
         if main.is_alive() and handles_failure(main) and not self.cancelled:
             print("The failed run did not end in time; the process is ended.", file=sys.stderr)  # noqa: T201
             sys.stderr.flush()
-            os._exit(1)
+            os._exit(self._status)
         main.join()
         self._arm()
+        time.sleep(AT_EXIT_S)
+        if not self.cancelled:
+            os._exit(self._status)
 
     def _arm(self) -> None:
         if not self.cancelled:
-            self.cancelled = True
-            # a thread of C: it also runs while Python ends its own threads and destructors
+            # a thread of C, which also runs while Python ends its own threads and destructors
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            faulthandler.dump_traceback_later(AT_EXIT_S, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(AT_EXIT_S + 1, exit=True, file=nowhere)
 
 
 def _end_loggers(loggers: Sequence[Logger], exception: BaseException) -> None:

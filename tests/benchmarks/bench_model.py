@@ -132,7 +132,8 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"variant": args.variant, "batch": args.batch, "device": args.device}
     result |= {"threads": args.threads, "amp": args.amp, "matmul_gflops": round(rate / 1e9, 1)}
     result |= predict_figures(config, args)
-    result |= network_figures(config, rate, args)
+    if not args.host:
+        result |= network_figures(config, rate, args)
     result["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     if args.device != "cpu":
         result["peak_device_mib"] = torch.cuda.max_memory_allocated() // 2**20
@@ -155,6 +156,7 @@ def predict_figures(config: ModelConfig, args: argparse.Namespace) -> dict[str, 
         found = {
             name: measure(lambda given=given: detector.predict(given, threshold=0.3), n, args)
             for name, (given, n) in work.items()
+            if not args.host
         }
         with torch.no_grad():
             outputs = detector.model.model(
@@ -274,6 +276,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--against", help="command that times another package")
+    parser.add_argument("--host", action="store_true", help="only the host work of predict()")
     parser.add_argument("--tree", help="another checkout of this repository")
     parser.add_argument("--rounds", type=int, default=3, help="turns with --against or --tree")
     args = parser.parse_args()

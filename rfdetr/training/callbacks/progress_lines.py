@@ -18,7 +18,7 @@ class ProgressLines(Checkpoint):
     """Prints how long the training will take, measured on the first batches, and each epoch.
 
     On every machine, since rank 0 can be on any of them. It is a Checkpoint so that Lightning calls
-    it after last.ckpt is saved.
+    it after the state for last.ckpt is taken.
     """
 
     def __init__(self, metric: str = "mAP_50_95") -> None:

@@ -54,6 +54,19 @@ def test_ctrl_c_ends_the_process_while_its_workers_are_stuck(dataset: Path, tmp_
         assert group_is_gone(process.pid, within=1)
 
 
+@pytest.mark.slow
+def test_sigterm_keeps_its_status_when_the_exit_hangs(dataset: Path, tmp_path: Path) -> None:
+    job = {"dataset": dataset, "output": tmp_path, "hang_after": 10**6, "pause": 0.2}
+    with started(job) as process:
+        wait_for(process, "step 2 ")
+        process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        process.communicate(timeout=60)
+        assert time.monotonic() - start < 10
+        assert process.returncode == 128 + signal.SIGTERM
+        assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] >= 2
+
+
 def test_a_program_that_handles_the_error_continues(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
