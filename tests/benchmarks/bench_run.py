@@ -92,9 +92,6 @@ class Clock(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         self._mark(trainer, "validated")
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
-        self._mark(trainer, "end")
-
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
@@ -124,7 +121,6 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
         "variant": args.variant,
         "train_img_s": counted / (marks["trained 1"] - marks["warm 1"]),
         "validation_s": marks["validated 1"] - marks["validate 1"],
-        "epoch_end_s": marks["end 1"] - marks["validated 1"],
         "main_process_cpu_s": cpu,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }

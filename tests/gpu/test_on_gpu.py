@@ -61,7 +61,7 @@ def test_losses_of_a_float32_step_equal_those_of_the_cpu() -> None:
         model = copy.deepcopy(network).to(device)
         criterion = build_criterion(model.config).to(device).train()
         found = criterion(model(images.to(device)), move(given, device))
-        losses.append({name: float(value) for name, value in found.items()})
+        losses.append({name: value.item() for name, value in found.items()})
     assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-4)
 
 
