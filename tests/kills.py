@@ -12,7 +12,9 @@ depends on the seed and the row only, so `--first 20 --count 5` repeats five row
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import math
 import os
 import random
 import shutil
@@ -109,13 +111,20 @@ def finish(root: Path) -> list[str]:
     return [f"left running: {line[:60]}" for line in command.left()]
 
 
-def faults(root: Path, best: float) -> list[str]:
+def numbers(root: Path) -> tuple[float, float]:
+    """The best mAP, which a tiny model may not raise above 0, and the last validation loss."""
+    card = json.loads((root / "models/trained/model.json").read_text())
+    last = list(csv.DictReader((root / "plots/fit.csv").read_text().splitlines()))[-1]
+    return float(card["best"]["value"]), float(last["val/loss"])
+
+
+def faults(root: Path, expected: tuple[float, float]) -> list[str]:
     """What differs from a run without a kill."""
     uri = f"sqlite:///{root / 'mlflow.db'}"
     found = []
-    card = json.loads((root / "models/trained/model.json").read_text())
-    if card["best"]["value"] != best:
-        found.append(f"best value {card['best']['value']} instead of {best}")
+    pairs = zip(numbers(root), expected, strict=True)
+    if not all(math.isclose(value, wanted, rel_tol=1e-4) for value, wanted in pairs):
+        found.append(f"best value and loss {numbers(root)} instead of {expected}")
     tracked = [record.info.status for record in runs(uri)]
     if tracked != ["FINISHED"]:
         found.append(f"MLflow runs: {tracked}")
@@ -137,18 +146,16 @@ def faults(root: Path, best: float) -> list[str]:
     return found + [f"doctor: {line}" for line in wrong]
 
 
-def reference(template: Path, folder: Path) -> tuple[float, float]:
-    """Best value and duration of a run without a kill."""
+def reference(template: Path, folder: Path) -> tuple[tuple[float, float], float]:
+    """Numbers and duration of a run without a kill."""
     root = copied(template, folder)
     started = time.monotonic()
     wrong = finish(root)
     seconds = time.monotonic() - started
-    card = json.loads((root / "models/trained/model.json").read_text())
-    best = card["best"]["value"]
-    wrong += faults(root, best)
+    wrong = wrong or faults(root, numbers(root))
     if wrong:
         raise SystemExit(f"the run without a kill is not clean: {wrong}")
-    return best, seconds
+    return numbers(root), seconds
 
 
 def make_template(folder: Path) -> Path:
@@ -177,8 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="rfdetr-kills-"))
     template = make_template(folder / "template")
-    best, duration = reference(template, folder / "reference")
-    print(f"seed {options.seed}; without a kill: {duration:.0f} s, best value {best}")
+    expected, duration = reference(template, folder / "reference")
+    print(f"seed {options.seed}; without a kill: {duration:.0f} s, best value and loss {expected}")
     print(" no  signal  victim       after  reached   status  ended  after the restart", flush=True)
     rows = []
     for number in range(options.first, options.first + options.count):
@@ -187,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = plan(options.seed, number, duration)
         root = copied(template, folder / str(number))
         strike(root, row)
-        row.faults += tuple(finish(root) or faults(root, best))
+        row.faults += tuple(finish(root) or faults(root, expected))
         rows.append(row)
         print(row.cells(), flush=True)
         if not (row.faults and options.keep):
