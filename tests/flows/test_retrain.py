@@ -69,7 +69,7 @@ def test_the_command_ends_with_the_model_and_how_to_use_it(
     """The printed lines of Python run."""
     end = log_of_first_run(retrained).partition("version 1 of tiny is champion: ")[2]
     assert str(retrained.root / "models/trained/model.pth") in end
-    lines = [line.strip() for line in end.splitlines() if line.startswith("    ")]
+    lines = re.findall(r"^ {4}(\S.*)$", end, re.MULTILINE)
     assert len(lines) == 3
     image = next((retrained.root / "data/demo/test").glob("*.jpg"))
     known: dict = {}
