@@ -14,6 +14,7 @@ import jinja2
 from flows.gate.verdict import AtPoint, Scores, SliceScore, Verdict
 from rfdetr.checks.markdown import markdown_text
 from rfdetr.evaluation.calibration import LOWEST_SCORE, Calibration
+from rfdetr.evaluation.error_types import ErrorTypes
 from rfdetr.files import write_text_atomic
 
 HTML = ".html"
@@ -58,6 +59,10 @@ def sections(scores: Scores, verdict: Verdict | None = None) -> Iterator[Section
         yield _slices(scores, verdict)
     if scores.operating_point is not None:
         yield _operating_point(scores.operating_point)
+    if scores.error_types is not None:
+        yield _error_types(scores.error_types, champion.error_types if champion else None)
+    if scores.suspected_labels:
+        yield _suspects(scores)
     if scores.calibration is not None and scores.calibration.ece is not None:
         yield _calibration(scores.calibration)
 
@@ -142,6 +147,32 @@ def _operating_point(point: AtPoint) -> Section:
         for name, row in point.classes.items()
     ]
     return Section("Operating point", text, header, rows)
+
+
+def _error_types(found: ErrorTypes, champion: ErrorTypes | None) -> Section:
+    text = (
+        f"What AP50 of the boxes ({found.ap50:.4f}) would gain if all errors of a type were "
+        "corrected. Localisation: right class, IoU 0.1 to 0.5. Both: wrong class and badly placed. "
+        "Background: no object there. The gains do not add up."
+    )
+    header = ["Error", "Number", "Costs AP50"]
+    header += ["Number, champion", "Costs AP50, champion"] if champion else []
+    rows = []
+    for name, cost in found.costs.items():
+        row = [name, str(found.counts[name]), number(cost)]
+        if champion is not None:
+            row += [str(champion.counts[name]), number(champion.costs[name])]
+        rows.append(row)
+    return Section("Types of errors", text, header, rows)
+
+
+def _suspects(scores: Scores) -> Section:
+    text = (
+        "Labels of this split that are probably wrong, because the model is sure of something "
+        "else. `rfdetr-pipeline labels` shows them and writes corrections."
+    )
+    rows = [["strong (suspicion 0.5 or more)", str(scores.suspected_labels)]]
+    return Section("Suspected labels", text, ("Suspects", "Number"), rows)
 
 
 def _calibration(found: Calibration) -> Section:

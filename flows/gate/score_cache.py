@@ -18,7 +18,7 @@ from rfdetr.files import sha256_file, write_text_atomic
 if TYPE_CHECKING:
     from flows.gate.scored_model import ScoredModel
 
-CACHE_VERSION = 3  # increased when cached scores lack something that the gate needs
+CACHE_VERSION = 4  # increased when cached scores lack something that the gate needs
 
 
 def champion_scores(project: Project, registry: Registry, champion: Version, digest: str) -> Scores:

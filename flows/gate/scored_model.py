@@ -12,11 +12,13 @@ from flows.gate.verdict import AtPoint, ClassAtPoint, ClassScore, Scores, SliceS
 from rfdetr.evaluation import report
 from rfdetr.evaluation.box_table import EvaluationData, IouType
 from rfdetr.evaluation.calibration import calibration
+from rfdetr.evaluation.error_types import ErrorTypes, error_types
 from rfdetr.evaluation.evaluator import EvaluationResult, TypeResult
 from rfdetr.evaluation.evidence import MatchEvidence
 from rfdetr.evaluation.operating_point import OperatingPoint, point_numbers
 from rfdetr.evaluation.plots import Sample
 from rfdetr.evaluation.slices import Slice
+from rfdetr.evaluation.suspects import find_suspects
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,13 @@ class ScoredModel:
             slices={name: SliceScore(**vars(found)) for name, found in self.slices.items()},
             operating_point=self.at_point(),
             calibration=calibration(self.evidence),
+            error_types=self.error_types(),
+            suspected_labels=find_suspects(self.columns).strong,
         )
+
+    def error_types(self) -> ErrorTypes:
+        """What costs AP, by the boxes."""
+        return error_types(self.columns, self.result.class_ids, self.part.summary.max_dets)
 
     def at_point(self) -> AtPoint | None:
         """What the operating point gives on this split; None without one."""

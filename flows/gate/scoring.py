@@ -31,7 +31,7 @@ from rfdetr.evaluation.slices import Slice, score_slices
 from rfdetr.files import sha256_file
 from rfdetr.training import RFDETRDataModule
 
-Split = Literal["test", "valid"]
+Split = Literal["test", "valid", "train"]
 
 
 def score_model(

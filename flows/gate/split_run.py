@@ -23,7 +23,7 @@ def run_split(
     model_config: ModelConfig,
     train_config: TrainConfig,
     settings: EvaluateSettings,
-    split: Literal["test", "valid"],
+    split: Literal["test", "valid", "train"],
     *,
     accelerator: str,
 ) -> Collector:
@@ -41,8 +41,13 @@ def run_split(
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    datamodule.setup("test" if split == "test" else "validate")
-    loader = datamodule.test_dataloader() if split == "test" else datamodule.val_dataloader()
+    datamodule.setup({"test": "test", "valid": "validate", "train": "fit"}[split])
+    loaders = {
+        "test": datamodule.test_dataloader,
+        "valid": datamodule.val_dataloader,
+        "train": datamodule.train_dataloader_in_order,
+    }
+    loader = loaders[split]()
     index: Any = getattr(loader.dataset, "index", None)
     if index is not None:
         first = range(min(settings.pictures, len(index)))

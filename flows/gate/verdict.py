@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
 from flows.config.sections import GateEvidence, GateSettings
 from rfdetr.evaluation.bootstrap import Interval
 from rfdetr.evaluation.calibration import Calibration
+from rfdetr.evaluation.error_types import ErrorTypes
 from rfdetr.evaluation.evidence import MatchEvidence
 
 Outcome = Literal["promote", "refuse", "approval", "no-op"]
@@ -98,7 +99,8 @@ class Scores(_Record):
     `latency_ms` is per image, measured on `latency_on`; `size_mb` counts 10^6 bytes. `evidence`
     holds the matches per image and class that the bootstrap resamples. `export_parity` is None if
     the ONNX export was not compared with the weights. `slices` are in the order of params.yaml.
-    `operating_point` is None unless `evaluate.operating_point` is set.
+    `operating_point` is None unless `evaluate.operating_point` is set. `suspected_labels` counts
+    the labels of the test set that are strongly suspected to be wrong.
     """
 
     model: str
@@ -118,6 +120,8 @@ class Scores(_Record):
     slices: dict[str, SliceScore] = {}
     operating_point: AtPoint | None = None
     calibration: Calibration | None = None
+    error_types: ErrorTypes | None = None
+    suspected_labels: int | None = None
 
     def without_evidence(self) -> Scores:
         """The numbers alone, without what is recorded per image."""

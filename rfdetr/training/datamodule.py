@@ -104,11 +104,16 @@ class RFDETRDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation split in order."""
-        return self._in_order("val")
+        return self._in_order(self._dataset("val"))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The test split in order, or the validation split if there is no test split."""
-        return self._in_order("test")
+        return self._in_order(self._dataset("test"))
+
+    def train_dataloader_in_order(self) -> DataLoader[Any]:
+        """The training split in order, with images as in evaluation: to score its labels."""
+        index, masks = self._dataset("train").index, self.model_config.segmentation_head
+        return self._in_order(DetectionDataset(index, self._eval_transform(), masks=masks))
 
     def state_dict(self) -> dict[str, Any]:
         """The seed of order and augmentation, which a resumed run keeps."""
@@ -250,8 +255,7 @@ class RFDETRDataModule(pl.LightningDataModule):
         square = self.train_config.square_resize_div_64
         return EvalTransform(self.model_config.resolution, square=square)
 
-    def _in_order(self, name: str) -> DataLoader[Any]:
-        dataset = self._dataset(name)
+    def _in_order(self, dataset: DetectionDataset) -> DataLoader[Any]:
         replicas, rank = self._processes()
         sampler: DistributedSampler[Any] | None = None
         if replicas > 1:  # pads with repeats, which evaluation removes by image id
