@@ -102,20 +102,26 @@ def register(project: Project, flow_run: str | None = None) -> Registered:
 
 def model_files(project: Project, weights: Path, digest: str) -> tuple[ModelFiles, bool]:
     """The files of the model folder, and whether the ONNX export agrees with the weights."""
-    from flows.registry.image_profile import profile_once
     from flows.registry.onnx_export import export_once
 
-    state_dir, dataset = project.env.state_dir, project.params.dataset
-    exported = export_once(weights, state_dir)
-    point = _operating_point(project)
+    exported = export_once(weights, project.env.state_dir)
     files = ModelFiles(
         weights=weights,
-        card=_description(project, point),
+        card=_description(project, _operating_point(project)),
         onnx=exported.onnx,
         parity=exported.parity,
-        profile=profile_once(project.dataset_dir, dataset, weights, digest, state_dir, point=point),
+        profile=_profile(project, weights, digest),
     )
     return files, exported.agrees
+
+
+def _profile(project: Project, weights: Path, digest: str) -> Path:
+    """The image profile of the trained model; computed once."""
+    from flows.registry.image_profile import profile_once
+
+    folder, state = project.dataset_dir, project.env.state_dir
+    point = _operating_point(project)
+    return profile_once(folder, project.params.dataset, weights, digest, state, point=point)
 
 
 def _operating_point(project: Project) -> OperatingPoint | None:
@@ -165,7 +171,42 @@ def judge(project: Project, number: int) -> Verdict:
     write_text_atomic(project.verdict, verdict.model_dump_json(indent=2))
     write_report(challenger, project.evaluation, title=params.dataset.name, verdict=verdict)
     add_comparison(registry, number, verdict, project.evaluation)
+    publish_card(project, registry, number, verdict)
     return verdict
+
+
+def publish_card(
+    project: Project,
+    registry: Registry,
+    number: int,
+    verdict: Verdict,
+    promotion: AuditRecord | None = None,
+) -> None:
+    """Write the model card to reports/ and to the run of the version; repeated after a promotion.
+
+    The card describes the model of this project, so another version keeps the card it has.
+    """
+    from flows.release.model_card import render
+    from rfdetr.monitoring.image_profile import ImageProfile
+
+    card, version = read_json(project.model_card), registry.version(number)
+    if version.weights_sha256 != card["weights_sha256"]:
+        return
+    weights, digest = project.trained / card["weights"], card["dataset"]["digest"]
+    profile = ImageProfile.load(_profile(project, weights, digest))
+    validation = project.validation.with_suffix(".json")
+    files = render(
+        registry.name,
+        number,
+        card,
+        verdict,
+        validation=read_json(validation) if validation.is_file() else None,
+        profile=profile,
+        promotion=promotion,
+    )
+    for name, text in files.items():
+        write_text_atomic(project.reports / name, text)
+        registry.log_text(version, text, f"card/version-{number}/{name}")
 
 
 def other_origin(project: Project, name: str, champion: Version) -> str | None:
@@ -219,6 +260,8 @@ def promote_winner(project: Project, number: int, verdict: Verdict) -> AuditReco
             by=champion.actor(project.env.actor),
             expected_champion=verdict.champion_version,
         )
+    if record is not None:
+        publish_card(project, registry_of(project), number, verdict, record)
     return record and _announce(project, record)
 
 
