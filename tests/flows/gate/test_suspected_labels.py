@@ -143,8 +143,9 @@ def test_the_command(
     assert record["split"] == "valid"
     assert all(s["image"].startswith("valid/") for s in record["suspects"])
     assert (root / "reports" / "suspected_labels.html").is_file()
-    assert set(json.loads((root / "found.json").read_text())) == {
-        "images",
-        "annotations",
-        "categories",
-    }
+    written = json.loads((root / "found.json").read_text())
+    assert set(written) == {"images", "annotations", "categories"}
+    assert main(["labels", "--split", "train", "--model", str(weights)]) == 0
+    assert "The model was trained on these labels" in capsys.readouterr().out
+    record = json.loads((root / "reports" / "suspected_labels.json").read_text())
+    assert all(s["image"].startswith("train/") for s in record["suspects"])
