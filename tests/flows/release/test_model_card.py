@@ -1,0 +1,126 @@
+"""The model card: every number is that of a record, in both formats."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+import numpy as np
+
+from flows.gate.decide import decide
+from flows.gate.verdict import ClassScore, GatePolicy, Scores
+from flows.release.champion import AuditRecord
+from flows.release.model_card import render
+from rfdetr.evaluation.error_types import TYPES, ErrorTypes
+from rfdetr.monitoring.image_profile import ImageProfile
+
+CARD: dict[str, Any] = {
+    "variant": "nano",
+    "class_names": ["zero", "<b>one</b>", "four"],
+    "resolution": 128,
+    "epochs": 3,
+    "best": {"epoch": 2},
+    "dataset": {"name": "demo", "digest": "d" * 64},
+    "source": {"source": "weights/start.pth"},
+    "weights_sha256": "a" * 64,
+    "git_commit": "c0ffee",
+    "mlflow_run_id": "run7",
+    "packages": {"torch": "2.14.1"},
+}
+VALIDATION = {
+    "ledger": {
+        "train": {
+            "files": {"trained with objects": 1147, "ignored: not an image": 3},
+            "rows": {"trained": 2853, "dropped: empty box": 2},
+            "images": 1147,
+        }
+    }
+}
+
+
+def _scores(**changes: Any) -> Scores:
+    values: dict[str, Any] = {
+        "model": "version 4",
+        "weights_sha256": "a" * 64,
+        "dataset_sha256": "t" * 64,
+        "settings": "s",
+        "class_names": ("zero", "<b>one</b>", "four"),
+        "images": 200,
+        "metrics": {"map_50_95": 0.6271, "map_50": 0.8993},
+        "per_class": {
+            "zero": ClassScore(ap=0.7001, boxes=100),
+            "<b>one</b>": ClassScore(ap=0.5002, boxes=12),
+        },
+        "error_types": ErrorTypes(
+            0.8993,
+            dict(zip(TYPES, range(11, 17), strict=True)),
+            dict(zip(TYPES, (0.011, 0.012, 0.013, 0.014, 0.015, 0.016), strict=True)),
+        ),
+        "suspected_labels": 5,
+    }
+    return Scores(**{**values, **changes})
+
+
+def _profile() -> ImageProfile:
+    values = np.linspace(0, 1, 101, dtype=np.float32)
+    none = np.zeros(0)
+    return ImageProfile(
+        files=tuple(f"{i}.jpg" for i in range(101)),
+        features={"brightness": values},
+        owner=none.astype(np.int32),
+        scores=none.astype(np.float16),
+        sizes=none.astype(np.float16),
+        labels=none.astype(np.int32),
+        embeddings=np.zeros((0, 4), dtype=np.float16),
+        held_out=np.ones(101, dtype=bool),
+        class_names=("zero",),
+    )
+
+
+def _card(**changes: Any) -> dict[str, str]:
+    verdict = decide(None, _scores(), GatePolicy(min_images=1), None)
+    return render("trees", 4, CARD, verdict, **changes)
+
+
+def _text(page: str) -> str:
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)))
+
+
+def test_both_formats_contain_the_numbers_of_the_records() -> None:
+    promoted = AuditRecord(
+        action="promote",
+        version=4,
+        previous=2,
+        reason="better",
+        by="ada",
+        at="2026-01-02T03:04:05Z",
+    )
+    files = _card(validation=VALIDATION, profile=_profile(), promotion=promoted)
+    assert set(files) == {"card.md", "card.html"}
+    for text in (files["card.md"].replace("\\", ""), _text(files["card.html"])):
+        for number in (
+            *("0.6271", "0.8993", "0.7001", "0.5002", "200", "1147", "2853", "0.0110", "11"),
+            *("0.0500", "0.9500", "ada", "better", "2026-01-02T03:04:05Z", "c0ffee", "run7"),
+            *("a" * 64, "d" * 64, "t" * 64, "weights/start.pth", "2.14.1"),
+            *("dropped: empty box: 2", "ignored: not an image: 3", "only 12 boxes"),
+            *("four", "no boxes in the test set", "5 test labels are probably wrong"),
+        ):
+            assert number in text, number
+
+
+def test_names_are_escaped_and_a_version_that_is_not_champion_says_so() -> None:
+    files = _card()
+    assert "<b>one</b>" not in files["card.html"]
+    assert "&lt;b&gt;one&lt;/b&gt;" in files["card.html"]
+    assert "This version is not champion." in files["card.md"]
+    assert "## Data" not in files["card.md"]  # no report, no numbers
+
+
+def test_weak_spots_are_limits() -> None:
+    few = _scores(per_class={}, suspected_labels=None)
+    verdict = decide(None, few, GatePolicy(min_images=1), None)
+    text = render("trees", 4, CARD, verdict)["card.md"]
+    limits = text.split("## Limits")[1].split("##")[0]
+    assert limits.count("not measured") == 3
+    assert "probably wrong" not in limits
