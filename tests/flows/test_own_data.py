@@ -82,12 +82,19 @@ def test_four_real_datasets_become_champions(pair: tuple[str, str], tmp_path: Pa
 
 
 def _require_report(root: Path) -> None:
-    """Whether the page says that training may start, and none of its photographs is black."""
+    """Whether training may start, and the random photographs show their boxes, in red."""
     page = (root / "reports/validation.html").read_text()
     assert "Ready for training" in page
-    for code in re.findall(r"data:image/(?:jpeg|png|webp);base64,([A-Za-z0-9+/=]+)", page):
-        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(code))).convert("L"))
+    codes = re.findall(r"data:image/(?:jpeg|png|webp);base64,([A-Za-z0-9+/=]+)", page)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(code))).convert("RGB") for code in codes]
+    samples = [np.asarray(p).astype(int) for p in pictures if max(p.size) >= 300]
+    assert len(samples) >= 12 + 8 + 6  # train, valid, test
+    boxes = 0
+    for pixels in samples:
         assert pixels.max() > 60 and pixels.std() > 3
+        red = (pixels[..., 0] > 150) & (pixels[..., 1:].max(axis=2) < 110)
+        boxes += red.sum() > 100
+    assert boxes >= 0.8 * len(samples), (boxes, len(samples))
 
 
 def _require_drawn(file: Path, *, masks: bool) -> None:
