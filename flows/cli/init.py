@@ -54,7 +54,7 @@ def init_command(options: argparse.Namespace) -> int:
     from flows.project import adopt
     from rfdetr.importers import Shares
 
-    source = options.data.absolute()
+    source, weights = _from_here(options)
     project = project_here()
     name = adopt.dataset_name(options.name, source)
     before = _Former(project)
@@ -71,7 +71,9 @@ def init_command(options: argparse.Namespace) -> int:
     )
     facts = read_facts(project, name, adopted.dir, adopted.layout)
     variant = options.variant or "medium"
-    chosen = choose(facts, variant, _weights(options.weights, variant))
+    if MODEL_CONFIGS[variant].model_fields["segmentation_head"].default and not facts.masks:
+        raise ConfigError(f"{variant} learns masks, and {adopted.dir} has boxes only: use medium.")
+    chosen = choose(facts, variant, _weights(weights, variant, project.root))
     text = starter_text(facts, chosen, before.kept())
     parse_params(parse_yaml(text, origin=PARAMS_FILE))
     kept = before.replace(text, force=options.force)
@@ -83,6 +85,19 @@ def init_command(options: argparse.Namespace) -> int:
     print("next:    rfdetr-pipeline validate    # then look at reports/validation.html")
     print("         rfdetr-pipeline retrain")
     return OK
+
+
+def _from_here(options: argparse.Namespace) -> tuple[Path, str | None]:
+    """The folder and the weights as paths that stay valid in another current folder."""
+    if str(options.data).startswith("s3:"):
+        raise ConfigError(
+            "init takes a folder. A dataset on S3 is named under `sources` in params.yaml: "
+            '`sources: {mine: {uri: "s3://bucket/mine"}}` and `dataset: {dir: data/mine}`.'
+        )
+    weights = options.weights
+    if weights is not None and Path(weights).is_file():
+        weights = str(Path(weights).absolute())
+    return Path(os.path.normpath(options.data.absolute())), weights
 
 
 class _Former:
@@ -175,9 +190,12 @@ def read_facts(project: Project, name: str, folder: str, layout: Kind) -> Datase
     )
 
 
-def _weights(given: str | None, variant: str) -> str | None:
+def _weights(given: str | None, variant: str, root: Path) -> str | None:
+    """The value of convert.source: files of the project by their path in it."""
     if given is None:
         return published_weights(variant)
+    if Path(given).is_relative_to(root):
+        return Path(given).relative_to(root).as_posix()
     if given.lower() in ("none", "null"):
         return None
     from rfdetr.checkpoints.download import PUBLISHED

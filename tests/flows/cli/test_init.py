@@ -96,6 +96,7 @@ def test_another_format_is_imported_and_split(
         (["empty"], "no annotations in a format that is read"),
         (["empty", "--name", "../up"], "use letters"),
         (["empty", "--split", "9"], "write the shares"),
+        (["s3://bucket/trees"], "named under `sources`"),
     ],
 )
 def test_mistakes_leave_everything_as_it_was(
@@ -118,3 +119,17 @@ def test_wrong_weights_are_refused_before_the_parameters_are_written(
     assert main(["init", str(source), "--weights", "lost.pth"]) == 1
     assert "no such file, and not a published name" in capsys.readouterr().err
     assert (root / "params.yaml").read_text() == before
+
+
+def test_weights_and_variant_fit_the_project_and_the_dataset(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.project.adopt.track", lambda *_: "not tracked")
+    source = make_roboflow(root / "data/mine", splits={"train": 4, "valid": 2})
+    assert main(["init", str(source), "--variant", "seg-nano"]) == 1
+    assert "data/mine has boxes only" in capsys.readouterr().err
+    (root / "weights").mkdir()
+    (root / "weights/mine.pth").write_bytes(b"x")
+    monkeypatch.chdir(root / "weights")  # paths are those of the current folder
+    assert main(["init", "../data/mine", "--weights", "mine.pth"]) == 0
+    assert load_params(root / "params.yaml").convert.source == "weights/mine.pth"
