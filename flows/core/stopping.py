@@ -51,8 +51,12 @@ def stop_on_signals() -> None:
     started = 0.0
 
     def end(status: int) -> None:
-        kill_below(os.getpid())
         say_last_words()
+        below = [process.pid for process in _below(os.getpid())]
+        sys.setswitchinterval(60)  # no other thread may act on the death of its children
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         os._exit(status)
 
     def handler(number: int, _frame: FrameType | None) -> None:
@@ -99,7 +103,13 @@ def in_a_hurry() -> bool:
 
 def kill_below(pid: int) -> None:
     """SIGKILL to every descendant of a process, whatever its process group or session is."""
-    with contextlib.suppress(psutil.Error):
-        for process in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+    for process in _below(pid):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
