@@ -159,8 +159,10 @@ def image_files(split: SplitPaths) -> Iterator[Path]:
             for line in _list_lines(source):
                 if line.strip():
                     yield Path(os.path.normpath(source.parent / line.strip()))
-        else:
+        elif source.suffix.lower() in IMAGE_SUFFIXES:
             yield source
+        else:
+            raise DatasetError(f"{source}: neither a folder of images, nor a list of them (.txt).")
 
 
 def _unread_images(split: SplitPaths) -> str:

@@ -31,13 +31,14 @@ from rfdetr.checks.repair.result import RepairResult, refusal
 from rfdetr.checks.repair.tree import copy_tree, link_or_copy, replace_bytes
 from rfdetr.checks.repair.yolo_files import (
     detach_yaml,
+    listed_images,
     repair_label_file,
     repair_lists,
     restore_labels,
     restore_lists,
 )
 from rfdetr.data.layouts import Layout, detect_layout
-from rfdetr.data.yolo import image_files, label_path
+from rfdetr.data.yolo import label_path
 from rfdetr.errors import DatasetError
 
 PASSES = 5  # a repair can uncover a finding; each pass repairs what the check before it found
@@ -248,7 +249,7 @@ def _repair_yolo(work: Path, repairs: Planned, gone: set[str], names: dict[str, 
     layout = _yolo_layout(work)
     if layout is None:
         return
-    images = {image for split in layout.splits.values() for image in image_files(split)}
+    images = set(listed_images(layout))
     left_out = {work / file for file in gone}
     kept = {label_path(image) for image in images - left_out}
     for label in {label_path(image) for image in images & left_out} - kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import re
 from collections import Counter, defaultdict
@@ -21,6 +22,7 @@ from rfdetr.data.layouts import YAML_KEYS, YAML_NAMES, Layout, yolo_splits
 from rfdetr.data.text import read_text, split_lines
 from rfdetr.data.yolo import image_files, label_path
 from rfdetr.data.yolo_labels import LineError, parse_line, read_labels
+from rfdetr.errors import DatasetError
 
 CLIPS = frozenset({"clip-box", "clip-polygon"})
 PIXELS = 2.0  # coordinates above are pixels: fractions exceed 1 only slightly
@@ -109,7 +111,7 @@ def _lists(layout: Layout, work: Path) -> list[Path]:
 def restore_labels(work: Path, layout: Layout) -> Counter[str]:
     """Put label files of the copy where they belong and correct their lines."""
     done: Counter[str] = Counter()
-    images = list(dict.fromkeys(i for s in layout.splits.values() for i in image_files(s)))
+    images = listed_images(layout)
     done["found the label file of an image"] = _place_labels(work, layout, images)
     for image in images:
         label = label_path(image)
@@ -123,6 +125,15 @@ def restore_labels(work: Path, layout: Layout) -> Counter[str]:
             replace_text(label, "".join(line + "\n" for line in new))
         done["corrected values"] += sum(a != b for a, b in zip(lines, new, strict=True))
     return +done
+
+
+def listed_images(layout: Layout) -> list[Path]:
+    """The images of all splits that can be read, each once."""
+    found: dict[Path, None] = {}
+    for split in layout.splits.values():
+        with contextlib.suppress(DatasetError):  # which the checks report
+            found.update(dict.fromkeys(image_files(split)))
+    return list(found)
 
 
 def _place_labels(work: Path, layout: Layout, images: Sequence[Path]) -> int:

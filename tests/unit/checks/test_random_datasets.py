@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 import warnings
 from functools import partial
@@ -17,6 +18,7 @@ from rfdetr.checks.repair.copy import EVERY_FINDING, repair_dataset
 from rfdetr.config import ModelConfig, RFDETRNanoConfig, RFDETRSegNanoConfig, TrainConfig
 from rfdetr.data.dataset import DetectionDataset
 from rfdetr.data.ledger import SplitLedger
+from rfdetr.data.packed import Target
 from rfdetr.data.transforms import EvalTransform
 from rfdetr.errors import DatasetError
 from rfdetr.training.datamodule import RFDETRDataModule
@@ -28,6 +30,8 @@ WRONG = frozenset({"image-size-mismatch", "split-duplicate-image", "category-nam
 # The split is not the folder that the test counts, or its rows are not known.
 UNCOUNTED = {"json-malformed", "json-structure", "key-missing", "yaml-path", "yaml-structure"}
 UNCOUNTED |= {"split-missing", "file-outside", "labels-utf-16", "labels-latin-1"}
+UNCOUNTED |= {"label-folder", "classes-file"}
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")
 ELSEWHERE = ("list-", "path-", "train-", "val-")
 
 
@@ -48,6 +52,13 @@ def check(root: Path, plan: Plan, cache: Path) -> DatasetReport:
     )
 
 
+class TrainedObjects(DetectionDataset):
+    """Training objects at their full size; training reads no crowd region."""
+
+    def _crowd(self, *_: object) -> Target:
+        return {}
+
+
 def train(root: Path, plan: Plan) -> dict[str, SplitLedger]:
     """Read every split and every item as training and evaluation do; the ledgers."""
     config = TrainConfig.model_validate(
@@ -59,7 +70,8 @@ def train(root: Path, plan: Plan) -> dict[str, SplitLedger]:
     data.train_dataloader()
     for name, ledger in data.ledgers.items():
         dataset = data._datasets[name]
-        dataset = DetectionDataset(dataset.index, EvalTransform(32), masks=plan.masks)
+        kind = TrainedObjects if name == "train" else DetectionDataset
+        dataset = kind(dataset.index, EvalTransform(32), masks=plan.masks)
         found = sum(len(dataset[i][1]["labels"]) for i in _once(dataset, plan))
         assert found == ledger.objects, (name, found, str(ledger))
     return data.ledgers
@@ -104,7 +116,8 @@ def adds_up(case: Case, split: str, ledger: SplitLedger) -> None:
     rows: object = case.documents.get(split, {}).get("annotations")
     if case.kind == "yolo":
         files += files_below(case.folder(split).parent / "labels")
-        texts = [path.read_bytes() for path in files if path.suffix.lower() == ".txt"]
+        seen = [path for path in files if not HIDDEN.search(path.relative_to(case.root).as_posix())]
+        texts = [path.read_bytes() for path in seen if path.suffix.lower() == ".txt"]
         rows = [line for text in texts for line in text.splitlines() if line.strip()]
     assert sum(ledger.files.values()) == len(files), (str(ledger), files)
     count = len(rows) if isinstance(rows, list) else 0
