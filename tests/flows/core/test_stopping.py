@@ -89,7 +89,7 @@ def test_a_second_interrupt_ends_everything_at_once(tmp_path: Path) -> None:
 
 
 def test_the_same_interrupt_passed_on_by_a_wrapper_counts_once(tmp_path: Path) -> None:
-    command = Command(tmp_path, END)
+    command = Command(tmp_path, f"time.sleep(0.4); {END}")  # it is still there for the second one
     os.kill(command.process.pid, signal.SIGINT)
     command.signal(signal.SIGINT)
     assert command.output.split() == ["KeyboardInterrupt"]
