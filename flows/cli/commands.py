@@ -63,7 +63,7 @@ def plan_command(options: argparse.Namespace) -> int:
         for reason in plan.reasons:
             print(f"             {reason}")
     print(f"{'release':10} {'runs' if reason else 'up to date'}")
-    if done and reason:
+    if done and reason not in (None, freshness.UNREGISTERED):
         print(f"             {reason}")
     return OK
 

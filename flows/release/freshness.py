@@ -15,6 +15,7 @@ from flows.registry.registry import CHAMPION, Registry, Version
 from flows.release.champion import lost_champion
 
 GATE_KEY = "gate.key"
+UNREGISTERED = "the model is not registered, or was not judged with these parameters"
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ def unreleased(project: Project) -> str | None:
     """
     card_file = project.model_card
     if not card_file.exists() or not _has_registry(project):
-        return "the model is not registered"
+        return UNREGISTERED
     registry, weights = registry_of(project), read_json(card_file)["weights_sha256"]
     tags = {"weights.sha256": weights, GATE_KEY: gate_key(project, project.dataset_digest())}
     known = next((v for v in registry.tagged(tags) if _settled(v)), None)
     if known is None:
-        return "the model is not registered, or was not judged with these parameters"
+        return UNREGISTERED
     lost = lost_champion(registry)
     if lost is not None:
         return f"the alias champion is missing; the last champion was version {lost}"

@@ -11,6 +11,7 @@ from flows.registry.registry import MISSING_FILES, Registry, Version
 from flows.release.champion import lost_champion, restore_champion
 from flows.release.freshness import registry_of
 from flows.release.steps import model_files
+from rfdetr.tracking.local_store import follow_database
 
 
 def champion_problem(project: Project) -> str | None:
@@ -27,7 +28,11 @@ def champion_problem(project: Project) -> str | None:
 
 
 def repair_champion(project: Project) -> list[str]:
-    """Restore the alias and the files of the champion where possible; returns what was done."""
+    """Restore the alias and the files of the champion where possible; returns what was done.
+
+    A copy of a project then uses its own artifacts.
+    """
+    follow_database(project.tracking_uri, copied=True)
     registry, done = registry_of(project), []
     with registry_slot(project):
         restored = restore_champion(registry)

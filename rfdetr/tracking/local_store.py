@@ -21,11 +21,11 @@ LOCATIONS = {
 }
 
 
-def follow_database(uri: str) -> None:
-    """Correct the artifact locations of a SQLite store whose folder was moved or copied.
+def follow_database(uri: str, *, copied: bool = False) -> None:
+    """Correct the artifact locations of a SQLite store whose folder was moved.
 
-    Locations that are still valid are kept, unless the artifacts are beside the database too.
-    A database that is locked, or of another version, is left alone.
+    Locations that exist are kept; with `copied` only if the artifacts are not beside the database
+    too. A database that is locked, or of another version, is left alone.
     """
     kind, _, path = uri.partition(":///")
     database = Path(path)
@@ -33,7 +33,7 @@ def follow_database(uri: str) -> None:
         return
     new = (database.absolute().parent / FOLDER).as_uri()
     with contextlib.suppress(sqlite3.Error), contextlib.closing(_open(database)) as store:
-        for old in _moved(store, new):
+        for old in _moved(store, new, copied=copied):
             with store:
                 for table, column in LOCATIONS.items():
                     store.execute(
@@ -47,7 +47,7 @@ def _open(database: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", uri=True, timeout=5)
 
 
-def _moved(store: sqlite3.Connection, new: str) -> set[str]:
+def _moved(store: sqlite3.Connection, new: str, *, copied: bool) -> set[str]:
     """The former artifact folders that the experiments name and that are no longer right."""
     found = set()
     for (location,) in store.execute("SELECT artifact_location FROM experiments"):
@@ -55,7 +55,8 @@ def _moved(store: sqlite3.Connection, new: str) -> set[str]:
         old = f"{root}/{FOLDER}"
         if not middle or old == new or not old.startswith("file:///"):
             continue
-        if not _path(str(location)).exists() or _path(f"{new}/{name}").exists():
+        here = copied and _path(f"{new}/{name}").exists()
+        if here or not _path(str(location)).exists():
             found.add(old)
     return found
 

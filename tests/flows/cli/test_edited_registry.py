@@ -11,6 +11,7 @@ import pytest
 from flows.cli.main import main
 from flows.registry.registry import Registry
 from flows.release.champion import history
+from rfdetr.tracking.local_store import follow_database
 from tests.flows.prefect_fixtures import Retrained
 from tests.flows.projects import ROOT
 
@@ -22,6 +23,7 @@ def project(retrained: Retrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if name.startswith(("RFDETR_", "PREFECT_")):
             monkeypatch.setenv(name, value)
     monkeypatch.chdir(copy.root)
+    follow_database(copy.uri, copied=True)
     return copy
 
 
