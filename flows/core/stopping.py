@@ -110,6 +110,7 @@ def kill_below(pid: int) -> None:
 
 def _below(pid: int) -> list[psutil.Process]:
     try:
-        return psutil.Process(pid).children(recursive=True)
+        found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
     except psutil.Error:
-        return []
+        found = []
+    return found
