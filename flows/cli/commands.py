@@ -173,8 +173,9 @@ def predict_command(options: argparse.Namespace) -> int:
     )
     if found.best is not None:
         score, image = found.best
+        limit = "" if options.threshold is None else f" {options.threshold:g}"
         print(
-            f"nothing reached the threshold {options.threshold:g}; the best score of the first "
+            f"nothing reached the threshold{limit}; the best score of the first "
             f"images is {score:.3f} ({image}): try --threshold {score * 0.9:.2g}"
         )
     if found.unreadable:

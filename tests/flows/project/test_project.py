@@ -21,6 +21,7 @@ READERS = {
     "project/project.py": "an entry that gives no environment gets that of the process",
     "fit_job/worker.py": "main of each rank, which torchrun numbers in RANK",
     "core/process.py": "the environment of children",
+    "orchestration/temporary_server.py": "the environment of the server",
     "core/child_report.py": "the parent names the report file",
     "fit_job/job.py": "the environment of the trainers",
     "project/dvc.py": "the environment of DVC",

@@ -103,13 +103,13 @@ def test_data_that_was_judged_starts_nothing(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
     pin_source(Project(folder))
-    registry = registry_of(Project(folder), "rfdetr-demo")
+    registry = registry_of(Project(folder))
     client: Any = registry.client
-    client.create_registered_model("rfdetr-demo")
+    client.create_registered_model(registry.name)
     for version_tags in ({"lineage.dataset_version": "s3:other"}, tags):
         lineage = {"lineage.dataset_version": str(pinned_version(Project(folder)))}
-        client.create_model_version("rfdetr-demo", "s3://data/model", tags=lineage | version_tags)
-    client.set_registered_model_alias("rfdetr-demo", "champion", "2" if champion else "1")
+        client.create_model_version(registry.name, "s3://data/model", tags=lineage | version_tags)
+    client.set_registered_model_alias(registry.name, "champion", "2" if champion else "1")
     found = judged_version(Project(folder))
     assert (found.number if found else None) == (2 if known else None)
     put(f"{key}/b.txt", b"two")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,7 @@ def test_the_levels_are_in_the_checkpoints_and_act_in_predict(deep: Path, tmp_pa
         found = detector.predict(source, threshold=0.0)
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one.xyxy, other.xyxy)
-    request = pd.DataFrame({"image": images})
+    texts = [base64.b64encode(Path(path).read_bytes()).decode() for path in images]
+    request = pd.DataFrame({"image": texts})
     arrays = [np.asarray(image) for image in read_images(request, (1000.0, 3500.0))]
     assert [int(array.mean()) for array in arrays] == [int(grey.mean()) for grey in scaled]

@@ -68,7 +68,7 @@ def test_the_resize_is_pillows_to_one_grey_level(size: tuple[int, int]) -> None:
         apart = np.abs(ours.numpy().astype(int) - np.asarray(pillow))
         assert apart.max() <= (1 if any(image is photo for photo in photos) else 2)
         assert (apart > 1).mean() < 1e-5
-        assert apart.mean() < 0.2
+        assert apart.mean() < 0.3
 
 
 def test_every_kind_of_input_gives_the_same_tensor() -> None:
@@ -98,7 +98,7 @@ def test_preprocess_takes_every_pil_mode(mode: str) -> None:
     ("image", "words"),
     [
         (np.zeros((4, 4), np.uint8), r"uint8 \(4, 4\)"),
-        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.full((4, 4, 3), 255, np.float32), r"0\.\.1"),
         (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\)"),
         (torch.zeros(1, 4, 4), r"\(1, 4, 4\)"),
         (torch.full((3, 4, 4), 255.0), r"0\.\.1"),
