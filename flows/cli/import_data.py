@@ -29,7 +29,7 @@ def split_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         metavar="TRAIN/VALID/TEST",
-        help="split anew in these shares (default: the splits of the source, else 0.8/0.1/0.1)",
+        help="split again in these shares (default: the splits of the source, else 0.8/0.1/0.1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
 

@@ -130,7 +130,7 @@ class _Former:
             )
 
     def kept(self) -> dict[str, Any]:
-        """The sections that the new file goes on with."""
+        """The sections that the new file keeps."""
         return {name: self.data[name] for name in KEPT if isinstance(self.data.get(name), dict)}
 
     def replace(self, text: str, *, force: bool) -> Path | None:

@@ -77,7 +77,7 @@ def choose(facts: DatasetFacts, variant: str, source: str | None) -> Choices:
 
 
 def starter_text(facts: DatasetFacts, chosen: Choices, kept: Mapping[str, Any]) -> str:
-    """The text of params.yaml. `kept` are the sections that the former file goes on with."""
+    """The text of params.yaml. `kept` are the sections that are taken from the former file."""
     usual = Hyperparameters.model_validate({})
     weights = {
         None: "from scratch; slower, and needs far more images",
@@ -107,7 +107,7 @@ fit:
   lr_vit_layer_decay: {usual.lr_vit_layer_decay:g} # earlier blocks of the backbone change less
   lr_component_decay: {usual.lr_component_decay:g}
   multi_scale: true # sizes vary in training, which helps with objects of other sizes
-  use_ema: true # averaged weights are evaluated too; the better ones are kept
+  use_ema: true # EMA weights are evaluated too; the better ones are kept
   early_stopping: true # ends when the validation mAP stops rising
   early_stopping_patience: {usual.early_stopping_patience} # evaluated epochs without a gain
   seed: 42

@@ -77,7 +77,7 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
 
 
 def _send_journal(project: Project, card: Mapping[str, Any], uri: str) -> None:
-    """Send what is left of this model's journal, which was begun for another place of the store."""
+    """Send the rest of this model's journal, started for another address of the store."""
     folder = project.env.state_dir / "fit" / str(card.get("fingerprint"))
     state = read_state(folder)
     if state is None or state.uri not in (None, uri):

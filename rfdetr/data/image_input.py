@@ -108,7 +108,7 @@ def height_and_width(image: ImageLike) -> tuple[int, int]:
 
 
 def _advice(image: npt.NDArray[Any]) -> str:
-    """What to do about an array that is no RGB image."""
+    """What to do about an array that is not an RGB image."""
     if image.ndim == 3 and image.shape[2] == 3:
         return "Scale the values to 0..255 and convert them to uint8."
     return "Convert the image to RGB first."

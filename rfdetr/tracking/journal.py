@@ -35,7 +35,7 @@ Record = dict[str, Any]
 class RunSpec(BaseModel):
     """The MLflow run of a journal. Without a name MLflow makes one up.
 
-    `store` names the tracking store that the run was begun for; only that one receives the journal
+    `store` names the tracking store of the run; only that one receives the journal
     later. None means any.
     """
 
@@ -119,7 +119,7 @@ class Journal:
         return self.state.run_id
 
     def belongs_to(self, store: str | None) -> bool:
-        """Whether the run was begun for this store."""
+        """Whether this is the store of the run."""
         return store is None or self.state.spec.store in (None, store)
 
     @property
@@ -223,7 +223,7 @@ class Journal:
 
     @property
     def open(self) -> bool:
-        """Whether the run has begun and not ended: it is running or was interrupted."""
+        """Whether the run was started and has not ended: it is running or was interrupted."""
         kinds = [r["kind"] for r in self._records() if r["kind"] in {"begin", "end"}]
         return kinds[-1:] == ["begin"]
 
