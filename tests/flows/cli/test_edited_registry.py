@@ -131,7 +131,8 @@ def test_a_deleted_alias_is_told_and_restored(commands: Commands, command: tuple
     assert (status, "doctor --repair" in text, "retrain" in text) == (1, True, False)
     assert "the alias champion was removed; the last champion was version 1" in commands.doctor()
     assert "the last champion was version 1" in commands.plan()
-    assert commands.run(*command)[0] == 0
+    status, text = commands.run(*command)
+    assert status == 0 or command[0] == "doctor", text  # it reports the rest of the machine too
     assert commands.registry.aliases()["champion"] == 1
     assert history(commands.registry) == before
     commands.assert_well()
