@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flows.core.files import write_json
 from flows.project.project import Project
+from rfdetr.errors import ConfigError
 
 SEEN = {
     "train": "The model was trained on these labels and has learned some of their mistakes: "
@@ -40,6 +41,7 @@ def review_labels(project: Project, options: argparse.Namespace) -> int:
     from flows.stages.evaluate import trained_weights
     from flows.storage.packs import open_dataset
 
+    _check(options)
     params, split = project.params, str(options.split)
     root = Path(open_dataset(project.dataset_dir, project.env.state_dir))
     files = image_files(root, params.dataset, split)
@@ -70,3 +72,11 @@ def review_labels(project: Project, options: argparse.Namespace) -> int:
         write_json(options.out, proposals(scored, suspects, files))
         print(f"proposals in {options.out}")
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what would fail only after the evaluation. Raises ConfigError."""
+    if options.limit < 1:
+        raise ConfigError(f"--limit is {options.limit}; it must be at least 1.")
+    if options.out and options.out.is_dir():
+        raise ConfigError(f"--out {options.out} is a folder; name a file, such as fixes.json.")

@@ -135,6 +135,9 @@ def test_the_command(
     weights = write_model(tmp_path).weights
     monkeypatch.chdir(root)
     monkeypatch.setenv("RFDETR_STATE_DIR", str(tmp_path / "state"))
+    for wrong, words in ((["--limit", "0"], "at least 1"), (["--out", "data"], "is a folder")):
+        assert main(["labels", "--model", str(weights), *wrong]) != 0
+        assert words in capsys.readouterr().err
     arguments = ["labels", "--split", "valid", "--model", str(weights), "--out", "found.json"]
     assert main(arguments) == 0
     output = capsys.readouterr().out
