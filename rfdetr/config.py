@@ -82,13 +82,16 @@ BlockIndexes = Annotated[list[int], Field(min_length=1)]
 Levels = Annotated[list[Level], Field(min_length=1)]
 
 
-def _device_text(value: Any) -> Any:
+def device_text(value: Any) -> Any:
+    """The text of a torch.device or of the number of a GPU; any other value as it is."""
+    if type(value) is int:
+        return f"cuda:{value}"
     kind = type(value)  # a torch.device, recognised without importing torch
     return str(value) if (kind.__module__, kind.__name__) == ("torch", "device") else value
 
 
 PathText = Annotated[str, BeforeValidator(_as_text)]
-DeviceText = Annotated[str, BeforeValidator(_device_text)]
+DeviceText = Annotated[str, BeforeValidator(device_text)]
 FolderText = Annotated[str, BeforeValidator(_absolute)]
 
 

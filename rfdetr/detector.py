@@ -20,7 +20,7 @@ from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
 from rfdetr.checkpoints.safe_io import StrPath
 from rfdetr.checkpoints.structure import infer_config, infer_config_class
 from rfdetr.compat import EXPORT_OPTIONS, PREDICT_OPTIONS
-from rfdetr.config import MODEL_CONFIGS, ModelConfig
+from rfdetr.config import MODEL_CONFIGS, ModelConfig, device_text
 from rfdetr.data.upload import read_batches
 from rfdetr.errors import CheckpointError, ConfigError, InputError
 from rfdetr.export.frozen import FrozenNetwork, checked_shape, number_format
@@ -312,7 +312,7 @@ class RFDETR(PublicNames):
         """
         from rfdetr.export.onnx import export_onnx
 
-        if format != "onnx":
+        if format.lower() != "onnx":
             raise InputError(
                 f"format {format!r} is not offered: export writes ONNX files. Convert the file "
                 "with the tools of the other format."
@@ -374,11 +374,20 @@ def _check_size(record: CheckpointRecord, sized: type[RFDETR]) -> None:
 def _device(name: str) -> torch.device:
     if name != "auto":
         try:
-            return torch.device(name)
+            device = torch.device(name)
         except RuntimeError as error:
             raise ConfigError(
                 f"device {name!r} is unknown: use auto, cpu, cuda, cuda:1 (the second GPU) or mps."
             ) from error
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            cause = str(error).partition("\n")[0].rstrip(".")
+            raise ConfigError(
+                f"device {name!r} cannot be used here: {cause}. Use cpu, or auto for the device "
+                "that this machine has."
+            ) from error
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -396,7 +405,7 @@ def _ignore_trust(settings: dict[str, Any]) -> None:
 
 def _take_retired(settings: dict[str, Any]) -> list[Any]:
     """Translate `device`, drop arguments without an effect with a warning, return callbacks."""
-    device = settings.pop("device", None)
+    device = device_text(settings.pop("device", None))
     if device is not None:
         kind, _, index = str(device).partition(":")
         settings.setdefault("accelerator", {"cuda": "gpu"}.get(kind, kind))

@@ -95,11 +95,21 @@ class DetectorState:
         return self._point if self.weights is not None else None
 
     def threshold(self, given: float | str) -> float | OperatingPoint:
-        """What `predict` was given, with the name "operating_point" resolved."""
-        if not isinstance(given, str):
-            return given
+        """What `predict` was given, with the name "operating_point" resolved.
+
+        Raises InputError for anything else that is not a number up to 1.
+        """
         if given != AT_POINT:
-            raise InputError(f"threshold must be a number or '{AT_POINT}'; got {given!r}.")
+            try:
+                value = float("nan") if isinstance(given, str) else float(given)
+            except (TypeError, ValueError):
+                value = float("nan")
+            if not value <= 1:  # also true for NaN
+                raise InputError(
+                    f"threshold must be a number up to 1 or '{AT_POINT}'; got {given!r}. Scores "
+                    "are in 0..1."
+                )
+            return value
         if (point := self.operating_point) is None:
             raise InputError(
                 f"{self.origin} have no operating point: there is none in a model.json beside the "

@@ -77,7 +77,7 @@ def resolve_weights(name_or_path: StrPath) -> Path:
     not the one that was downloaded.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_file():
+    if path.exists():
         return path
     name = os.fspath(name_or_path)
     if name not in PUBLISHED:

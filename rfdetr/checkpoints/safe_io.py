@@ -72,11 +72,12 @@ def load_file(path: StrPath, *, mmap: bool = False, verify: bool = True) -> Any:
     in another thread.
     """
     if Path(path).is_dir():
-        inside = sorted(p.name for p in Path(path).iterdir() if p.suffix in CHECKPOINT_SUFFIXES)
         raise CheckpointError(
-            f"{os.fspath(path)} is a folder; name a checkpoint file. Found in it: "
-            f"{', '.join(inside) or 'no checkpoint'}."
+            f"{os.fspath(path)} is a folder; name a checkpoint file. {_checkpoints_in(Path(path))}"
         )
+    if not Path(path).exists():
+        folder = Path(path).absolute().parent
+        raise FileNotFoundError(f"No checkpoint {os.fspath(path)}. {_checkpoints_in(folder)}")
     is_zip = _is_zip(path)
     if verify:
         verify_file(path)
@@ -85,6 +86,14 @@ def load_file(path: StrPath, *, mmap: bool = False, verify: bool = True) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except Exception as error:
         raise CheckpointError(_cause(path, error)) from error
+
+
+def _checkpoints_in(folder: Path) -> str:
+    """A sentence with the names of the checkpoints in `folder`."""
+    if not folder.is_dir():
+        return f"There is no folder {folder}."
+    inside = sorted(p.name for p in folder.iterdir() if p.suffix in CHECKPOINT_SUFFIXES)
+    return f"Found in {folder}: {', '.join(inside) or 'no checkpoint'}."
 
 
 def verify_file(path: StrPath, copy: StrPath | None = None) -> None:

@@ -115,4 +115,4 @@ def collate(
     `block_size` is patch size x windows per side; bind it with `functools.partial`.
     """
     images = pad_images([image for image, _ in samples], block_size)
-    return images, PackedTargets.pack([target for _, target in samples])
+    return images, PackedTargets([target for _, target in samples])

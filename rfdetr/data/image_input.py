@@ -55,6 +55,8 @@ def _read(source: Any, levels: Levels | None) -> Pixels:
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if not path.is_file():
+            if path.is_dir():
+                raise InputError(f"{path} is a folder: pass a list of the images in it.")
             raise FileNotFoundError(f"No image file {path.absolute()}.")
         try:
             return ImageFile(path, levels).decode()
@@ -109,8 +111,14 @@ def height_and_width(image: ImageLike) -> tuple[int, int]:
 
 def _advice(image: npt.NDArray[Any]) -> str:
     """What to do about an array that is not an RGB image."""
+    if 0 in image.shape:
+        return "The image is empty: check how it was read or cropped."
+    if image.ndim == 4:
+        return "Pass a batch as a list of images."
     if image.ndim == 3 and image.shape[2] == 3:
         return "Scale the values to 0..255 and convert them to uint8."
+    if image.ndim == 3 and image.shape[0] == 3:
+        return "Move the channels to the end: image.transpose(1, 2, 0)."
     return "Convert the image to RGB first."
 
 
@@ -128,7 +136,14 @@ def _eight_bits(image: Tensor) -> Tensor:
 
 def _tensor_pixels(image: Tensor) -> Pixels:
     if image.ndim != 3 or image.shape[0] != 3:
-        raise InputError(f"expected an image tensor (3, H, W), got {tuple(image.shape)}.")
+        advice = "Convert the image to RGB first."
+        if image.ndim == 4:
+            advice = "Pass a batch as a list of images."
+        elif image.ndim == 3 and image.shape[2] == 3:
+            advice = "Move the channels to the front: image.permute(2, 0, 1)."
+        raise InputError(f"expected an image tensor (3, H, W), got {tuple(image.shape)}. {advice}")
+    if not image.numel():
+        raise InputError(f"expected an image tensor (3, H, W), got {tuple(image.shape)}: empty.")
     if image.is_floating_point():
         image = _eight_bits(image)
     pixels: Pixels = image.detach().permute(1, 2, 0).cpu().numpy()

@@ -41,8 +41,9 @@ def preprocess(image: ImageLike, resolution: int | tuple[int, int]) -> Tensor:
 
 
 def as_tensor(pixels: Pixels) -> Tensor:
-    """(H, W, 3) as a tensor (3, H, W), a view unless the array is read-only."""
-    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
+    """(H, W, 3) as a tensor (3, H, W): a view, or a copy of a read-only or mirrored array."""
+    viewable = pixels.flags.writeable and min(pixels.strides) >= 0
+    return torch.from_numpy(pixels if viewable else pixels.copy()).permute(2, 0, 1)
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:

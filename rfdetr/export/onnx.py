@@ -88,12 +88,15 @@ def export_onnx(
     _require("onnx", *(["onnxruntime"] if check else []))
     config = network.config
     height, width = checked_shape(shape or (config.resolution, config.resolution), config)
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; got {batch_size}.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(
+            f"batch_size must be an integer of at least 1; got {batch_size!r}. dynamic_batch=True "
+            "allows any number of images."
+        )
     if opset not in OPSETS:
         raise InputError(
             f"The network needs ONNX opset {OPSETS[0]} or higher, and {OPSETS[-1]} is the highest "
-            f"that can be written; got {opset}."
+            f"that can be written; got {opset!r}."
         )
     model = frozen_copy(network, (height, width), "cpu")
     path = Path(output_dir) / FILE_NAME

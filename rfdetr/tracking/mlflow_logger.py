@@ -17,7 +17,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from rfdetr.errors import ConfigError
 from rfdetr.tracking.client import tracking_client
 from rfdetr.tracking.journal import STATE, Journal, Mask, RunSpec, Status, read_state
-from rfdetr.tracking.sender import Sender, unsent_journals
+from rfdetr.tracking.sender import Sender, is_local, unsent_journals
+
+FAILURE_S = 3.0
+NEW_STORE_S = 40.0  # creating the schema takes half a minute on a busy machine
 
 
 class LazyClient:
@@ -96,6 +99,16 @@ class JournaledMLFlowLogger(MLFlowLogger):
     def save_dir(self) -> str:
         """The folder of the journals."""
         return str(self._folder)
+
+    @property
+    def failure_seconds(self) -> float:
+        """How long a failed run waits for `finalize`.
+
+        A script's run that is not in its local store yet has the time to create the store, so that
+        it does not disappear.
+        """
+        new = self._number is not None and self._uri is not None and self.run_id is None
+        return NEW_STORE_S if new and is_local(str(self._uri)) else FAILURE_S
 
     # --- writing
 

@@ -47,8 +47,7 @@ class Sender:
         """
         retry = CLOSE_SECONDS if timeout is None else timeout
         if timeout is None:
-            local = self.uri.startswith(("sqlite:", "file:", "/", "."))
-            timeout = CLOSE_LOCAL_SECONDS if local else CLOSE_SECONDS
+            timeout = CLOSE_LOCAL_SECONDS if is_local(self.uri) else CLOSE_SECONDS
         atexit.unregister(self.close)
         self._deadline = time.monotonic() + timeout
         self._retry_until = time.monotonic() + retry
@@ -86,6 +85,11 @@ class Sender:
                 time.sleep(min(pause, 0.5))
             else:
                 self._closing.wait(pause or INTERVAL)
+
+
+def is_local(uri: str) -> bool:
+    """Whether the store is on this machine, without a server."""
+    return uri.startswith(("sqlite:", "file:", "/", "."))
 
 
 def unsent_journals(

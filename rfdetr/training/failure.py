@@ -24,7 +24,8 @@ AT_EXIT_S = 4.0  # from the end of the script to the end of the process
 def limit_failure(trainer: pl.Trainer, exception: BaseException) -> None:
     """Bound what follows a failure; call it in `on_exception`.
 
-    Loader workers are killed, and loggers have LOGGERS_S to end. If the trainer has not raised the
+    Loader workers are killed, and loggers have LOGGERS_S to end, or what their `failure_seconds`
+    say. If the trainer has not raised the
     error after LIMIT_S, or if the process has not ended AT_EXIT_S after its main thread, it is
     ended, with the status of a SystemExit (SIGTERM: 143) or else 1. A program that handles the
     error continues undisturbed until it ends; an interactive session is never ended.
@@ -79,16 +80,17 @@ class _Watch:
 def _end_loggers(loggers: Sequence[Logger], exception: BaseException) -> None:
     """Finalize loggers as Lightning does next, which then finds nothing to do, with a limit."""
     threads = []
+    limits = [float(getattr(logger, "failure_seconds", LOGGERS_S)) for logger in loggers]
     for logger in loggers:
         thread = threading.Thread(target=_finalize, args=(logger, exception), daemon=True)
         thread.start()
         threads.append(thread)
-    deadline = time.monotonic() + LOGGERS_S
-    for logger, thread in zip(loggers, threads, strict=True):
-        thread.join(max(0.0, deadline - time.monotonic()))
+    start = time.monotonic()
+    for logger, thread, limit in zip(loggers, threads, limits, strict=True):
+        thread.join(max(0.0, start + limit - time.monotonic()))
         if thread.is_alive():
             rank_zero_warn(
-                f"{type(logger).__name__} did not end within {LOGGERS_S:g} s of the failure; the "
+                f"{type(logger).__name__} did not end within {limit:g} s of the failure; the "
                 "run does not wait for it."
             )
             logger.finalize = _nothing  # type: ignore[assignment, method-assign]

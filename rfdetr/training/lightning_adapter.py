@@ -21,7 +21,7 @@ from pytorch_lightning.trainer.call import _call_and_handle_interrupt
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from torch import Tensor
 
-LastCheckpoint = Callable[[pl.Trainer], str | None]
+FindCheckpoint = Callable[[pl.Trainer, str], str | None]
 Waits = Callable[[pl.Trainer, str | None], bool]
 
 
@@ -33,34 +33,34 @@ def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
     return module._trainer
 
 
-def find_last_checkpoint_with(trainer: pl.Trainer, find: LastCheckpoint) -> None:
-    """Resolve `ckpt_path="last"` with `find` first; Lightning asks its own ModelCheckpoint only.
+def find_checkpoints_with(trainer: pl.Trainer, find: FindCheckpoint) -> None:
+    """Resolve `ckpt_path` "last" and "best" with `find` first; Lightning knows ModelCheckpoint.
 
     Trainer._checkpoint_connector, trainer/connectors/checkpoint_connector.py.
     """
-    trainer._checkpoint_connector = _LastCheckpointConnector(trainer, find)
+    trainer._checkpoint_connector = _CheckpointFinder(trainer, find)
 
 
-def finds_last_checkpoint(trainer: pl.Trainer) -> bool:
-    """Whether `find_last_checkpoint_with` was applied, as `build_trainer` does."""
-    return isinstance(trainer._checkpoint_connector, _LastCheckpointConnector)
+def finds_checkpoints(trainer: pl.Trainer) -> bool:
+    """Whether `find_checkpoints_with` was applied, as `build_trainer` does."""
+    return isinstance(trainer._checkpoint_connector, _CheckpointFinder)
 
 
 def selected_checkpoint(trainer: pl.Trainer) -> Any:
     """The resolved `ckpt_path` of the running entry point, also before it is loaded, or None.
 
-    Only for trainers of `find_last_checkpoint_with`.
+    Only for trainers of `find_checkpoints_with`.
     """
     return getattr(trainer._checkpoint_connector, "selected", None)
 
 
-class _LastCheckpointConnector(_CheckpointConnector):
+class _CheckpointFinder(_CheckpointConnector):
     """_CheckpointConnector._parse_ckpt_path and ._select_ckpt_path.
 
     trainer/connectors/checkpoint_connector.py
     """
 
-    def __init__(self, trainer: pl.Trainer, find: LastCheckpoint) -> None:
+    def __init__(self, trainer: pl.Trainer, find: FindCheckpoint) -> None:
         super().__init__(trainer)
         self._find = find
         self.selected: Any = None
@@ -70,8 +70,8 @@ class _LastCheckpointConnector(_CheckpointConnector):
         return self.selected
 
     def _parse_ckpt_path(self, state_fn: Any, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if ckpt_path == "last":
-            ckpt_path = self._find(self.trainer) or ckpt_path
+        if ckpt_path in ("last", "best"):
+            ckpt_path = self._find(self.trainer, ckpt_path) or ckpt_path
         return super()._parse_ckpt_path(state_fn, ckpt_path, *args, **kwargs)
 
 

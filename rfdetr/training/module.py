@@ -184,7 +184,7 @@ class RFDETRModule(pl.LightningModule):
         if not self.training:
             return samples, list(targets)
         if not isinstance(targets, PackedTargets):
-            targets = PackedTargets.pack(targets)
+            targets = PackedTargets(targets)
         return samples, targets.map(move)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -12,15 +12,15 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar, TQDMProgressB
 
 from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO
 from rfdetr.config import ModelConfig, TrainConfig
-from rfdetr.errors import ConfigError
+from rfdetr.errors import CheckpointError, ConfigError
 from rfdetr.training.auto_batch import settle_batch_size
-from rfdetr.training.callbacks.best_model import BestModelCallback
+from rfdetr.training.callbacks.best_model import TOTAL, BestModelCallback
 from rfdetr.training.callbacks.checkpoints import LAST, CheckpointCallback
 from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from rfdetr.training.callbacks.drop_path import DropPathCallback
 from rfdetr.training.callbacks.early_stopping import RFDETREarlyStopping
 from rfdetr.training.callbacks.ema import RFDETREMACallback
-from rfdetr.training.lightning_adapter import find_last_checkpoint_with
+from rfdetr.training.lightning_adapter import find_checkpoints_with
 from rfdetr.training.loggers import build_loggers
 
 SHARDED = ("fsdp", "deepspeed")
@@ -79,15 +79,29 @@ def build_trainer(
         settings["logger"] = build_loggers(train_config)
     settings["plugins"] = _with_checkpoint_io(given.get("plugins"))
     trainer = pl.Trainer(**settings)
-    find_last_checkpoint_with(trainer, _last_checkpoint)
+    find_checkpoints_with(trainer, _checkpoint)
     return trainer
 
 
-def _last_checkpoint(trainer: pl.Trainer) -> str | None:
-    """The last.ckpt of the trainer's CheckpointCallback, if it exists."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    files = (c.output_dir / LAST for c in callbacks if isinstance(c, CheckpointCallback))
-    return next((str(file) for file in files if file.is_file()), None)
+def _checkpoint(trainer: Any, name: str) -> str | None:
+    """The file that our callbacks know as "last" or "best"; None if Lightning is to find it.
+
+    Raises CheckpointError if the best file does not exist yet.
+    """
+    if name == "last":
+        files = (
+            c.output_dir / LAST for c in trainer.callbacks if isinstance(c, CheckpointCallback)
+        )
+        return next((str(file) for file in files if file.is_file()), None)
+    first = trainer.checkpoint_callback
+    if not isinstance(first, BestModelCallback) or trainer.fast_dev_run:
+        return None
+    if not first.best_model_path:
+        raise CheckpointError(
+            f"There is no {TOTAL} in {first.output_dir}: train first, or pass the path of a "
+            "checkpoint."
+        )
+    return str(first.best_model_path)
 
 
 def build_callbacks(

@@ -255,7 +255,7 @@ def bench_kernels() -> None:
         {"boxes": torch.rand(7, 4), "labels": torch.ones(7).long(), "image_id": torch.tensor([i])}
         for i in range(64)
     ]
-    packed = PackedTargets.pack(targets)
+    packed = PackedTargets(targets)
     former = milliseconds(lambda: [{k: v.clone() for k, v in t.items()} for t in targets])
     say("copy of the targets of 64 images", former, milliseconds(lambda: packed.map(torch.clone)))
 

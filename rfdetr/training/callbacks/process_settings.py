@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from rfdetr.training.allocator import keep_freed_memory
 from rfdetr.training.callbacks.coco_eval import COCOEvalCallback
 from rfdetr.training.failure import lift_limit, limit_failure
-from rfdetr.training.lightning_adapter import finds_last_checkpoint
+from rfdetr.training.lightning_adapter import finds_checkpoints
 
 # what Lightning and torch warn about although it is intended
 EXPECTED = (
@@ -57,7 +57,7 @@ class ProcessSettings(Callback):
 def _warn_of_plain_trainer(trainer: pl.Trainer) -> None:
     """A Trainer of the user's own, or of LightningCLI, lacks the callbacks of `build_trainer`."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if finds_last_checkpoint(trainer) or any(isinstance(c, COCOEvalCallback) for c in callbacks):
+    if finds_checkpoints(trainer) or any(isinstance(c, COCOEvalCallback) for c in callbacks):
         return
     rank_zero_warn(
         "This Trainer was not made by build_trainer: it has no EMA, logs no COCO metrics, writes "

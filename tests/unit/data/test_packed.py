@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from rfdetr.config import RFDETRNanoConfig, TrainConfig
@@ -57,7 +58,7 @@ def storages(targets: list[Target]) -> int:
 
 def test_values_are_kept_in_one_tensor_per_key() -> None:
     given = some_targets()
-    packed = PackedTargets.pack(given)
+    packed = PackedTargets(given)
     same(packed, given)
     assert storages(packed) == 6
     for copied in (
@@ -71,15 +72,24 @@ def test_values_are_kept_in_one_tensor_per_key() -> None:
 
 def test_values_of_different_types_stay_apart() -> None:
     given: list[Target] = [{"a": torch.ones(1), "b": None}, {"a": torch.ones(1).long(), "b": "x"}]
-    packed = PackedTargets.pack(given)
+    packed = PackedTargets(given)
     same(packed, given)
     moved = packed.map(lambda tensor: tensor + 1)
     assert [target["a"].item() for target in moved] == [2, 2]
     assert [target["b"] for target in moved] == [None, "x"]
 
 
+def test_collections_that_lightning_converts_are_packed_again() -> None:
+    """Lightning's precision plugins make a list of the same type from converted elements."""
+    packed = PackedTargets(some_targets())
+    converted = apply_to_collection(packed, Tensor, lambda tensor: tensor.double())
+    same(converted, [dict(target) for target in packed.map(lambda tensor: tensor.double())])
+    assert isinstance(converted, PackedTargets)
+    assert storages(converted) == 6
+
+
 def test_changed_dictionaries_move_as_they_are() -> None:
-    packed = PackedTargets.pack(some_targets())
+    packed = PackedTargets(some_targets())
     packed[0]["labels"] = torch.tensor([7, 8])
     packed[1]["new"] = torch.ones(2)
     del packed[2]["scale"]

@@ -60,6 +60,13 @@ def test_an_unknown_device_lists_the_known_ones() -> None:
         small(device="gpu")
 
 
+def test_a_device_that_is_missing_is_refused_with_the_way() -> None:
+    unavailable = f"cuda:{torch.cuda.device_count()}"
+    for device in (unavailable, torch.cuda.device_count()):
+        with pytest.raises(ConfigError, match=f"'{unavailable}' cannot be used here: .*Use cpu"):
+            small(device=device)
+
+
 def test_the_state_has_what_users_read() -> None:
     state = small(num_classes=3).model
     assert (state.resolution, state.device.type, state.model.training) == (64, "cpu", False)

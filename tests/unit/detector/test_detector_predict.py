@@ -58,6 +58,7 @@ def test_every_kind_of_image_gives_the_same_detections(tmp_path: Path, served: s
     kinds = [
         array, Image.fromarray(array), tensor, tmp_path / "image.png",
         str(tmp_path / "image.png"), f"{served}/image.png",
+        array[:, :, ::-1].copy()[:, :, ::-1],  # a view with negative strides, as of a BGR image
     ]  # fmt: skip
     expected = DETECTOR.predict(array, threshold=0.0)
     assert isinstance(expected, supervision.Detections)
@@ -191,11 +192,25 @@ def test_segmentation_gives_masks_of_the_image_size() -> None:
         (7, "got int"),
         ({"a": 1}, "got dict"),
         (None, "got NoneType"),
+        (np.zeros((3, 8, 9), np.uint8), r"image\.transpose\(1, 2, 0\)"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "batch as a list"),
+        (np.zeros((0, 8, 3), np.uint8), "The image is empty"),
+        (torch.rand(8, 9, 3), r"image\.permute\(2, 0, 1\)"),
+        (torch.rand(2, 3, 8, 8), "batch as a list"),
+        (torch.rand(3, 0, 8), "empty"),
+        (Path(__file__).parent, "is a folder: pass a list"),
     ],
 )
 def test_what_is_no_image_is_named(image: Any, text: str) -> None:
     with pytest.raises(InputError, match=text):
         DETECTOR.predict(image)
+
+
+@pytest.mark.parametrize("threshold", [None, [0.5], "0.5", 50, float("nan")])
+def test_what_is_no_threshold_is_named(threshold: Any) -> None:
+    with pytest.raises(InputError, match="threshold must be a number up to 1 or 'operating_point'"):
+        DETECTOR.predict(pixels(), threshold=threshold)
+    assert len(DETECTOR.predict(pixels(), threshold=np.float32(0))) == 10
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

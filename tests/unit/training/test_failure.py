@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from rfdetr.tracking import delivery
+from rfdetr.tracking.client import local_store
+from rfdetr.tracking.mlflow_logger import FAILURE_S, NEW_STORE_S, JournaledMLFlowLogger
 from rfdetr.training import failure
 from tests.datasets import make_roboflow
 from tests.unit.training.helpers import Run, StopAt, tiny_model, tiny_run
@@ -97,3 +100,27 @@ def test_the_last_checkpoint_of_a_failed_run_is_on_disk(dataset: Path, tmp_path:
         run.fit()
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
     assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]
+
+
+def test_a_failed_script_waits_for_the_store_that_it_creates(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Creating a local MLflow store takes longer than loggers have; a later failure has less."""
+    connect = delivery.tracking_client
+
+    def slow(uri: str) -> Any:
+        time.sleep(1)
+        return connect(uri)
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(failure, "LOGGERS_S", 0.2)
+    monkeypatch.setattr(delivery, "tracking_client", slow)
+    run = Run(tiny_model(), tiny_run(dataset, tmp_path, mlflow=True), limit_val_batches=0)
+    logger = next(log for log in run.trainer.loggers if isinstance(log, JournaledMLFlowLogger))
+    run.trainer.callbacks.append(StopAt(1))
+    assert logger.failure_seconds == NEW_STORE_S
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        run.fit()
+    client = connect(local_store(tmp_path / "mlflow"))
+    assert client.get_run(logger.run_id).info.status == "FAILED"
+    assert logger.failure_seconds == FAILURE_S

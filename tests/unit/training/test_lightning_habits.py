@@ -85,6 +85,25 @@ def test_best_is_a_checkpoint_path(shapes: Path, tmp_path: Path) -> None:
     assert "val/mAP_50_95" in validated
 
 
+def test_checkpoints_that_do_not_exist_are_named_with_those_that_do(
+    finished: Run, shapes: Path, tmp_path: Path
+) -> None:
+    run = Run(tiny_model(), tiny_run(shapes, tmp_path))
+    with pytest.raises(CheckpointError, match=r"no checkpoint_best_total\.pth in .*: train first"):
+        run.trainer.validate(run.module, run.data, ckpt_path="best")
+    with pytest.raises(FileNotFoundError, match=r"Found in .*checkpoint_best_ema\.pth.*last\.ckpt"):
+        run.fit(finished.output / "lost.ckpt")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_precisions_that_convert_the_batch(shapes: Path, tmp_path: Path, precision: str) -> None:
+    config = tiny_run(shapes, tmp_path, epochs=1)
+    run = Run(tiny_model(), config, precision=precision, limit_train_batches=1).fit()
+    expected = {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    assert run.module.model.class_embed.bias.dtype == expected
+    assert MAP in run.metrics()
+
+
 @pytest.mark.parametrize("limits", [{"max_steps": 2}, {"limit_val_batches": 0}])
 def test_without_a_validation_the_hint_says_so(
     shapes: Path, tmp_path: Path, limits: dict[str, int]
