@@ -20,6 +20,35 @@ _BATCH = "With batch_size='auto' an optimizer step has 4 * grad_accum_steps imag
 _BEST = "The best epoch is the one with the highest value: set eval_interval to skip epochs."
 _KEYPOINT_MODEL = ((), "")  # any value: without use_grouppose_keypoints they have no effect
 
+# arguments of Lightning's Trainer that users look for in TrainConfig
+TRAINER_ARGUMENTS = frozenset(
+    {
+        "accumulate_grad_batches",
+        "benchmark",
+        "check_val_every_n_epoch",
+        "detect_anomaly",
+        "deterministic",
+        "fast_dev_run",
+        "gradient_clip_algorithm",
+        "gradient_clip_val",
+        "limit_test_batches",
+        "limit_train_batches",
+        "limit_val_batches",
+        "log_every_n_steps",
+        "logger",
+        "max_epochs",
+        "max_steps",
+        "max_time",
+        "min_epochs",
+        "overfit_batches",
+        "plugins",
+        "precision",
+        "profiler",
+        "strategy",
+        "val_check_interval",
+    }
+)
+
 Missing = Mapping[str, tuple[tuple[Any, ...], str]]
 PLAIN = (bool, int, float, str, list, dict)
 # field -> values that ask for nothing (empty: any value), and what to do instead of others

@@ -65,6 +65,12 @@ def _absolute(value: Any) -> Any:
     return str(Path(value).expanduser().absolute())
 
 
+def _resume(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "last" if value else None
+    return _as_text(value)
+
+
 def _progress_bar(value: Any) -> Any:
     if isinstance(value, bool):
         return "tqdm" if value else None
@@ -134,15 +140,27 @@ class StrictConfig(BaseModel):
     @classmethod
     def _unknown_text(cls, unknown: list[str]) -> str:
         parts = []
-        for name in unknown:
+        homes = {name: _home(cls, name) for name in unknown}
+        for name, home in homes.items():
             near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            hint = f" (did you mean '{near[0]}'?)" if near and not home else ""
             parts.append(f"'{name}'{hint}")
-        extra = ""
-        if "strategy" in unknown:
-            extra = " Pass strategy= to build_trainer instead."
         known = ", ".join(sorted(cls.model_fields))
-        return f"{cls.__name__} has no field {', '.join(parts)}.{extra} Known fields: {known}."
+        advice = [home for home in homes.values() if home]
+        return " ".join(
+            [f"{cls.__name__} has no field {', '.join(parts)}.", *advice, f"Known fields: {known}."]
+        )
+
+
+def _home(config_class: type[BaseModel], name: str) -> str | None:
+    """What to do with a setting that `config_class` does not have and another object has."""
+    if issubclass(config_class, TrainConfig) and name in compat.TRAINER_ARGUMENTS:
+        return f"Pass {name}= to build_trainer instead."
+    if issubclass(config_class, TrainConfig) and name in ModelConfig.model_fields:
+        return f"{name} is a setting of the model: RFDETRNano({name}=...) or its configuration."
+    if issubclass(config_class, ModelConfig) and name in TrainConfig.model_fields:
+        return f"{name} is a setting of the training: pass it to train() or to TrainConfig."
+    return None
 
 
 def optional_fields(config_class: type[BaseModel], *names: str) -> dict[str, Any]:
@@ -550,7 +568,9 @@ class TrainConfig(Hyperparameters):
     best_model_metric: Literal["map", "mar"] = Field(
         "map", description="Metric that chooses the best epoch: mAP or mAR"
     )
-    resume: PathText | None = Field(None, description="Checkpoint to resume from")
+    resume: Annotated[str | None, BeforeValidator(_resume)] = Field(
+        None, description="Checkpoint to resume from; true: last.ckpt of `output_dir`"
+    )
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Seed of all generators")
     drop_mode: Literal["standard", "early", "late"] = Field(
         "standard", description="Epochs that use drop path"

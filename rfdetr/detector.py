@@ -204,8 +204,8 @@ class RFDETR(PublicNames):
         settings.setdefault("device", str(self.model.device))
         settings.setdefault("square_resize_div_64", self.model.square)
         callbacks = _take_retired(settings)
-        if self.model.dataset_dir is not None:
-            settings.setdefault("dataset_dir", self.model.dataset_dir)
+        if settings.setdefault("dataset_dir", self.model.dataset_dir) is None:
+            raise ConfigError("This detector was not trained here: pass dataset_dir to evaluate().")
         train_config = self.get_train_config(**settings)
         self._warn_of_resized_head()
         names = self.model.label_names() if self.model.has_names else None
@@ -413,6 +413,8 @@ def _take_retired(settings: dict[str, Any]) -> list[Any]:
             settings.setdefault("devices", f"{index},")
     retired = [name for name in ("start_epoch", "do_benchmark") if settings.pop(name, None)]
     callbacks = settings.pop("callbacks", None) or []
+    if _is_callback(callbacks):
+        callbacks = [callbacks]
     if isinstance(callbacks, dict):
         retired.append("callbacks as a dictionary (give a list of Lightning callbacks)")
         callbacks = []
@@ -422,7 +424,15 @@ def _take_retired(settings: dict[str, Any]) -> list[Any]:
             UserWarning,
             stacklevel=3,
         )
+    if not isinstance(callbacks, list | tuple) or not all(map(_is_callback, callbacks)):
+        raise ConfigError(f"callbacks must be a list of Lightning callbacks; got {callbacks!r}.")
     return list(callbacks)
+
+
+def _is_callback(value: Any) -> bool:
+    from pytorch_lightning.callbacks import Callback
+
+    return isinstance(value, Callback)
 
 
 class RFDETRNano(RFDETR):

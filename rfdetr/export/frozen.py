@@ -120,8 +120,8 @@ class FrozenNetwork:
         *,
         capture: bool = True,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1; got {batch_size}.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size must be an integer of at least 1; got {batch_size!r}.")
         self.resolution = resolution
         self.batch_size = batch_size
         self.dtype = number_format(dtype)

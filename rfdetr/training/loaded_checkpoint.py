@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -102,9 +103,13 @@ def _shape_problem(record: CheckpointRecord, own: dict[str, Any]) -> str | None:
     if not wrong:
         return None
     first = wrong[0]
+    table = ""
+    if first.endswith("pos_embed"):
+        side = math.isqrt(weights[first].shape[-2] - 1)
+        table = f" The file has positional_encoding_size {side}."
     return (
         f"{record.path} has {len(wrong)} tensors of another shape, first {first}: "
-        f"{tuple(weights[first].shape)} instead of {tuple(own[first].shape)}. Resume needs the "
-        "model configuration of the saved run; to start another model from these weights, pass the "
-        "file as pretrain_weights."
+        f"{tuple(weights[first].shape)} instead of {tuple(own[first].shape)}.{table} Resume "
+        "needs the model configuration of the saved run; to start another model from these "
+        "weights, pass the file as pretrain_weights."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -47,6 +48,8 @@ def build_trainer(
     MissingDependencyError for a requested logger that is not installed.
     """
     given = dict(trainer_kwargs)
+    if Path(train_config.output_dir).is_file():
+        raise ConfigError(f"output_dir {train_config.output_dir} is a file: name a folder.")
     accelerator = given.get("accelerator", train_config.accelerator)
     devices = given.get("devices", train_config.devices)
     settings: dict[str, Any] = {

@@ -79,6 +79,12 @@ def test_parity_manifests_build_their_configurations(parity: Path) -> None:
 def test_unknown_field_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match=r"'epoch' \(did you mean 'epochs'\?\)"):
         TrainConfig(dataset_dir="x", epoch=3)
+    with pytest.raises(ValueError, match=r"resolution is a setting of the model: RFDETRNano\("):
+        TrainConfig(dataset_dir="x", resolution=64)
+    with pytest.raises(ValueError, match=r"Pass precision= to build_trainer.*num_classes is a set"):
+        TrainConfig(dataset_dir="x", precision=16, num_classes=3)
+    with pytest.raises(ValueError, match="epochs is a setting of the training"):
+        RFDETRNanoConfig(epochs=3)
     with pytest.raises(ValueError, match="did you mean 'resolution'"):
         RFDETRNanoConfig(resolutoin=384)
 

@@ -18,6 +18,8 @@ from rfdetr.training.lightning_adapter import finds_checkpoints
 EXPECTED = (
     "You have overridden `transfer_batch_to_device` in `LightningModule`",
     r"The number of training batches \(\d+\) is smaller than the logging interval",
+    # averaging over processes costs a collective per step: train_log_sync_dist
+    r"It is recommended to use `self.log\('(train|val|test)/",
     "Glyph",  # in plots: class names can be in any script
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )

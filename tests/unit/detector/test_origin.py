@@ -95,6 +95,12 @@ def test_a_training_that_fails_before_its_first_step_changes_nothing(
         known.train(dataset_dir=data, resume=tmp_path / "missing.ckpt", **out, **TRAIN)
     with pytest.raises(ValueError, match="precision"):
         known.train(dataset_dir=data, precision=3, **out, **TRAIN)
+    with pytest.raises(ConfigError, match="list of Lightning callbacks; got 'x'"):
+        known.train(dataset_dir=data, callbacks="x", **out, **TRAIN)
+    with pytest.raises(ConfigError, match="is a file: name a folder"):
+        known.train(dataset_dir=data, output_dir=__file__, **TRAIN)
+    with pytest.raises(InputError, match="batch_size must be an integer"):
+        known.optimize_for_inference(batch_size="2")  # type: ignore[arg-type]
     assert_unchanged(known, before)
     assert known.model.optimized is not None
     few = small(num_classes=1)
@@ -119,6 +125,9 @@ def test_a_detector_says_which_weights_it_has(known: rfdetr.RFDETR, tmp_path: Pa
     total = rfdetr.RFDETR.from_checkpoint(out / "checkpoint_best_total.pth")
     assert " weights of epoch " in repr(total)
     assert total.model.origin.averaged in {True, False}
+    longer = TRAIN | {"epochs": TRAIN["epochs"] + 1}
+    known.train(dataset_dir=data, output_dir=out, resume=True, callbacks=Stop(-1), **longer)
+    assert f"EMA weights of epoch 2 from the training in {out}" in repr(known)
     known.train(dataset_dir=data, output_dir=tmp_path / "b", use_ema=False, **TRAIN)
     assert "live weights of epoch 1" in repr(known)
 
