@@ -94,7 +94,7 @@ def _versions() -> Iterator[Finding]:
 
 def _machine(project: Project) -> Iterator[Finding]:
     """What a run on this machine would fail on."""
-    problems, notes = list(machine_problems(project)), list(machine_notes())
+    problems, notes = list(machine_problems(project)), list(machine_notes(project))
     for level, texts in (("problem", problems), ("note", notes)):
         for text in texts:
             yield Finding.model_validate({"subject": "machine", "level": level, "text": text})

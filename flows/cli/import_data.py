@@ -15,7 +15,7 @@ FORMATS = ("coco", "cvat", "voc", "labelme", "label-studio", "yolo")  # without 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of the export")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder or zip of the export")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="new folder")
     parser.add_argument(
         "--format", choices=FORMATS, help="the format to read (default: what the files are)"

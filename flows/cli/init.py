@@ -34,7 +34,7 @@ KEPT = ("runtime", "sources", "demo")  # sections that do not belong to the data
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder of the dataset or export")
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder or zip of the dataset")
     parser.add_argument(
         "--variant", choices=MODEL_CONFIGS, help="size of the network (default: medium)"
     )
@@ -91,7 +91,7 @@ def _from_here(options: argparse.Namespace) -> tuple[Path, str | None]:
     """The folder and the weights as paths that stay valid in another current folder."""
     if str(options.data).startswith("s3:"):
         raise ConfigError(
-            "init takes a folder. A dataset on S3 is named under `sources` in params.yaml: "
+            "init takes a folder or a zip. Name a dataset on S3 under `sources` in params.yaml: "
             '`sources: {mine: {uri: "s3://bucket/mine"}}` and `dataset: {dir: data/mine}`.'
         )
     weights = options.weights
@@ -215,6 +215,7 @@ def _told(facts: DatasetFacts, chosen: Choices, *, told: str, kept: Path | None)
     )
     names = ", ".join(facts.class_names[:8]) + (", ..." if len(facts.class_names) > 8 else "")
     first, *more = told.split("\n")
+    way = "fine-tuning" if chosen.source else "training from scratch"
     lines = [f"data     {facts.dir} ({facts.layout}): {first}", *(f"         {m}" for m in more)]
     lines += [
         f"splits   {counts}",
@@ -222,8 +223,8 @@ def _told(facts: DatasetFacts, chosen: Choices, *, told: str, kept: Path | None)
         f"model    {chosen.variant}, {chosen.resolution} pixels, starting from "
         f"{chosen.source or 'scratch'}",
         f"fit      up to {chosen.epochs} epochs of {chosen.steps_per_epoch} steps with "
-        f"{chosen.effective_batch_size} images, learning rates of fine-tuning; EMA, multi-scale, "
-        "early stopping",
+        f"{chosen.effective_batch_size} images, learning rates for {way}; EMA, multi-scale, early "
+        "stopping",
         f"gate     mAP 50-95 on the {facts.test_images} images of {facts.test_split}",
         f"registry {facts.name}: one registered model per dataset (registry.name changes it)",
     ]
@@ -248,8 +249,8 @@ def _warnings(facts: DatasetFacts, chosen: Choices, *, masks_possible: bool) -> 
         lines.append("objects have outlines: --variant seg-medium trains masks as well as boxes")
     if not visible_gpus():
         lines.append(
-            f"no GPU: {chosen.variant} on a CPU takes seconds per image and step; nano is the "
-            "smallest variant"
+            f"no GPU: {chosen.variant} on a CPU takes seconds per image and step. For a trial: "
+            "--variant nano --force, then `rfdetr-pipeline retrain --set fit.epochs=1`"
         )
     if facts.images.get("train", 0) < 20:
         lines.append("fewer than 20 training images: good for a trial, not for a model")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.project.project import Project
+from rfdetr.files import dead_folders
 
 FREE_BYTES = 512 << 20
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
@@ -31,8 +32,14 @@ def machine_problems(project: Project) -> Iterator[str]:
             yield f"{name} must start with http:// or https://"
 
 
-def machine_notes() -> Iterator[str]:
+def machine_notes(project: Project) -> Iterator[str]:
     """What is unusual, but works."""
+    for folder in dead_folders(project.root / "data"):
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) >> 20
+        yield (
+            f"{folder} ({size} MiB) was left by a killed import; the next `rfdetr-pipeline init` "
+            "removes it, or remove it yourself"
+        )
     try:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:

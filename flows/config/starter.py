@@ -29,6 +29,12 @@ class DatasetFacts(BaseModel, frozen=True):
     masks: float
 
     @property
+    def classes(self) -> str:
+        """How many there are, in words."""
+        count = len(self.class_names)
+        return f"{count} class{'' if count == 1 else 'es'}"
+
+    @property
     def test_split(self) -> str:
         """The split that models are scored on: `valid` if there are no test images."""
         return "test" if self.images.get("test") else "valid"
@@ -83,11 +89,12 @@ def starter_text(facts: DatasetFacts, chosen: Choices, kept: Mapping[str, Any]) 
         None: "from scratch; slower, and needs far more images",
         published_weights(chosen.variant): "published weights, downloaded once",
     }.get(chosen.source, "starting weights")
+    decays = (usual.lr_vit_layer_decay, usual.lr_component_decay) if chosen.source else (1.0, 1.0)
+    earlier = "earlier blocks of the backbone change less" if chosen.source else "all blocks learn"
     steps = f"of {chosen.steps_per_epoch} steps; {STEPS:,} steps, or {MOST_EPOCHS}"
     images = ", ".join(f"{split} {count}" for split, count in facts.images.items())
-    classes = len(facts.class_names)
     return f"""\
-# Written by `rfdetr-pipeline init` for {_flow(facts.dir)}: {classes} classes, images: {images}.
+# Written by `rfdetr-pipeline init` for {_flow(facts.dir)}: {facts.classes}, images: {images}.
 # Fields that are left out have the defaults of docs/parameters.md; an unknown name is an error.
 
 dataset: {_flow({"name": facts.name, "dir": facts.dir, "layout": facts.layout})}
@@ -102,10 +109,10 @@ fit:
   epochs: {chosen.epochs} # {steps} epochs
   effective_batch_size: {chosen.effective_batch_size} # images per step, on any number of devices
   batch_size: {chosen.batch_size} # images at a time on one device; lower it if memory runs out
-  lr: {usual.lr:g} # of fine-tuning published weights, for the projector and the heads
+  lr: {usual.lr:g} # of the projector and the heads
   lr_encoder: {usual.lr_encoder:g} # of the backbone's last block
-  lr_vit_layer_decay: {usual.lr_vit_layer_decay:g} # earlier blocks of the backbone change less
-  lr_component_decay: {usual.lr_component_decay:g}
+  lr_vit_layer_decay: {decays[0]:g} # {earlier}
+  lr_component_decay: {decays[1]:g} # factor for the decoder
   multi_scale: true # sizes vary in training, which helps with objects of other sizes
   use_ema: true # EMA weights are evaluated too; the better ones are kept
   early_stopping: true # ends when the validation mAP stops rising

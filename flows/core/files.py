@@ -1,13 +1,12 @@
-"""JSON, YAML and CSV files, and files and folders that are replaced in one step."""
+"""JSON, YAML and CSV files that are replaced in one step."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +83,3 @@ def copy_atomic(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
     """Copy one file so that `target` is never half-written."""
     with atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that replaces `target` at the end of the block, unless that raises.
-
-    The folder is filled under a temporary name beside `target`, which is never half-written. What
-    a killed process leaves there is removed by the next call.
-    """
-    work = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        shutil.rmtree(target, ignore_errors=True)
-        work.replace(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

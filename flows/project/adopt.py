@@ -6,23 +6,23 @@ import filecmp
 import os
 import re
 import shutil
-import uuid
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 from flows.core.digest import list_files
-from flows.core.files import new_folder
 from flows.project.dvc import configure_dvc, dvc
 from flows.project.project import Project
 from flows.project.workspace import data_stage
 from flows.storage.packs import open_dataset
 from rfdetr.data.layouts import Kind, Layout, detect_layout
 from rfdetr.errors import ConfigError, DatasetError
-from rfdetr.importers import Shares, import_dataset, only_folder
+from rfdetr.files import remove_dead_folders, scratch_folder
+from rfdetr.importers import Shares, import_dataset, opened_source
 
 DATA = "data"
 DEMO = "demo"
+EXPORT = re.compile(r"\.v\d+i?([.-].*)?$")  # of Roboflow: trees.v3i.coco
 HIDDEN = shutil.ignore_patterns(".*", "__MACOSX")
 
 
@@ -35,8 +35,9 @@ class Adopted(NamedTuple):
 
 
 def dataset_name(given: str | None, source: Path) -> str:
-    """The name that the user gave, else one made from the folder's. Raises ConfigError."""
-    name = given or re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip("-._") or "data"
+    """The name that the user gave, else one made from the source's. Raises ConfigError."""
+    own = EXPORT.sub("", source.stem if source.is_file() else source.name)
+    name = given or re.sub(r"[^A-Za-z0-9._-]+", "-", own).strip("-._") or "data"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ConfigError(
             f"--name {name}: use letters, digits, '.', '_' and '-', beginning with a letter or "
@@ -57,42 +58,49 @@ def adopt(
     force: bool,
     progress: bool,
 ) -> Adopted:
-    """Make `source` a dataset below data/.
+    """Make `source`, a folder or a zip file, a dataset below data/.
 
     A folder below data/ with splits stays where it is. Anything else is copied to data/<name>, and
     converted if its layout is another or it has no splits. Repeating a call changes nothing. Raises
     DatasetError, also if data/<name> has another content, unless `force` is set.
     """
-    data, place = (project.root / DATA).resolve(), only_folder(source.resolve())
-    layout = None if shares else _layout(open_dataset(place, project.env.state_dir))
-    if layout is not None and data in place.parents:
-        where = f"{DATA}/{place.relative_to(data).as_posix()}"
-        return Adopted(where, layout.kind, "used where it is")
-    target = project.root / DATA / name
-    if target.resolve() == place:
-        target = target.with_name(f"{name}-imported")
-    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    data, target = (project.root / DATA).resolve(), project.root / DATA / name
+    remove_dead_folders(data)
     try:
-        if layout is not None and _is_complete(layout):
-            with new_folder(fresh) as work:
-                shutil.copytree(place, work, ignore=HIDDEN, dirs_exist_ok=True)
-            kind, told = layout.kind, f"copied from {source}"
-        else:
-            report = import_dataset(
-                place,
-                fresh,
-                shares=shares,
-                seed=seed,
-                cache_dir=project.env.state_dir / "checks",
-                progress=progress,
-            )
-            kind, told = "roboflow", f"imported from {source}\n{report.to_text(written=False)}"
-        _put(fresh, target, force=force)
+        with opened_source(source.resolve(), target) as place:
+            layout = None if shares else _layout(open_dataset(place, project.env.state_dir))
+            if layout is not None and source.is_dir() and data in place.parents:
+                where = f"{DATA}/{place.relative_to(data).as_posix()}"
+                return Adopted(where, layout.kind, "used where it is")
+            if target.resolve() == place:
+                target = target.with_name(f"{name}-imported")
+            with scratch_folder(target) as fresh:
+                if layout is not None and _is_complete(layout):
+                    told = _copy(source, place, fresh)
+                    kind = layout.kind
+                else:
+                    report = import_dataset(
+                        place,
+                        fresh,
+                        shares=shares,
+                        seed=seed,
+                        cache_dir=project.env.state_dir / "checks",
+                        progress=progress,
+                    )
+                    summary = report.to_text(written=False)
+                    kind, told = "roboflow", f"imported from {source}\n{summary}"
+                _put(fresh, target, force=force)
     except OSError as error:
         raise DatasetError(f"{target} cannot be written: {error}.") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return Adopted(f"{DATA}/{target.name}", kind, told)
+
+
+def _copy(source: Path, place: Path, fresh: Path) -> str:
+    """Copy the folder `place`, or move what was unpacked from `source`; what was done."""
+    unpacked = source.is_file()
+    copy = shutil.move if unpacked else shutil.copy2
+    shutil.copytree(place, fresh, ignore=HIDDEN, dirs_exist_ok=True, copy_function=copy)
+    return f"{'unpacked' if unpacked else 'copied'} from {source}"
 
 
 def _layout(folder: Path) -> Layout | None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.core.digest import digest_of
-from flows.core.files import new_folder, read_json, write_json
-from rfdetr.files import sha256_file
+from flows.core.files import read_json, write_json
+from rfdetr.files import new_folder, sha256_file
 
 FORMAT = 2  # of the exported files; 2: with metadata
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
+
 from flows.core.files import read_json
 from flows.core.redact import redact
 from flows.gate.verdict import Verdict
 from flows.project.project import Project
-from flows.registry.registry import CHALLENGER
+from flows.registry.registry import CHALLENGER, CHAMPION
 from flows.release.freshness import registry_of
 from flows.release.steps import Registered, last_registered, last_verdict
+
+FINDS_NOTHING = (
+    "  it finds nothing yet: check the boxes in the dataset report, start from published weights, "
+    "or train\n  for more epochs (fit.epochs)"
+)
 
 
 def what_next(project: Project) -> str:
@@ -23,11 +30,12 @@ def what_next(project: Project) -> str:
     card, numbers = read_json(project.model_card), read_json(project.test_metrics)
     registered, verdict = last_registered(project), last_verdict(project)
     weights = (project.trained / card["weights"]).absolute()
-    threshold = numbers.get("best_threshold", 0.5)
+    threshold = numbers.get("best_threshold") or 0.5  # 0: nothing was found
     return "\n".join(
         [
             "",
             *_outcome(project, registered, verdict),
+            *([] if numbers["map_50"] else [FINDS_NOTHING]),
             "",
             f"model file       {weights}",
             "",
@@ -38,7 +46,7 @@ def what_next(project: Project) -> str:
             f"dataset report   {project.validation.with_suffix('.html')}",
             f"training         {project.fit_picture}",
             f"predictions      {project.reports / 'pictures/samples.png'}",
-            *_experiments(registered),
+            *_commands(registered),
             "who and why      rfdetr-pipeline history",
         ]
     )
@@ -62,12 +70,24 @@ def _outcome(project: Project, registered: Registered, verdict: Verdict) -> list
     return lines
 
 
-def _experiments(registered: Registered) -> list[str]:
-    """A link to the runs in MLflow's view for training, and the command that serves them."""
+def _commands(registered: Registered) -> list[str]:
+    """How to serve the champion, and where the runs are, in MLflow's view for training.
+
+    The address of the store is spelled out, since MLflow's default fails in a folder with a space.
+    """
     page = f"/#/experiments/{registered.experiment}?workflowType=machine_learning"
+    uri = shlex.quote(redact(registered.uri))
+    model = shlex.quote(f"models:/{registered.name}@{CHAMPION}")
+    serve = f"MLFLOW_TRACKING_URI={uri} mlflow models serve -m {model} --env-manager local -p 8080"
     if registered.uri.startswith(("http://", "https://")):
-        return [f"experiments      {registered.uri.rstrip('/')}{page}"]
+        experiments = [f"experiments      {redact(registered.uri).rstrip('/')}{page}"]
+    else:
+        experiments = [
+            f"experiments      mlflow ui --backend-store-uri {uri}",
+            f"                 then http://127.0.0.1:5000{page}",
+        ]
     return [
-        f"experiments      mlflow ui --backend-store-uri {redact(registered.uri)}",
-        f"                 then http://127.0.0.1:5000{page}",
+        "predict          rfdetr-pipeline predict IMAGES --out found",
+        f"serve            {serve}",
+        *experiments,
     ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from flows.config.sections import ConvertSettings, ModelSettings
 from flows.core.digest import digest_of
-from flows.core.files import copy_atomic, new_folder, write_json
+from flows.core.files import copy_atomic, write_json
 from flows.project.project import Project
 from flows.stages.runner import run_stage
 from flows.storage.objects import download
@@ -20,7 +20,7 @@ from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
 from rfdetr.checkpoints.structure import infer_config, structure_mismatch
 from rfdetr.config import MODEL_CONFIGS
 from rfdetr.errors import CheckpointError, DownloadError
-from rfdetr.files import sha256_file
+from rfdetr.files import new_folder, sha256_file
 
 SECTIONS = ["model", "convert"]
 WEIGHTS, CARD = "model.ckpt", "model.json"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from flows.core.files import new_folder
 from flows.project.project import Project
 from flows.stages.runner import run_stage
+from rfdetr.files import new_folder
 
 
 def demo(project: Project) -> None:

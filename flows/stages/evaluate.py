@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.core.files import new_folder, read_json, write_csv, write_json
+from flows.core.files import read_json, write_csv, write_json
 from flows.gate import score_cache
 from flows.gate.report import write_report
 from flows.gate.scored_model import ScoredModel
@@ -21,7 +21,7 @@ from rfdetr.evaluation.accumulate import RECALL_POINTS
 from rfdetr.evaluation.f1 import SCORE_THRESHOLDS
 from rfdetr.evaluation.plots import draw_evaluation
 from rfdetr.evaluation.report import class_labels, standard_metrics
-from rfdetr.files import atomic_path, sha256_file
+from rfdetr.files import atomic_path, new_folder, sha256_file
 
 SECTIONS = ["dataset", "evaluate", "slices"]
 

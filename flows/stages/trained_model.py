@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flows.core.files import copy_atomic, new_folder, read_json, write_csv, write_json
+from flows.core.files import copy_atomic, read_json, write_csv, write_json
 from flows.fit_job.job import FitJob, FitResult
 from flows.project.project import Project
 from flows.tracking.provenance import MAIN_PACKAGES, Provenance
 from rfdetr.data.coco import dataset_categories
 from rfdetr.errors import ConfigError
 from rfdetr.evaluation.plots import draw_history
-from rfdetr.files import sha256_file
+from rfdetr.files import new_folder, sha256_file
 
 PACKAGES = sorted({*MAIN_PACKAGES, "numpy"} - {"mlflow"})  # those that compute the weights
 WEIGHTS, CARD = "model.pth", "model.json"

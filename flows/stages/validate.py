@@ -53,8 +53,9 @@ def validate(project: Project) -> None:
     write_html(report, file.with_suffix(".html"), data)
     problems = reasons_to_stop(report, params)
     images = sum(split.images for split in report.statistics.values())
+    classes = len(report.class_names)
     print(
-        f"{params.dataset.name}: {images} images, {len(report.class_names)} classes, "
+        f"{params.dataset.name}: {images} images, {classes} class{'' if classes == 1 else 'es'}, "
         f"{report.errors} errors, {report.warnings} warnings; see {file.with_suffix('.html')}",
         flush=True,
     )

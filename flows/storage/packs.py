@@ -19,11 +19,11 @@ from typing import Any
 from tqdm import tqdm
 
 from flows.core.digest import digest_of, list_files
-from flows.core.files import new_folder, read_json, write_json
+from flows.core.files import read_json, write_json
 from flows.core.locks import locked
 from flows.core.names import UnsafeNameError, check_names
 from rfdetr.errors import DatasetError
-from rfdetr.files import sha256_file, to_disk
+from rfdetr.files import new_folder, sha256_file, to_disk
 
 INDEX = "pack.json"
 FORMAT = "rfdetr-pack-1"

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +16,8 @@ from rfdetr.checks.inspection import inspect_images
 from rfdetr.data.decode import MAX_PIXELS
 from rfdetr.data.layouts import SPLITS
 from rfdetr.errors import DatasetError
+from rfdetr.files import new_folder
+from rfdetr.importers.archive import opened_source
 from rfdetr.importers.formats import read_source
 from rfdetr.importers.records import Collection, ImportedImage, ImportedObject
 from rfdetr.importers.split import Shares, alike, assign
@@ -80,33 +79,28 @@ def import_dataset(
 ) -> ImportReport:
     """Write the dataset `source` as a COCO export with splits into the new folder `target`.
 
-    The source is not changed. Splits of the source are kept unless `shares` is given. The target
-    appears when it is complete. Raises DatasetError for what cannot be read, and for a target that
-    exists, unless `replace_target` is set.
+    The source, a folder or a zip file, is not changed. Splits of the source are kept unless
+    `shares` is given. The target appears when it is complete. Raises DatasetError for what cannot
+    be read, and for a target that exists, unless `replace_target` is set.
     """
-    root, out = Path(source).expanduser().absolute(), Path(target).expanduser().absolute()
-    if root.is_relative_to(out) or out.is_relative_to(root):
-        raise DatasetError(f"{out} and the source {root} lie in each other; choose another folder.")
+    given, out = Path(source).expanduser().absolute(), Path(target).expanduser().absolute()
+    if given.is_relative_to(out) or out.is_relative_to(given):
+        raise DatasetError(
+            f"{out} and the source {given} lie in each other; choose another folder."
+        )
     if out.exists() and not replace_target and (not out.is_dir() or any(out.iterdir())):
         raise DatasetError(
             f"{out} exists already; choose another folder, or --force to replace it."
         )
-    found = read_source(root, format_name)
+    try:
+        with opened_source(given, out) as root:
+            found = read_source(root, format_name)
+            by_split = _convert(found, out, shares, seed, cache_dir, progress=progress)
+    except OSError as error:
+        raise DatasetError(f"{out} cannot be written: {error}.") from error
     classes = found.used_classes()
-    with tempfile.TemporaryDirectory(prefix="rfdetr-import-") as scratch:
-        prepared, seen = _prepare(found, Path(scratch), cache_dir, progress=progress)
-        if not any(item.image.objects for item in prepared):
-            raise DatasetError(f"{root}: {_text(found)} no object to train is left.")
-        _split(found, prepared, seen, shares, seed)
-        by_split = {
-            split: [item for item in prepared if item.image.split == split] for split in SPLITS
-        }
-        by_split = {split: items for split, items in by_split.items() if items}
-        with _new_folder(out) as work:
-            for split, items in by_split.items():
-                write_split(work / FOLDER[split], items, classes)
     return ImportReport(
-        source=root,
+        source=given,
         target=Path(target),
         format=found.format,
         images={split: len(items) for split, items in by_split.items()},
@@ -114,6 +108,32 @@ def import_dataset(
         skipped=dict(found.skipped),
         notes=found.notes,
     )
+
+
+def _convert(
+    found: Collection,
+    out: Path,
+    shares: Shares | None,
+    seed: int,
+    cache_dir: Path | None,
+    *,
+    progress: bool,
+) -> dict[str, list[Prepared]]:
+    """Write the images that can be decoded to `out`; what was written, by split."""
+    classes = found.used_classes()
+    with tempfile.TemporaryDirectory(prefix="rfdetr-import-") as scratch:
+        prepared, seen = _prepare(found, Path(scratch), cache_dir, progress=progress)
+        if not any(item.image.objects for item in prepared):
+            raise DatasetError(f"{found.root}: {_text(found)} no object to train is left.")
+        _split(found, prepared, seen, shares, seed)
+        by_split = {
+            split: [item for item in prepared if item.image.split == split] for split in SPLITS
+        }
+        by_split = {split: items for split, items in by_split.items() if items}
+        with new_folder(out) as work:
+            for split, items in by_split.items():
+                write_split(work / FOLDER[split], items, classes)
+    return by_split
 
 
 def _text(found: Collection) -> str:
@@ -124,21 +144,6 @@ def _text(found: Collection) -> str:
 def _counts(items: Sequence[Prepared], classes: Sequence[str]) -> dict[str, int]:
     counted = Counter(found.label for item in items for found in item.image.objects)
     return {name: counted[name] for name in classes}
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` that takes its place at the end, unless the block raises."""
-    work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        work.mkdir(parents=True)
-        yield work
-        shutil.rmtree(target, ignore_errors=True)
-        work.replace(target)
-    except OSError as error:
-        raise DatasetError(f"{target} cannot be written: {error}.") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _prepare(

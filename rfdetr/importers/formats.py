@@ -10,6 +10,7 @@ from rfdetr.data.foreign import ADVICE, SAMPLES, json_kind, root_tag
 from rfdetr.data.layouts import found_in
 from rfdetr.data.yolo import LabelFiles
 from rfdetr.errors import DatasetError
+from rfdetr.importers.archive import ARCHIVES
 from rfdetr.importers.coco import read_coco_files
 from rfdetr.importers.cvat import read_cvat
 from rfdetr.importers.label_studio import read_label_studio
@@ -26,7 +27,6 @@ READERS: dict[str, Callable[[SourceFiles], Collection]] = {
     "label-studio": read_label_studio,
     "yolo": read_yolo,
 }
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
 
 def read_source(root: Path, format_name: str | None = None) -> Collection:
@@ -34,7 +34,7 @@ def read_source(root: Path, format_name: str | None = None) -> Collection:
 
     Raises DatasetError that names a format which cannot be read and the export that can.
     """
-    files = SourceFiles(only_folder(root))
+    files = SourceFiles(root)
     kinds = {kind for _, kind in _json_kinds(files)}
     present = list(_formats(files, kinds))
     name = format_name or next(iter(present), None)
@@ -49,21 +49,6 @@ def read_source(root: Path, format_name: str | None = None) -> Collection:
     if not found.images:
         raise DatasetError(f"{root}: {_nothing(found, files)}")
     return found
-
-
-def only_folder(root: Path) -> Path:
-    """The folder that holds everything: exports often put all into one subfolder."""
-    root = root.expanduser().absolute()
-    if not root.is_dir():
-        archive = root.suffix.lower() in ARCHIVES and root.is_file()
-        advice = "unpack the archive first" if archive else "name the folder of the export"
-        kind = "is a file" if root.exists() else "does not exist"
-        raise DatasetError(f"{root} {kind}; {advice}.")
-    while True:
-        inside = [p for p in root.iterdir() if not p.name.startswith((".", "__MACOSX"))]
-        if len(inside) != 1 or not inside[0].is_dir():
-            return root
-        root = inside[0]
 
 
 def _formats(files: SourceFiles, json_kinds: set[str]) -> Iterator[str]:
@@ -139,7 +124,7 @@ def _foreign(files: SourceFiles, json_kinds: set[str]) -> str:
             "Pascal VOC or YOLO."
         )
     if any(name.lower().endswith(ARCHIVES) for name in files.names) and not files.images:
-        return "only archives; unpack them first."
+        return "only archives; name a zip file itself, or unpack them first."
     known = "COCO, Pascal VOC, CVAT for images, labelme, Label Studio (JSON), YOLO"
     return f"no annotations in a format that is read ({known}). {found_in(files.root)}"
 

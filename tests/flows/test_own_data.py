@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import yaml
@@ -20,6 +24,7 @@ from flows.registry.registry import Registry
 from rfdetr.data.layouts import detect_layout
 from rfdetr.evaluation.plots import DETECTION_COLOUR, TRUTH_COLOUR
 from tests.flows import real_datasets
+from tests.flows.mlflow_fixtures import free_port, stop, wait_for
 from tests.flows.projects import ROOT, TINY, environment, make_project, run, set_params
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -31,6 +36,8 @@ FIT = {"epochs": 3, "effective_batch_size": 4, "lr": 1e-3, "lr_encoder": 1e-3, "
 def prepared(kind: str, folder: Path) -> Path:
     """A project beside its dataset, set up by `init`, with a model that a CPU trains."""
     source = getattr(real_datasets, kind)(folder / f"my {kind} export", folder / "wheels")
+    if kind == "roboflow":
+        source = Path(shutil.make_archive(str(folder / "my trees.v3i.coco"), "zip", source))
     root = make_project(folder / f"project of {kind}")
     (root / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     (root / "weights/start.pth").write_bytes((ROOT / "weights/start.pth").read_bytes())
@@ -70,7 +77,7 @@ def test_four_real_datasets_become_champions(pair: tuple[str, str], tmp_path: Pa
     assert not (tmp_path / ".git").exists()
     with ThreadPoolExecutor(len(roots)) as pool:
         results = list(pool.map(retrain, roots))
-    for kind, root, (seconds, _log) in zip(pair, roots, results, strict=True):
+    for kind, root, (seconds, log) in zip(pair, roots, results, strict=True):
         print(f"{kind}: retrain {seconds:.0f} s")
         champion = Registry(kind, f"sqlite:///{root / 'mlflow.db'}").champion()
         assert champion is not None and champion.number == 1
@@ -79,6 +86,40 @@ def test_four_real_datasets_become_champions(pair: tuple[str, str], tmp_path: Pa
         assert set(found) == {"train", "val", "test"}
         _require_report(root)
         _require_drawn(root / "reports/pictures/samples.png", masks=kind == "nuclei")
+        _require_usable(root, log)
+
+
+def _require_usable(root: Path, log: str) -> None:
+    """Whether the commands that `retrain` printed predict and serve, as a user pastes them."""
+    said = dict(re.findall(r"^(predict|serve) +(.+)$", log, re.MULTILINE))
+    folder = next((root / "data").glob("*/test"))
+    photos = [file for file in folder.rglob("*") if file.suffix in (".tif", ".jpg")]
+    env = environment(root, PYTHONPATH=str(root))
+    line = said["predict"].replace("IMAGES", shlex.quote(str(folder)))
+    subprocess.run(line, shell=True, cwd=root, env=env, check=True, timeout=300)
+    found = json.loads((root / "found/detections.json").read_text())
+    assert len(found["images"]) == len(photos)
+    port = free_port()
+    line, log_file = said["serve"].replace("8080", str(port)), root / "serve.log"
+    with open(log_file, "wb") as stream:
+        server = subprocess.Popen(
+            line,
+            shell=True,
+            cwd=root,
+            env=env,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ping", 120, log_file)
+        photo = base64.b64encode(photos[0].read_bytes()).decode()
+        body = {"dataframe_split": {"columns": ["image"], "data": [[photo]]}}
+        address = f"http://127.0.0.1:{port}/invocations"
+        answer = httpx.post(address, json=body | {"params": {"threshold": 0.0}}, timeout=60)
+        assert answer.status_code == 200 and answer.json()["predictions"], answer.text
+    finally:
+        stop(server)
 
 
 def _require_report(root: Path) -> None:

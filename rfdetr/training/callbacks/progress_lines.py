@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from rfdetr.progress import EpochProgress, duration
 
 WARM_UP, MEASURED = 3, 12  # batches
+SLOW_S = 20.0  # so long is measured if the batches take longer
 EVALUATION = 0.5  # time of a validation batch in training batches, until it has been measured
 
 
@@ -24,20 +25,26 @@ class ProgressLines(Checkpoint):
     def __init__(self, metric: str = "mAP_50_95") -> None:
         self.metrics = (f"val/{metric}", f"val/ema_{metric}")
         self._started, self._first_epoch = 0.0, 0
-        self._batches, self._measured_from = 0, 0.0
+        self._batches, self._measured, self._measured_from = 0, 0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._started, self._first_epoch, self._batches = (
-            time.monotonic(), trainer.current_epoch, 0
-        )  # fmt: skip
+        self._started, self._first_epoch = time.monotonic(), trainer.current_epoch
+        self._batches = self._measured = 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        """Measure the batches after the first ones, or after the first one if they are slow."""
+        if self._batches < 0:
+            return
         self._batches += 1
-        if self._batches == WARM_UP:
-            self._measured_from = time.monotonic()
-        elif self._batches == WARM_UP + MEASURED and trainer.local_rank == 0:
-            seconds = (time.monotonic() - self._measured_from) / MEASURED
-            print(self._expected(trainer, seconds), flush=True)  # noqa: T201
+        now = time.monotonic()
+        if self._batches == 1 or (self._batches == WARM_UP and now - self._measured_from < SLOW_S):
+            self._measured, self._measured_from = self._batches, now
+            return
+        count, seconds = self._batches - self._measured, now - self._measured_from
+        if count == MEASURED or seconds >= SLOW_S:
+            self._batches = -1
+            if trainer.local_rank == 0:
+                print(self._expected(trainer, seconds / count), flush=True)  # noqa: T201
 
     def _expected(self, trainer: pl.Trainer, seconds: float) -> str:
         """The duration of all epochs, from the seconds of a training batch."""

@@ -96,7 +96,7 @@ def test_another_format_is_imported_and_split(
         (["empty"], "no annotations in a format that is read"),
         (["empty", "--name", "../up"], "use letters"),
         (["empty", "--split", "9"], "write the shares"),
-        (["s3://bucket/trees"], "named under `sources`"),
+        (["s3://bucket/trees"], "under `sources`"),
     ],
 )
 def test_mistakes_leave_everything_as_it_was(

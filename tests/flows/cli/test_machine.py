@@ -64,10 +64,19 @@ def test_an_address_without_a_scheme_is_named(
     ]
 
 
-def test_a_name_that_no_resolver_knows_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_no_resolver_knows_is_a_note(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
-    (note,) = machine_notes()
+    (note,) = machine_notes(project)
     assert "no-such-host.invalid" in note
+
+
+def test_what_a_killed_import_left_is_a_note(project: Project) -> None:
+    left = project.root / "data/.trees.0123456789ab.partial"
+    left.mkdir(parents=True)
+    (note,) = (note for note in machine_notes(project) if "killed import" in note)
+    assert str(left) in note and left.is_dir()
 
 
 def test_local_servers_are_reached_without_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from flows.core.files import new_folder, parse_yaml, read_yaml, write_csv
+from flows.core.files import parse_yaml, read_yaml, write_csv
 from flows.core.locks import BusyError, locked
 from rfdetr.errors import ConfigError
+from rfdetr.files import new_folder
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_folder_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -24,12 +29,25 @@ def test_a_folder_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rfdetr.files import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / ".out.partial"
-    left.mkdir()
-    (left / "old").write_text("")
-    with new_folder(tmp_path / "out") as folder:
-        assert list(folder.iterdir()) == []
+    target = tmp_path / "my [out]"
+    subprocess.run([sys.executable, "-c", KILLED, target], check=False, cwd=ROOT)
+    assert len(list(tmp_path.glob("*/half"))) == 1
+    with new_folder(target) as running:
+        assert list(tmp_path.glob(".*.partial")) == [running]
+        with new_folder(target) as other:  # leaves a running one alone
+            assert running.is_dir() and list(other.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_yaml_has_dvcs_meaning() -> None:

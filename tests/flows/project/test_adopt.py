@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,20 @@ def test_a_dataset_from_elsewhere_is_copied(kind: str, tmp_path: Path) -> None:
     layout = detect_layout(root / "data/mine", kind)  # type: ignore[arg-type]
     assert {"train", "val"} <= set(layout.splits)
     assert sorted(p.name for p in (root / "data").iterdir()) == ["mine"]
+
+
+@pytest.mark.parametrize("kind", ["roboflow", "voc"])
+def test_a_zip_file_becomes_a_dataset(kind: str, tmp_path: Path) -> None:
+    make = {"roboflow": make_roboflow, "voc": foreign.voc}[kind]
+    make(tmp_path / "set")
+    packed = Path(shutil.make_archive(str(tmp_path / "My Trees.v3i.coco"), "zip", tmp_path / "set"))
+    left = tmp_path / "p/data/.other.0123456789ab.partial"  # of a killed process
+    left.mkdir(parents=True)
+    for _ in range(2):
+        found = take(tmp_path / "p", packed, dataset_name(None, packed))
+        assert found.dir == "data/My-Trees" and str(packed) in found.told
+        assert {"train", "val", "test"} == set(detect_layout(tmp_path / "p" / found.dir).splits)
+    assert [p.name for p in (tmp_path / "p/data").iterdir()] == ["My-Trees"]
 
 
 def test_a_dataset_below_data_stays(tmp_path: Path) -> None:
@@ -95,6 +110,7 @@ def test_other_content_is_not_overwritten(tmp_path: Path) -> None:
 def test_names_stay_below_data() -> None:
     assert dataset_name(None, Path("/x/My Trees (v3)")) == "My-Trees-v3"
     assert dataset_name(None, Path("/x/...")) == "data"
+    assert dataset_name(None, Path("/x/trees.v2-416.yolov8")) == "trees"
     for given in ("../up", "a/b", "/abs", ".hidden", "a b", ""):
         if given:
             with pytest.raises(ConfigError, match="use letters"):

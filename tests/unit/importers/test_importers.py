@@ -366,10 +366,7 @@ def test_what_cannot_be_read_is_named_with_the_way(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_archive_and_a_missing_folder_are_said(tmp_path: Path) -> None:
-    (tmp_path / "trees.zip").write_bytes(b"PK")
-    with pytest.raises(DatasetError, match="is a file; unpack the archive first"):
-        convert(tmp_path / "trees.zip")
+def test_a_missing_folder_and_one_in_another_are_said(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="does not exist"):
         convert(tmp_path / "nothing")
     foreign.voc(tmp_path / "voc/inner/deeper")  # one folder in another
