@@ -9,9 +9,11 @@ from pathlib import Path
 from rfdetr.checks.cache import FactsCache
 from rfdetr.checks.check_boxes import check_boxes
 from rfdetr.checks.check_categories import check_categories, training_table
-from rfdetr.checks.check_files import SplitFiles, adopt_sizes, check_files, find_files
+from rfdetr.checks.check_files import SplitFiles, check_files, find_files
+from rfdetr.checks.check_format import check_format, check_outlines
 from rfdetr.checks.check_ledger import check_ledger, split_ledger
 from rfdetr.checks.check_segmentations import check_segmentations
+from rfdetr.checks.check_sizes import check_sizes
 from rfdetr.checks.check_splits import check_leaks
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.compare import compare_versions
@@ -80,15 +82,17 @@ def check_dataset(
         check_leaks(splits, collector, config)
     else:
         splits = [SplitFiles.unread(table) for table in sources.tables]
+    check_format(splits, collector)
+    check_sizes(splits, collector)
     ledgers, accounts = {}, []
     for split in splits:
-        adopt_sizes(split)
         ledger, rows = split_ledger(split, sources.tables[0])
         ledgers[split.table.name] = ledger
         accounts.append(rows)
         check_ledger(split.table, ledger, rows, collector, model)
         split.table.scale_boxes(model.resolution)
         check_boxes(split.table, collector, config, model)
+        check_outlines(split.table, collector, model)
         check_segmentations(split.table, rows, collector, model)
     check_categories(sources.tables, collector, config)
     report = _report(sources, splits, collector, model, previous, ledgers=ledgers)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from rfdetr.checks.codes import Severity
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.options import CheckConfig
 from rfdetr.checks.table import SplitTable
@@ -103,9 +104,23 @@ def _check_table(table: SplitTable, labels: Container[int], collector: Collector
         elif category.id not in labels:
             continue
         elif name in names:
-            text = f"'{name}' is the name of the categories {names[name]} and {category.id}"
-            collector.add("category-name-duplicate", text, **place)
-        names.setdefault(name, category.id)
+            _report_same_name(table, names[name], row, collector)
+        names.setdefault(name, row)
+
+
+def _report_same_name(table: SplitTable, first: int, row: int, collector: Collector) -> None:
+    """An error if training would learn one class as two: both are used, with the same parent."""
+    one, other = table.categories[first], table.categories[row]
+    counts = counts_by_id(table)
+    both = bool(counts[one.id] and counts[other.id])
+    text = f"'{one.name}' is the name of the categories {one.id} and {other.id}"
+    if both and one.supercategory == other.supercategory:
+        text += ", and both have annotations: training learns them as two classes"
+        severity: Severity = "error"
+    else:
+        severity = "warning"
+        text += f" of '{one.supercategory}' and '{other.supercategory}'" if both else ""
+    collector.add("category-name-duplicate", text, severity=severity, **_place(table, row))
 
 
 def _check_equal(

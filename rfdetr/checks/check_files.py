@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from rfdetr.checks.cache import Inspected
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.image_probe import PLAIN_MODES, ImageFacts
 from rfdetr.checks.table import SplitTable
-from rfdetr.data.decode import CONVERT, FORMAT_SUFFIXES, IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from rfdetr.data.decode import (
+    CONVERT,
+    FORMAT_SUFFIXES,
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    is_deep,
+)
 from rfdetr.data.folders import list_files, missing_hints
 from rfdetr.data.layouts import ANNOTATIONS, YAML_NAMES
 from rfdetr.data.yolo import label_path
@@ -28,7 +32,6 @@ STATUS_CODES = {
 }
 ABSOLUTE, UPWARDS = "is an absolute path", "leads outside the images folder"
 OUTSIDE = (ABSOLUTE, UPWARDS)
-SAME_SHAPE = 0.02  # relative change of the aspect ratio that a resize may cause
 PLAIN_CHARACTERS = frozenset(
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./()+=,@#~"
 )
@@ -215,7 +218,7 @@ def check_files(files: SplitFiles, collector: Collector) -> None:
                 text += f" ({hints[row]})"
             collector.add(STATUS_CODES[facts.status], text, **place)
         if facts.format and facts.status not in ("missing", "empty"):
-            _check_header(files.table, row, facts, collector, place)
+            _check_header(facts, collector, place)
 
 
 def _missing_hints(files: SplitFiles) -> dict[int, str]:
@@ -232,18 +235,16 @@ def _missing_hints(files: SplitFiles) -> dict[int, str]:
     return {row: hint for row, hint in zip(rows, found_hints, strict=True) if hint}
 
 
-def _check_header(
-    table: SplitTable,
-    row: int,
-    facts: ImageFacts,
-    collector: Collector,
-    place: dict[str, Any],
-) -> None:
+def _check_header(facts: ImageFacts, collector: Collector, place: dict[str, Any]) -> None:
     path = PurePosixPath(place["file"])
     if path.suffix.lower() not in FORMAT_SUFFIXES.get(facts.format, frozenset()):
         text = f"the content is {facts.format}, the extension is {path.suffix or 'missing'}"
-        collector.add("file-extension", text, **_with(place, format=facts.format))
-    if facts.mode and facts.mode not in PLAIN_MODES:
+        details = {**place["details"], "format": facts.format}
+        collector.add("file-extension", text, **{**place, "details": details})
+    if facts.mode and is_deep(facts.mode):
+        text = f"levels of mode {facts.mode} are scaled to 8 bits by the range of the dataset"
+        collector.add("image-mode", text, severity="info", repair="", **place)
+    elif facts.mode and facts.mode not in PLAIN_MODES:
         collector.add("image-mode", f"colour mode {facts.mode}", **place)
     if facts.flat:
         collector.add("image-flat", facts.flat, **place)
@@ -252,29 +253,3 @@ def _check_header(
         collector.add("image-exif-rotated", text, **place)
     if facts.frames > 1:
         collector.add("image-animated", f"{facts.frames} frames", **place)
-    width, height = table.sizes[row]
-    if table.relative or not facts.width or not np.isfinite([width, height]).all():
-        return
-    if (width, height) != (facts.width, facts.height):
-        text = (
-            f"annotated as {width:.0f} x {height:.0f}, the file has "
-            f"{facts.width} x {facts.height} pixels"
-        )
-        if (height, width) == (facts.width, facts.height):
-            text += " (width and height are swapped: a rotated export?)"
-        size = _with(place, width=facts.width, height=facts.height)
-        ratio = width * facts.height / (height * facts.width)
-        repair = "rescale" if abs(ratio - 1) < SAME_SHAPE else ""
-        collector.add("image-size-mismatch", text, repair=repair, **size)
-
-
-def _with(place: dict[str, Any], **details: Any) -> dict[str, Any]:
-    return {**place, "details": {**place["details"], **details}}
-
-
-def adopt_sizes(files: SplitFiles) -> None:
-    """Take unknown image sizes from the files."""
-    sizes = files.table.sizes
-    for row, found in enumerate(files.facts):
-        if found is not None and found.facts.width and not np.isfinite(sizes[row]).all():
-            sizes[row] = found.facts.width, found.facts.height

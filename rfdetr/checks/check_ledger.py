@@ -81,11 +81,7 @@ def _accounts(files: SplitFiles) -> Integers:
     if table.relative:
         corners = np.concatenate([table.boxes[:, :2], table.boxes[:, :2] + table.boxes[:, 2:]], 1)
         return label_accounts(corners, table.image_rows)
-    actual = [
-        (found.facts.width, found.facts.height) if found and found.facts.width else size
-        for found, size in zip(files.facts, table.sizes.tolist(), strict=True)
-    ]
-    sizes = np.array([*actual, (np.nan, np.nan)], np.float64)[table.image_rows]
+    sizes = np.vstack([table.sizes, (np.nan, np.nan)])[table.image_rows]
     return row_accounts(coco_corners(table.boxes), sizes, table.crowd, table.image_rows)
 
 

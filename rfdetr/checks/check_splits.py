@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from rfdetr.checks.cache import Inspected
 from rfdetr.checks.check_files import SplitFiles
+from rfdetr.checks.codes import Severity
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.image_probe import THUMB_SIDE
 from rfdetr.checks.neardup import near_pairs
@@ -45,25 +46,48 @@ def _check_exact(splits: Sequence[SplitFiles], collector: Collector) -> None:
         for row, found in enumerate(split.facts):
             if found is not None and found.hash:
                 groups[found.hash].append(_Member(ORDER[split.table.name], split, row))
-    for group in groups.values():
-        if len(group) < 2:
-            continue
+    shared = [group for group in groups.values() if len(group) > 1]
+    leaking = _leaking(splits, shared, collector.config.max_leak_share)
+    for group in shared:
         last = max(group, key=lambda member: member.rank)
         seen: dict[int, _Member] = {}
         for member in sorted(group, key=lambda member: (member.rank, member.file)):
             twin = seen.setdefault(member.rank, member)
             if member.rank != last.rank:
-                _note(collector, "split-duplicate-image", member, last)
+                level: Severity = "error" if last.split.table.name in leaking else "warning"
+                _note(collector, "split-duplicate-image", member, last, severity=level)
             if twin is not member and twin.file != member.file:
                 _note(collector, "image-duplicate", member, twin)
 
 
+def _leaking(
+    splits: Sequence[SplitFiles], groups: Sequence[Sequence[_Member]], most: float
+) -> set[str]:
+    """Splits of which a larger share than `most` is in an earlier split.
+
+    Their metrics show what the model remembers, and the wrong weights are chosen as the best.
+    """
+    copies: Counter[str] = Counter()
+    for group in groups:
+        first = min(member.rank for member in group)
+        later = {(m.split.table.name, m.file) for m in group if m.rank > first}
+        copies.update(name for name, _ in later)
+    sizes = {split.table.name: len(split.table.file_names) for split in splits}
+    return {name for name, count in copies.items() if count > most * sizes[name]}
+
+
 def _note(
-    collector: Collector, code: str, member: _Member, twin: _Member, how: str = "is the same image"
+    collector: Collector,
+    code: str,
+    member: _Member,
+    twin: _Member,
+    how: str = "is the same image",
+    *,
+    severity: Severity | None = None,
 ) -> None:
     place = member.split.table.file_place(member.row)
     place["details"] |= {"other_file": twin.file, "other_split": twin.split.table.name}
-    collector.add(code, f"{member.file} {how} as {twin.file}", **place)
+    collector.add(code, f"{member.file} {how} as {twin.file}", severity=severity, **place)
 
 
 def _check_near(

@@ -26,7 +26,7 @@ class Collector:
 
     def add(self, code: str, message: str, **fields: Any) -> None:
         """Record one finding; `fields` are further fields of `Finding`."""
-        for _ in self.take(code, (None,)):
+        for _ in self.take(code, (None,), fields.get("severity")):
             self.note(code, message, **fields)
 
     def add_images(

@@ -61,7 +61,7 @@ class Finding(BaseModel):
         """
         action = CODES[self.code].action
         needs_fix = (action == "repair" and not self.repair) or (
-            action == "info" and self.severity == "error"
+            action in ("decide", "info") and self.severity == "error"
         )
         return "fix" if needs_fix else action
 

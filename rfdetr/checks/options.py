@@ -59,6 +59,12 @@ class CheckConfig(StrictConfig):
         default=0.5, ge=0, le=1, description="Largest share of crowd regions"
     )
     max_valid_share: float = Field(default=0.6, ge=0, le=1, description="Largest valid / train")
+    max_leak_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of a split from which on images of another split in it are an error",
+    )
     max_class_shift: float = Field(
         default=0.05, ge=0, le=1, description="Largest shift of a class's share"
     )

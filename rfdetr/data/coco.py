@@ -24,6 +24,7 @@ from rfdetr.data.index import (
 )
 from rfdetr.data.layouts import Kind, Layout, SplitPaths, detect_layout
 from rfdetr.data.ledger import (
+    OUTSIDE,
     TRAINED,
     SplitLedger,
     coco_corners,
@@ -119,8 +120,9 @@ def build_index(
 
     corners = coco_corners(rows.boxes)
     sizes = _sizes(images, folder if check_files else None)
-    row_sizes = np.vstack([sizes, [np.nan, np.nan]])[owner]
-    accounts = row_accounts(corners, row_sizes, rows.crowd, owner)
+    accounts = row_accounts(corners, _of_rows(sizes, owner), rows.crowd, owner)
+    if check_files and _correct_sizes(sizes, owner[accounts == OUTSIDE], images, folder):
+        accounts = row_accounts(corners, _of_rows(sizes, owner), rows.crowd, owner)
     kept = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]  # by image, in file order
     box_areas = rows.boxes[kept, 2] * rows.boxes[kept, 3]
     given = rows.areas[kept]
@@ -174,6 +176,22 @@ def _sizes(images: ImageTable, folder: Path | None) -> Floats:
         assert folder is not None
         sizes[row] = file_size(folder / images.names[row]) or (np.nan, np.nan)
     return sizes
+
+
+def _of_rows(sizes: Floats, owner: Integers) -> Floats:
+    """The image size of each row; NaN for an image that is not listed."""
+    return np.asarray(np.vstack([sizes, [np.nan, np.nan]])[owner])
+
+
+def _correct_sizes(sizes: Floats, doubtful: Integers, images: ImageTable, folder: Path) -> bool:
+    """Take the sizes of doubtful images from their files; return whether any differs.
+
+    Training clips boxes to the file. Reading every file here would take too long.
+    """
+    before = sizes.copy()
+    for row in np.unique(doubtful).tolist():
+        sizes[row] = file_size(folder / images.names[row]) or sizes[row]
+    return not np.array_equal(before, sizes, equal_nan=True)
 
 
 def _duplicates(ids: Integers) -> list[str]:

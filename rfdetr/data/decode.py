@@ -117,16 +117,16 @@ def file_size(path: Path) -> tuple[int, int] | None:
     return file.width, file.height
 
 
-def is_deep(image: Image.Image) -> bool:
-    """Whether an image has grey levels of more than 8 bits."""
-    return image.mode == "F" or image.mode.startswith("I")
+def is_deep(mode: str) -> bool:
+    """Whether images of a mode of Pillow have grey levels of more than 8 bits."""
+    return mode == "F" or mode.startswith("I")
 
 
 def to_rgb(image: Image.Image, levels: Levels | None = None) -> Image.Image:
     """Convert any PIL mode to RGB; deep grey levels are scaled to 8 bits, alpha is dropped."""
     if image.mode == "RGB":
         return image
-    if is_deep(image):
+    if is_deep(image.mode):
         return Image.fromarray(eight_bit_levels(np.asarray(image), levels)).convert("RGB")
     return image.convert("RGB")
 

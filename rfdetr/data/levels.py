@@ -46,7 +46,7 @@ def _grey_range(path: str | os.PathLike[str]) -> tuple[float, float, bool] | Non
     """Smallest and largest level of a deep image, and whether they are floats."""
     try:
         with open(path, "rb") as stream, open_image(stream.read()) as image:
-            if not is_deep(image):
+            if not is_deep(image.mode):
                 return None
             grey = np.asarray(image)
     except FAILURES:

@@ -87,8 +87,9 @@ def parse_line(line: str, classes: int, number: int = 1, keypoint_values: int = 
         _floats(words[5:])
         words = words[:5]
     elif len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
-        hint = f" (keypoints? {POSE_HINT})" if len(words) > 5 and (len(words) - 5) % 3 == 0 else ""
-        raise LineError(f"{len(words)} numbers; expected 5, or an odd count of at least 7{hint}")
+        raise LineError(
+            f"{len(words)} numbers; expected 5, or an odd count of at least 7{_hint(line)}"
+        )
     label = _class_number(words[0])
     if not 0 <= label < classes:
         raise LineError(f"the class {label} is not in 0..{classes - 1}", "label-class-range")
@@ -104,21 +105,40 @@ def parse_line(line: str, classes: int, number: int = 1, keypoint_values: int = 
     return LabelRow(label, (min(xs), min(ys), max(xs), max(ys)), values, number)
 
 
+def _hint(line: str) -> str:
+    """What a line of the wrong length may be."""
+    words = line.split()
+    if len(words) == 6:
+        return " (a confidence behind the box? Ultralytics writes it with save_conf=True)"
+    if len(words) in (9, 10) and len(words) > 8 and not words[8].replace(".", "").isdigit():
+        return " (DOTA labels? Export them as YOLO OBB: the class first, corners in fractions)"
+    if len(words) < 3 and "," in line:
+        return " (separated by commas? Separate numbers by spaces)"
+    if len(words) > 5 and (len(words) - 5) % 3 == 0:
+        return f" (keypoints? {POSE_HINT})"
+    return ""
+
+
 def _floats(words: Sequence[str]) -> list[float]:
     try:
         values = [_number(word) for word in words]
     except ValueError:
-        raise LineError("not all values are numbers", "box-non-numeric") from None
+        commas = " (decimal commas? Write points)" if any("," in word for word in words) else ""
+        raise LineError(f"not all values are numbers{commas}", "box-non-numeric") from None
     if not all(map(math.isfinite, values)):
         raise LineError("not all values are finite", "box-nan")
     return values
 
 
 def _class_number(word: str) -> int:
-    """An integer in ASCII digits; int() would also accept 1_0, +1 and digits of other scripts."""
-    if not re.fullmatch("-?[0-9]{1,18}", word):
-        raise LineError(f"the class {word!r} is not an integer")
-    return int(word)
+    """An integer in ASCII digits, also as 1.0 or 1.0e+00, as NumPy writes it."""
+    if re.fullmatch("-?[0-9]{1,18}", word):
+        return int(word)
+    if re.fullmatch(r"-?[0-9]{1,18}\.[0-9]*(e[+-][0-9]{1,2})?", word):
+        value = float(word)
+        if value.is_integer() and abs(value) < 1e15:
+            return int(value)
+    raise LineError(f"the class {word!r} is not an integer")
 
 
 def _number(word: str) -> float:

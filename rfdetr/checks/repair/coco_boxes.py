@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from rfdetr.checks.box_format import BoxFormat, box_corners
 
 Record = dict[str, Any]
 FLAGS = {"0": 0, "false": 0, "no": 0, "": 0, "1": 1, "true": 1, "yes": 1}
@@ -13,7 +15,7 @@ FLAGS = {"0": 0, "false": 0, "no": 0, "": 0, "1": 1, "true": 1, "yes": 1}
 def restore_annotation(record: Record, image: Mapping[str, Any] | None) -> int:
     """Correct the values of one annotation in place; return how many were corrected."""
     changed = 0
-    box = _plain_box(record.get("bbox"))
+    box = plain_box(record.get("bbox"))
     outline = _outline_box(record.get("segmentation"))
     if box is not None and min(box[2:]) < 0:
         box = outline or _unflipped(box, image) or box
@@ -33,13 +35,20 @@ def restore_annotation(record: Record, image: Mapping[str, Any] | None) -> int:
     return changed
 
 
+def as_coco(box: Sequence[float], size: tuple[int, int], written: BoxFormat) -> list[float]:
+    """A box that is written in another format as x, y, width, height in pixels."""
+    (x0, y0, x1, y1), (width, height) = box_corners(box, size, written), size
+    box = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
+    return [round(value, 3) for value in box]
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e300  # also False for NaN
 
 
-def _plain_box(value: Any) -> list[Any] | None:
+def plain_box(value: Any) -> list[Any] | None:
     """Four finite numbers, also if they are text or in a list of their own."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from rfdetr.checks.box_format import BoxFormat
 from rfdetr.checks.check import check_dataset
 from rfdetr.checks.dataset_report import DatasetReport, Finding
 from rfdetr.checks.options import CheckConfig
@@ -168,17 +169,22 @@ def _repair(
 
 def _restore(source: Path, work: Path, report: DatasetReport) -> Counter[str]:
     """Correct what the dataset means but does not say."""
+    formats = {
+        str(finding.split): BoxFormat(*finding.details["format"])
+        for finding in report.of("box-format")
+        if finding.details
+    }
     if report.layout != "yolo":
         splits = [
             CocoSplit(name, work / file, report.image_folders[name])
             for name, file in report.annotation_files.items()
         ]
-        return restore_coco(work, splits)
+        return restore_coco(work, splits, formats)
     detach_yaml(source, work)
     layout = _yolo_layout(work)
     if layout is None:
         return Counter()
-    return restore_lists(source, work, layout) + restore_labels(work, layout)
+    return restore_lists(source, work, layout) + restore_labels(work, layout, formats)
 
 
 def _yolo_layout(work: Path) -> Layout | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from rfdetr.checks.dataset_report import DatasetReport, Finding
 from rfdetr.checks.image_probe import probe_bytes
@@ -17,6 +17,7 @@ REPAIRS = {
     "drop-annotation": "remove the annotation",
     "drop-record": "remove the record",
     "drop-polygon": "remove the polygon or mask",
+    "convert-boxes": "convert the boxes to the format of the layout",
     "clip-box": "clip the box to the image",
     "clip-polygon": "clip the polygon to the image",
     "set-area": "compute the area from the box",
@@ -32,8 +33,8 @@ REPAIRS = {
 }
 # Training uses these objects; only the user can decide which one to lose.
 TRAINABLE = frozenset({"box-duplicate", "box-near-duplicate", "split-duplicate-image"})
-# Where the size of the image is in doubt, so is what lies outside it.
-SIZE_DEPENDENT = frozenset({"box-outside", "box-outside-fully", "polygon-outside", "rle-malformed"})
+# Where the size of the image or the format of the boxes is in doubt, so is what lies outside.
+DOUBTFUL = frozenset({"box-outside", "box-outside-fully", "polygon-outside", "rle-malformed"})
 
 Planned = list[tuple[Finding, str]]
 
@@ -50,7 +51,9 @@ class Planner:
             for split, name in report.annotation_files.items()
             if report.layout != "yolo"
         }
-        self._doubtful = {f.details.get("image") for f in report.of("image-size-mismatch")}
+        sizes = report.of("image-size-mismatch")
+        self._doubtful = {f.details.get("image") for f in sizes if f.severity == "error"}
+        self._formats = {f.split for f in report.of("box-format")}
         self.new_names: dict[str, str] = {}
 
     def repairs(self) -> Planned:
@@ -64,7 +67,9 @@ class Planner:
             return ""
         if repair in ("strip-exif", "convert-rgb", "rename-file"):
             return self._of_file(finding, repair) if image and self._own(str(image)) else ""
-        return self._size_repair(finding) if repair == "rescale" else repair
+        if repair == "rescale" and self._masks(finding, self._record(finding)):
+            return ""
+        return repair
 
     def _undecided(self, finding: Finding) -> bool:
         """Whether the repair would lose something that may be of use."""
@@ -79,7 +84,10 @@ class Planner:
         if code == "box-zero-area":
             box = self._record(finding).get("bbox")
             return isinstance(box, list) and min(box[2:]) > 0
-        return code in SIZE_DEPENDENT and image in self._doubtful
+        if code == "box-format":  # restored if it is certain
+            return True
+        doubtful = image in self._doubtful or finding.split in self._formats
+        return code in DOUBTFUL and doubtful
 
     def _own(self, name: str) -> bool:
         """Whether the file is in the copy, and not elsewhere on the disk."""
@@ -107,19 +115,8 @@ class Planner:
             return repair if probe_bytes(data).mode in CONVERTED_MODES else ""
         record = self._record(finding)
         size = record.get("width"), record.get("height")
-        proved = viewed_orientation(data, size) is not None
+        proved = image in self._doubtful and viewed_orientation(data, size) is not None
         return repair if proved and not self._masks(finding, record) else ""
-
-    def _size_repair(self, finding: Finding) -> str:
-        """How to correct a size of the same shape: scale the boxes unless they fit the file."""
-        record = self._record(finding)
-        width, height = finding.details["width"], finding.details["height"]
-        own = self._annotations(finding, record)
-        ends = [(b[0] + b[2], b[1] + b[3]) for b in (a.get("bbox") for a in own) if _is_box(b)]
-        beyond = [e for e in ends if e[0] > record["width"] + 1 or e[1] > record["height"] + 1]
-        if beyond and all(x <= width + 1 and y <= height + 1 for x, y in ends):
-            return "set-size"
-        return "" if beyond or self._masks(finding, record) else "rescale"
 
     def _annotations(self, finding: Finding, image: dict[str, Any]) -> list[dict[str, Any]]:
         found = self._documents.get(str(finding.split), {}).get("annotations")
@@ -133,11 +130,3 @@ class Planner:
         """Whether an annotation of the image has an RLE mask, which cannot be moved."""
         own = self._annotations(finding, image)
         return any(isinstance(annotation.get("segmentation"), dict) for annotation in own)
-
-
-def _is_box(value: Any) -> TypeGuard[list[float]]:
-    return (
-        isinstance(value, list)
-        and len(value) == 4
-        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-    )

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from rfdetr.checks.repair.coco_boxes import restore_annotation
+from rfdetr.checks.box_format import BoxFormat
+from rfdetr.checks.repair.coco_boxes import as_coco, plain_box, restore_annotation
 from rfdetr.checks.repair.coco_ids import IdMap, is_id, number_annotations, unique_names
 from rfdetr.checks.repair.file_names import ImageFinder, Wanted, claimed_files
 from rfdetr.checks.repair.tree import replace_text
+from rfdetr.data.decode import file_size
 from rfdetr.data.folders import list_files
 
 Record = dict[str, Any]
@@ -58,8 +60,13 @@ def write_document(file: Path, content: Record) -> None:
     replace_text(file, text)
 
 
-def restore_coco(root: Path, splits: list[CocoSplit]) -> Counter[str]:
-    """Correct the annotation files of the copy `root` in place; return what was done how often."""
+def restore_coco(
+    root: Path, splits: list[CocoSplit], formats: Mapping[str, BoxFormat]
+) -> Counter[str]:
+    """Correct the annotation files of the copy `root` in place; return what was done how often.
+
+    `formats` are those in which the boxes of a split are written, if not in that of COCO.
+    """
     documents = []
     for split in splits:
         content = read_document(split.file)
@@ -72,6 +79,8 @@ def restore_coco(root: Path, splits: list[CocoSplit]) -> Counter[str]:
     for document in documents:
         before = done.total()
         _restore_ids(document, categories, done)
+        if document.split.name in formats:
+            _convert_boxes(root, document, formats[document.split.name], done)
         _restore_values(document, done)
         if done.total() > before or document.split.name in changed:
             write_document(document.split.file, document.content)
@@ -195,6 +204,23 @@ def _free_duplicates(document: Document, ids: IdMap, done: Counter[str]) -> None
 
 def _hashable(record: Record) -> bool:
     return isinstance(record.get("image_id"), int | float | str)
+
+
+def _convert_boxes(root: Path, document: Document, written: BoxFormat, done: Counter[str]) -> None:
+    images = {image["id"]: image for image in document.images if is_id(image.get("id"))}
+    sizes: dict[Any, tuple[int, int] | None] = {}
+    for record in document.annotations:
+        number, box = record.get("image_id"), plain_box(record.get("bbox"))
+        image = images.get(number) if is_id(number) else None
+        if image is None or box is None:
+            continue
+        if number not in sizes:
+            file = root / document.split.folder / str(image.get("file_name"))
+            sizes[number] = _size(image) or file_size(file)
+        size = sizes[number]
+        if size is not None:
+            record["bbox"] = as_coco(box, size, written)
+            done["converted boxes"] += 1
 
 
 def _restore_values(document: Document, done: Counter[str]) -> None:

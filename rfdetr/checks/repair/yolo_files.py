@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from rfdetr.checks.box_format import FILLS, YOLO, BoxFormat, box_corners
 from rfdetr.checks.dataset_report import Finding
 from rfdetr.checks.repair.file_names import ImageFinder, Wanted, fold
 from rfdetr.checks.repair.tree import replace_text
@@ -21,7 +22,7 @@ from rfdetr.data.decode import file_size
 from rfdetr.data.layouts import YAML_KEYS, YAML_NAMES, Layout, yolo_splits
 from rfdetr.data.text import read_text, split_lines
 from rfdetr.data.yolo import image_files, label_path
-from rfdetr.data.yolo_labels import LineError, parse_line, read_labels
+from rfdetr.data.yolo_labels import LabelRow, LineError, parse_line, read_labels
 from rfdetr.errors import DatasetError
 
 CLIPS = frozenset({"clip-box", "clip-polygon"})
@@ -108,32 +109,76 @@ def _lists(layout: Layout, work: Path) -> list[Path]:
     return sorted(p for p in paths if p.suffix.lower() == ".txt" and p.is_relative_to(work))
 
 
-def restore_labels(work: Path, layout: Layout) -> Counter[str]:
-    """Put label files of the copy where they belong and correct their lines."""
+def restore_labels(work: Path, layout: Layout, formats: Mapping[str, BoxFormat]) -> Counter[str]:
+    """Put label files of the copy where they belong and correct their lines.
+
+    `formats` are those in which the boxes of a split are written, if not in that of YOLO.
+    """
     done: Counter[str] = Counter()
     images = listed_images(layout)
-    done["found the label file of an image"] = _place_labels(work, layout, images)
-    for image in images:
-        label = label_path(image)
-        if not label.is_relative_to(work) or not label.is_file():
-            continue
-        text = any_text(label)
-        lines = split_lines(text)
-        new = [_restored_line(line, layout.names, image) for line in lines]
+    done["found the label file of an image"] = _place_labels(work, layout, list(images))
+    labels = {
+        image: label
+        for image in images
+        if (label := label_path(image)).is_relative_to(work) and label.is_file()
+    }
+    texts = {image: any_text(label) for image, label in labels.items()}
+    pixels = _are_pixels(texts, layout.names)
+    for image, label in labels.items():
+        lines = split_lines(texts[image])
+        written = formats.get(images[image])
+        new = [_restored_line(line, layout.names, image, written, pixels) for line in lines]
         data = label.read_bytes()
-        if new != lines or data.removeprefix(codecs.BOM_UTF8) != text.encode():
+        if new != lines or data.removeprefix(codecs.BOM_UTF8) != texts[image].encode():
             replace_text(label, "".join(line + "\n" for line in new))
         done["corrected values"] += sum(a != b for a, b in zip(lines, new, strict=True))
     return +done
 
 
-def listed_images(layout: Layout) -> list[Path]:
-    """The images of all splits that can be read, each once."""
-    found: dict[Path, None] = {}
+def _are_pixels(texts: Mapping[Path, str], names: Sequence[str]) -> bool:
+    """Whether numbers above 1 can only be pixels: all fit their images, not only a corner of them.
+
+    One that does not fit shows that they may all be percent or belong to another size.
+    """
+    highest = 0.0
+    for image, text in texts.items():
+        rows = [row for line in split_lines(text) if (row := _row(line, names)) is not None]
+        large = [row for row in rows if max(_numbers(row)) > PIXELS]
+        size = file_size(image) if large else None
+        if large and size is None:
+            return False
+        for row in large:
+            assert size is not None
+            fractions = [value / size[i % 2] for i, value in enumerate(_numbers(row))]
+            if min(fractions) < 0 or max(fractions) > 1:
+                return False
+            highest = max(highest, *fractions)
+    return highest > FILLS
+
+
+def _row(line: str, names: Sequence[str]) -> LabelRow | None:
+    try:
+        return parse_line(line, len(names)) if line.strip() else None
+    except LineError:
+        return None
+
+
+def _numbers(row: LabelRow) -> list[float]:
+    """The numbers behind the class as they are written."""
+    if row.polygon:
+        return row.polygon
+    x0, y0, x1, y1 = row.box
+    return [(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]
+
+
+def listed_images(layout: Layout) -> dict[Path, str]:
+    """The images of all splits that can be read, each with the first split that has it."""
+    found: dict[Path, str] = {}
     for split in layout.splits.values():
         with contextlib.suppress(DatasetError):  # which the checks report
-            found.update(dict.fromkeys(image_files(split)))
-    return list(found)
+            for image in image_files(split):
+                found.setdefault(image, split.name)
+    return found
 
 
 def _place_labels(work: Path, layout: Layout, images: Sequence[Path]) -> int:
@@ -161,38 +206,44 @@ def _place_labels(work: Path, layout: Layout, images: Sequence[Path]) -> int:
     return count
 
 
-def _restored_line(line: str, names: Sequence[str], image: Path) -> str:
+def _restored_line(
+    line: str, names: Sequence[str], image: Path, written: BoxFormat | None, pixels: bool
+) -> str:
     """The line as it is read, if what it means is certain."""
-    if not line.strip():
+    row = _row(line, names)
+    if row is None:
+        return _reread(line, names) if line.strip() else line
+    values = _numbers(row)
+    if written is None and pixels and max(values) > PIXELS:
+        written = BoxFormat(YOLO.form, "pixels")
+    size = file_size(image) if written is not None and written.unit == "pixels" else (1, 1)
+    if written is None or size is None:
         return line
-    try:
-        row = parse_line(line, len(names))
-    except LineError:
-        return _reread(line, names)
-    words = line.split()
-    values = [float(word) for word in words[1:]]
-    size = file_size(image) if max(values) > PIXELS else None
-    if size is None or min(values) < 0:
-        return line
-    fractions = [value / size[i % 2] for i, value in enumerate(values)]
-    if max(fractions) > 1:
-        return line
+    if row.polygon:
+        if written.unit != "pixels":
+            return line
+        fractions = [value / size[i % 2] for i, value in enumerate(values)]
+    else:
+        x0, y0, x1, y1 = box_corners(values, size, written)
+        fractions = [(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]
     return " ".join([str(row.label), *(f"{value:.6f}" for value in fractions)])
 
 
 def _reread(line: str, names: Sequence[str]) -> str:
-    """A line with commas, with a class such as 1.0, or with the name of the class."""
-    words = re.split(r"[\s,;]+", line.strip())
-    if re.fullmatch(r"[0-9]+\.0*", words[0]):
-        words[0] = words[0].partition(".")[0]
-    elif names.count(words[0]) == 1:
-        words[0] = str(names.index(words[0]))
-    new = " ".join(words)
-    try:
-        parse_line(new, len(names))
-    except LineError:
-        return line
-    return new
+    """A line with decimal or other commas, with the name of the class, or with a confidence."""
+    text = line.strip()
+    for words in (text.replace(",", ".").split(), re.split(r"[\s,;]+", text)):
+        if names.count(words[0]) == 1:
+            words[0] = str(names.index(words[0]))
+        for new in (" ".join(words), " ".join(words[:5]) if _has_confidence(words) else ""):
+            if _row(new, names) is not None:
+                return new
+    return line
+
+
+def _has_confidence(words: Sequence[str]) -> bool:
+    """Whether a line is a box and a confidence, as predictions are saved."""
+    return len(words) == 6 and re.fullmatch(r"[01]?\.[0-9]+|[01]", words[5]) is not None
 
 
 def repair_label_file(file: Path, findings: Sequence[tuple[Finding, str]]) -> None:

@@ -19,6 +19,25 @@ def image_size_differs(root: Path) -> Expected:
 
 
 @coco
+def boxes_as_corners(root: Path) -> Expected:
+    data = Coco(root)
+    for annotation in data.annotations:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + w, y + h]
+    data.save()
+    return Expected("box-format", {"split": "train", "file": ANNOTATIONS})
+
+
+@coco
+def polygon_in_fractions(root: Path) -> Expected:
+    data = Coco(root)
+    annotation = data.annotations[1]
+    annotation["segmentation"] = [[value / 96 for value in annotation["segmentation"][0]]]
+    data.save()
+    return Expected("box-outline", {"annotation_id": annotation["id"]})
+
+
+@coco
 def file_unreferenced(root: Path) -> Expected:
     Image.new("RGB", (9, 9)).save(root / "train" / "stray.png")
     return Expected("file-unreferenced", {"file": "train/stray.png"})

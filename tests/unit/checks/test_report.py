@@ -86,7 +86,7 @@ def test_names_cannot_inject_markup(clean: dict[str, Path], tmp_path: Path) -> N
 def test_markdown_lists_codes_places_and_statistics(clean: dict[str, Path], spoiled: Path) -> None:
     text = to_markdown(run(spoiled, clean))
     assert "Not ready for training" in text
-    assert "| split-duplicate-image | error | 1 |" in text
+    assert "| split-duplicate-image | warning | 1 |" in text
     assert "train/\\_annotations.coco.json" in text
     assert "| washer |" in text
 

@@ -175,10 +175,29 @@ def test_yolo_bad_lines_come_together_with_their_numbers(conversion: dict, tmp_p
     assert f"{len(bad) + 1} problem(s)" in text
 
 
-@pytest.mark.parametrize("word", ["1_0", "+1", "\u0661", "1.0", "9" * 30, "x"])
+@pytest.mark.parametrize("word", ["1_0", "+1", "\u0661", "1.5", "9" * 30, "1e0", "x"])
 def test_the_class_of_a_yolo_line_is_plain_digits(word: str) -> None:
     with pytest.raises(ValueError, match="is not an integer"):
         parse_line(f"{word} 0.5 0.5 0.2 0.2", 20)
+
+
+@pytest.mark.parametrize("word", ["1", "1.0", "1.", "1.000000000000000000e+00"])
+def test_the_class_of_a_yolo_line_may_be_written_by_numpy(word: str) -> None:
+    assert parse_line(f"{word} 0.5 0.5 0.2 0.2", 20).label == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("0 0.5 0.5 0.2 0.2 0.9", "save_conf"),
+        ("0,0.5,0.5,0.2,0.2", "spaces"),
+        ("0 0,5 0,5 0,2 0,2", "decimal commas"),
+        ("1 1 9 1 9 9 1 9 plane 0", "DOTA"),
+    ],
+)
+def test_what_a_line_may_be_is_named(line: str, hint: str) -> None:
+    with pytest.raises(DatasetError, match=hint):
+        parse_line(line, 3)
 
 
 @pytest.mark.parametrize("word", ["0_5", "\u0660.5"])

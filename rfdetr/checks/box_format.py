@@ -1,0 +1,134 @@
+"""Ways in which boxes are written, and which of them fits a dataset.
+
+COCO boxes are the top left corner and the size in pixels, YOLO boxes the centre and the size in
+fractions of the image. Converters write corners, centres, or another unit by mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rfdetr.arrays import Bools, Floats
+
+SLACK = 0.01  # a box may reach this share of the image beyond it, and one pixel
+FITS = 0.99  # share of the boxes that fit in the way in which they were written
+FITS_AS_READ = 0.95  # boxes are taken as read from this share on
+FILLS = 0.5  # of many boxes, one ends beyond this share of its image
+SAME_IOU = 0.8  # of a box and its outline
+
+
+def _top_left(values: Floats) -> Floats:
+    return np.concatenate([values[:, :2], values[:, :2] + values[:, 2:]], axis=1)
+
+
+def _centre(values: Floats) -> Floats:
+    half = values[:, 2:] / 2
+    return np.concatenate([values[:, :2] - half, values[:, :2] + half], axis=1)
+
+
+# Four numbers as they are written -> x0, y0, x1, y1.
+FORMS: dict[str, Callable[[Floats], Floats]] = {
+    "x, y, width, height": _top_left,
+    "centre x, centre y, width, height": _centre,
+    "x0, y0, x1, y1": lambda values: values,
+    "y, x, height, width": lambda values: _top_left(values[:, [1, 0, 3, 2]]),
+}
+# What a number is divided by to be a fraction of the image; None: the side in pixels.
+UNITS = {"pixels": None, "fractions": 1.0, "percent": 100.0, "thousandths": 1000.0}
+
+
+class BoxFormat(NamedTuple):
+    """A form of FORMS in a unit of UNITS."""
+
+    form: str
+    unit: str
+
+    def __str__(self) -> str:
+        return f"[{self.form}] in {self.unit}"
+
+    def fractions(self, values: Floats, sizes: Floats) -> Floats:
+        """Boxes (n, 4) x0, y0, x1, y1 in fractions of images of `sizes` (n, 2) width, height."""
+        divisor = UNITS[self.unit]
+        scale = sizes if divisor is None else np.full_like(sizes, divisor)
+        return np.asarray(FORMS[self.form](values) / np.concatenate([scale, scale], axis=1))
+
+
+def box_corners(
+    box: Sequence[float], size: tuple[int, int], written: BoxFormat
+) -> tuple[float, float, float, float]:
+    """One box as x0, y0, x1, y1 in fractions of an image of `size` (width, height)."""
+    x0, y0, x1, y1 = written.fractions(np.array([box], float), np.array([size], float))[0].tolist()
+    return x0, y0, x1, y1
+
+
+COCO = BoxFormat("x, y, width, height", "pixels")
+YOLO = BoxFormat("centre x, centre y, width, height", "fractions")
+
+
+class Written(NamedTuple):
+    """Boxes as they are written, `values` (n, 4), with the sizes (n, 2) of their images, and what
+    their outlines extend over (n, 4) x0, y0, x1, y1 in fractions; NaN if unknown.
+    """
+
+    values: Floats
+    sizes: Floats
+    outlines: Floats
+
+
+def other_formats(boxes: Written, native: BoxFormat) -> list[BoxFormat]:
+    """The formats in which the boxes fit their images, if they do not fit as `native`.
+
+    Where half of the boxes have outlines, these decide; else whether the boxes are in the image.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        known = finite_rows(boxes.outlines)
+        if 2 * known.sum() >= len(known):
+            return _by_outline(Written(*(column[known] for column in boxes)), native)
+        if _fits(boxes, native, FITS_AS_READ):
+            return []
+        found = [other for other in _others(native) if _fits(boxes, other, FITS)]
+        return [other for other in found if other.unit == native.unit] or found
+
+
+def _others(native: BoxFormat) -> Iterator[BoxFormat]:
+    formats = (BoxFormat(form, unit) for unit in UNITS for form in FORMS)
+    return (other for other in formats if other != native)
+
+
+def _fits(boxes: Written, written: BoxFormat, share: float) -> bool:
+    """Whether this share of the boxes lies in the images, and some are not in a corner of them."""
+    if written.form == "y, x, height, width":  # shown by outlines only
+        return False
+    corners = written.fractions(boxes.values, boxes.sizes)
+    slack = SLACK + np.nan_to_num(1 / np.concatenate([boxes.sizes, boxes.sizes], axis=1))
+    inside = ((corners > -slack) & (corners < 1 + slack)).all(axis=1)
+    inside &= (corners[:, 2:] > corners[:, :2]).all(axis=1)
+    return bool(inside.mean() >= share and corners[inside, 2:].max(initial=0) > FILLS)
+
+
+def _by_outline(boxes: Written, native: BoxFormat) -> list[BoxFormat]:
+    def share(written: BoxFormat) -> float:
+        corners = written.fractions(boxes.values, boxes.sizes)
+        return float((overlaps(corners, boxes.outlines) >= SAME_IOU).mean())
+
+    if share(native) >= 1 - FITS_AS_READ:
+        return []
+    return [found for found in _others(native) if share(found) >= FITS_AS_READ]
+
+
+def overlaps(first: Floats, second: Floats) -> Floats:
+    """IoU (n,) of boxes (n, 4) x0, y0, x1, y1, one by one; 0 for a box without area."""
+    low = np.maximum(first[:, :2], second[:, :2])
+    high = np.minimum(first[:, 2:], second[:, 2:])
+    shared = (high - low).clip(0).prod(axis=1)
+    areas = [(box[:, 2:] - box[:, :2]).clip(0).prod(axis=1) for box in (first, second)]
+    union = areas[0] + areas[1] - shared
+    return np.asarray(np.divide(shared, union, out=np.zeros(len(union)), where=union > 0))
+
+
+def finite_rows(*columns: Floats) -> Bools:
+    """Rows in which every column is finite."""
+    return np.asarray(np.isfinite(np.concatenate(columns, axis=1)).all(axis=1))
