@@ -24,10 +24,10 @@ from rfdetr.errors import ConfigError, DatasetError, InputError
 from rfdetr.evaluation import report
 from rfdetr.evaluation.box_table import BoxTable, EvaluationData, IouType
 from rfdetr.evaluation.evaluator import EvaluationResult, evaluate
-from rfdetr.evaluation.evidence import MatchEvidence, collect_evidence
+from rfdetr.evaluation.evidence import EVERY_AREA, MatchEvidence, evidence_by_area
 from rfdetr.evaluation.operating_point import OperatingPoint, choose_point
 from rfdetr.evaluation.slice_rules import SliceRule
-from rfdetr.evaluation.slices import Slice, score_slices
+from rfdetr.evaluation.slices import Slice, area_ranges, score_slices
 from rfdetr.files import sha256_file
 from rfdetr.training import RFDETRDataModule
 
@@ -60,7 +60,7 @@ def score_model(
     if settings.operating_point is not None:
         point = scorer.choose(settings.operating_point, columns, result)
         accepted = point.accepts(columns.detections.label, columns.detections.score)
-    evidence = scorer.evidence(columns, result, accepted)
+    evidence, *by_area = scorer.evidence(columns, result, accepted, area_ranges(slices))
     return ScoredModel(
         weights_sha256=sha256_file(weights),
         size_mb=round(Path(weights).stat().st_size / 1e6, 3),
@@ -74,7 +74,7 @@ def score_model(
         settings=settings.key(slices),
         category_ids=dataset_categories(dataset_dir, dataset.layout, settings.split),
         evidence=evidence,
-        slices=scorer.slices(slices, evidence, columns, result, accepted),
+        slices=scorer.slices(slices, evidence, by_area),
         point=point,
         model_point=point and scorer.for_model(point),
     )
@@ -131,15 +131,26 @@ class _Scorer:
         return collector, columns, result
 
     def evidence(
-        self, columns: EvaluationData, result: EvaluationResult, accepted: Bools | None = None
-    ) -> MatchEvidence:
-        """The matches; without an operating point, `accepted` is from the best F1 on."""
+        self,
+        columns: EvaluationData,
+        result: EvaluationResult,
+        accepted: Bools | None = None,
+        areas: Sequence[tuple[float, float]] = (),
+    ) -> list[MatchEvidence]:
+        """The matches of all boxes, and those of each range of `areas`.
+
+        Without an operating point, `accepted` is from the best F1 on.
+        """
         if accepted is None:
             score = columns.detections.score.astype(np.float32).astype(np.float64)
             accepted = score >= result.sweep.best_threshold
-        return collect_evidence(
+        if areas and self.kind == "segm":
+            detections: BoxTable = columns.detections.with_mask_areas()
+            columns = dataclasses.replace(columns, detections=detections)
+        return evidence_by_area(
             columns,
             result.class_ids.tolist(),
+            [EVERY_AREA, *areas],
             iou_type=self.kind,
             max_dets=self.settings.max_dets,
             accepted=accepted,
@@ -153,7 +164,7 @@ class _Scorer:
             _, columns, result = self.run("valid")
         labels = result.class_ids.tolist()
         names = report.class_labels(self.names, labels)
-        return choose_point(self.evidence(columns, result), labels, names, target, "valid")
+        return choose_point(self.evidence(columns, result)[0], labels, names, target, "valid")
 
     def for_model(self, point: OperatingPoint) -> OperatingPoint:
         """The point for the labels of the model, also of classes that the dataset lacks."""
@@ -169,27 +180,14 @@ class _Scorer:
         self,
         rules: Sequence[SliceRule],
         evidence: MatchEvidence,
-        columns: EvaluationData,
-        result: EvaluationResult,
-        accepted: Bools | None,
+        by_area: Sequence[MatchEvidence],
     ) -> dict[str, Slice]:
         """The numbers of each slice of the split that was evaluated."""
         if not rules:
             return {}
-        if self.kind == "segm":
-            detections: BoxTable = columns.detections.with_mask_areas()
-            columns = dataclasses.replace(columns, detections=detections)
         try:
-            return score_slices(
-                rules,
-                images_of(self.dataset_dir, self.dataset, self.settings.split, rules),
-                evidence,
-                columns,
-                result.class_ids.tolist(),
-                iou_type=self.kind,
-                max_dets=self.settings.max_dets,
-                accepted=accepted,
-            )
+            images = images_of(self.dataset_dir, self.dataset, self.settings.split, rules)
+            return score_slices(rules, images, evidence, by_area)
         except InputError as error:
             raise ConfigError(f"{error}.") from None
 

@@ -154,6 +154,24 @@ def _precision_at(needed: Integers, false: Integers) -> Floats:
     return result
 
 
+def average_precisions(group: Integers, counted: Integers, positives: Integers) -> Floats:
+    """AP (G,) of groups of detections, from their true positives; NaN without ground truth.
+
+    group: (H,) of each true positive, ascending, by descending score within a group.
+    counted: (H,) detections of the group that count, up to and including this one.
+    positives: (G,) ground-truth boxes.
+    """
+    found = np.arange(1, len(group) + 1) - np.searchsorted(group, np.arange(len(positives)))[group]
+    # One running maximum from the right for all groups: earlier groups lie above later ones.
+    offset = 2.0 * (len(positives) - group)
+    precision = found / counted + offset
+    envelope = np.maximum.accumulate(precision[::-1])[::-1] - offset
+    reached = np.searchsorted(RECALL_POINTS, found / positives[group], side="right")
+    points = np.where(found > 1, np.diff(reached, prepend=0), reached)
+    area = np.bincount(group, points * envelope, len(positives)) / len(RECALL_POINTS)
+    return np.where(positives > 0, area, np.nan)
+
+
 def summarize(curves: Curves) -> Summary:
     """The twelve numbers of `curves`."""
     precision, recall = curves.precision, curves.recall

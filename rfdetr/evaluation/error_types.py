@@ -21,7 +21,7 @@ import dataclasses
 import numpy as np
 
 from rfdetr.arrays import Bools, Floats, Integers, find_rows
-from rfdetr.evaluation.accumulate import RECALL_POINTS
+from rfdetr.evaluation.accumulate import average_precisions
 from rfdetr.evaluation.box_table import EvaluationData
 from rfdetr.evaluation.matching import Matches, box_pairs, match
 
@@ -166,16 +166,10 @@ def _mean_ap(
     defined_by: Integers | None = None,
 ) -> float:
     """Mean AP over the classes with ground truth, 101 recall points; 1 for a class left empty."""
-    values = []
-    for k in np.flatnonzero((positives if defined_by is None else defined_by) > 0).tolist():
-        of_class = np.flatnonzero(label == k)
-        of_class = of_class[np.argsort(-score[of_class], kind="stable")]
-        hits = np.cumsum(true[of_class])
-        if positives[k] == 0:
-            values.append(1.0)
-            continue
-        precision = hits / np.arange(1, len(hits) + 1)
-        precision = np.maximum.accumulate(precision[::-1])[::-1]
-        place = np.searchsorted(hits / positives[k], RECALL_POINTS, side="left")
-        values.append(float(np.r_[precision, 0.0][place].mean()))
-    return float(np.mean(values)) if values else -1.0
+    order = np.lexsort((-score, label))
+    label, (hits,) = label[order], np.nonzero(true[order])
+    counted = hits - np.searchsorted(label, label[hits]) + 1
+    values = average_precisions(label[hits], counted, positives)
+    values[positives == 0] = 1.0
+    values = values[(positives if defined_by is None else defined_by) > 0]
+    return float(values.mean()) if len(values) else -1.0

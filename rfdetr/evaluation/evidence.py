@@ -26,7 +26,7 @@ class MatchEvidence:
     """The matches of one detector on one test set, image by image.
 
     positives: (I, K) ground-truth boxes that count, per image and class.
-    image, label: (D,) image and class index of each detection, in the order of evaluation.
+    image, label: (D,) image and class index of each detection, by class and descending score.
     score: (D,). matched, ignored: (D,) bit t is set when the detection matched (or is ignored,
     e.g. because of a crowd region) at IoU 0.5 + 0.05 t. accepted: (D,) whether the detection is
     above the operating point, or without one reaches the threshold of the best F1.
@@ -61,7 +61,7 @@ class MatchEvidence:
         """The evidence of the images at these positions, in that order."""
         new = np.full(self.images, -1)
         new[images] = np.arange(len(images))
-        kept = new[self.image] >= 0
+        kept = np.flatnonzero((new >= 0)[self.image])
         columns = {name: getattr(self, name)[kept] for name in _FIELDS[1:]}
         columns["image"] = new[columns["image"]].astype(np.int32)
         return MatchEvidence(self.positives[images], **columns)
@@ -91,33 +91,61 @@ def collect_evidence(
     *,
     iou_type: IouType = "bbox",
     max_dets: int = 500,
-    area: tuple[float, float] = EVERY_AREA,
     accepted: Bools | None = None,
 ) -> MatchEvidence:
     """Match detections to ground truth as the evaluator does and keep the flags per image.
 
-    The class axis follows ascending `class_ids`. Boxes outside the range `area` are ignored, as in
-    the area ranges of COCO. `accepted` are flags of the rows of `data.detections`.
+    The class axis follows ascending `class_ids`. `accepted` are flags of the rows of
+    `data.detections`.
+    """
+    return evidence_by_area(
+        data,
+        class_ids,
+        [EVERY_AREA],
+        iou_type=iou_type,
+        max_dets=max_dets,
+        accepted=accepted,
+    )[0]
+
+
+def evidence_by_area(
+    data: EvaluationData,
+    class_ids: Sequence[int],
+    areas: Sequence[tuple[float, float]],
+    *,
+    iou_type: IouType = "bbox",
+    max_dets: int = 500,
+    accepted: Bools | None = None,
+) -> list[MatchEvidence]:
+    """As `collect_evidence`, for several ranges of areas, matched at the same time.
+
+    Boxes outside a range are ignored, as in the area ranges of COCO.
     """
     ids = np.unique(np.asarray(class_ids, dtype=np.int64))
-    matches = match(data, ids, iou_type, max_dets, areas=np.array([area], dtype=np.float64))
-    truth = data.truth
-    inside = (truth.area >= area[0]) & (truth.area <= area[1])
-    counted = ~truth.crowd & inside & np.isin(truth.label, ids)
-    positives = np.zeros((len(data.image_ids), len(ids)), dtype=np.int32)
-    np.add.at(positives, (truth.image[counted], np.searchsorted(ids, truth.label[counted])), 1)
+    matches = match(data, ids, iou_type, max_dets, areas=np.array(areas, dtype=np.float64))
+    truth = data.truth.take(~data.truth.crowd & np.isin(data.truth.label, ids))
+    cell = (truth.image, np.searchsorted(ids, truth.label))
+    image, label = data.detections.image[matches.row].astype(np.int32), matches.label
     bits = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
-    flags = np.zeros((2, len(matches.row)), dtype=np.uint16)  # zero unless near ground truth
-    flags[0, matches.candidate] = matches.matched[:, :, 0] @ bits
-    flags[1] = np.where(matches.inside[:, 0], 0, bits.sum())  # outside, unless it is near a box
-    flags[1, matches.candidate] = matches.ignored[:, :, 0] @ bits
     chosen = np.zeros(len(data.detections), dtype=bool) if accepted is None else accepted
-    return MatchEvidence(
-        positives=positives,
-        image=data.detections.image[matches.row].astype(np.int32),
-        label=matches.label.astype(np.int32),
-        score=matches.score.astype(np.float32),
-        matched=flags[0],
-        ignored=flags[1],
-        accepted=chosen[matches.row],
-    )
+    found = []
+    for number, (low, high) in enumerate(areas):
+        positives = np.zeros((len(data.image_ids), len(ids)), dtype=np.int32)
+        np.add.at(positives, cell, (truth.area >= low) & (truth.area <= high))
+        flags = np.zeros((2, len(matches.row)), dtype=np.uint16)  # zero unless near ground truth
+        flags[0, matches.candidate] = matches.matched[:, :, number] @ bits
+        outside = ~matches.inside[:, number]  # ignored, unless it is near a box
+        flags[1] = np.where(outside, bits.sum(), 0)
+        flags[1, matches.candidate] = matches.ignored[:, :, number] @ bits
+        found.append(
+            MatchEvidence(
+                positives=positives,
+                image=image,
+                label=label.astype(np.int32),
+                score=matches.score.astype(np.float32),
+                matched=flags[0],
+                ignored=flags[1],
+                accepted=chosen[matches.row],
+            )
+        )
+    return found

@@ -117,29 +117,19 @@ class MeanAveragePrecision:
 
     def __init__(self, evidence: MatchEvidence, metric: Metric = "map_50_95") -> None:
         classes = np.flatnonzero(evidence.positives.sum(axis=0) > 0)
-        self._thresholds = len(IOU_THRESHOLDS[METRIC_THRESHOLDS[metric]])
         self._curves = [
             _ClassCurve(evidence, int(label), METRIC_THRESHOLDS[metric]) for label in classes
         ]
 
     def __call__(self, weights: Integers) -> Floats:
         """The mAP (B,) with image i counted `weights[b, i]` times; NaN without any box."""
-        return _mean_of_defined(self.at_thresholds(weights).mean(axis=2))
-
-    def at_thresholds(self, weights: Integers) -> Floats:
-        """AP (K, B, T) of each class at each IoU threshold, NaN without a box of the class."""
-        table = np.full((len(self._curves), len(weights), self._thresholds), np.nan)
-        for rows, curve in zip(table, self._curves, strict=True):
+        table = np.full((len(self._curves), len(weights)), np.nan)
+        for row, curve in zip(table, self._curves, strict=True):
             step = max(1, CELLS_AT_ONCE // max(1, curve.size))
             for start in range(0, len(weights), step):
-                rows[start : start + step] = curve.average_precision(weights[start : start + step])
-        return table
-
-
-def mean_average_precisions(evidence: MatchEvidence, weights: Integers) -> tuple[Floats, Floats]:
-    """The mAP at IoU 0.50:0.95 and at 0.50, both (B,), in one pass."""
-    table = MeanAveragePrecision(evidence).at_thresholds(weights)
-    return _mean_of_defined(table.mean(axis=2)), _mean_of_defined(table[:, :, 0])
+                part = curve.average_precision(weights[start : start + step])
+                row[start : start + step] = part.mean(axis=1)
+        return _mean_of_defined(table)
 
 
 class MacroF1:

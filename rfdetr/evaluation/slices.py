@@ -2,7 +2,7 @@
 
 A slice is a group of images, or the boxes of one range of areas. Its numbers equal those of an
 evaluation of only those images (or of only that area range): they come from the matches of the
-evaluation, so nothing is matched again but for area ranges.
+evaluation, so nothing is matched again.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import orjson
 
-from rfdetr.arrays import Bools
+from rfdetr.arrays import Bools, Floats
 from rfdetr.data.index import AnnotationIndex
 from rfdetr.data.layouts import Layout, SplitPaths
 from rfdetr.errors import InputError
-from rfdetr.evaluation.box_table import EvaluationData, IouType
-from rfdetr.evaluation.evidence import MatchEvidence, collect_evidence
-from rfdetr.evaluation.resample import MacroF1, mean_average_precisions
+from rfdetr.evaluation.accumulate import average_precisions
+from rfdetr.evaluation.evidence import MatchEvidence
+from rfdetr.evaluation.matching import IOU_THRESHOLDS
+from rfdetr.evaluation.resample import MacroF1
 from rfdetr.evaluation.slice_rules import SliceRule, text_values
 
 MOST_SLICES = 100  # of one rule
@@ -139,61 +140,57 @@ def score_slices(
     rules: Sequence[SliceRule],
     images: SplitImages,
     evidence: MatchEvidence,
-    data: EvaluationData,
-    class_ids: Sequence[int],
-    *,
-    iou_type: IouType,
-    max_dets: int,
-    accepted: Bools | None = None,
+    by_area: Sequence[MatchEvidence] = (),
 ) -> dict[str, Slice]:
     """The numbers of every slice, in the order of the rules.
 
-    `evidence` are the matches of the whole split, `data` what they were made of; `accepted` marks
-    the rows of `data.detections` above the operating point.
+    `evidence` are the matches of the whole split, `by_area` those of `area_ranges(rules)`.
     """
-    groups = group_images(rules, images)
-    found = dict(zip(groups, _image_slices(evidence, list(groups.values())), strict=True))
-    for rule in rules:
-        if rule.area is not None:
-            own = collect_evidence(
-                data,
-                class_ids,
-                iou_type=iou_type,
-                max_dets=max_dets,
-                area=rule.area,
-                accepted=accepted,
-            )
-            (numbers,) = _image_slices(own, [np.ones(own.images, dtype=bool)])
-            with_boxes = int((own.positives.sum(axis=1) > 0).sum())
-            found[rule.name] = dataclasses.replace(
-                numbers, images=with_boxes, members=None, evidence=own
-            )
+    found = {}
+    for name, mask in group_images(rules, images).items():
+        (members,) = np.nonzero(mask)
+        numbers = _slice(evidence.take(members))
+        found[name] = dataclasses.replace(numbers, members=tuple(members.tolist()))
+    names = [rule.name for rule in rules if rule.area is not None]
+    for name, own in zip(names, by_area, strict=True):
+        with_boxes = int(own.positives.any(axis=1).sum())
+        found[name] = dataclasses.replace(_slice(own), images=with_boxes, evidence=own)
     order = {rule.name: place for place, rule in enumerate(rules)}
     return dict(sorted(found.items(), key=lambda item: order[item[0].partition("=")[0]]))
 
 
-def _image_slices(evidence: MatchEvidence, masks: Sequence[Bools]) -> list[Slice]:
-    if not masks:
-        return []
-    weights = np.array(masks, dtype=np.int64)
-    means, at_50 = mean_average_precisions(evidence, weights)
-    f1 = MacroF1(evidence)(weights)
-    boxes = weights @ evidence.positives.sum(axis=1)
-    wrong = evidence.accepted & ((evidence.matched | evidence.ignored) & 1 == 0)
-    alarms = weights @ np.bincount(evidence.image[wrong], minlength=evidence.images)
-    return [
-        Slice(
-            images=int(mask.sum()),
-            boxes=int(boxes[k]),
-            map_50_95=_defined(means[k]),
-            map_50=_defined(at_50[k]),
-            f1=_defined(f1[k]),
-            false_alarms=float(alarms[k] / mask.sum()),
-            members=tuple(np.flatnonzero(mask).tolist()),
-        )
-        for k, mask in enumerate(masks)
-    ]
+def area_ranges(rules: Sequence[SliceRule]) -> list[tuple[float, float]]:
+    """The lowest and highest area of each rule that has a range."""
+    return [rule.area for rule in rules if rule.area is not None]
 
 
-def _defined(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+def _slice(part: MatchEvidence) -> Slice:
+    """The numbers of the images of `part`."""
+    precision = _class_precisions(part)[:, part.positives.any(axis=0)]
+    f1 = MacroF1(part)(np.ones((1, part.images), dtype=np.int64))[0]
+    wrong = part.accepted & ((part.matched | part.ignored) & 1 == 0)
+    return Slice(
+        images=part.images,
+        boxes=int(part.positives.sum()),
+        map_50_95=float(precision.mean()) if precision.size else None,
+        map_50=float(precision[0].mean()) if precision.size else None,
+        f1=None if np.isnan(f1) else float(f1),
+        false_alarms=float(wrong.sum() / part.images),
+    )
+
+
+def _class_precisions(part: MatchEvidence) -> Floats:
+    """AP (T, K) of every class at every IoU threshold; NaN without boxes."""
+    positives = part.positives.sum(axis=0)
+    starts = np.searchsorted(part.label, np.arange(len(positives)))
+    (near,) = np.nonzero(part.matched & ~part.ignored)
+    (apart,) = np.nonzero(part.ignored)
+    table = []
+    for bit in 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16):
+        ignored = apart[part.ignored[apart] & bit > 0]
+        hits = near[(part.matched[near] & ~part.ignored[near]) & bit > 0]
+        label = part.label[hits]
+        first = starts[label]
+        skipped = np.searchsorted(ignored, hits) - np.searchsorted(ignored, first)
+        table.append(average_precisions(label, hits - first - skipped + 1, positives))
+    return np.array(table)

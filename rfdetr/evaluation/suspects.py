@@ -36,6 +36,8 @@ _FITS = 0.5  # IoU from which it shows what is at the label
 _PRECISE = 0.7  # IoU of a detection that confirms the place of a label
 _ORDINARY, _ELSEWHERE = 0.6, 0.25  # IoU of ordinary detections, and of those in another place
 _SAME = 0.8  # IoU of two labels for one object
+_CERTAIN = 0.91  # share of another class from which the label is certainly wrong
+_SEEN = 0.2  # score from which the model sees an object
 _LOWEST_SCORE = 0.05
 _SPURIOUS_SHARE = 0.02  # of all labels, before anything is known
 
@@ -124,9 +126,10 @@ def _of_labels(
     count = len(truth)
     own, _ = _highest(box, score, same & fits, count)
     other, other_pair = _highest(box, score, ~same & fits & meant, count)
-    # The label says that there is an object: the share of the other class counts most
+    # The label says that there is an object: only the share of the other class counts, unless the
+    # model hardly sees one
     share = other / np.maximum(other + own, 1e-9)
-    wrong_class = share**2 * other**0.4
+    wrong_class = np.minimum(1, (share / _CERTAIN) ** 3) * np.minimum(1, other / _SEEN)
     # The detection of the right class that speaks most for another place
     misfit = np.sqrt(score) * np.clip((_ORDINARY - iou) / (_ORDINARY - _ELSEWHERE), 0, 1)
     fit = score * np.clip((iou - _FITS) / (_PRECISE - _FITS), 0, 1)

@@ -1,10 +1,14 @@
 """Find planted label mistakes in the demo's test split. Prints one JSON object.
 
-    rfdetr-pipeline evaluate && python tests/benchmarks/bench_labels.py --project .
+    rfdetr-pipeline evaluate && python -m tests.benchmarks.bench_labels --project .
+    pip install --target FOLDER cleanlab==2.9.0 hotcoco==1.3.0   # for the comparison
+    python -m tests.benchmarks.bench_labels --project . --others FOLDER
 
 5 % of the labels get another class, are deleted, or are moved by 0.3 to 0.6 of their size. The
 recall is the share of them among as many suspects as mistakes: `alone` with one kind of mistake,
 `together` with all three. `seconds_per_5000_images` repeats the split until it has 5,000 images.
+`by_kind` compares rankings of one kind each on the same detections, all three kinds planted; the
+other tools with the confidence, of several, that serves them best.
 """
 
 from __future__ import annotations
@@ -12,7 +16,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +28,10 @@ from rfdetr.arrays import Integers
 from rfdetr.evaluation.box_table import EvaluationData, concatenate, data_from_coco
 from rfdetr.evaluation.matching import box_iou
 from rfdetr.evaluation.suspects import find_suspects
+from tests.benchmarks.label_oracles import Ranking, by_cleanlab, by_hotcoco, by_us
 
 KINDS = ("swap", "delete", "shift")
+CONFIDENT = (0.05, 0.1, 0.2, 0.3, 0.5, 0.95)
 
 
 def plant(
@@ -50,21 +59,38 @@ def recall(data: EvaluationData, kinds: tuple[str, ...], share: float, seed: int
     """Share of the mistakes of each kind that are among the first suspects."""
     changed, rows, old = plant(data, kinds, share, seed)
     found = find_suspects(changed)
-    first = range(min(len(found), sum(map(len, rows.values()))))
-    labels = {int(old[found.truth[i]]) for i in first if found.truth[i] >= 0}
-    missing = [i for i in first if found.truth[i] < 0]
+    first = slice(sum(map(len, rows.values())))
+    truth, detection = found.truth[first], found.detection[first]
+    labels, missing = old[truth[truth >= 0]], detection[truth < 0]
+    return [
+        _share(data, kind, rows[kind], missing if kind == "delete" else labels) for kind in kinds
+    ]
 
-    def is_found(kind: str, row: int) -> bool:
-        if kind != "delete":
-            return row in labels
-        box, no_crowd = data.truth.box[row][None], np.zeros(1, dtype=bool)
-        return any(
-            found.image[i] == data.truth.image[row]
-            and box_iou(data.detections.box[found.detection[i]][None], box, no_crowd)[0] >= 0.5
-            for i in missing
-        )
 
-    return [float(np.mean([is_found(kind, int(row)) for row in rows[kind]])) for kind in kinds]
+def _share(data: EvaluationData, kind: str, rows: Integers, suspects: Integers) -> float:
+    """Share of the labels `rows` among suspected labels, or if deleted, under detections."""
+    if kind != "delete":
+        return float(np.isin(rows, suspects).mean())
+    truth, found = data.truth, data.detections.take(suspects)
+    hits = []
+    for row in rows:
+        near = found.box[found.image == truth.image[row]]
+        same = np.repeat(truth.box[row][None], len(near), axis=0)
+        hits.append((box_iou(near, same, np.zeros(len(near), dtype=bool)) >= 0.5).any())
+    return float(np.mean(hits))
+
+
+def recall_by_kind(
+    data: EvaluationData, ranking: Callable[[EvaluationData], Ranking], share: float, seed: int
+) -> list[float]:
+    """Share of the mistakes of each kind that are first in the ranking of their own kind."""
+    changed, rows, old = plant(data, KINDS, share, seed)
+    found = ranking(changed)
+    first = {kind: found[kind][: len(rows[kind])] for kind in KINDS}
+    return [
+        _share(data, kind, rows[kind], first[kind] if kind == "delete" else old[first[kind]])
+        for kind in KINDS
+    ]
 
 
 def seconds(data: EvaluationData) -> float:
@@ -85,6 +111,7 @@ def main() -> None:
     parser.add_argument("--project", type=Path, default=Path())
     parser.add_argument("--share", type=float, default=0.05)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--others", type=Path, help="folder with cleanlab and hotcoco")
     options = parser.parse_args()
     truth = options.project / "data" / "demo" / "test" / "_annotations.coco.json"
     detections = options.project / "reports" / "detections.json"
@@ -101,6 +128,23 @@ def main() -> None:
         "together": mean(KINDS),
         "seconds_per_5000_images": round(seconds(data), 2),
     }
+    if options.others:
+        sys.path.append(str(options.others))
+
+        def by_kind(ranking: Callable[[EvaluationData], Ranking]) -> list[float]:
+            runs = [
+                recall_by_kind(data, ranking, options.share, seed)
+                for seed in range(options.repeats)
+            ]
+            return np.mean(runs, axis=0).round(3).tolist()
+
+        rows = {"this package": by_kind(by_us)}
+        for name, other in (("cleanlab", by_cleanlab), ("hotcoco", by_hotcoco)):
+            tried = [by_kind(partial(other, confident=value)) for value in CONFIDENT]
+            rows[name] = np.max(tried, axis=0).tolist()
+        record["by_kind"] = {
+            name: dict(zip(KINDS, values, strict=True)) for name, values in rows.items()
+        }
     print(json.dumps(record, indent=2))
 
 

@@ -14,9 +14,9 @@ from pycocotools.cocoeval import COCOeval
 from rfdetr.errors import InputError
 from rfdetr.evaluation.box_table import data_from_coco
 from rfdetr.evaluation.evaluator import evaluate_coco
-from rfdetr.evaluation.evidence import collect_evidence
+from rfdetr.evaluation.evidence import EVERY_AREA, collect_evidence, evidence_by_area
 from rfdetr.evaluation.slice_rules import parse_area, parse_rule, read_listed
-from rfdetr.evaluation.slices import SplitImages, group_images, score_slices
+from rfdetr.evaluation.slices import SplitImages, area_ranges, group_images, score_slices
 from tests.unit.evaluation.random_sets import random_set
 
 
@@ -34,9 +34,9 @@ def scored(document: dict, found: list[dict], **texts: str) -> dict:
     ids = [category["id"] for category in document["categories"]]
     data = data_from_coco(document, found)
     accepted = data.detections.score >= 0.5
-    evidence = collect_evidence(data, ids, accepted=accepted)
-    kind = {"iou_type": "bbox", "max_dets": 500, "accepted": accepted}
-    return score_slices(rules, images(document), evidence, data, ids, **kind)
+    areas = [EVERY_AREA, *area_ranges(rules)]
+    evidence, *by_area = evidence_by_area(data, ids, areas, accepted=accepted)
+    return score_slices(rules, images(document), evidence, by_area)
 
 
 def only(document: dict, found: list[dict], chosen: set[int]) -> tuple[dict, list[dict]]:
