@@ -8,6 +8,7 @@ from typing import Any
 
 from rfdetr.checks.dataset_report import Finding
 from rfdetr.checks.image_probe import probe_bytes, read_content
+from rfdetr.checks.repair.coco_ids import hashable
 from rfdetr.checks.repair.plan import Planned
 from rfdetr.checks.repair.restore import SECTIONS, read_document, write_document
 
@@ -33,8 +34,8 @@ def repair_coco_file(
         for name, records in sections.items()
     }
     for annotation in kept["annotations"]:
-        if isinstance(annotation, dict) and _key(annotation.get("image_id")) in merged:
-            annotation["image_id"] = merged[_key(annotation["image_id"])]
+        if isinstance(annotation, dict) and hashable(annotation.get("image_id")) in merged:
+            annotation["image_id"] = merged[hashable(annotation["image_id"])]
     if dropped["images"]:
         kept["annotations"] = _linked(kept, sections)
     document.update({name: kept[name] for name in SECTIONS if name in document})
@@ -71,7 +72,7 @@ class _Sizes:
     """Image sizes by id: from the annotation file, else from the image file."""
 
     def __init__(self, images: Sequence[Any], folder: Path) -> None:
-        self._images = {_key(i.get("id")): i for i in reversed(images) if isinstance(i, dict)}
+        self._images = {hashable(i.get("id")): i for i in reversed(images) if isinstance(i, dict)}
         self.folder = folder
 
     def of_image(self, image: Record) -> tuple[int, int] | None:
@@ -83,7 +84,7 @@ class _Sizes:
         return (facts.width, facts.height) if facts.width else None
 
     def of_annotation(self, annotation: Record) -> tuple[int, int] | None:
-        image = self._images.get(_key(annotation.get("image_id")))
+        image = self._images.get(hashable(annotation.get("image_id")))
         return self.of_image(image) if image is not None else None
 
 
@@ -205,20 +206,15 @@ def _is_numbers(values: Any) -> bool:
 def _merge(images: Sequence[Record], number: int, merged: dict[Any, Any]) -> None:
     name = images[number].get("file_name")
     first = next(i for i in images if isinstance(i, dict) and i.get("file_name") == name)
-    merged[_key(images[number].get("id"))] = first.get("id")
+    merged[hashable(images[number].get("id"))] = first.get("id")
 
 
 def _linked(kept: Mapping[str, Sequence[Any]], listed: Mapping[str, Sequence[Any]]) -> list[Any]:
     """Annotations except those of images that were dropped."""
-    images = {_key(i.get("id")) for i in kept["images"] if isinstance(i, dict)}
-    gone = {_key(i.get("id")) for i in listed["images"] if isinstance(i, dict)} - images
+    images = {hashable(i.get("id")) for i in kept["images"] if isinstance(i, dict)}
+    gone = {hashable(i.get("id")) for i in listed["images"] if isinstance(i, dict)} - images
     return [
         a
         for a in kept["annotations"]
-        if not isinstance(a, dict) or _key(a.get("image_id")) not in gone
+        if not isinstance(a, dict) or hashable(a.get("image_id")) not in gone
     ]
-
-
-def _key(value: Any) -> Any:
-    """A hashable form of an id."""
-    return value if isinstance(value, int | float | str) else repr(value)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
+
+from rfdetr.checks.repair.file_names import fold
 
 Record = dict[str, Any]
 
@@ -102,3 +104,49 @@ def number_annotations(records: Iterable[Record]) -> int:
         record["id"] = following
         following += 1
     return len(without)
+
+
+def agree_on_categories(splits: Sequence[tuple[list[Record], list[Record]]]) -> list[int]:
+    """Give the categories of each split the ids and names that they have in the first one.
+
+    `splits` are categories and annotations, changed in place. Categories are matched by name,
+    without regard to case and outer spaces, and only where all of a split are known in the first.
+    Returns how many changed per split.
+    """
+    changed = [0] * len(splits)
+    first = _by_name(splits[0][0]) if splits else None
+    for number, (categories, rows) in enumerate(splits[1:], 1):
+        own = _by_name(categories)
+        if first is None or own is None or not own.keys() <= first.keys():
+            continue
+        new = {hashable(record.get("id")): first[name] for name, record in own.items()}
+        different = [
+            record
+            for name, record in own.items()
+            if (record.get("id"), record.get("name"))
+            != (first[name].get("id"), first[name]["name"])
+        ]
+        if not different or len(new) < len(own):
+            continue
+        for annotation in rows:
+            category = new.get(hashable(annotation.get("category_id")))
+            if category is not None:
+                annotation["category_id"] = category.get("id")
+        for name, record in own.items():
+            record.update(id=first[name].get("id"), name=first[name]["name"])
+        changed[number] = len(different)
+    return changed
+
+
+def _by_name(categories: Sequence[Record]) -> dict[str, Record] | None:
+    """Categories by their folded names; None if a name is missing or used twice."""
+    names = [record.get("name") for record in categories]
+    folded = [fold(name.strip()) if isinstance(name, str) else "" for name in names]
+    if "" in folded or len(set(folded)) < len(folded):
+        return None
+    return dict(zip(folded, categories, strict=True))
+
+
+def hashable(value: Any) -> Any:
+    """A form of an id that can be a key."""
+    return value if isinstance(value, int | float | str) else repr(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rfdetr.checks.dataset_report import DatasetReport, Finding
 from rfdetr.checks.image_probe import probe_bytes
 from rfdetr.checks.repair.image_files import CONVERTED_MODES, decodes, renamed, viewed_orientation
 from rfdetr.checks.repair.restore import read_document
+from rfdetr.checks.repair.result import MOST_DROPPED
 
 # repair -> what it does
 REPAIRS = {
@@ -33,6 +35,10 @@ REPAIRS = {
 }
 # Training uses these objects; only the user can decide which one to lose.
 TRAINABLE = frozenset({"box-duplicate", "box-near-duplicate", "split-duplicate-image"})
+# Nobody reads these files now, but they may be meant for training.
+UNUSED = frozenset({"file-unreferenced", "label-unreferenced"})
+# What is certain was restored before; the rest is a decision.
+RESTORED = frozenset({"box-format", "image-id-duplicate"})
 # Where the size of the image or the format of the boxes is in doubt, so is what lies outside.
 DOUBTFUL = frozenset({"box-outside", "box-outside-fully", "polygon-outside", "rle-malformed"})
 
@@ -53,6 +59,12 @@ class Planner:
         }
         sizes = report.of("image-size-mismatch")
         self._doubtful = {f.details.get("image") for f in sizes if f.severity == "error"}
+        drops = Counter(f.split for f in report.findings if f.repair == "drop-polygon")
+        self._masks_at_risk = {
+            split
+            for split, ledger in report.ledger.items()
+            if drops[split] > MOST_DROPPED * ledger.rows_listed
+        }
         self._formats = {f.split for f in report.of("box-format")}
         self.new_names: dict[str, str] = {}
 
@@ -74,20 +86,24 @@ class Planner:
     def _undecided(self, finding: Finding) -> bool:
         """Whether the repair would lose something that may be of use."""
         image, code = finding.details.get("image"), finding.code
-        if code in TRAINABLE:
-            return not self._allow_drop or image == finding.details.get("other_file")
-        if code == "image-id-duplicate" or finding.details.get("section") == "categories":
+        if code in TRAINABLE and image == finding.details.get("other_file"):
             return True
+        if code in TRAINABLE | UNUSED:
+            return not self._allow_drop
+        if finding.repair == "drop-polygon" and finding.split in self._masks_at_risk:
+            return not self._allow_drop
         if finding.repair == "drop-image":
             file = self._root / str(image)
             return image is not None and file.is_file() and decodes(file)
         if code == "box-zero-area":
             box = self._record(finding).get("bbox")
             return isinstance(box, list) and min(box[2:]) > 0
-        if code == "box-format":  # restored if it is certain
-            return True
         doubtful = image in self._doubtful or finding.split in self._formats
-        return code in DOUBTFUL and doubtful
+        return (
+            code in RESTORED
+            or finding.details.get("section") == "categories"
+            or (code in DOUBTFUL and doubtful)
+        )
 
     def _own(self, name: str) -> bool:
         """Whether the file is in the copy, and not elsewhere on the disk."""

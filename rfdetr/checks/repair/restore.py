@@ -10,9 +10,15 @@ from typing import Any, NamedTuple
 
 from rfdetr.checks.box_format import BoxFormat
 from rfdetr.checks.repair.coco_boxes import as_coco, plain_box, restore_annotation
-from rfdetr.checks.repair.coco_ids import IdMap, is_id, number_annotations, unique_names
+from rfdetr.checks.repair.coco_ids import (
+    IdMap,
+    agree_on_categories,
+    is_id,
+    number_annotations,
+    unique_names,
+)
 from rfdetr.checks.repair.file_names import ImageFinder, Wanted, claimed_files
-from rfdetr.checks.repair.tree import replace_text
+from rfdetr.checks.repair.tree import is_utf8, replace_text
 from rfdetr.data.decode import file_size
 from rfdetr.data.folders import list_files
 
@@ -75,16 +81,20 @@ def restore_coco(
             documents.append(Document(split, content, *lists))
     done: Counter[str] = Counter()
     changed = _restore_names(root, documents, done)
+    moved = agree_on_categories([(d.categories, d.annotations) for d in documents])
+    done["made categories those of the first split"] += sum(moved)
     categories = _category_ids(documents)
-    for document in documents:
-        before = done.total()
+    for document, agreed in zip(documents, moved, strict=True):
+        before = done.total() - agreed
+        if not is_utf8(document.split.file):
+            done["saved as UTF-8"] += 1
         _restore_ids(document, categories, done)
         if document.split.name in formats:
             _convert_boxes(root, document, formats[document.split.name], done)
         _restore_values(document, done)
         if done.total() > before or document.split.name in changed:
             write_document(document.split.file, document.content)
-    return done
+    return +done
 
 
 def _listed(content: Record, section: str) -> list[Any]:

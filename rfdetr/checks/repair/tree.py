@@ -45,6 +45,15 @@ def copy_tree(
     return broken
 
 
+def is_utf8(file: Path) -> bool:
+    """Whether a text file is as training reads all of them."""
+    try:
+        file.read_bytes().decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def replace_text(file: Path, text: str) -> None:
     """Write a new file in place of a link to the source."""
     file.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import yaml
 from rfdetr.checks.box_format import FILLS, YOLO, BoxFormat, box_corners
 from rfdetr.checks.dataset_report import Finding
 from rfdetr.checks.repair.file_names import ImageFinder, Wanted, fold
-from rfdetr.checks.repair.tree import replace_text
+from rfdetr.checks.repair.tree import is_utf8, replace_text
 from rfdetr.data.data_yaml import parse_yaml
 from rfdetr.data.decode import file_size
 from rfdetr.data.layouts import YAML_KEYS, YAML_NAMES, Layout, yolo_splits
@@ -48,7 +48,8 @@ def detach_yaml(source: Path, work: Path) -> None:
         for split, paths in yolo_splits(source / name, content, [], []).items()
     }
     own = yolo_splits(work / name, content, [], [])
-    if wanted == {split: paths.images for split, paths in own.items()} and "path" not in content:
+    same = wanted == {split: paths.images for split, paths in own.items()}
+    if same and "path" not in content and is_utf8(work / name):
         return
     changed: dict[Any, Any] = {key: value for key, value in content.items() if key != "path"}
     for split, places in wanted.items():
@@ -182,18 +183,21 @@ def listed_images(layout: Layout) -> dict[Path, str]:
 
 
 def _place_labels(work: Path, layout: Layout, images: Sequence[Path]) -> int:
-    """Move the only label file with the name of an image to where it is read."""
+    """Move the only label file with the name of an image, such as a.txt or a.jpg.txt, to where it
+    is read.
+    """
     lost: dict[str, list[Path]] = defaultdict(list)
     for image in images:
         if image.is_relative_to(work) and not label_path(image).exists():
-            lost[fold(image.stem)].append(image)
+            for key in {_plain(image.stem), _plain(image.name)}:
+                lost[key].append(image)
     if not lost:
         return 0
     used = {label_path(image) for image in images} | set(_lists(layout, work))
     spare: dict[str, list[Path]] = defaultdict(list)
     for file in sorted(work.rglob("*")):
-        if file.suffix.lower() == ".txt" and fold(file.stem) in lost and file not in used:
-            spare[fold(file.stem)].append(file)
+        if file.suffix.lower() == ".txt" and _plain(file.stem) in lost and file not in used:
+            spare[_plain(file.stem)].append(file)
     count = 0
     for stem, files in spare.items():
         owners = lost[stem]
@@ -204,6 +208,11 @@ def _place_labels(work: Path, layout: Layout, images: Sequence[Path]) -> int:
             files[0].rename(place)
             count += 1
     return count
+
+
+def _plain(name: str) -> str:
+    """A name as tools compare it that replace spaces."""
+    return re.sub(r"[\s_-]+", "_", fold(name))
 
 
 def _restored_line(

@@ -132,7 +132,18 @@ def _flipped(_folder: Path, document: dict[str, Any], _split: str) -> None:
         annotation["bbox"] = [x + w, y + h, -w, -h]
 
 
+def _other_categories(_folder: Path, document: dict[str, Any], split: str) -> None:
+    """Another order and spelling of the classes, as tools write that export one split at a time."""
+    if split == "valid":
+        number = {category["id"]: 12 - category["id"] for category in document["categories"]}
+        for category in document["categories"]:
+            category.update(id=number[category["id"]], name=f"{category['name'].upper()} ")
+        for annotation in document["annotations"]:
+            annotation["category_id"] = number[annotation["category_id"]]
+
+
 CASES: dict[str, Damage] = {
+    "other categories": _other_categories,
     "backslashes": _backslashes,
     "one folder deeper": _deeper,
     "absolute paths": _names(lambda name, split: f"/home/me/data/{split}/{name}"),
@@ -165,6 +176,77 @@ def test_what_is_meant_is_restored(name: str, tmp_path: Path) -> None:
     for split, numbers in expected.statistics.items():
         assert after.statistics[split].class_counts == numbers.class_counts
     assert objects(tmp_path / "out") == sum(len(o["annotations"]) for o in originals.values())
+
+
+OUTLINES: dict[str, Callable[[list[float]], Any]] = {
+    "text": lambda ring: json.dumps([ring]),
+    "one list": lambda ring: ring,
+    "points": lambda ring: [list(zip(ring[::2], ring[1::2], strict=True))],
+    "objects": lambda ring: [
+        [{"x": x, "y": y} for x, y in zip(ring[::2], ring[1::2], strict=True)]
+    ],
+    "text numbers": lambda ring: [list(map(str, ring))],
+}
+
+
+@pytest.mark.parametrize("name", OUTLINES)
+def test_outlines_are_restored_and_not_dropped(name: str, tmp_path: Path) -> None:
+    folder = make_roboflow(tmp_path / "data", splits=SPLITS, segmentation=True)
+
+    def change(_folder: Path, document: dict[str, Any], _split: str) -> None:
+        for annotation in document["annotations"]:
+            annotation["segmentation"] = OUTLINES[name](annotation["segmentation"][0])
+
+    originals = damage(folder, change)
+    repair(folder, tmp_path / "out")
+    for split, original in originals.items():
+        document = json.loads((tmp_path / "out" / split / JSON).read_text())
+        for fixed, first in zip(document["annotations"], original["annotations"], strict=True):
+            assert fixed["segmentation"] == first["segmentation"]
+
+
+def test_many_outlines_are_not_dropped(tmp_path: Path) -> None:
+    folder = make_roboflow(tmp_path / "data", splits=SPLITS, segmentation=True)
+
+    def change(_folder: Path, document: dict[str, Any], _split: str) -> None:
+        for annotation in document["annotations"]:
+            annotation["segmentation"][0].append(5)
+
+    damage(folder, change)
+    result = repair(folder, tmp_path / "out")
+    assert result.left["polygon-malformed"] > 5 and not result.better
+    dropped = repair(folder, tmp_path / "dropped", allow_drop=True)
+    assert "polygon-malformed" not in dropped.left
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_files_in_another_encoding_are_saved_as_utf8(encoding: str, tmp_path: Path) -> None:
+    coco = make_roboflow(tmp_path / "coco", splits=SPLITS)
+    yolo = make_yolo(tmp_path / "yolo", splits=SPLITS)
+    files = [coco / split / JSON for split in SPLITS]
+    for file in files:
+        document = {**json.loads(file.read_text()), "info": {"by": "Jörg"}}
+        file.write_bytes(json.dumps(document, ensure_ascii=False).encode(encoding))
+    text = f"# Größe\n{(yolo / 'data.yaml').read_text()}"
+    (yolo / "data.yaml").write_bytes(text.encode(encoding))
+    for folder, name in ((coco, "out"), (yolo, "out-yolo")):
+        repair(folder, tmp_path / name)
+        after = check(tmp_path / name, tmp_path / "cache")
+        assert after.errors == 0, [(f.code, f.message) for f in after.findings]
+    assert json.loads((tmp_path / "out" / "train" / JSON).read_text())["info"] == {"by": "Jörg"}
+
+
+def test_files_that_may_be_meant_are_a_decision(tmp_path: Path) -> None:
+    folder = make_yolo(tmp_path / "data", splits=SPLITS, background=0)
+    labels = folder / "train" / "labels"
+    (labels / "image_0000.txt").rename(labels / "image_0000.png.txt")
+    (labels / "image_0001.txt").rename(labels / "another.txt")
+    result = repair(folder, tmp_path / "out")
+    copied = {path.name for path in (tmp_path / "out" / "train" / "labels").iterdir()}
+    assert {"image_0000.txt", "another.txt"} <= copied and "image_0001.txt" not in copied
+    assert result.left["label-unreferenced"] == 1
+    repair(folder, tmp_path / "dropped", allow_drop=True)
+    assert not (tmp_path / "dropped" / "train" / "labels" / "another.txt").exists()
 
 
 def test_an_ambiguous_name_is_not_guessed(tmp_path: Path) -> None:
