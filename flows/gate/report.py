@@ -20,10 +20,23 @@ from rfdetr.files import write_text_atomic
 HTML = ".html"
 
 
+class Bars(NamedTuple):
+    """Grouped horizontal bars: for each label one value of at least 0 per series."""
+
+    title: str
+    series: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[float]]]
+
+    @property
+    def longest(self) -> float:
+        """The highest value, to which the bars are scaled."""
+        return max((value for _, values in self.rows for value in values), default=0.0) or 1.0
+
+
 class Section(NamedTuple):
     """A heading, a paragraph, and a table whose first column is text and whose others are numbers.
 
-    `curve` are points (x, y) in 0..1, drawn in HTML against the diagonal.
+    HTML also draws `curve`, points (x, y) in 0..1 against the diagonal, and `bars`.
     """
 
     title: str
@@ -31,6 +44,7 @@ class Section(NamedTuple):
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     curve: Sequence[tuple[float, float]] = ()
+    bars: Bars | None = None
 
 
 def write_report(
@@ -163,7 +177,13 @@ def _error_types(found: ErrorTypes, champion: ErrorTypes | None) -> Section:
         if champion is not None:
             row += [str(champion.counts[name]), number(champion.costs[name])]
         rows.append(row)
-    return Section("Types of errors", text, header, rows)
+    models = [found] + ([champion] if champion else [])
+    bars = Bars(
+        "AP50 that correcting the errors of a type would add",
+        ("model", "champion")[: len(models)],
+        [(name, [max(0.0, model.costs[name]) for model in models]) for name in found.costs],
+    )
+    return Section("Types of errors", text, header, rows, bars=bars)
 
 
 def _suspects(scores: Scores) -> Section:

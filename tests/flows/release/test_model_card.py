@@ -124,3 +124,19 @@ def test_weak_spots_are_limits() -> None:
     limits = text.split("## Limits")[1].split("##")[0]
     assert limits.count("not measured") == 3
     assert "probably wrong" not in limits
+
+
+def test_types_of_errors_are_a_chart_against_the_champion() -> None:
+    old = _scores(
+        weights_sha256="b" * 64,
+        error_types=ErrorTypes(0.88, dict.fromkeys(TYPES, 9), dict.fromkeys(TYPES, 0.032)),
+    )
+    verdict = decide(old, _scores(), GatePolicy(min_images=1), 3)
+    page = render("trees", 4, CARD, verdict)["card.html"]
+    chart = page.split('<figure class="chart">')[1].split("</figure>")[0]
+    assert "<i></i>model</span><span><i></i>champion" in chart
+    bars = re.findall(r"--share:([\d.]+)%\"><i></i><span>([\d.]+)<", chart)
+    assert len(bars) == 2 * len(TYPES)
+    assert bars[:2] == [("34.4", "0.0110"), ("100.0", "0.0320")]
+    alone = _card()["card.html"].split('<figure class="chart">')[1]
+    assert "champion" not in alone.split("</figure>")[0]
