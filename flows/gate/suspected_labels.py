@@ -7,7 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 import numpy as np
@@ -15,13 +15,12 @@ from PIL import Image, ImageDraw
 from pydantic import BaseModel, ConfigDict
 
 from flows.config.sections import DatasetSettings
-from flows.gate.scored_model import ScoredModel
 from rfdetr.arrays import Floats, Integers
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.decode import open_image, to_rgb
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.yolo import YoloSplits
-from rfdetr.evaluation.box_table import BoxTable
+from rfdetr.evaluation.box_table import BoxTable, EvaluationData
 from rfdetr.evaluation.suspects import KINDS, STRONG, Kind, find_suspects
 from rfdetr.files import write_text_atomic
 
@@ -36,6 +35,18 @@ MEANING: dict[Kind, str] = {
 _CROP = 220  # pixels
 _CONTEXT = 0.6  # of the side of the box, on each side
 _LABEL_COLOUR, _PROPOSAL_COLOUR = (0, 150, 60), (215, 40, 40)
+
+
+class ScoredLabels(Protocol):
+    """Labels and detections of a split, such as a `ScoredModel` has them."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names by label."""
+
+    @property
+    def columns(self) -> EvaluationData:
+        """The labels and detections."""
 
 
 class SuspectedLabel(BaseModel):
@@ -61,7 +72,7 @@ class SuspectedLabel(BaseModel):
 
 
 def suspected_labels(
-    scored: ScoredModel, files: Mapping[int, Path], root: Path, limit: int | None = None
+    scored: ScoredLabels, files: Mapping[int, Path], root: Path, limit: int | None = None
 ) -> list[SuspectedLabel]:
     """The suspects of a scored split, most suspicious first.
 
@@ -100,7 +111,7 @@ def _numbers_in_image(truth: BoxTable) -> Integers:
     return numbers
 
 
-def _values(scored: ScoredModel, truth: int, detection: int) -> dict[str, Any]:
+def _values(scored: ScoredLabels, truth: int, detection: int) -> dict[str, Any]:
     """What the dataset and the model say, from rows of the two tables (-1: nothing)."""
     values: dict[str, Any] = {}
     if truth >= 0:
@@ -114,7 +125,7 @@ def _values(scored: ScoredModel, truth: int, detection: int) -> dict[str, Any]:
     return values
 
 
-def _name(scored: ScoredModel, label: int) -> str:
+def _name(scored: ScoredLabels, label: int) -> str:
     names = scored.class_names
     return names[label] if 0 <= label < len(names) and names[label] else str(label)
 
@@ -135,7 +146,7 @@ def image_files(folder: Path, dataset: DatasetSettings, split: str) -> dict[int,
 
 
 def proposals(
-    scored: ScoredModel, suspects: Sequence[SuspectedLabel], files: Mapping[int, Path]
+    scored: ScoredLabels, suspects: Sequence[SuspectedLabel], files: Mapping[int, Path]
 ) -> dict[str, Any]:
     """A COCO document of the images with suspects, their labels corrected as proposed.
 
@@ -172,7 +183,7 @@ def proposals(
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _names(scored: ScoredModel) -> list[str]:
+def _names(scored: ScoredLabels) -> list[str]:
     labels = [*range(len(scored.class_names)), *scored.columns.truth.label.tolist()]
     return list(dict.fromkeys(_name(scored, label) for label in labels))
 

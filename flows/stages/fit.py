@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,9 +54,15 @@ def fit(project: Project) -> None:
     Raises ConfigError before any work, FitError with the trainer's reason, BusyError if the same
     training is running, AttemptsError if it keeps failing, and Terminated if it was stopped.
     """
-    env = project.env
     require_valid(project)
-    job = plan(project)
+    with trained(project, plan(project)) as state:
+        collect(project, state.folder, state.read().seconds)
+
+
+@contextlib.contextmanager
+def trained(project: Project, job: FitJob) -> Iterator[FitState]:
+    """The state of the finished training of `job`, locked; trains or resumes it first."""
+    env = project.env
     state = FitState(env.state_dir, fingerprint(project, job))
     mirror = Mirror(state.folder, env.state_url)
     with locked(state.folder):
@@ -68,7 +76,7 @@ def fit(project: Project) -> None:
             if env.fit_retry:
                 state.update(attempts=0)
             _train(project, job, state, mirror)
-        collect(project, state.folder, state.read().seconds)
+        yield state
 
 
 def plan(project: Project) -> FitJob:

@@ -1,0 +1,123 @@
+"""`labels --folds`: every image is scored once, by a model that was trained without it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from flows.cli.main import main
+from flows.stages import folds
+from rfdetr.data.coco import CocoSplits
+from rfdetr.data.demo import build_demo
+from rfdetr.data.layouts import detect_layout
+from rfdetr.data.yolo import YoloSplits
+from rfdetr.errors import ConfigError
+from tests.flows.models import write_model
+from tests.flows.projects import make_project
+
+
+def _paths(index) -> set[Path]:
+    return {index.path(i).resolve() for i in range(len(index))}
+
+
+def _check_folds(data: Path, target: Path, split: str) -> None:
+    layout = detect_layout(data)
+    read = YoloSplits if layout.kind == "yolo" else CocoSplits
+    whole = read(layout).index(split)
+    number = folds.assign(whole, 3)
+    boxes = np.diff(whole.first)
+    assert sorted(np.bincount(number)) == sorted(len(a) for a in np.array_split(number, 3))
+    held: set[Path] = set()
+    for fold in range(3):
+        folder = target / f"{split}{fold}"
+        folder.mkdir(parents=True)
+        rows = np.flatnonzero(number == fold)
+        folds.write_fold(layout, split, whole, rows, folder)
+        parts = read(detect_layout(folder))
+        out, rest = parts.index("test"), parts.index(split)
+        assert _paths(out) == {whole.path(i).resolve() for i in rows}
+        assert _paths(rest) == _paths(whole) - _paths(out)
+        assert np.array_equal(np.diff(out.first), boxes[rows])
+        assert out.class_names == whole.class_names
+        labels = np.concatenate([whole.labels[whole.rows(i)] for i in rows])
+        assert np.array_equal(out.labels, labels)
+        other = {"train": "val", "val": "train"}[split]
+        assert _paths(parts.index(other)) == _paths(read(layout).index(other))
+        held |= _paths(out)
+    assert held == _paths(whole)
+
+
+def test_folds_of_coco(tmp_path: Path) -> None:
+    data = build_demo(tmp_path / "data", train=10, valid=7, test=2)
+    for split in ("train", "val"):
+        _check_folds(data, tmp_path / "folds", split)
+
+
+def test_folds_of_yolo(tmp_path: Path) -> None:
+    data = tmp_path / "yolo"
+    for split, count in (("train", 8), ("val", 7)):
+        for i in range(count):
+            image = data / "images" / split / f"{i:02d} ä.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 30), (i, 9, 9)).save(image)
+            label = data / "labels" / split / f"{i:02d} ä.txt"
+            label.parent.mkdir(parents=True, exist_ok=True)
+            label.write_text(f"{i % 2} 0.5 0.5 0.2 0.{i + 1}\n" * (i % 3))
+    lines = {"train": "images/train", "val": "images/val", "names": ["no", "a: b"]}
+    (data / "data.yaml").write_text(yaml.safe_dump(lines))
+    for split in ("train", "val"):
+        _check_folds(data, tmp_path / "folds", split)
+
+
+def test_more_folds_than_images_with_boxes_are_refused(tmp_path: Path) -> None:
+    data = build_demo(tmp_path / "data", train=3, valid=2, test=2)
+    index = CocoSplits(detect_layout(data)).index("train")
+    with pytest.raises(ConfigError, match=r"--folds is 40, but only \d images"):
+        folds.assign(index, 40)
+
+
+def test_wrong_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_project(tmp_path / "project")
+    build_demo(root / "data" / "demo", train=2, valid=2, test=2)
+    weights = write_model(tmp_path).weights
+    monkeypatch.chdir(root)
+    for wrong, words in (
+        (["--folds", "3"], "has not seen the test split"),
+        (["--folds", "1", "--split", "train"], "at least 2"),
+        (["--folds", "2", "--split", "train", "--model", str(weights)], "leave --model out"),
+    ):
+        assert main(["labels", *wrong]) != 0
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_trains_a_model_per_fold_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_project(tmp_path / "project")
+    data = build_demo(root / "data" / "demo", train=24, valid=6, test=8)
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("RFDETR_STATE_DIR", str(tmp_path / "state"))
+    assert main(["validate"]) == 0
+    assert main(["convert"]) == 0
+    command = ["labels", "--split", "train", "--folds", "2", "--limit", "10000"]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "2 trainings of 2 epochs, each on the other 1 of 2 parts" in output
+    assert output.count("12 images held out") == 2
+    assert "Scored by 2 models, each trained without the labels that it scored." in output
+    labels = json.loads((data / "train" / "_annotations.coco.json").read_text())["annotations"]
+    assert f"{len(labels)} labels" in output
+    record = json.loads((root / "reports" / "suspected_labels.json").read_text())
+    assert all((data / s["image"]).is_file() for s in record["suspects"])
+    assert len(list((tmp_path / "state" / "fit").iterdir())) == 2
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("already trained") == 2
+    assert json.loads((root / "reports" / "suspected_labels.json").read_text()) == record
