@@ -23,6 +23,7 @@ JSON_KEYS = {
     "via": {"_via_img_metadata"},
     "fiftyone": {"samples"},
     "supervisely": {"objects", "size"},
+    "label-studio": {"data", "annotations"},  # one task
 }
 XML_TAGS = {"annotation": "voc", "annotations": "cvat"}
 # Formats that `rfdetr-pipeline import` reads, and those that it does not.
@@ -87,7 +88,7 @@ def is_label_studio_task(task: dict[str, Any]) -> bool:
     """Whether an entry is a task of Label Studio's JSON or JSON-MIN export."""
     if isinstance(task.get("data"), dict):
         return isinstance(task.get("annotations", task.get("completions")), list)
-    return any(
+    return "annotation_id" in task or any(
         isinstance(value, list) and value and all(map(is_region, value)) for value in task.values()
     )
 

@@ -40,6 +40,7 @@ def read_coco_files(files: SourceFiles, names: list[str]) -> Collection:
         coco = read_coco(files.path(name), tolerant=True, segmentation=False)
         _add_file(coco, name, splits[name], files=files, found=found, seen=seen, classes=classes)
     found.classes = list(classes)
+    found.skip_unlisted(files.images, seen)
     return found
 
 

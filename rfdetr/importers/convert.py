@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rfdetr.checks.cache import FactsCache, Inspected
+from rfdetr.checks.image_probe import ImageFacts
 from rfdetr.checks.inspection import inspect_images
 from rfdetr.data.decode import MAX_PIXELS
 from rfdetr.data.layouts import SPLITS
@@ -43,10 +44,10 @@ class ImportReport:
         """The summary for a terminal, one line per split and per reason; `written` adds where."""
         objects = sum(sum(counts.values()) for counts in self.classes.values())
         total = sum(self.images.values())
-        names = ", ".join(self.class_names)
+        names, count = ", ".join(self.class_names), len(self.class_names)
         lines = [
-            f"{self.format}: {total} images, {objects} objects, {len(self.class_names)} classes "
-            f"({names if len(names) <= 60 else names[:57] + '...'})"
+            f"{self.format}: {total} images, {objects} objects, {count} class"
+            f"{'' if count == 1 else 'es'} ({names if len(names) <= 60 else names[:57] + '...'})"
         ]
         for split, count in self.images.items():
             counted = sum(self.classes[split].values())
@@ -155,15 +156,16 @@ def _prepare(
     inspected = inspect_images(
         [str(path) for path in paths], cache, max_pixels=MAX_PIXELS, progress=progress
     )
+    upright = _is_upright(found, [seen.facts for seen in inspected])
     prepared, kept, other_sizes = [], [], []
     for image, path, seen in zip(found.images, paths, inspected, strict=True):
         facts = seen.facts
         if facts.status != "ok":
             found.skip("images that cannot be decoded", f"{image.name} ({facts.detail})")
             continue
-        stored = facts.width, facts.height
-        viewed = stored[::-1] if facts.orientation >= 5 else stored
-        rotate = facts.orientation > 1 and _follows_tag(found, image, stored, viewed)
+        stored, viewed = _sizes(facts)
+        proof = _proof(image, facts)
+        rotate = facts.orientation > 1 and (upright if proof is None else proof)
         if image.size not in (None, viewed if rotate else stored):
             other_sizes.append(image.name)
         image.objects = list(_within(image, viewed if rotate else stored, found))
@@ -187,16 +189,26 @@ def _file_of(image: ImportedImage, root: Path, scratch: Path) -> Path:
     return path
 
 
-def _follows_tag(
-    found: Collection, image: ImportedImage, stored: tuple[int, int], viewed: tuple[int, int]
-) -> bool:
-    """Whether the coordinates follow the view that the EXIF tag describes.
+def _sizes(facts: ImageFacts) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height as stored, and of the view that the EXIF tag describes."""
+    stored = facts.width, facts.height
+    return stored, stored[::-1] if facts.orientation >= 5 else stored
 
-    The stated size proves it where the tag swaps width and height; otherwise the tool decides.
+
+def _proof(image: ImportedImage, facts: ImageFacts) -> bool | None:
+    """Whether the coordinates follow the EXIF view, where the stated size proves it."""
+    stored, viewed = _sizes(facts)
+    return None if stored == viewed or image.size not in (stored, viewed) else image.size == viewed
+
+
+def _is_upright(found: Collection, facts: Sequence[ImageFacts]) -> bool:
+    """Whether coordinates follow the EXIF view where no size proves it.
+
+    One tool made them all, so most of the images with a proof decide; without any, what is known of
+    the tool.
     """
-    if image.size is not None and stored != viewed:
-        return image.size == viewed
-    return found.upright
+    proofs = Counter(map(_proof, found.images, facts))
+    return proofs[True] > proofs[False] if proofs[True] or proofs[False] else found.upright
 
 
 def _within(
@@ -249,7 +261,8 @@ def _split(
         prepared[row].image.split = split
     together = len(rows) - len(set(groups.tolist()))
     shown = "/".join(f"{share:g}" for share in (round(v, 3) for v in chosen))
-    text = f"split {shown} by class, seed {seed}"
+    kept = "; test stays" if len(rows) < len(prepared) else ""
+    text = f"split {shown} by class, seed {seed}{kept}"
     text += f"; {together} images stay with one that looks alike" if together else ""
     replaced = {key: n for key, n in given.items() if key} if shares else {}
     if replaced:

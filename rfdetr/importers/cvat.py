@@ -44,6 +44,7 @@ def read_cvat(files: SourceFiles) -> Collection:
         found.classes += [c for c in dict.fromkeys(classes) if c and c not in found.classes]
         for image in root.iterfind("image"):
             _add_image(image, name, files, found)
+    found.skip_unlisted(files.images, {image.name for image in found.images})
     used = {item.label for image in found.images for item in image.objects}
     found.classes = [c for c in found.classes if c in used] or found.classes
     return found

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from rfdetr.data.foreign import ADVICE, SAMPLES, json_kind, root_tag
 from rfdetr.data.layouts import found_in
+from rfdetr.data.text import read_text
 from rfdetr.data.yolo import LabelFiles
 from rfdetr.errors import DatasetError
 from rfdetr.importers.archive import ARCHIVES
@@ -17,7 +18,7 @@ from rfdetr.importers.label_studio import read_label_studio
 from rfdetr.importers.labelme import read_labelme
 from rfdetr.importers.pascal_voc import read_pascal_voc
 from rfdetr.importers.records import Collection, SourceFiles
-from rfdetr.importers.yolo import find_yaml, read_yolo
+from rfdetr.importers.yolo import find_yaml, has_names, read_yolo
 
 READERS: dict[str, Callable[[SourceFiles], Collection]] = {
     "coco": lambda files: read_coco_files(files, coco_names(files)),
@@ -88,17 +89,21 @@ def _folder(name: str) -> str:
 
 
 def _has_labels(files: SourceFiles) -> bool:
-    """Whether an image has a YOLO label file, or a YAML file names classes."""
+    """Whether images have YOLO label files, or a YAML file names classes.
+
+    Where another file names the classes, empty label files count, too.
+    """
     if find_yaml(files)[0]:
         return True
     labels = LabelFiles()
     step = max(1, len(files.images) // SAMPLES)
-    return any(_is_label(labels.of(files.path(image))) for image in files.images[::step])
+    paths = [labels.of(files.path(image)) for image in files.images[::step]]
+    return any(map(_is_label, paths)) or (has_names(files) and any(p.is_file() for p in paths))
 
 
 def _is_label(path: Path) -> bool:
     try:
-        words = path.read_text("utf-8-sig").split("\n", 1)[0].split()
+        words = read_text(path).strip().split("\n", 1)[0].split()
         return len(words) >= 5 and all(map(_is_number, words))
     except (OSError, ValueError):
         return False

@@ -26,17 +26,19 @@ UPLOAD_PREFIX = 8  # hexadecimal digits and a dash before the name of an uploade
 def read_label_studio(files: SourceFiles) -> Collection:
     """Read the tasks of every JSON file: rectangles, polygons and ellipses, in percent."""
     found = Collection("Label Studio", upright=True)
-    known = set()
+    known, listed = set(), set()
     for name in files.with_suffix(".json"):
         tasks = read_json(files.path(name))
-        if not isinstance(tasks, list):
-            continue
+        if tasks is None:
+            found.skip("JSON files that cannot be read", name)
+        tasks = tasks if isinstance(tasks, list) else [tasks]
         for task in tasks:
             if not isinstance(task, dict) or not is_label_studio_task(task):
                 continue
             entry = _image(task, name, files, found)
             if entry is None:
                 continue
+            listed.add(entry.name)
             if entry.name in known:
                 found.skip("tasks of an image that has one already", entry.name)
                 continue
@@ -47,6 +49,7 @@ def read_label_studio(files: SourceFiles) -> Collection:
             known.add(entry.name)
             _add_objects(regions, entry, found)
             found.images.append(entry)
+    found.skip_unlisted(files.images, listed)
     return found
 
 

@@ -34,6 +34,8 @@ def read_labelme(files: SourceFiles) -> Collection:
     annotated = set()
     for name in files.with_suffix(".json"):
         data = read_json(files.path(name))
+        if data is None:
+            found.skip("JSON files that cannot be read", name)
         if not isinstance(data, dict) or not isinstance(data.get("shapes"), list):
             continue
         entry = _image(data, name, files, found)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -61,7 +62,7 @@ class Collection:
     `root` is the folder that the images' names are relative to. `classes` are in the order of the
     source. `skipped` lists by reason what was left out.
     `upright` says that the tool shows images rotated by their EXIF tag, so coordinates follow that
-    view.
+    view, unless stated sizes prove otherwise.
     """
 
     format: str
@@ -75,6 +76,12 @@ class Collection:
     def skip(self, reason: str, what: str) -> None:
         """Count something that is left out."""
         self.skipped[reason].append(what)
+
+    def skip_unlisted(self, images: Iterable[str], listed: Container[str]) -> None:
+        """Count the images that no annotation file names."""
+        for image in images:
+            if image not in listed:
+                self.skip("images that no annotation file lists", image)
 
     def used_classes(self) -> list[str]:
         """The classes of the source, then those that only objects name, sorted."""
@@ -91,10 +98,12 @@ class SourceFiles:
         self.images = [n for n in self.names if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES]
         self._by_base: dict[str, list[str]] = defaultdict(list)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
+        self._by_folded: dict[str, list[str]] = defaultdict(list)
         for name in self.images:
             path = PurePosixPath(name)
             self._by_base[path.name].append(name)
             self._by_stem[path.stem].append(name)
+            self._by_folded[_folded(path.name)].append(name)
 
     def with_suffix(self, *suffixes: str) -> list[str]:
         """Names with one of these suffixes, given in lower case."""
@@ -108,14 +117,20 @@ class SourceFiles:
         """The image that a foreign path means: always a file below the source folder.
 
         Folders of `wanted` need not exist here: paths of other machines, URLs and backslashes are
-        accepted. Among files of one name, the one whose last folders agree wins, then one of
+        accepted, and names that differ in case, Unicode form or a missing suffix, if nothing fits
+        better. Among files of one name, the one whose last folders agree wins, then one of
         `split`, then the one beside `near`. None if there is no file or no single best one.
         """
         slashed = wanted.replace("\\", "/")
         for text in dict.fromkeys((slashed, unquote(slashed))):
-            found = self._best(self._by_base.get(PurePosixPath(text).name, []), text, near, split)
-            if found is not None:
-                return found
+            path = PurePosixPath(text)
+            named = [self._by_base.get(path.name, []), self._by_folded.get(_folded(path.name), [])]
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                named.append(self._by_stem.get(path.name, []))
+            for places in named:
+                found = self._best(places, text, near, split)
+                if found is not None:
+                    return found
         return None
 
     def find_stem(self, stem: str, *, near: str = "", split: str | None = None) -> str | None:
@@ -148,6 +163,11 @@ class SourceFiles:
 
         first, second = sorted(places, key=rank, reverse=True)[:2]
         return first if rank(first) > rank(second) else None
+
+
+def _folded(name: str) -> str:
+    """A name without its case and Unicode form; macOS and Windows do not tell them apart."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _common_tail(one: Sequence[str], other: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from rfdetr.data.data_yaml import class_names, keypoint_values, read_data_yaml
 from rfdetr.data.decode import file_size
 from rfdetr.data.layouts import yolo_splits
+from rfdetr.data.text import read_text, split_lines
 from rfdetr.data.yolo import LabelFiles, image_files
 from rfdetr.data.yolo_labels import read_labels
 from rfdetr.errors import DatasetError
@@ -84,10 +85,18 @@ def find_yaml(files: SourceFiles) -> tuple[Mapping[str, Any], Path]:
     return {}, files.root / "data.yaml"
 
 
+def has_names(files: SourceFiles) -> bool:
+    """Whether a text file names the classes."""
+    return any(PurePosixPath(name).name.lower() in NAME_FILES for name in files.names)
+
+
 def _names(files: SourceFiles) -> list[str]:
     for name in files.names:
         if PurePosixPath(name).name.lower() in NAME_FILES:
-            lines = files.path(name).read_text("utf-8-sig", "replace").splitlines()
+            try:
+                lines = split_lines(read_text(files.path(name)))
+            except UnicodeError as error:
+                raise DatasetError(f"{files.path(name)}: {error}.") from None
             return [line.strip() for line in lines if line.strip()]
     for name in files.names:  # of Label Studio
         if PurePosixPath(name).name == "notes.json":

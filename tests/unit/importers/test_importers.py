@@ -6,8 +6,10 @@ import base64
 import io
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -201,6 +203,7 @@ def test_labelme_shapes(tmp_path: Path) -> None:
     data["imageData"] = base64.b64encode(photo).decode()  # the image is in the file
     file.write_text(json.dumps(data))
     (source / "photo 01.json").unlink()
+    (source / "photo 02.json").write_text("{")
     report = convert(source)
     rectangle, circle, filled, joined = content(tmp_path / "out")["photo 00.png"]
     assert rectangle["bbox"] == [10, 5, 20, 15]
@@ -211,7 +214,8 @@ def test_labelme_shapes(tmp_path: Path) -> None:
     assert {reason.split(",")[0]: len(what) for reason, what in report.skipped.items()} == {
         "linestrip shapes": 1,
         "objects without a class name": 1,
-        "images without an annotation file": 1,
+        "images without an annotation file": 2,
+        "JSON files that cannot be read": 1,
     }
 
 
@@ -283,25 +287,98 @@ def test_label_studio_minimal_export(tmp_path: Path) -> None:
         {"image": f"/data/local-files/?d=media/photo%20{n:02d}.png", "id": n, "label": [region]}
         for n in range(4)
     ]
+    del tasks[2]["label"]  # nothing is in it
+    tasks[2] |= {"annotator": 1, "annotation_id": 7}
     (source / "project-1.json").write_text(json.dumps(tasks))
-    convert(source)
+    report = convert(source)
+    assert sum(report.images.values()) == 4
+    assert content(tmp_path / "out")["photo 02.png"] == []
     assert [row["bbox"] for row in content(tmp_path / "out")["photo 03.png"]] == [[24, 32, 24, 16]]
 
 
-def test_images_follow_the_view_that_was_annotated(tmp_path: Path) -> None:
-    """The tool showed the photo upright, and said so by the size: the copy is upright."""
-    source = tmp_path / "labelme"
-    scenes = foreign.labelme(source)
-    name, scene = next((n, s) for n, s in scenes.items() if s.shapes)
-    sideways = scene.image.transpose(Image.Transpose.ROTATE_90)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise to view
-    sideways.save(source / name, exif=exif)
+def test_label_studio_tasks_in_files_of_their_own(tmp_path: Path) -> None:
+    source = tmp_path / "ls"
+    foreign.label_studio(source)
+    file = source / "project-1.json"
+    for task in json.loads(file.read_text()):
+        (source / f"{task['id']}.json").write_text(json.dumps(task))
+    file.unlink()
+    assert sum(convert(source).images.values()) == foreign.COUNT
+
+
+def test_class_names_in_utf16_and_labels_that_are_all_empty(tmp_path: Path) -> None:
+    foreign.yolo(tmp_path / "yolo")
+    names = tmp_path / "yolo/classes.txt"
+    names.write_text("\n".join(NAMES), "utf-16")
+    assert convert(tmp_path / "yolo").class_names == list(NAMES)
+    names.write_bytes("Bäume\nb\nc".encode("latin-1"))
+    with pytest.raises(DatasetError, match=r"classes\.txt: not UTF-8 text"):
+        convert(tmp_path / "yolo", replace_target=True)
+    names.write_text("a\nb\nc")
+    for file in (tmp_path / "yolo/labels").iterdir():
+        file.write_text("")
+    with pytest.raises(DatasetError, match="YOLO: no object to train is left"):
+        convert(tmp_path / "yolo", replace_target=True)
+
+
+INVERSE = {  # EXIF orientation -> from the view to the stored pixels
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("view", ["upright", "stored"])
+@pytest.mark.parametrize("name", ["voc", "labelme", "cvat", "label-studio", "coco"])
+def test_images_follow_the_view_that_was_annotated(name: str, view: str, tmp_path: Path) -> None:
+    """The sizes prove the view of images that EXIF turns by 90 degrees, and so that of the rest."""
+    source = tmp_path / "source"
+    scenes = foreign.FORMATS[name](source)
+    for number, (file, scene) in enumerate(scenes.items()):
+        exif, pixels = Image.Exif(), scene.image
+        exif[0x0112] = orientation = number % 8 + 1
+        if view == "upright" and orientation > 1:
+            pixels = pixels.transpose(INVERSE[orientation])
+        pixels.save(next(source.rglob(file)), exif=exif)
     convert(source)
-    copy = next((tmp_path / "out").glob(f"*/{name}"))
-    assert (np.asarray(Image.open(copy)) == np.asarray(scene.image)).all()
-    _same_objects(content(tmp_path / "out")[name], scene, outlines=True)
-    assert check_dataset(tmp_path / "out", cache_dir=tmp_path / "c", progress=False).errors == 0
+    found = content(tmp_path / "out")
+    for file, scene in scenes.items():
+        copy = next((tmp_path / "out").glob(f"*/{file}"))
+        assert (np.asarray(Image.open(copy)) == np.asarray(scene.image)).all(), file
+        _same_objects(found[file], scene, outlines=name != "voc")
+
+
+@pytest.mark.parametrize("change", ["case", "unicode", "no suffix", "url"])
+def test_images_are_found_by_names_that_differ_in_form(change: str, tmp_path: Path) -> None:
+    scenes = foreign.coco(tmp_path / "coco")
+    file = tmp_path / "coco/annotations/instances_everything.json"
+    data = json.loads(file.read_text())
+    for image in data["images"]:
+        name = f"Bäume {image['file_name']}"
+        path = tmp_path / "coco/pictures" / image["file_name"]
+        stored, stated = {
+            "case": (name.replace(".png", ".PNG"), name),
+            "unicode": (unicodedata.normalize("NFD", name), name),
+            "no suffix": (name, name.removesuffix(".png")),
+            "url": (name, f"https://example.com/a%20b/{quote(name)}"),
+        }[change]
+        path.rename(path.with_name(stored))
+        image["file_name"] = stated
+    file.write_text(json.dumps(data))
+    report = convert(tmp_path / "coco")
+    assert sum(report.images.values()) == len(scenes) and not report.skipped
+
+
+def test_images_that_nothing_lists_are_counted(tmp_path: Path) -> None:
+    for number, name in enumerate(("coco", "cvat", "label-studio")):
+        source = tmp_path / f"{number}/source"
+        foreign.FORMATS[name](source)
+        Image.new("RGB", (9, 9)).save(source / "more.png")
+        assert convert(source).skipped == {"images that no annotation file lists": ["more.png"]}
 
 
 def test_broken_images_and_impossible_boxes_are_counted(tmp_path: Path) -> None:
