@@ -6,7 +6,6 @@ With `--repair`, what can be repaired without losing anything is repaired.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from flows.core.errors import explain
 from flows.core.locks import BusyError, locked
 from flows.core.redact import redact
 from flows.orchestration.limits import LEASE_SECONDS
+from flows.orchestration.temporary_server import server_address
 from flows.project.dvc import has_remote
 from flows.project.project import Project
 from flows.release.freshness import registry_of
@@ -238,7 +238,7 @@ def _registry(project: Project, *, repair: bool) -> Iterator[Finding]:
 
 def _prefect(*, repair: bool) -> Iterator[Finding]:
     """Whether the server is reachable, keeps leases on disk, and leaked no slot."""
-    if not os.environ.get("PREFECT_API_URL"):
+    if server_address() is None:
         yield Finding(subject="prefect", level="ok", text="no server: flows use a temporary one")
         return
     from prefect.client.orchestration import get_client

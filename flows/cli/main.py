@@ -14,6 +14,7 @@ from flows.cli import import_data, init, labels
 from flows.config.environment import bypass_proxies
 from flows.core.child_report import report_failure
 from flows.core.errors import FAILED, INTERRUPTED
+from flows.core.garbage import collect_rarely
 from flows.core.stopping import Terminated, say_last_words, stop_on_signals
 
 STAGES = ("validate", "convert", "fit", "evaluate")
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if arguments is None:  # a process of its own
         stop_on_signals()
+        collect_rarely()
     bypass_proxies()
     command: Callable[[argparse.Namespace], int] = options.run
     try:

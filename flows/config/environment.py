@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,6 +68,29 @@ def _home() -> Path:
             "this user has no home folder for the state of trainings. Set RFDETR_STATE_DIR to a "
             "folder that lasts."
         ) from None
+
+
+def may_name_prefect_server(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether Prefect's settings may name a server: asked first, because Prefect's import is slow.
+
+    They are in variables, the profiles of the user, and files of the current folder.
+    """
+    if any(env.get(f"PREFECT_{name}") for name in ("API_URL", "PROFILE", "PROFILES_PATH")):
+        return True
+    home = env.get("PREFECT_HOME") or Path(env.get("HOME", ""), ".prefect")
+    files = {
+        Path(home, "profiles.toml"): "PREFECT_API_URL",
+        Path(".env"): "PREFECT_",
+        Path("prefect.toml"): "",
+        Path("pyproject.toml"): "tool.prefect",
+    }
+    return any(_mentions(file, word) for file, word in files.items())
+
+
+def _mentions(file: Path, word: str) -> bool:
+    with contextlib.suppress(OSError):
+        return word in file.read_text(encoding="utf-8", errors="replace")
+    return False
 
 
 def bypass_proxies() -> None:

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from flows.config.environment import Environment
 from flows.core.errors import FAILED, OK, USAGE, explain
 from flows.core.files import read_json, write_json
+from flows.core.garbage import exit_quickly
 from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
 from flows.fit_job.job import ERROR, STOPPED, FitJob, FitResult, newest_checkpoint
@@ -116,6 +117,7 @@ def main(arguments: list[str]) -> int:
         return USAGE
     die_with_parent()
     _stop_on_sigint()
+    exit_quickly()
     quiet_libraries()
     folder = Path(arguments[0])
     rank = int(os.environ.get("RANK", "0"))

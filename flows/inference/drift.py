@@ -130,7 +130,8 @@ def _measure(
 ) -> DriftReport:
     from rfdetr.monitoring.drift import compare
     from rfdetr.monitoring.drift_plot import draw_drift
-    from rfdetr.monitoring.image_profile import ImageProfile, profile_images
+    from rfdetr.monitoring.image_profile import ImageProfile
+    from rfdetr.monitoring.profiling import profile_images
 
     with tempfile.TemporaryDirectory(prefix="rfdetr-drift-") as temporary:
         artifacts = registry.fetch(version, Path(temporary)) / "artifacts"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.core.locks import locked
-from flows.orchestration.temporary_server import is_temporary
+from flows.orchestration.temporary_server import is_temporary, server_address
 from flows.project.project import Project
 from rfdetr.errors import RFDETRError
 
@@ -38,13 +38,12 @@ def slot(name: str, occupy: int, state_dir: Path) -> Iterator[None]:
     slots than the limit has takes all of them. A failed renewal of the lease is ignored: a
     restarting server must not end a training. Raises SlotError if the server does not answer.
     """
-    from prefect.concurrency.sync import concurrency  # slow import
-    from prefect.settings import PREFECT_API_URL
-
-    if is_temporary(PREFECT_API_URL.value()):
+    if is_temporary(server_address()):
         with locked(state_dir / "slots" / name, wait=True):
             yield
         return
+    from prefect.concurrency.sync import concurrency
+
     limit = concurrency(
         name,
         occupy=max(1, min(occupy, _ensure_limit(name, occupy))),

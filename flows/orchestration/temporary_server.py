@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from flows.config.environment import may_name_prefect_server
+from flows.core.garbage import collect_rarely
 from flows.core.process import die_with_parent, terminate_with
 from rfdetr.errors import RFDETRError
 
@@ -26,6 +28,16 @@ _address: str | None = None
 
 class ServerError(RFDETRError):
     """The temporary Prefect server did not start."""
+
+
+def server_address() -> str | None:
+    """The server that Prefect's settings name, or None."""
+    if "prefect" not in sys.modules and not may_name_prefect_server():
+        return None
+    from prefect.settings import PREFECT_API_URL
+
+    address: str | None = PREFECT_API_URL.value()
+    return address
 
 
 def is_temporary(address: str | None) -> bool:
@@ -96,6 +108,7 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 def main(arguments: list[str]) -> None:
     """Serve on the listening socket with the given file descriptor."""
     die_with_parent(grace=STOP_SECONDS)
+    collect_rarely()
     import uvicorn
     from prefect.server.api.server import create_app
 

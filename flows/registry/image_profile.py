@@ -31,7 +31,8 @@ def profile_once(
     file = state_dir / "profiles" / key / PROFILE
     if not file.exists():
         from rfdetr import RFDETR
-        from rfdetr.monitoring.image_profile import IMAGES, profile_images
+        from rfdetr.monitoring.image_profile import IMAGES
+        from rfdetr.monitoring.profiling import profile_images
 
         splits = split_images(open_dataset(data, state_dir), dataset)
         share = IMAGES // len(splits)

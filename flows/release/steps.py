@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from flows.core.child_report import report_failure, report_start
 from flows.core.files import read_json, write_json
+from flows.core.garbage import exit_quickly
 from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
 from flows.core.redact import redact
@@ -351,6 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     die_with_parent()
     exit_on_sigterm()
+    exit_quickly()
     quiet_libraries()
     report_start()
     try:

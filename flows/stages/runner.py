@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from flows.config.params import PARAMS_FILE, load_params
 from flows.core.child_report import report_failure, report_start
 from flows.core.errors import FAILED, INTERRUPTED, OK, USAGE
+from flows.core.garbage import exit_quickly
 from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
 from flows.core.stopping import exit_on_sigterm
@@ -36,6 +37,7 @@ def run_stage(
         return OK if asked else USAGE
     die_with_parent()
     exit_on_sigterm()
+    exit_quickly()
     quiet_libraries()
     report_start()
     try:

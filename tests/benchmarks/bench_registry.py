@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import sqlite3
 import subprocess
@@ -16,8 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-COPIED = ("models", "metrics", "reports", "plots", "data", "weights", ".dvc", ".git", "flows")
-COPIED += ("rfdetr", "dvc.yaml", "dvc.lock", "params.yaml", "mlflow.db", "mlartifacts")
+LEFT = (".venv", "__pycache__", ".ruff_cache", ".mypy_cache", ".pytest_cache")
 COMMANDS = (
     ("plan",),
     ("history",),
@@ -71,28 +71,30 @@ def main() -> None:
     parser.add_argument("project", type=Path)
     parser.add_argument("--versions", type=int, default=1200)
     parser.add_argument("--runs", type=int, default=10_000)
+    parser.add_argument("--repeats", type=int, default=2, help="the first fills caches")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-registry-") as temporary:
         copy = Path(temporary) / "project"
-        copy.mkdir()
-        for name in COPIED:
-            source = options.project / name
-            if source.is_dir():
-                shutil.copytree(source, copy / name, symlinks=True)
-            elif source.exists():
-                shutil.copy2(source, copy / name)
+        ignored = shutil.ignore_patterns(*LEFT)
+        shutil.copytree(options.project, copy, symlinks=True, ignore=ignored)
         multiply(copy / "mlflow.db", options.versions, options.runs)
         here = str(Path(__file__).parents[2])  # -P: this code, not the project's own copy
         env = {**os.environ, "RFDETR_STATE_DIR": str(Path(temporary) / "state"), "PYTHONPATH": here}
-        for command in COMMANDS:
-            started = time.monotonic()
+        for command in COMMANDS * options.repeats:
+            started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
             done = subprocess.run(
                 [sys.executable, "-P", "-m", "flows.cli.main", *command],
                 cwd=copy, env=env, capture_output=True, text=True,
             )  # fmt: skip
             seconds = time.monotonic() - started
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
             last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-            print(f"{command[0]:10} {seconds:6.1f} s  status {done.returncode}  {last}", flush=True)
+            print(
+                f"{command[0]:10}{seconds:6.1f} s, processor {busy:4.1f} s  "
+                f"status {done.returncode}  {last}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

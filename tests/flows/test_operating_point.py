@@ -26,7 +26,8 @@ from rfdetr.errors import InputError
 from rfdetr.evaluation.operating_point import OperatingPoint
 from rfdetr.evaluation.slice_rules import parse_rule
 from rfdetr.files import sha256_file
-from rfdetr.monitoring.image_profile import ImageProfile, profile_images
+from rfdetr.monitoring.image_profile import ImageProfile
+from rfdetr.monitoring.profiling import profile_images
 from tests.flows.models import register_champion
 from tests.flows.projects import ROOT, write_params
 

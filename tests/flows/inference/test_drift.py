@@ -28,7 +28,7 @@ from flows.storage.prefixes import upload_tree
 from infra.deploy import AUTOMATIONS
 from rfdetr import RFDETR
 from rfdetr.errors import CheckpointError, ConfigError, DatasetError
-from rfdetr.monitoring.image_profile import profile_images
+from rfdetr.monitoring.profiling import profile_images
 from tests.datasets import scenes
 from tests.flows.mlflow_fixtures import artifacts
 from tests.flows.models import register_champion, write_model

@@ -17,7 +17,8 @@ from rfdetr.errors import ConfigError, InputError
 from rfdetr.monitoring.drift import ALARM_THRESHOLDS, compare
 from rfdetr.monitoring.drift_plot import draw_drift
 from rfdetr.monitoring.drift_report import DriftReport
-from rfdetr.monitoring.image_profile import ImageProfile, embedded_images, profile_images
+from rfdetr.monitoring.image_profile import ImageProfile, embedded_images
+from rfdetr.monitoring.profiling import profile_images
 from tests.datasets import scenes
 from tests.unit.detector.small import small
 
