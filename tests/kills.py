@@ -5,8 +5,11 @@
 Each row: a new copy of a tiny project, in a folder of its own and with Prefect's temporary server,
 is killed once (SIGKILL, SIGTERM or SIGINT; the command, its process group, or everything that runs)
 after a random time, and then runs to its end. The reference is a run without a kill. Every number
-depends on the seed and the row only, so `--first 20 --count 5` repeats five rows. Ends with status
-1 if a row is not clean. `--keep` leaves the folders of those rows.
+depends on the seed, the row and the duration of the reference, so `--first 20 --count 5` repeats
+five rows. Ends with status 1 if a row is not clean. `--keep` leaves the folders of those rows.
+
+A row takes more than a minute. With `--rows FILE --minutes 8`, the command adds rows to the file
+until the time is over, and the next one continues there.
 """
 
 from __future__ import annotations
@@ -23,11 +26,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dvc.repo import Repo
 from mlflow import MlflowClient
 
+from flows.cli.doctor import examine
+from flows.config.environment import Environment
+from flows.project.project import Project
 from flows.registry.registry import Registry
 from tests.flows.commands import Command
 from tests.flows.mlflow_fixtures import runs
@@ -67,7 +74,8 @@ def plan(seed: int, number: int, duration: float) -> Row:
 
 
 def retrain(root: Path) -> Command:
-    known = environment(root, PREFECT_HOME=str(root.parent / "prefect"))
+    """The command; all rows share the folder of Prefect's temporary server, as for one user."""
+    known = environment(root, PREFECT_HOME=str(root.parents[1] / "prefect"))
     known.pop("PREFECT_API_URL", None)
     return Command(root, known, "retrain")
 
@@ -137,13 +145,37 @@ def faults(root: Path, expected: tuple[float, float]) -> list[str]:
     models = client.search_logged_models([e.experiment_id for e in client.search_experiments()])
     if len(models) != 1:
         found.append(f"{len(models)} logged models")
-    status = run(root, "dvc", "status", check=False).stdout.strip()
-    if not status.endswith("up to date."):
-        found.append(f"dvc status: {status[:60]}")
-    doctor = run(root, "python", "-m", "flows.cli.main", "doctor", check=False)
-    wrong = [line for line in doctor.stdout.splitlines() if line.startswith("problem")]
-    wrong += [line for line in doctor.stdout.splitlines() if "--repair" in line or "sync" in line]
-    return found + [f"doctor: {line}" for line in wrong]
+    with Repo(str(root)) as repo:
+        status = repo.status()
+    if status:
+        found.append(f"dvc status: {str(status)[:60]}")
+    findings = examine(Project(root, Environment.read(environment(root))))
+    wrong = [f for f in findings if f.level == "problem" or f.repair]
+    return found + [f"doctor: {finding.subject}: {finding.text}" for finding in wrong]
+
+
+@dataclass
+class Known:
+    """What is known so far: the run without a kill, and the rows."""
+
+    seed: int
+    expected: tuple[float, float]
+    duration: float
+    rows: list[Row]
+
+    @classmethod
+    def read(cls, file: Path) -> Known:
+        data = json.loads(file.read_text())
+        rows = [
+            Row(**{**row, "signal": signal.Signals(row["signal"]), "faults": tuple(row["faults"])})
+            for row in data.pop("rows")
+        ]
+        return cls(**{**data, "expected": tuple(data["expected"])}, rows=rows)
+
+    def add(self, row: Row, file: Path | None) -> None:
+        self.rows.append(row)
+        if file is not None:
+            file.write_text(json.dumps(asdict(self), indent=1))
 
 
 def reference(template: Path, folder: Path) -> tuple[tuple[float, float], float]:
@@ -181,29 +213,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first row")
     parser.add_argument("--minutes", type=float, help="start no row after this time")
     parser.add_argument("--keep", action="store_true", help="keep the folders of faulty rows")
+    parser.add_argument("--rows", type=Path, help="file with the rows so far, to which to add")
     options = parser.parse_args(arguments)
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="rfdetr-kills-"))
     template = make_template(folder / "template")
-    expected, duration = reference(template, folder / "reference")
-    print(f"seed {options.seed}; without a kill: {duration:.0f} s, best value and loss {expected}")
+    if options.rows and options.rows.exists():
+        known = Known.read(options.rows)
+    else:
+        known = Known(options.seed, *reference(template, folder / "reference"), rows=[])
+    print(f"seed {known.seed}; without a kill: {known.duration:.0f} s, {known.expected}")
     print(" no  signal  victim       after  reached   status  ended  after the restart", flush=True)
-    rows = []
+    done = {row.number for row in known.rows}
     for number in range(options.first, options.first + options.count):
         if options.minutes and time.monotonic() - began > 60 * options.minutes:
             break
-        row = plan(options.seed, number, duration)
+        if number in done:
+            continue
+        row = plan(known.seed, number, known.duration)
         root = copied(template, folder / str(number))
         strike(root, row)
-        row.faults += tuple(finish(root) or faults(root, expected))
-        rows.append(row)
+        row.faults += tuple(finish(root) or faults(root, known.expected))
+        known.add(row, options.rows)
         print(row.cells(), flush=True)
         if not (row.faults and options.keep):
             shutil.rmtree(root.parent)
-    clean = sum(not row.faults for row in rows)
-    print(f"{clean} of {len(rows)} clean")
+    clean = sum(not row.faults for row in known.rows)
+    print(f"{clean} of {len(known.rows)} clean")
     if not options.keep:
         shutil.rmtree(folder)
-    return int(clean < len(rows))
+    return int(clean < len(known.rows))
 
 
 if __name__ == "__main__":
