@@ -11,6 +11,7 @@ from prefect import flow, runtime, task
 from flows.orchestration import artifacts
 from flows.orchestration.children import RETRIED, StageFailedError, log_line, run_module
 from flows.orchestration.gpus import gpu_slot
+from flows.orchestration.prefect_log import readable_prefect_log
 from flows.project.project import Project
 from flows.storage.s3 import is_s3
 from rfdetr.errors import ConfigError
@@ -30,6 +31,7 @@ def batch_predict(
     `threshold` defaults to the model's operating point, or 0.5 if it has none.
     To resume an interrupted flow run, start it again with the same `out`.
     """
+    readable_prefect_log()
     if runtime.deployment.id and not is_s3(out) and not Path(out).is_absolute():
         raise ConfigError(
             f"out is {out}, inside the worker's temporary folder: give an absolute path or an "

@@ -18,6 +18,7 @@ from flows.orchestration import artifacts
 from flows.orchestration.children import RETRIED, run_module
 from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.notify import notify
+from flows.orchestration.prefect_log import readable_prefect_log
 from flows.project.project import Project
 
 EVENT = "rfdetr.drift.detected"
@@ -33,6 +34,7 @@ def drift_check(
     On drift, a notification is sent, and the event `rfdetr.drift.detected` of the resource
     `rfdetr.model.<name>` is emitted, which makes an automation start `retrain/manual`.
     """
+    readable_prefect_log()
     params = params or DriftParams()
     project = Project(Path.cwd())
     source = source or project.env.recent_images

@@ -29,6 +29,7 @@ from flows.orchestration.children import (
 from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.limits import registry_slot
 from flows.orchestration.notify import notify_about
+from flows.orchestration.prefect_log import readable_prefect_log
 from flows.project.dvc import EXTRA_GRACE_S, dvc, has_remote
 from flows.project.git import checkout, head_commit
 from flows.project.project import Project
@@ -64,6 +65,7 @@ def retrain(
     Returns version, verdict, metrics and champion. `resumes` is set by the automations: the id of
     the crashed flow run that this one resumes.
     """
+    readable_prefect_log()
     params = params or RetrainParams()
     reason = resume.refusal(resumes, str(runtime.flow_run.id)) if resumes else None
     if reason:

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.orchestration.prefect_log import readable_prefect_log
 from flows.project.project import Project
 from flows.release import steps
 
@@ -14,5 +15,6 @@ from flows.release import steps
 @flow(name="rollback")
 def rollback(reason: str, name: str | None = None, to: int | None = None) -> dict[str, Any]:
     """Restore the previous champion, or version `to`, and record the reason."""
+    readable_prefect_log()
     record = steps.roll_back(Project(Path.cwd()), reason=reason, name=name, to=to)
     return record.model_dump(mode="json")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from rfdetr.errors import ConfigError
 
 JOB, RESULT, ERROR = "job.json", "result.json", "error.json"
 STOPPED = "stopped"
+BEAT_SECONDS = 2.0
 
 
 class FitJob(BaseModel):
@@ -92,10 +95,33 @@ def read_outcome(folder: Path) -> Stopped | Failed | Killed:
     return Killed()
 
 
-def is_open(folder: Path) -> bool:
-    """Whether there is a job whose attempt has not ended."""
-    ended = any((folder / name).exists() for name in (RESULT, ERROR, STOPPED))
-    return (folder / JOB).exists() and not ended
+@contextlib.contextmanager
+def offered(folder: Path) -> Iterator[None]:
+    """Touch `job.json` again and again: other machines see that it is not of a killed attempt."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                (folder / JOB).touch()
+
+    thread = threading.Thread(target=touch, name="job-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def beat(folder: Path) -> int | None:
+    """The time of `job.json`, which changes while `fit` offers the job; None if it has ended."""
+    if any((folder / name).exists() for name in (RESULT, ERROR, STOPPED)):
+        return None
+    try:
+        return (folder / JOB).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def clear_outcome(folder: Path) -> None:

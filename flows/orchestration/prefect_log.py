@@ -1,11 +1,11 @@
-"""What Prefect logs about a flow run: no traceback for errors that name cause and fix."""
+"""What Prefect logs about a flow run: a traceback only for a bug of this project."""
 
 from __future__ import annotations
 
 import logging
 
+from flows.core.errors import REPORT, explain
 from flows.core.stopping import stopping
-from rfdetr.errors import RFDETRError
 
 LOGGERS = ("root", "prefect", "prefect.flow_runs", "prefect.task_runs")
 
@@ -15,14 +15,18 @@ class _Readable(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-        if isinstance(error, RFDETRError):
+        text = explain(error) if isinstance(error, Exception) else REPORT
+        if not text.endswith(REPORT):
             record.exc_info = record.exc_text = None
-            record.msg, record.args = "%s", (str(error),)
+            record.msg, record.args = "%s", (text,)
         return not stopping()
 
 
 def readable_prefect_log() -> None:
-    """Apply the filter to the handlers that Prefect installed; repeating the call is harmless."""
+    """Apply the filter to the handlers that Prefect installed; repeating the call is harmless.
+
+    Every flow calls it first, because a worker starts the flow without our command line.
+    """
     import prefect.main  # noqa: F401 - installs the handlers
 
     for name in LOGGERS:

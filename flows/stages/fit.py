@@ -156,7 +156,7 @@ def _train(project: Project, job: FitJob, state: FitState, mirror: Mirror) -> No
     _say(f"training in {state.folder} on {job.devices} x {job.accelerator}")
     _say(jobs.needed_space(state.folder, Path(job.initial)))
     try:
-        with open(state.log_file, "a", encoding="utf-8") as log, mirror:
+        with open(state.log_file, "a", encoding="utf-8") as log, mirror, jobs.offered(state.folder):
             run_streaming(
                 jobs.command(state.folder, runtime, job.devices, state.fingerprint),
                 functools.partial(_on_line, state, log),
@@ -216,7 +216,9 @@ def join(project: Project) -> None:
         return
     folder = state.folder
     deadline = time.monotonic() + JOIN_SECONDS
-    while not jobs.is_open(folder):
+    before = None
+    while (now := jobs.beat(folder)) is None or before in (None, now):
+        before = now
         batch = state.other_effective_batch()
         if batch is not None:
             raise FitError(
@@ -224,7 +226,10 @@ def join(project: Project) -> None:
                 f"{job.devices} devices of this machine. {SAME_DEVICES}"
             )
         if time.monotonic() > deadline:
-            raise FitError(f"{folder / jobs.JOB} did not appear. Is the state folder shared?")
+            raise FitError(
+                f"no `fit` of the first node offers the job {folder / jobs.JOB}. Is it running, "
+                "and is the state folder shared?"
+            )
         time.sleep(1.0)
     first = FitJob.read(folder).devices
     if first != job.devices:

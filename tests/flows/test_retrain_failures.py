@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -113,3 +115,32 @@ def test_a_stage_that_hangs_is_ended_and_said(retrained: Retrained, tmp_path: Pa
     assert done.returncode == 1
     assert "stopped after its time limit of 0.2 s" in done.stderr
     assert champion(project) == 1
+
+
+def test_a_flow_that_a_worker_starts_logs_no_traceback(
+    retrained: Retrained, tmp_path: Path
+) -> None:
+    """Without the command line: each flow by itself, with an error of the user."""
+    project = retrained.copy(tmp_path)
+    code = """
+from flows.batch_predict import batch_predict
+from flows.config.overrides import RetrainParams
+from flows.drift_check import drift_check
+from flows.retrain import retrain
+from flows.rollback import rollback
+for state in (
+    retrain(RetrainParams(ref="v1"), return_state=True),
+    rollback("a reason", to=9, return_state=True),
+    drift_check("nowhere", return_state=True),
+    batch_predict("nowhere", "found", return_state=True),
+):
+    print(state.type.value)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=project.root, env=project.environment(), capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["FAILED"] * 4, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    for text in ("git checkout v1", "has no version 9", "drift check failed: ", "nowhere"):
+        assert text in done.stderr

@@ -82,6 +82,7 @@ def test_sigterm_is_never_success_and_the_next_run_goes_on(
             process.terminate()
     state = live.wait_final(fitting.run, "FAILED")
     assert "stage fit failed" in state["message"]
+    assert "Traceback" not in live.log(fitting.run)
     assert not (fitting.folder / "done").exists()
     reached = fitting.done
     again = live.start(overrides={"fit": {"epochs": 8, "seed": seed}})

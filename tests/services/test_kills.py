@@ -7,8 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from flows.core.files import read_json
+from tests.services.deployed import git
 from tests.services.fitting import Fitting, kill_all, next_run
 from tests.services.live import LiveStack, alive, wait_for
+
+TRAINING = "rfdetr/training/datamodule.py"
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(2400)]
 
@@ -29,12 +32,23 @@ def test_cancel_ends_children_and_frees_the_slot(
     assert attempts == 0, "a cancellation is not a failed attempt"
 
 
+def change_training_code(live: LiveStack) -> None:
+    """Commit a change that would start a training from scratch."""
+    with open(live.project / TRAINING, "a", encoding="utf-8") as file:
+        file.write("# changed\n")
+    git(live.project, "commit", "--quiet", "--all", "--message", "Another training code")
+
+
 @pytest.mark.parametrize("victim", ["flow", "worker", "both"])
 def test_a_killed_run_is_crashed_and_goes_on_by_itself(
     live: LiveStack, begin: Callable[..., Fitting], victim: str
 ) -> None:
-    """kill -9 of the flow's process, of the worker, of both as a lost host would."""
+    """kill -9 of the flow's process, of the worker, of both as a lost host would.
+
+    The branch gets other training code meanwhile; the training continues with its own.
+    """
     fitting = begin(epochs=8)
+    change_training_code(live)
     children, known = live.trainers(), {r["id"] for r in live.runs()}
     engines = live.flow_processes()
     assert children

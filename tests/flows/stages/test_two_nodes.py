@@ -85,7 +85,14 @@ def test_a_lost_node_ends_the_other_and_both_go_on_together(nodes: tuple[Path, P
         reached = finished_epochs(first.parent)
         assert 2 <= reached < EPOCHS
 
-        pair = [launch(first, 0), launch(second, 1)]
+        # The node that joins comes first, and finds what a killed attempt leaves: an open job.
+        for file in (first.parent / "state/fit").glob("*/error.json"):
+            file.unlink()
+        joining = launch(second, 1)
+        time.sleep(30)
+        below = psutil.Process(joining.pid).children(recursive=True)
+        assert not [p for p in below if "torch.distributed.run" in p.cmdline()]
+        pair = [launch(first, 0), joining]
         assert [node.wait(400) for node in pair] == [0, 0], (
             first.parent / "node0.log"
         ).read_text()[-3000:]
