@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.events import emit_event
 from prefect.states import Completed
 
-from flows.core.files import read_json
+from flows.core.files import read_record
 from flows.inference import drift
 from flows.inference.drift import DriftCheck, DriftParams
 from flows.orchestration import artifacts
@@ -58,7 +58,7 @@ def compare_images(project: Project, sources: list[str], params: DriftParams) ->
     limit = project.params.runtime.stage_timeout_s
     options = ("--params", params.model_dump_json())
     run_module(project, "drift check", "flows.inference.drift", *sources, *options, timeout=limit)
-    return DriftCheck.model_validate(read_json(project.root / drift.REPORT))
+    return read_record(project.root / drift.REPORT, DriftCheck)
 
 
 def announce(project: Project, check: DriftCheck) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from flows.cli.commands import checked, checked_project, parse_changes, place, project_here
 from flows.core.errors import FAILED, OK
+from flows.core.files import read_record
 from flows.project.project import Project
 from rfdetr.errors import ConfigError
 
@@ -68,7 +69,7 @@ def drift_command(options: argparse.Namespace) -> int:
         from flows.drift_check import drift_check
 
         drift_check(sources, params)
-    check = DriftCheck.model_validate_json((project.root / REPORT).read_text(encoding="utf-8"))
+    check = read_record(project.root / REPORT, DriftCheck)
     print(check.to_markdown())
     if options.exit_code and check.report is None:
         print("nothing was judged", file=sys.stderr)

@@ -8,13 +8,16 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from rfdetr.errors import ConfigError
 from rfdetr.files import atomic_path, write_text_atomic
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -31,6 +34,19 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"{file} is missing; run the stage that writes it.") from None
     except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
+
+
+def read_record(path: str | os.PathLike[str], kind: type[M]) -> M:
+    """A record of a JSON file. Raises ConfigError if it is missing, or has other fields."""
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the record"
+        raise ConfigError(
+            f"{path} was edited, or written by another version: {where}: {first['msg']}. Remove "
+            "it, and run the command that writes it again."
+        ) from None
 
 
 def parse_yaml(text: str, *, origin: str) -> Any:

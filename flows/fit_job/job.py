@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from flows.config.sections import ModelSettings, RuntimeSettings
-from flows.core.files import read_json, write_json
+from flows.core.files import read_json, read_record, write_json
 from rfdetr.errors import ConfigError
 
 JOB, RESULT, ERROR = "job.json", "result.json", "error.json"
@@ -42,7 +42,7 @@ class FitJob(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> FitJob:
-        return cls.model_validate(read_json(folder / JOB))
+        return read_record(folder / JOB, cls)
 
 
 class FitResult(BaseModel):
@@ -65,7 +65,7 @@ class FitResult(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> FitResult:
-        return cls.model_validate(read_json(folder / RESULT))
+        return read_record(folder / RESULT, cls)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.core.digest import digest_of
-from flows.core.files import read_json
+from flows.core.files import read_record
 from flows.gate.verdict import Scores
 from flows.project.project import Project
 from flows.registry.registry import Registry, Version
-from rfdetr.errors import RFDETRError
+from rfdetr.errors import ConfigError, RFDETRError
 from rfdetr.files import sha256_file, write_text_atomic
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ def champion_scores(project: Project, registry: Registry, champion: Version, dig
     """Scores of the champion on the current test set. Raises RFDETRError without its weights."""
     label = f"version {champion.number}"
     cached = _cache_file(project, str(champion.weights_sha256), digest)
-    if cached.exists():
-        return Scores.model_validate(read_json(cached)).model_copy(update={"model": label})
+    if (known := _cached(cached)) is not None:
+        return known.model_copy(update={"model": label})
     with tempfile.TemporaryDirectory(prefix="rfdetr-champion-") as folder:
         model = registry.fetch(champion, Path(folder))
         weights = next((model / "artifacts").glob("*.pth"), None)
@@ -42,8 +43,8 @@ def champion_scores(project: Project, registry: Registry, champion: Version, dig
 def scores_of(project: Project, weights: Path, label: str, digest: str) -> Scores:
     """Scores of a weights file on the current test set, computed once."""
     cached = _cache_file(project, sha256_file(weights), digest)
-    if cached.exists():
-        return Scores.model_validate(read_json(cached)).model_copy(update={"model": label})
+    if (known := _cached(cached)) is not None:
+        return known.model_copy(update={"model": label})
 
     from flows.gate.scoring import score_model  # slow imports
     from flows.storage.packs import open_dataset
@@ -67,6 +68,13 @@ def keep(project: Project, scored: ScoredModel, label: str, digest: str) -> Scor
     text = scores.model_dump_json()
     write_text_atomic(_cache_file(project, scored.weights_sha256, digest), text)
     return scores
+
+
+def _cached(file: Path) -> Scores | None:
+    """The cached scores; None if there are none, or the file is damaged."""
+    with contextlib.suppress(ConfigError):
+        return read_record(file, Scores)
+    return None
 
 
 def _cache_file(project: Project, weights_sha256: str, digest: str) -> Path:

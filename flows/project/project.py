@@ -14,10 +14,12 @@ from flows.config.environment import Environment
 from flows.config.overrides import write_overrides
 from flows.config.params import PARAMS_FILE, Params, load_params
 from flows.core.digest import path_digest
-from flows.core.files import read_yaml
+from flows.core.files import read_json, read_yaml
 from flows.tracking.provenance import Provenance, collect_provenance
 from rfdetr.errors import ConfigError
 from rfdetr.evaluation.slice_rules import SliceRule, parse_rule, read_listed
+
+CARD = {"weights", "weights_sha256", "dataset", "class_names", "variant", "resolution", "epochs"}
 
 
 class Project:
@@ -134,6 +136,19 @@ class Project:
     def model_card(self) -> Path:
         """Description of the trained model."""
         return self.trained / "model.json"
+
+    def read_card(self) -> dict[str, Any]:
+        """The description of the trained model. Raises ConfigError if it is missing or edited."""
+        card = read_json(self.model_card)
+        found = card if isinstance(card, dict) else {}
+        missing = sorted(CARD - set(found))
+        if missing:
+            raise ConfigError(
+                f"{self.model_card} was edited, or written by another version: it has no "
+                f"{', '.join(missing)}. Restore it with `dvc checkout`, or run `rfdetr-pipeline "
+                "fit`."
+            )
+        return found
 
     @property
     def registered_card(self) -> Path:

@@ -23,7 +23,7 @@ import os
 import socket
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flows.core.redact import redact
 from flows.registry.registry import (
@@ -192,12 +192,21 @@ def history(registry: Registry) -> list[AuditRecord]:
     wanted = {PENDING: None} if any(key.startswith(AUDIT) for key in tags) else {}
     sources = [tags, *(version.tags for version in registry.tagged(wanted))]
     records = {
-        AuditRecord.model_validate_json(value)
+        record
         for found in sources
         for key, value in found.items()
-        if key.startswith(AUDIT)
+        if key.startswith(AUDIT) and (record := _record(registry.name, key, value)) is not None
     }
     return sorted(records, key=lambda record: record.at)
+
+
+def _record(name: str, key: str, text: str) -> AuditRecord | None:
+    """The record in a tag; None, with a warning, for a tag that was edited by hand."""
+    try:
+        return AuditRecord.model_validate_json(text)
+    except ValidationError:
+        LOGGER.warning("the tag %s of %s was edited and holds no record any more", key, name)
+        return None
 
 
 def lost_champion(registry: Registry) -> int | None:
@@ -259,7 +268,14 @@ def _judged_against(name: str, version: Version) -> int | Literal["any"] | None:
     known = version.tags.get("gate.champion_version", "any")
     if known == "any":
         return "any"
-    return None if known == "none" else int(known)
+    if known == "none":
+        return None
+    if not known.isdecimal():
+        raise RegistryError(
+            f"{name} version {version.number}: the tag gate.champion_version is {known!r}, not a "
+            "version. Run `rfdetr-pipeline register`, which judges again, or promote with --force."
+        )
+    return int(known)
 
 
 def _check_champion(
@@ -282,7 +298,9 @@ def _interrupted(version: Version, champion: int | None, action: str) -> AuditRe
     text = version.tags.get(PENDING)
     if not text:
         return None
-    record = AuditRecord.model_validate_json(text)
+    record = _record(f"version {version.number}", PENDING, text)
+    if record is None:
+        return None
     moved = champion == record.version
     not_moved = champion == record.previous and record.key not in version.tags
     return record if record.action == action and (moved or not_moved) else None

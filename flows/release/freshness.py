@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from flows.core.digest import digest_of
-from flows.core.files import read_json, read_yaml
+from flows.core.files import read_yaml
 from flows.project import workspace
 from flows.project.project import Project
 from flows.registry.artifacts import has_files
 from flows.registry.registry import CHAMPION, Registry, Version
 from flows.release.champion import lost_champion
+from rfdetr.errors import ConfigError
 
 GATE_KEY = "gate.key"
 UNREGISTERED = "the model is not registered, or was not judged with these parameters"
@@ -72,8 +73,7 @@ def _version(project: Project, *, pinned: bool) -> DatasetVersion:
     params = project.params
     pointer = project.root / f"{params.dataset.dir}.dvc"
     if pointer.exists():
-        out = read_yaml(pointer)["outs"][0]
-        return DatasetVersion("dvc", str(out.get("md5") or out.get("etag")))
+        return DatasetVersion("dvc", _hash_in(pointer))
     used = workspace.used_source(project)
     if used is not None:
         _, source = used
@@ -82,6 +82,17 @@ def _version(project: Project, *, pinned: bool) -> DatasetVersion:
     if Path(params.dataset.dir) == Path("data/demo"):
         return DatasetVersion("demo", digest_of(params.demo.model_dump())[:32])
     return DatasetVersion("content", project.dataset_digest())
+
+
+def _hash_in(pointer: Path) -> str:
+    """The hash of a DVC pointer file. Raises ConfigError if it has none."""
+    try:
+        out = read_yaml(pointer)["outs"][0]
+        return str(out.get("md5") or out["etag"])
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise ConfigError(
+            f"{pointer} names no hash. Restore it from git, or run `dvc add {pointer.stem}`."
+        ) from None
 
 
 def unreleased(project: Project) -> str | None:
@@ -93,7 +104,7 @@ def unreleased(project: Project) -> str | None:
     card_file = project.model_card
     if not card_file.exists() or not _has_registry(project):
         return UNREGISTERED
-    registry, weights = registry_of(project), read_json(card_file)["weights_sha256"]
+    registry, weights = registry_of(project), project.read_card()["weights_sha256"]
     tags = {"weights.sha256": weights, GATE_KEY: gate_key(project, project.dataset_digest())}
     known = next((v for v in registry.tagged(tags) if _settled(v)), None)
     if known is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from flows.core.files import read_json
 from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.limits import registry_slot
 from flows.project.project import Project
@@ -41,7 +40,7 @@ def repair_champion(project: Project) -> list[str]:
         version = registry.champion()
         if version is None or _damage(registry, version) is None:
             return done
-        card = read_json(project.model_card) if project.model_card.exists() else {}
+        card = project.read_card() if project.model_card.exists() else {}
         weights = project.trained / str(card.get("weights"))
         if version.weights_sha256 == card.get("weights_sha256") and weights.is_file():
             with gpu_slot(project, 1):

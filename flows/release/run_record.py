@@ -51,7 +51,7 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
             "`rfdetr-pipeline retrain` or `dvc repro` first (stages that were run by hand do not "
             "write dvc.lock; `dvc commit -f` accepts their results)."
         )
-    card = read_json(project.model_card)
+    card = project.read_card()
     _send_journal(project, card, uri)
     client = tracking_client(uri)
     run_id = _known_run(client, card, project.env.state_dir) or _new_run(client, project, card)
@@ -155,7 +155,7 @@ def _add_numbers(client: MlflowClient, run_id: str, project: Project) -> None:
     }
     price, seconds = project.params.runtime.price_per_hour, numbers.get("fit/seconds")
     if price is not None and isinstance(seconds, int | float):
-        card = read_json(project.model_card)
+        card = project.read_card()
         devices = card["params"]["batch"]["world"]
         numbers["cost"] = seconds / 3600 * price * devices
     at = int(time.time() * 1000)

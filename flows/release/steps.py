@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from flows.core.child_report import report_failure, report_start
-from flows.core.files import read_json, write_json
+from flows.core.files import read_json, read_record, write_json
 from flows.core.garbage import exit_quickly
 from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
@@ -66,7 +66,7 @@ def register(project: Project, flow_run: str | None = None) -> Registered:
     from flows.release.run_record import complete_run
 
     params, registry = project.params, registry_of(project)
-    card = read_json(project.model_card)
+    card = project.read_card()
     digest = card["dataset"]["digest"]
     lineage = _lineage(project, card, flow_run)
     run_id = complete_run(project, lineage)
@@ -139,7 +139,7 @@ def _description(project: Project, point: OperatingPoint | None) -> Path:
     """
     if point is None:
         return project.model_card
-    card = {**read_json(project.model_card), "operating_point": point.to_dict()}
+    card = {**project.read_card(), "operating_point": point.to_dict()}
     write_json(project.registered_card, card)
     return project.registered_card
 
@@ -150,7 +150,7 @@ def judge(project: Project, number: int) -> Verdict:
 
     params, registry = project.params, registry_of(project)
     digest = project.dataset_digest()
-    card = read_json(project.model_card)
+    card = project.read_card()
     weights = project.trained / card["weights"]
     challenger = scores_of(project, weights, f"version {number}", digest)
     parity = last_registered(project).export_parity
@@ -190,7 +190,7 @@ def publish_card(
     from flows.release.model_card import render
     from rfdetr.monitoring.image_profile import ImageProfile
 
-    card, version = read_json(project.model_card), registry.version(number)
+    card, version = project.read_card(), registry.version(number)
     if version.weights_sha256 != card["weights_sha256"]:
         return
     weights, digest = project.trained / card["weights"], card["dataset"]["digest"]
@@ -241,12 +241,12 @@ def record_verdict(registry: Registry, number: int, verdict: Verdict) -> None:
 
 def last_registered(project: Project) -> Registered:
     """The result of the last `register`."""
-    return Registered.model_validate(read_json(project.registered))
+    return read_record(project.registered, Registered)
 
 
 def last_verdict(project: Project) -> Verdict:
     """The result of the last `judge`."""
-    return Verdict.model_validate(read_json(project.verdict))
+    return read_record(project.verdict, Verdict)
 
 
 def promote_winner(project: Project, number: int, verdict: Verdict) -> AuditRecord | None:

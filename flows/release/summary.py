@@ -27,7 +27,7 @@ def what_next(project: Project) -> str:
         return (
             f"champion of {registry.name}: {f'version {champion.number}' if champion else 'none'}"
         )
-    card, numbers = read_json(project.model_card), read_json(project.test_metrics)
+    card, numbers = project.read_card(), read_json(project.test_metrics)
     registered, verdict = last_registered(project), last_verdict(project)
     weights = (project.trained / card["weights"]).absolute()
     threshold = numbers.get("best_threshold") or 0.5  # 0: nothing was found

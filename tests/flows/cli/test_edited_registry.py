@@ -144,6 +144,20 @@ def test_a_mistyped_alias_is_named(commands: Commands) -> None:
     assert (status, "Did you mean champion?" in text, "retrain" in text) == (1, True, False)
 
 
+def test_edited_tags_are_passed_over(commands: Commands, caplog: pytest.LogCaptureFixture) -> None:
+    (record,) = history(commands.registry)
+    commands.registry.set_model_tag("audit.2026-edited", "by hand")
+    commands.registry.set_tags(1, {"promotion.pending": "{", "gate.champion_version": "the last"})
+    assert history(commands.registry) == [record]
+    assert "the tag audit.2026-edited of tiny was edited" in caplog.text
+    assert "by tester" in commands.run("history")[1]
+    assert commands.run("promote", "1", "--reason", "x") == (0, "already champion\n")
+    commands.registry.delete_alias("champion")
+    status, text = commands.run("promote", "1", "--reason", "x")
+    assert (status, "gate.champion_version is 'the last'" in text) == (1, True), text
+    assert commands.run("doctor", "--repair")[1].count("version 1 is champion again") == 1
+
+
 @pytest.mark.slow
 def test_a_deleted_run_is_restored_and_blocks_nothing(commands: Commands) -> None:
     (version,) = commands.registry.versions()
