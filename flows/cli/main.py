@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # a process of its own
         stop_on_signals()
         collect_rarely()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # file names that its encoding lacks
+            sys.stdout.reconfigure(errors="backslashreplace")
     bypass_proxies()
     command: Callable[[argparse.Namespace], int] = options.run
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,14 @@ def test_dvc_learns_that_git_has_come(project: Project) -> None:
     configure_dvc(project.root, project.env)
     assert "no_scm" not in (project.root / ".dvc/config.local").read_text()
     assert knows_git(project.root)
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/a.txt").write_text("a")
+    out = os.fsencode(tmp_path) + "/pä-".encode() + b"\xff"
+    command = [sys.executable, "-m", "flows.cli.main", "pack", tmp_path / "files", out]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("p\\xe4-\\udcff\n")
