@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from flows.core import locks
 from flows.core.files import parse_yaml, read_yaml, write_csv
 from flows.core.locks import BusyError, locked
 from rfdetr.errors import ConfigError
@@ -83,3 +86,24 @@ def test_a_lock_names_its_holder_and_is_free_afterwards(tmp_path: Path) -> None:
             pass
     with locked(tmp_path / "a"):
         pass
+
+
+def test_who_waits_for_a_lock_says_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(locks, "QUIET_SECONDS", 0.05)
+    entered = threading.Event()
+
+    def wait() -> None:
+        with locked(tmp_path, wait=True):
+            entered.set()
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    with locked(tmp_path):
+        waiting.start()
+        while f"is in use by pid {os.getpid()}" not in caplog.text:
+            assert waiting.is_alive()
+            time.sleep(0.01)
+        assert not entered.is_set()
+    waiting.join(10)
+    assert entered.is_set()
