@@ -43,4 +43,8 @@ def checkout(root: Path, ref: str, on_line: Line) -> None:
             wanted = ref
         git(root, "checkout", "--quiet", "--detach", wanted, on_line=on_line)
     except CommandFailed as error:
-        raise ConfigError(f"ref '{ref}' is not a commit, tag or branch of the origin.") from error
+        why = error.tail[-1] if error.tail else error.reason
+        raise ConfigError(
+            f"ref '{ref}' is not a commit, tag or branch of the origin, or the origin is "
+            f"unreachable ({why})."
+        ) from error

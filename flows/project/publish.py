@@ -26,7 +26,7 @@ def publish_lock(root: Path, run: str, on_line: Line) -> str | None:
     status = git(root, "status", "--porcelain", "--", *present, on_line=on_line)
     if not [line for line in status if line.strip()]:
         return None
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", run).strip("-.")
+    safe = re.sub(r"[^A-Za-z0-9_-]+", "-", run).strip("-")  # git refuses some names with dots
     name = f"{BRANCHES}{datetime.now(UTC):%Y-%m-%d}-{safe}"
     commit = _commit(root, present, f"Retrained: {run}", on_line)
     known = _published(root, commit, present, on_line)

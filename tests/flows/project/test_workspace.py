@@ -188,6 +188,9 @@ def test_a_shallow_clone_moves_to_commits_tags_and_branches(project: Path, tmp_p
         assert (copy / "third.txt").exists() == (ref == "third")
     with pytest.raises(ConfigError, match="'nothing' is not a commit, tag or branch"):
         checkout(copy, "nothing", quiet)
+    run(copy, "git", "remote", "set-url", "origin", "file:///nowhere")
+    with pytest.raises(ConfigError, match="or the origin is unreachable"):
+        checkout(copy, "later", quiet)
 
 
 def test_dvc_locks_of_killed_processes_are_forgotten(tmp_path: Path) -> None:
