@@ -18,6 +18,7 @@ from flows.core.files import read_json, read_yaml
 from flows.tracking.provenance import Provenance, collect_provenance
 from rfdetr.errors import ConfigError
 from rfdetr.evaluation.slice_rules import SliceRule, parse_rule, read_listed
+from rfdetr.tracking.client import local_store
 
 CARD = {"weights", "weights_sha256", "dataset", "class_names", "variant", "resolution", "epochs"}
 
@@ -95,7 +96,7 @@ class Project:
     @property
     def tracking_uri(self) -> str:
         """The MLflow server of the environment, else a SQLite file in the project folder."""
-        return self.env.tracking_uri or f"sqlite:///{self.root.absolute() / 'mlflow.db'}"
+        return self.env.tracking_uri or local_store(self.root)
 
     @property
     def dataset_dir(self) -> Path:

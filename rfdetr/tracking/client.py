@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rfdetr.errors import ConfigError
 from rfdetr.tracking.local_store import FOLDER, follow_database
 
 if TYPE_CHECKING:
@@ -46,8 +47,14 @@ def _forget_locations() -> None:
 
 
 def local_store(folder: str | os.PathLike[str]) -> str:
-    """The URI of a SQLite store in `folder`."""
-    return f"sqlite:///{Path(folder).absolute() / 'mlflow.db'}"
+    """The URI of a SQLite store in `folder`. Raises ConfigError if a URI cannot name the folder."""
+    file = Path(folder).absolute() / "mlflow.db"
+    if "?" in str(file):
+        raise ConfigError(
+            f"{file.parent}: the address of a SQLite file cannot contain a question mark. Rename "
+            "that folder, or set MLFLOW_TRACKING_URI to another store."
+        )
+    return f"sqlite:///{file}"
 
 
 def experiment_id(client: MlflowClient, name: str, uri: str) -> str:

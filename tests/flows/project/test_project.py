@@ -86,3 +86,13 @@ def test_the_tracking_server_is_the_environments_or_a_file_of_the_project(
     assert Project(tmp_path, server).tracking_uri == "http://mlflow"
     monkeypatch.chdir(tmp_path)
     assert Project(env=project.env).tracking_uri == project.tracking_uri
+
+
+def test_a_folder_that_a_store_address_cannot_name_is_told(tmp_path: Path) -> None:
+    state = {"state_dir": tmp_path / "state"}
+    with pytest.raises(ConfigError, match="cannot contain a question mark"):
+        _ = Project(tmp_path / "what?", Environment(**state)).tracking_uri
+    elsewhere = Environment(**state, tracking_uri="http://127.0.0.1:5000")
+    assert Project(tmp_path / "what?", elsewhere).tracking_uri == "http://127.0.0.1:5000"
+    odd = tmp_path / "a b#%20ä"
+    assert Project(odd, Environment(**state)).tracking_uri == f"sqlite:///{odd / 'mlflow.db'}"
