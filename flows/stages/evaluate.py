@@ -19,7 +19,7 @@ from flows.storage.packs import open_dataset
 from rfdetr.errors import ConfigError
 from rfdetr.evaluation.accumulate import RECALL_POINTS
 from rfdetr.evaluation.f1 import SCORE_THRESHOLDS
-from rfdetr.evaluation.plots import draw_evaluation
+from rfdetr.evaluation.plots import draw_class_precision, draw_evaluation
 from rfdetr.evaluation.report import class_labels, standard_metrics
 from rfdetr.files import atomic_path, new_folder, sha256_file
 
@@ -37,7 +37,7 @@ def evaluate(project: Project) -> None:
     | reports/operating_point.json           | `OperatingPoint.to_dict()` for the model's labels, |
     |                                        | or null                                            |
     | reports/detections.json                | detections in COCO's results format                |
-    | reports/per_class.csv, curves, pictures| tables for `dvc plots`, and plots                  |
+    | reports/per_class.csv, curves, pictures| tables, and the pictures that `dvc plots` shows     |
 
     The record of everything, `Scores`, is kept in the state folder for the gate.
 
@@ -57,12 +57,14 @@ def evaluate(project: Project) -> None:
     threshold = params.evaluate.score_threshold
     write_detections(scored, reports / "detections.json", threshold)
     write_csv(reports / "per_class.csv", list(scored.per_class()))
+    metrics = numbers(scored)
     names = class_labels(scored.class_names, scored.result.class_ids.tolist())
     with new_folder(reports / "curves") as folder:
         write_curves(scored, names, folder)
     with new_folder(reports / "pictures") as folder:
         draw_evaluation(scored.result, scored.columns, names, scored.samples, folder)
-    write_json(project.test_metrics, numbers(scored))
+        draw_class_precision(metrics["per_class"], folder / "class_precision.png")
+    write_json(project.test_metrics, metrics)
     point = scored.model_point
     write_json(project.operating_point, None if point is None else point.to_dict())
     # the gate need not score it again
@@ -134,7 +136,7 @@ def write_detections(scored: ScoredModel, target: Path, threshold: float) -> Non
 
 
 def write_curves(scored: ScoredModel, names: Sequence[str], folder: Path) -> None:
-    """Write precision_recall.csv, f1_threshold.csv and confusion_matrix.csv, for `dvc plots`."""
+    """Write precision_recall.csv, f1_threshold.csv and confusion_matrix.csv."""
     part, sweep = scored.part, scored.result.sweep
     curves = [
         {"class": name, "recall": round(float(r), 2), "precision": round(float(p), 5)}

@@ -106,6 +106,22 @@ def draw_history(rows: Sequence[Mapping[str, float]], file: Path) -> None:
         losses.savefig(temporary, format="png", dpi=90)
 
 
+def draw_class_precision(precision: Mapping[str, float], file: Path) -> None:
+    """Write average precision by class name as bars, the lowest at the top; of many, the lowest."""
+    lowest = sorted(precision.items(), key=lambda item: item[1])[:TICKS]
+    title = "Average precision (IoU 0.50 to 0.95) of each class"
+    if len(lowest) < len(precision):
+        title += f": the lowest {TICKS} of {len(precision)}"
+    figure, axes = _axes(8, 1.5 + 0.25 * len(lowest), title=title, xlim=(0, 1))
+    figure.set_layout_engine("tight")
+    bars = axes.barh(range(len(lowest)), [value for _, value in lowest])
+    axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.set_yticks(range(len(lowest)), [_shown(name) for name, _ in lowest])
+    axes.invert_yaxis()
+    with atomic_path(file) as temporary, _without_glyph_warnings():
+        figure.savefig(temporary, format="png", dpi=90)
+
+
 def _axes(width: float, height: float, **labels: str) -> tuple[Figure, Any]:
     # Without pyplot: no global state, no window, no effect on the user's own figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -188,11 +188,12 @@ def test_sqlite_of_the_servers_is_sound(retrained: Retrained) -> None:
 
 
 def test_the_challenger_is_not_promoted_without_leave(retrained: Retrained, tmp_path: Path) -> None:
-    """`retrain --no-promote` on the same model: the alias champion was deleted by hand."""
+    """`retrain --no-promote` registers the same model under a name that has no champion."""
     project = retrained.copy(tmp_path)
-    registry(project).client.delete_registered_model_alias("tiny", "champion")
-    write_params(project.root, fit={"epochs": 1}, gate={"min_images": 4})
+    changes = {"registry": {"name": "other"}, "gate": {"min_images": 4}}
+    write_params(project.root, fit={"epochs": 1}, **changes)
     project.pipeline("retrain", "--no-promote")
     states = retrained.server.states(retrained.server.last_run()["id"])
     assert states["promote"] == "Kept"
-    assert registry(project).champion() is None
+    other = Registry("other", project.uri)
+    assert other.version(1).number == 1 and other.champion() is None

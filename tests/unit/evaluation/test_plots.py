@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from rfdetr.evaluation.plots import (
     DETECTION_COLOUR,
     TRUTH_COLOUR,
     Sample,
+    draw_class_precision,
     draw_evaluation,
     draw_history,
     sample_sheet,
@@ -137,3 +139,13 @@ def test_table_says_which_limit_each_column_has(evaluation):
     assert "100 detections (COCO standard)" in text
     assert f"{result.bbox.summary.ap:.4f}" in text
     assert "mAR at the limit" in text
+
+
+@pytest.mark.parametrize("count", [1, 3, 300])
+def test_bars_of_the_lowest_classes(count: int, tmp_path: Path) -> None:
+    precision = {f"class {number} of {'long ' * 9}": number / count for number in range(count)}
+    draw_class_precision(precision, tmp_path / "bars.png")
+    pixels = np.asarray(Image.open(tmp_path / "bars.png").convert("RGB")).astype(int)
+    bars = (np.abs(pixels - (31, 119, 180)).max(axis=2) < 20).any(axis=1)  # matplotlib's first blue
+    assert pixels.shape[0] < 1100
+    assert (np.diff(bars.astype(int)) == 1).sum() == min(count, 40) - 1  # one has no length
