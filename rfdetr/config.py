@@ -536,6 +536,9 @@ class Hyperparameters(StrictConfig):
         0.0, description="Least minutes between the writes of last.ckpt at epoch ends"
     )
     sync_bn: bool = Field(False, description="Synchronize batch norm over processes")
+    accelerate: Literal["auto", "off", "graphs", "compile"] = Field(
+        "auto", description="CUDA graphs or torch.compile; auto: CUDA graphs on one GPU"
+    )
     cls_loss_coef: NonNegative = Field(1.0, description="Weight of the classification loss")
 
 

@@ -15,6 +15,7 @@ from rfdetr.data.batch import NestedTensor
 from rfdetr.errors import ConfigError, InputError
 from rfdetr.model.backbone import Backbone, WindowedEncoder
 from rfdetr.model.boxes import apply_box_delta
+from rfdetr.model.cuda_graphs import CudaGraphs
 from rfdetr.model.decoder import Transformer, TransformerOutput
 from rfdetr.model.feedforward import MLP
 from rfdetr.model.precision import call_with_cast_weights
@@ -37,6 +38,7 @@ class RFDETRNetwork(nn.Module):
         C, K = config.hidden_dim, config.num_classes + 1
         total = config.num_queries * config.group_detr
         self.config = config
+        self.graphs = CudaGraphs()
         self.num_queries = config.num_queries
         self.group_detr = config.group_detr
         self.transformer = Transformer(config)
@@ -73,6 +75,10 @@ class RFDETRNetwork(nn.Module):
                 f"The mask {tuple(mask.shape)} does not fit the images {tuple(images.shape)}; "
                 "it must be (batch, height, width)."
             )
+        return self.graphs.run(self, images, mask)
+
+    def compute(self, images: Tensor, mask: Tensor | None) -> Outputs:
+        """Outputs for images and a mask that fit, without CUDA graphs."""
         srcs = self.backbone[0](images)  # per level (B, C, h, w)
         masks = None if mask is None else [_resize_mask(mask, src) for src in srcs]
         num_groups = self.group_detr if self.training else 1

@@ -23,9 +23,9 @@ from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
 from rfdetr.model.postprocess import PostProcess, image_masks
 from rfdetr.model.types import HostDetections
+from rfdetr.training.acceleration import Acceleration, accelerate
 from rfdetr.training.callbacks.ema import RFDETREMACallback, only_ema
 from rfdetr.training.callbacks.process_settings import ProcessSettings
-from rfdetr.training.compilation import Compilation, compile_regions
 from rfdetr.training.lightning_adapter import attached_trainer, unscales_gradients
 from rfdetr.training.loaded_checkpoint import normalise_loaded
 from rfdetr.training.multi_scale import draw_size, multi_scale_sizes, resize_batch
@@ -76,8 +76,7 @@ class RFDETRModule(pl.LightningModule):
         self.postprocess = PostProcess(model_config.num_select)
         self.stored_class_names: list[str] | None = None  # of the checkpoint that was loaded
         self.strict_loading = False  # on_load_checkpoint checks and reports
-        if model_config.compile:
-            compile_regions(self.model)
+        self.acceleration = accelerate(self.model, model_config, train_config)
         self.save_hyperparameters(hyper_parameters(model_config, train_config))
 
     @classmethod
@@ -139,7 +138,7 @@ class RFDETRModule(pl.LightningModule):
         returned, because Lightning would move the user's callbacks before those that save.
         """
         callbacks: list[Callback] = list(self.trainer.callbacks)  # type: ignore[attr-defined]
-        needed = [ProcessSettings, ResumeCallback, *[Compilation] * self.model_config.compile]
+        needed = [ProcessSettings, ResumeCallback, Acceleration]
         for kind in needed:
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())

@@ -1,13 +1,14 @@
-"""torch.compile of a network region by region: encoder blocks, decoder layers, projector stages.
+"""How the network runs in training: eagerly, on CUDA graphs, or compiled region by region.
 
-Regions of one kind share their compiled code, so compiling takes the time of a few layers instead
-of minutes for the network as one graph. Multi-scale sizes cost one more compilation per kind.
+Regions are encoder blocks, decoder layers and projector stages. Those of one kind share their
+compiled code, so compiling takes the time of a few layers instead of minutes for the network as one
+graph. Multi-scale sizes cost one more compilation per kind.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -15,12 +16,26 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from rfdetr.config import ModelConfig, TrainConfig
 from rfdetr.model.backbone import Backbone
 from rfdetr.model.network import RFDETRNetwork
 from rfdetr.training.callbacks.ema import ema_network
 
+Mode = Literal["auto", "off", "graphs", "compile"]
 # Kinds of attention, drop path on and off, training and evaluation, fixed and changing sizes
 _VARIANTS = 32
+
+
+def accelerate(network: RFDETRNetwork, model: ModelConfig, train: TrainConfig) -> Mode:
+    """Prepare `network` as `accelerate` says, or compile it if the model asks for that.
+
+    Returns what applies. Nothing is compiled or recorded before the network runs.
+    """
+    mode: Mode = "compile" if model.compile else train.accelerate
+    network.graphs.use = "never" if mode in ("off", "compile") else "always"
+    if mode == "compile":
+        compile_regions(network)
+    return mode
 
 
 def compile_regions(network: nn.Module) -> int:
@@ -32,14 +47,22 @@ def compile_regions(network: nn.Module) -> int:
     return len(regions)
 
 
-class Compilation(Callback):
-    """Trains without compiled code where it cannot be built, and reports what compiling took."""
+class Acceleration(Callback):
+    """Logs what was recorded or compiled and how long it took, or why training is eager."""
 
     def __init__(self) -> None:
         self._started: float | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Compile the EMA network like the live one, or neither, with the reason."""
+        self._started = None
+        if pl_module.acceleration == "graphs" and pl_module.device.type != "cuda":
+            rank_zero_warn(
+                "accelerate='graphs' has no effect: CUDA graphs need a CUDA device, and this "
+                f"training runs on {pl_module.device.type}."
+            )
+        if pl_module.acceleration != "compile":
+            return
         networks = [pl_module.model, ema_network(trainer)]
         reason = _why_unavailable(pl_module.device)
         for network in filter(None, networks):
@@ -48,9 +71,10 @@ class Compilation(Callback):
             else:
                 for region in _regions(network):
                     region._compiled_call_impl = None
-        if reason is not None:
-            rank_zero_warn(f"compile=True is ignored, because torch.compile fails here: {reason}")
-        self._started = None if reason else time.monotonic()
+        if reason is None:
+            self._started = time.monotonic()
+        else:
+            rank_zero_warn(f"Training is not compiled, because torch.compile fails here: {reason}")
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         if self._started is not None:
@@ -59,7 +83,8 @@ class Compilation(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Log once, after the first batch."""
+        """Log what happened for the first time."""
+        _log_messages(pl_module.model)
         if self._started is None:
             return
         seconds, self._started = time.monotonic() - self._started, None
@@ -67,6 +92,20 @@ class Compilation(Callback):
             f"torch.compile: {len(_regions(pl_module.model))} regions; the first step took "
             f"{seconds:.1f} s, and the first one at another size takes longer too."
         )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Free the memory of the recordings."""
+        _log_messages(pl_module.model)
+        pl_module.model.graphs.clear()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.on_fit_end(trainer, pl_module)
+
+
+def _log_messages(network: RFDETRNetwork) -> None:
+    messages = network.graphs.messages
+    while messages:
+        rank_zero_info(messages.pop(0))
 
 
 def _regions(network: nn.Module) -> list[nn.Module]:

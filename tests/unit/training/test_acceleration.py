@@ -60,7 +60,7 @@ def test_without_a_compiler_training_is_eager_and_says_why(shapes: Path, tmp_pat
     run = Run(tiny_model(compile=True), tiny_run(shapes, tmp_path, epochs=1))
     with (
         inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
-        pytest.warns(UserWarning, match=r"compile=True is ignored.*no-such-compiler"),
+        pytest.warns(UserWarning, match=r"Training is not compiled.*no-such-compiler"),
     ):
         run.fit()
     assert run.metrics()["train/loss"] > 0
