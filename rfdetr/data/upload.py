@@ -85,9 +85,9 @@ def resized_there(
 def upload(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """uint8 images (3, H, W) on `device`, in one copy."""
     rows_first = [image.permute(1, 2, 0) for image in images]  # as decoders lay out pixels
-    flat = torch.cat([image.reshape(-1) for image in rows_first])
-    if device.type == "cuda":
-        flat = flat.pin_memory()
+    total = sum(image.numel() for image in images)
+    flat = torch.empty(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    torch.cat([image.reshape(-1) for image in rows_first], out=flat)
     parts = torch.split(flat.to(device, non_blocking=True), [image.numel() for image in images])
     return [
         part.view(image.shape).permute(2, 0, 1)

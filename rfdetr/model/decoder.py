@@ -17,6 +17,7 @@ from rfdetr.config import ModelConfig
 from rfdetr.model.boxes import apply_box_delta
 from rfdetr.model.deformable import DeformableAttention
 from rfdetr.model.feedforward import MLP, feed_forward
+from rfdetr.model.precision import compute_dtype, layer_norm
 from rfdetr.model.selection import QuerySelection, Selection, make_proposals
 from rfdetr.model.types import SpatialShapes
 
@@ -91,7 +92,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, tgt: Tensor, pos: Tensor, context: DecoderContext, num_groups: int) -> Tensor:
         """Queries tgt and their position embeddings pos, both (B, G*Q, C), to (B, G*Q, C)."""
-        tgt = self.norm1(tgt + self.self_attn(tgt, pos, num_groups))
+        tgt = layer_norm(tgt + self.self_attn(tgt, pos, num_groups), self.norm1)
         attended = self.cross_attn(
             tgt + pos,
             context.reference_points,
@@ -99,11 +100,10 @@ class DecoderLayer(nn.Module):
             context.spatial_shapes,
             context.padding_mask,
         )
-        tgt = self.norm2(tgt + attended)
+        tgt = layer_norm(tgt + attended, self.norm2)
         first, second = self.linear1, self.linear2
         ffn = feed_forward(tgt, (first.weight, first.bias), (second.weight, second.bias), "relu")
-        output: Tensor = self.norm3(tgt + ffn)
-        return output
+        return layer_norm(tgt + ffn, self.norm3)
 
 
 class Decoder(nn.Module):
@@ -123,7 +123,7 @@ class Decoder(nn.Module):
         hidden_states = []
         for layer in self.layers:
             tgt = layer(tgt, pos, context, num_groups)
-            hidden_states.append(self.norm(tgt))
+            hidden_states.append(layer_norm(tgt, self.norm))
         return hidden_states
 
 
@@ -183,7 +183,8 @@ class Transformer(nn.Module):
         if masks is not None:
             per_level = per_level * _valid_ratios(masks, reference)
         context = DecoderContext(memory, spatial_shapes, padding_mask, per_level)
-        tgt = query_feat.expand(memory.shape[0], -1, -1)  # (B, G*Q, C)
+        queries = query_feat.to(compute_dtype(memory))
+        tgt = queries.expand(memory.shape[0], -1, -1)  # (B, G*Q, C)
         return TransformerOutput(self.decoder(tgt, context, num_groups), reference, selection)
 
     @staticmethod

@@ -88,11 +88,11 @@ class HungarianMatcher(nn.Module):
         if targets.total == 0:
             empty = np.zeros(0, dtype=np.int64)
             return [[(empty, empty) for _ in targets.counts] for _ in range(L)]
-        T, pairs = targets.total, L * targets.total * GQ
-        packed = logits.new_empty(pairs + 5 * T)  # costs and targets, for a single transfer
-        packed[pairs : pairs + T] = targets.labels
-        packed[pairs + T :] = targets.boxes.flatten()
-        cost = packed[:pairs].view(L, T, GQ)
+        T, G = targets.total, num_groups
+        sizes = [L * T * GQ, L * T * G, L * T * G, T, 4 * T]
+        packed = logits.new_empty(sum(sizes))  # for a single transfer
+        parts = torch.split(packed, sizes)
+        cost = parts[0].view(L, T, GQ)
         step = max(1, _PAIRS_AT_ONCE // (L * GQ))
         for start in range(0, T, step):
             rows = slice(start, start + step)
@@ -101,12 +101,21 @@ class HungarianMatcher(nn.Module):
             assert targets.masks is not None
             for layer, layer_masks in zip(cost, masks, strict=True):
                 self._add_mask_cost(layer, layer_masks, targets, targets.masks)
-        on_host = packed.cpu().numpy()
-        labels, target_boxes = on_host[pairs : pairs + T], on_host[pairs + T :].reshape(T, 4)
-        raise_value_problems(labels, target_boxes, targets, K)
-        table = on_host[:pairs].reshape(L, T, num_groups, GQ // num_groups)
-        _replace_non_finite(table)
-        return _assign(table, targets.counts)
+        table = cost.view(L, T, G, -1)
+        lowest, cheapest = table.min(dim=-1)
+        unique = torch.count_nonzero(table == lowest[..., None], dim=-1)  # 0 if lowest is NaN
+        values = cheapest, unique, targets.labels, targets.boxes
+        for part, value in zip(parts[1:], values, strict=True):
+            part.copy_(value.flatten())
+        costs, nearest, minima, labels, boxes_on_host = _to_host(packed, sizes)
+        raise_value_problems(labels, boxes_on_host.reshape(T, 4), targets, K)
+        shape = (L, T, G)
+        return _assign(
+            costs.reshape(*shape, -1),
+            nearest.reshape(shape).astype(np.int64),
+            minima.reshape(shape) != 1,
+            targets.counts,
+        )
 
     def _class_and_box_cost(
         self, logits: Tensor, boxes: Tensor, targets: FlatTargets, rows: slice
@@ -164,41 +173,57 @@ class HungarianMatcher(nn.Module):
         return cost
 
 
-def _replace_non_finite(table: np.ndarray) -> None:
-    """Replace non-finite costs of a layer by a value above all its finite ones, in place."""
-    for layer in table:
-        finite = np.isfinite(layer)
-        if not finite.all():
-            known = layer[finite]
-            layer[~finite] = known.max() + np.abs(known).max() + 1 if len(known) else 1.0
+def _to_host(packed: Tensor, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Parts of a flat tensor on the host, in one transfer through page-locked memory."""
+    on_host = packed.to("cpu", non_blocking=True)
+    if packed.is_cuda:
+        torch.cuda.current_stream(packed.device).synchronize()
+    return np.split(on_host.numpy(), np.cumsum(sizes[:-1]))
 
 
-def _assign(table: np.ndarray, counts: Sequence[int]) -> list[list[Match]]:
+def _assign(
+    table: np.ndarray, cheapest: np.ndarray, unsure: np.ndarray, counts: Sequence[int]
+) -> list[list[Match]]:
     """The cheapest matches of every layer and image, from costs (L, T, G, Q).
 
-    If the cheapest queries of all targets of an image differ, and none of them has an equally cheap
-    alternative, they are the only optimum. Only the groups of which this is not true are solved.
+    `cheapest` (L, T, G) is the cheapest query of every target, `unsure` marks those that have
+    another equally cheap one or a cost that is not a number. If the cheapest queries of all targets
+    of an image differ and none is unsure, they are the only optimum. Only the groups of which this
+    is not true are solved.
     """
-    L, _, G, Q = table.shape
-    first_query = np.arange(G)[:, None] * Q
-    cheapest = table.argmin(axis=-1)  # (L, T, G)
-    lowest = np.take_along_axis(table, cheapest[..., None], axis=-1)
-    tied = np.count_nonzero(table == lowest, axis=-1) > 1
+    L, T, G, Q = table.shape
+    B = len(counts)
+    start = np.cumsum([0, *counts])
+    image = np.repeat(np.arange(B), counts)
+    layer_and_image = np.arange(L)[:, None] * B + image  # (L, T)
+    problem = layer_and_image[..., None] * G + np.arange(G)  # (L, T, G), one per image and group
+    keys = (problem * Q + cheapest).ravel()
+    order = keys.argsort(kind="stable")  # by layer, image, group, query
+    keys = keys[order]
+    shared = keys[1:][keys[1:] == keys[:-1]] // Q
+    query = keys % (G * Q)
+    target = (order // G) % T - start[image[(order // G) % T]]
+    for index in np.unique(np.concatenate([shared, problem[unsure]])).tolist():
+        layer, b, group = index // G // B, index // G % B, index % G
+        row, column = linear_sum_assignment(_finite(table, layer, start[b : b + 2], group))
+        by_query = column.argsort()
+        first = (layer * T + start[b]) * G + group * counts[b]
+        own = slice(first, first + len(row))
+        query[own], target[own] = column[by_query] + group * Q, row[by_query]
     matches: list[list[Match]] = [[] for _ in range(L)]
-    start = 0
-    for count in counts:
-        rows = slice(start, start + count)
-        start += count
-        best = cheapest[:, rows].transpose(0, 2, 1)  # (L, G, n)
-        target = best.argsort(axis=-1)
-        query = np.take_along_axis(best, target, axis=-1)
-        conflict = (query[..., 1:] == query[..., :-1]).any(axis=-1) | tied[:, rows].any(axis=1)
-        query, target = query[..., :Q], target[..., :Q]  # with n > Q all groups have a conflict
-        for layer, group in np.argwhere(conflict):
-            row, column = linear_sum_assignment(table[layer, rows, group])
-            order = column.argsort()
-            query[layer, group], target[layer, group] = column[order], row[order]
-        query = (query + first_query).reshape(L, -1)
-        for own, q, t in zip(matches, query, target.reshape(L, -1), strict=True):
-            own.append((q, t))
+    for layer, b in np.ndindex(L, B):
+        own = slice((layer * T + start[b]) * G, (layer * T + start[b + 1]) * G)
+        # With more targets than queries, the last ones of every group are not matched.
+        q, t = (values[own].reshape(G, counts[b])[:, :Q].ravel() for values in (query, target))
+        matches[layer].append((q, t))
     return matches
+
+
+def _finite(table: np.ndarray, layer: int, rows: np.ndarray, group: int) -> np.ndarray:
+    """The costs (n, Q) of a group; those that are not finite are above all others of the layer."""
+    costs: np.ndarray = table[layer, rows[0] : rows[1], group]
+    finite = np.isfinite(costs)
+    if finite.all():
+        return costs
+    known = table[layer][np.isfinite(table[layer])]
+    return np.where(finite, costs, known.max() + np.abs(known).max() + 1 if len(known) else 1.0)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -36,8 +37,8 @@ def cast_together(dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
 def call_with_cast_weights(module: nn.Module, *args: Any) -> Any:
     """module(*args); under autocast, its weights are converted together instead of one by one.
 
-    LayerNorms keep theirs, and so do the heads of query selection, which are stacked, and
-    parameters of the module itself.
+    The heads of query selection, which are stacked, keep theirs, and so do parameters of the module
+    itself.
     """
     device = next(module.parameters()).device
     if not (own_gradients() and torch.is_autocast_enabled(device.type)):
@@ -45,12 +46,19 @@ def call_with_cast_weights(module: nn.Module, *args: Any) -> Any:
     weights = {
         f"{prefix}.{name}".lstrip("."): parameter
         for prefix, part in module.named_modules()
-        if prefix.split(".")[0] not in _STACKED and not isinstance(part, nn.LayerNorm)
+        if prefix.split(".")[0] not in _STACKED
         if prefix or isinstance(module, nn.Linear)
         for name, parameter in part.named_parameters(recurse=False)
     }
     cast = cast_together(torch.get_autocast_dtype(device.type), *weights.values())
     return torch.func.functional_call(module, dict(zip(weights, cast, strict=True)), args)
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """norm(x) in the number format of x (..., C); autocast alone would convert to float32."""
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def stack_together(dtype: torch.dtype, stacks: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:

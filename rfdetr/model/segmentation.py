@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfdetr.config import ModelConfig
+from rfdetr.model.precision import layer_norm
 from rfdetr.model.types import SparseMasks
 
 
@@ -21,7 +22,7 @@ class PixelBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to (B, C, h, w)."""
-        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # (B, h, w, C)
+        y = layer_norm(self.dwconv(x).permute(0, 2, 3, 1), self.norm)  # (B, h, w, C)
         return x + F.gelu(self.pwconv1(y)).permute(0, 3, 1, 2)
 
 
@@ -35,7 +36,7 @@ class QueryBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        y: Tensor = self.norm_in(x)
+        y = layer_norm(x, self.norm_in)
         for layer in self.layers:
             y = layer(y)
         return x + y

@@ -175,5 +175,6 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One LayerNorm per group: x (G, R, C), weight and bias (G, C)."""
-    x = F.layer_norm(x, (int(x.shape[-1]),), eps=1e-5)
-    return torch.addcmul(bias[:, None].to(x.dtype), x, weight[:, None])
+    with torch.autocast(x.device.type, enabled=False):  # it would convert to float32
+        x = F.layer_norm(x, (int(x.shape[-1]),), eps=1e-5)
+    return torch.addcmul(bias[:, None].to(x.dtype), x, weight[:, None].to(x.dtype))

@@ -114,7 +114,7 @@ def test_gradients_of_several_batches_add_up() -> None:
             network.zero_grad()
         for shift in range(3):
             loss_of(network, images().to(DEVICE) + shift).backward()
-        loss_of(network, images(2, 128).to(DEVICE)).backward()  # eager, at a new size
+        loss_of(network, images(2, 128).to(DEVICE)).backward()  # at a new size
     assert_same(graphed, eager)
     for network in (eager, graphed):
         network.zero_grad(set_to_none=False)
@@ -147,7 +147,7 @@ def test_a_forward_pass_without_a_backward_pass_is_forgotten() -> None:
 def test_a_second_backward_pass_is_refused() -> None:
     _, graphed = pair()
     for _ in range(2):
-        loss = loss_of(graphed, images().to(DEVICE))
+        loss = loss_of(graphed, images().to(DEVICE))  # the last one is alive during the recording
         loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"one backward pass.*accelerate"):
         loss.backward()
@@ -180,7 +180,6 @@ def test_weights_that_change_are_seen() -> None:
         lambda n: n.class_embed.requires_grad_(False),
         lambda n: n.register_parameter("query", torch.nn.Parameter(torch.zeros(1, device=DEVICE))),
         lambda n: setattr(n.class_embed, "weight", torch.nn.Parameter(n.class_embed.weight + 1)),
-        lambda n: n.set_drop_path([0.0, 0.1, 0.1, 0.1]),
     ],
 )
 def test_a_changed_network_is_recorded_again(change: Callable[[RFDETRNetwork], Any]) -> None:
@@ -189,6 +188,15 @@ def test_a_changed_network_is_recorded_again(change: Callable[[RFDETRNetwork], A
     assert [replays(graphed, batch) for _ in range(3)] == [False, True, True]
     change(graphed)
     assert [replays(graphed, batch) for _ in range(3)] == [False, True, True]
+
+
+def test_drop_path_is_recorded_apart() -> None:
+    _, graphed = pair()
+    batch = images().to(DEVICE)
+    assert [replays(graphed, batch) for _ in range(2)] == [False, True]
+    graphed.set_drop_path([0.0, 0.1, 0.1, 0.1])
+    assert replays(graphed, batch)
+    assert graphed.graphs.count == 2
 
 
 def test_an_annealed_drop_path_keeps_the_recording() -> None:
@@ -204,20 +212,41 @@ def test_an_annealed_drop_path_keeps_the_recording() -> None:
     assert torch.equal(outputs[4], outputs[5])
 
 
-def test_hooks_short_batches_and_checkpointing_are_eager_with_a_reason() -> None:
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_short_batch_fills_the_recorded_one(masks: bool) -> None:
+    eager, graphed = pair(masks=masks)
+    batch = images(4).to(DEVICE)
+    for network in (eager, graphed):
+        for _ in range(2):
+            loss_of(network, batch, count=4, masks=masks).backward()
+        network.zero_grad()
+        for part in (batch[:3], batch, batch[1:2]):
+            loss_of(network, part, count=len(part), masks=masks).backward()
+    assert_same(graphed, eager)
+    assert graphed.graphs.count == 1
+    assert replays(graphed, batch[:1])
+
+
+def test_more_sizes_than_fit_train_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rfdetr.model.cuda_graphs._MOST_GRAPHS", 2)
+    _, graphed = pair()
+    found = [replays(graphed, images(1, side).to(DEVICE)) for side in (96, 96, 128, 160, 96)]
+    assert found == [False, True, True, False, False]
+    assert graphed.graphs.count == 0
+    assert "more than 2 input sizes" in graphed.graphs.messages[-1]
+
+
+def test_hooks_and_checkpointing_are_eager_with_a_reason() -> None:
     _, graphed = pair()
     batch = images(3).to(DEVICE)
     assert [replays(graphed, batch) for _ in range(2)] == [False, True]
-    assert [replays(graphed, batch[:2]) for _ in range(3)] == [False] * 3
     seen: list[int] = []
     handle = graphed.class_embed.register_forward_hook(lambda *_: seen.append(1))
     assert not replays(graphed, batch)
     assert seen
     handle.remove()
     assert replays(graphed, batch)
-    text = " ".join(graphed.graphs.messages)
-    assert "the last batch of an epoch is smaller" in text
-    assert "hooks" in text
+    assert "hooks" in graphed.graphs.messages[-1]
     _, checkpointing = pair(gradient_checkpointing=True)
     assert [replays(checkpointing, batch) for _ in range(3)] == [False] * 3
     assert "gradient_checkpointing" in checkpointing.graphs.messages[0]
