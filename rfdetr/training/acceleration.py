@@ -26,13 +26,14 @@ Mode = Literal["auto", "off", "graphs", "compile"]
 _VARIANTS = 32
 
 
-def accelerate(network: RFDETRNetwork, model: ModelConfig, train: TrainConfig) -> Mode:
+def accelerate(network: nn.Module, model: ModelConfig, train: TrainConfig) -> Mode:
     """Prepare `network` as `accelerate` says, or compile it if the model asks for that.
 
     Returns what applies. Nothing is compiled or recorded before the network runs.
     """
     mode: Mode = "compile" if model.compile else train.accelerate
-    network.graphs.use = "never" if mode in ("off", "compile") else "always"
+    if isinstance(network, RFDETRNetwork):
+        network.graphs.use = "never" if mode in ("off", "compile") else "always"
     if mode == "compile":
         compile_regions(network)
     return mode
@@ -96,14 +97,15 @@ class Acceleration(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Free the memory of the recordings."""
         _log_messages(pl_module.model)
-        pl_module.model.graphs.clear()
+        if isinstance(pl_module.model, RFDETRNetwork):
+            pl_module.model.graphs.clear()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.on_fit_end(trainer, pl_module)
 
 
-def _log_messages(network: RFDETRNetwork) -> None:
-    messages = network.graphs.messages
+def _log_messages(network: nn.Module) -> None:
+    messages = network.graphs.messages if isinstance(network, RFDETRNetwork) else []
     while messages:
         rank_zero_info(messages.pop(0))
 

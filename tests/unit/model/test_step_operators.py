@@ -36,7 +36,7 @@ def test_a_training_step_reads_once_from_the_device() -> None:
     given = targets((2, 1))
     with HostTransfers() as transfers:
         weighted(criterion(model(images()), given), criterion.weight_dict).backward()
-    assert transfers.to_host == ["cpu"]
+    assert len(transfers.to_host) == 1
     assert transfers.to_device == 2
 
 

@@ -67,4 +67,4 @@ def test_callbacks_are_completed_once_and_in_order(shapes: Path, tmp_path: Path)
         assert names[:2] == ["RFDETREMACallback", "ProcessSettings"]
         assert names[-1] == "ResumeCallback"
         assert [c for c in run.trainer.callbacks if c in given] == given
-        assert len(names) == len(given) + 2
+        assert len(names) == len(given) + 3
