@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rfdetr.model.feedforward import feed_forward_gradients, feed_forward_rows
-from rfdetr.model.precision import cast_together, compute_dtype
+from rfdetr.model.precision import cast_together, column_sums, compute_dtype
 
 if TYPE_CHECKING:
     from rfdetr.model.encoder_block import EncoderBlock
@@ -66,7 +66,7 @@ class _NormLinear(torch.autograd.Function):
             dx, dgain, dshift = _norm_gradients(grad @ weight, x, norm, train=train)
             if not train:
                 return dx, None, None, None, None, None
-            return dx, None, dgain, dshift, grad.t() @ n, grad.sum(dim=0)
+            return dx, None, dgain, dshift, grad.t() @ n, column_sums(grad)
 
 
 class _FinishBlock(torch.autograd.Function):
@@ -107,7 +107,7 @@ class _FinishBlock(torch.autograd.Function):
             if not train:
                 return dx, dheads, *[None] * 13
             dwp, dbp, dgamma1 = _scaled_gradients(
-                branch.t() @ heads, branch.sum(dim=0), wp, bp, gamma1
+                branch.t() @ heads, column_sums(branch), wp, bp, gamma1
             )
             assert dw2 is not None and db2 is not None
             dw2, db2, dgamma2 = _scaled_gradients(dw2, db2, w2, b2, gamma2)

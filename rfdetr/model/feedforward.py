@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rfdetr.model.precision import cast_together, compute_dtype, own_gradients
+from rfdetr.model.precision import cast_together, column_sums, compute_dtype, own_gradients
 
 Activation = Literal["relu", "gelu"]
 _CPU_ROWS = 1024  # rows of the hidden layer that fit into the cache between two products
@@ -111,9 +111,9 @@ def feed_forward_gradients(
             torch.ops.aten.gelu_backward.grad_input(dh, h, grad_input=dh)
         if weights:
             dw1 = _add_product(dw1, dh, x[rows])
-            db1 = dh.sum(dim=0) if db1 is None else db1.add_(dh.sum(dim=0))
+            db1 = column_sums(dh) if db1 is None else db1.add_(column_sums(dh))
         torch.mm(dh, w1, out=dx[rows])
-    return dx, dw1, db1, dw2, grad.sum(dim=0) if weights else None
+    return dx, dw1, db1, dw2, column_sums(grad) if weights else None
 
 
 def _add_product(total: Tensor | None, grad: Tensor, x: Tensor) -> Tensor:

@@ -61,6 +61,11 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
+def column_sums(x: Tensor) -> Tensor:
+    """Sums over the rows of x (R, D); on a GPU a matrix product takes half of the time of `sum`."""
+    return (x.new_ones(1, len(x)) @ x)[0] if x.is_cuda else x.sum(dim=0)
+
+
 def stack_together(dtype: torch.dtype, stacks: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
     """Every sequence of equally shaped weights, stacked on a new first axis, in `dtype`."""
     counts = tuple(len(stack) for stack in stacks)
