@@ -62,7 +62,7 @@ MODEL_FIELDS: Missing = {
     "num_keypoints_per_class": _KEYPOINT_MODEL,
     "num_decoder_registers": ((0,), "Decoder registers are not offered."),
     "postprocess_trace_alpha": _KEYPOINT_MODEL,
-    "cuda_graphs": ((False,), "Call optimize_for_inference() for a faster predict."),
+    "cuda_graphs": ((False, True), "CUDA graphs are the default: see TrainConfig.accelerate."),
     "model_name": ((), ""),
 }
 TRAIN_FIELDS: Missing = {
