@@ -258,7 +258,9 @@ class _Structure:
 
     def has_hooks(self) -> bool:
         """Whether a replay would skip hooks."""
-        return any(self._hooks)
+        weights = cast(list[Any], self._weights)
+        own = (w._backward_hooks or w._post_accumulate_grad_hooks for w in weights)
+        return any(self._hooks) or any(own)
 
 
 class _Shared:

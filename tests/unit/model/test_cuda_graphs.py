@@ -246,6 +246,9 @@ def test_hooks_and_checkpointing_are_eager_with_a_reason() -> None:
     assert seen
     handle.remove()
     assert replays(graphed, batch)
+    handle = graphed.class_embed.weight.register_hook(lambda _: None)
+    assert not replays(graphed, batch)
+    handle.remove()
     assert "hooks" in graphed.graphs.messages[-1]
     _, checkpointing = pair(gradient_checkpointing=True)
     assert [replays(checkpointing, batch) for _ in range(3)] == [False] * 3
