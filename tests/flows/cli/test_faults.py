@@ -114,7 +114,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Environ], list[str], int, str]] = {
         "model.json was edited",
     ),
     "edited record": (content("reports/verdict.json", b"{}"), ["retrain"], 1, "verdict.json was"),
-    "empty pointer": (content("data/demo.dvc", b"outs: []"), ["plan"], 1, "names no hash"),
+    "empty pointer": (content("data/demo.dvc", b"outs: []"), ["register"], 1, "names no hash"),
     "no git": (without(".git"), ["plan"], 0, "up to date"),
     "no models": (without("models"), ["register"], 1, "missing"),
     "deleted artifacts": (without("mlartifacts"), PREDICT, 1, "files are missing"),
