@@ -55,10 +55,11 @@ def detect(
     draw: bool,
 ) -> dict[str, Any]:
     """Run `rfdetr-pipeline predict` as a child process; a retry resumes after the last batch."""
-    command = ["flows.cli.main", "predict", source, "--out", out, "--json"]
-    command += [] if threshold is None else ["--threshold", str(threshold)]
-    command += ["--model", model] if model else []
+    command = ["flows.cli.main", "predict", f"--out={out}", "--json"]
+    command += [] if threshold is None else [f"--threshold={threshold}"]
+    command += [f"--model={model}"] if model else []
     command += [] if draw else ["--no-draw"]
+    command += ["--", source]  # a name may start with a hyphen
     lines: list[str] = []
     log = log_line()
 

@@ -56,8 +56,8 @@ def drift_check(
 def compare_images(project: Project, sources: list[str], params: DriftParams) -> DriftCheck:
     """Run the check as a child process."""
     limit = project.params.runtime.stage_timeout_s
-    options = ("--params", params.model_dump_json())
-    run_module(project, "drift check", "flows.inference.drift", *sources, *options, timeout=limit)
+    options = ("--params", params.model_dump_json(), "--")  # a name may start with a hyphen
+    run_module(project, "drift check", "flows.inference.drift", *options, *sources, timeout=limit)
     return read_record(project.root / drift.REPORT, DriftCheck)
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from prefect import flow
 
+from flows.config.sections import Name
 from flows.orchestration.prefect_log import readable_prefect_log
 from flows.project.project import Project
 from flows.release import steps
 
 
 @flow(name="rollback")
-def rollback(reason: str, name: str | None = None, to: int | None = None) -> dict[str, Any]:
+def rollback(reason: str, name: Name | None = None, to: int | None = None) -> dict[str, Any]:
     """Restore the previous champion, or version `to`, and record the reason."""
     readable_prefect_log()
     record = steps.roll_back(Project(Path.cwd()), reason=reason, name=name, to=to)

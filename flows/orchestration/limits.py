@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.core.locks import locked
+from flows.core.names import local_names
 from flows.orchestration.temporary_server import is_temporary, server_address
 from flows.project.project import Project
 from rfdetr.errors import RFDETRError
@@ -39,7 +40,7 @@ def slot(name: str, occupy: int, state_dir: Path) -> Iterator[None]:
     restarting server must not end a training. Raises SlotError if the server does not answer.
     """
     if is_temporary(server_address()):
-        with locked(state_dir / "slots" / name, wait=True):
+        with locked(state_dir / "slots" / local_names({name: name})[name], wait=True):
             yield
         return
     from prefect.concurrency.sync import concurrency

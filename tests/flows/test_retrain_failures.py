@@ -132,7 +132,7 @@ for state in (
     retrain(RetrainParams(ref="v1"), return_state=True),
     rollback("a reason", to=9, return_state=True),
     drift_check("nowhere", return_state=True),
-    batch_predict("nowhere", "found", return_state=True),
+    batch_predict("--nowhere", "found", return_state=True),
 ):
     print(state.type.value)
 """
