@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.core.child_report import report_failure, report_start
+from flows.core.garbage import exit_quickly
 from flows.core.process import die_with_parent
 from flows.core.redact import redact
 from flows.core.stopping import exit_on_sigterm
@@ -201,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     die_with_parent()
     exit_on_sigterm()
+    exit_quickly()
     report_start()
     try:
         params = DriftParams.model_validate_json(options.params)
