@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from prefect.exceptions import ParameterTypeError
 
 from flows.orchestration.limits import slot
 from flows.rollback import rollback
@@ -22,5 +23,5 @@ def test_the_name_of_a_slot_never_leads_out_of_its_folder(
 
 def test_a_rollback_refuses_a_name_that_no_model_can_have() -> None:
     assert rollback.validate_parameters({"reason": "x", "name": "a.b"})["name"] == "a.b"
-    with pytest.raises(ValueError, match="name"):
+    with pytest.raises(ParameterTypeError, match="name"):
         rollback.validate_parameters({"reason": "x", "name": "x' OR '1"})
