@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -33,6 +34,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         to_disk(temporary)
         temporary.replace(target)
+    except OSError as error:
+        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or (error.filename == str(temporary) and error.filename2 is None):
+            error.filename = str(target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

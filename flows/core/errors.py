@@ -7,6 +7,7 @@ of this project, and says so.
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
 import traceback
 from collections.abc import Iterator
@@ -88,6 +89,11 @@ def _of_library(error: BaseException, message: str) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name} is missing. Run `make setup`, then start again."
     package = type(error).__module__.partition(".")[0]
+    if os.strerror(errno.ENOSPC) in message:  # a library put the system's words into its own
+        return (
+            f"no space left on the device ({message.splitlines()[-1].strip()}). Free some space, "
+            "or set TMPDIR or RFDETR_STATE_DIR to another folder; then start again."
+        )
     if package in LIBRARIES:
         return f"{LIBRARIES[package]}: {message or type(error).__name__}"
     return None

@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from flows.cli.main import main
 from flows.core.errors import REPORT, explain
@@ -277,6 +278,7 @@ def test_errors_of_the_machine_name_the_file_and_the_way(tmp_path: Path) -> None
         (PermissionError(13, "Permission denied", "/a/b"), "/a/b: Permission denied. Give this"),
         (OSError(30, "Read-only file system", "/a"), "/a: Read-only file system. Give this user"),
         (FileExistsError(17, "File exists", "/a"), "/a: File exists. Check that path"),
+        (MlflowException("failed:\n[Errno 28] No space left on device: '/x'"), "set TMPDIR or"),
         (MemoryError(), "not enough memory (RAM). Set a smaller fit.batch_size"),
         (ModuleNotFoundError("No module named 'x'", name="x"), "x is missing. Run `make setup`"),
         (ConnectionRefusedError("refused"), "the connection to a server failed: refused"),
