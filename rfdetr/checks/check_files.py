@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,7 @@ from rfdetr.data.decode import (
     UNREAD_SUFFIXES,
     is_deep,
 )
-from rfdetr.data.folders import list_files, missing_hints
+from rfdetr.data.folders import fold, list_files, missing_hints, spelling
 from rfdetr.data.layouts import ANNOTATIONS, YAML_NAMES
 from rfdetr.data.yolo import label_path
 
@@ -73,7 +72,7 @@ def find_files(table: SplitTable, collector: Collector) -> SplitFiles:
     present, hidden = list_files(table.images_dir)
     _report_hidden(table, [table.images_dir / name for name in hidden], collector)
     listed = frozenset((*present, *hidden))
-    folded = {_fold(name): name for name in reversed(present)}
+    folded = {fold(name): name for name in reversed(present)}
     paths, used = [], set()
     for row, name in enumerate(table.file_names):
         problem = _name_problem(name)
@@ -86,8 +85,8 @@ def find_files(table: SplitTable, collector: Collector) -> SplitFiles:
             paths.append(None)
             continue
         clean = str(PurePosixPath(name))
-        if clean not in listed and _fold(clean) in folded:
-            clean = _report_spelling(table, row, folded[_fold(clean)], collector)
+        if clean not in listed and fold(clean) in folded:
+            clean = _report_spelling(table, row, folded[fold(clean)], collector)
         used.add(clean)
         paths.append(str(table.images_dir / clean))
     _report_names(table, collector)
@@ -97,10 +96,6 @@ def find_files(table: SplitTable, collector: Collector) -> SplitFiles:
             if name not in used:
                 _report_stray(table, table.images_dir / name, collector)
     return SplitFiles(table, paths, [None] * len(paths))
-
-
-def _fold(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _name_problem(name: str) -> str | None:
@@ -126,7 +121,8 @@ def _report_spelling(table: SplitTable, row: int, actual: str, collector: Collec
     name = table.file_names[row]
     details = {**table.image_details(row), "actual": actual}
     place = {**table.image_place(row), "details": details}
-    collector.add("file-case", f"'{name}' is '{actual}' on disk", **place)
+    text = f"'{name}' is '{actual}' on disk, which differs {spelling(name, actual)}"
+    collector.add("file-case", text, **place)
     return actual
 
 
@@ -214,6 +210,9 @@ def check_files(files: SplitFiles, collector: Collector) -> None:
         facts = found.facts
         if facts.status != "ok":
             text = facts.detail or files.table.file_names[row]
+            suffix = Path(path).suffix.lower()
+            if facts.status == "unreadable" and suffix in UNREAD_SUFFIXES:
+                text = f"the format {suffix} is not read; {CONVERT.format(suffix)}"
             if row in hints:
                 text += f" ({hints[row]})"
             collector.add(STATUS_CODES[facts.status], text, **place)
@@ -223,8 +222,6 @@ def check_files(files: SplitFiles, collector: Collector) -> None:
 
 def _missing_hints(files: SplitFiles) -> dict[int, str]:
     """What may be meant by the names of missing files, by row."""
-    if files.table.label_files is not None:
-        return {}
     rows = [
         row
         for row, found in enumerate(files.facts)

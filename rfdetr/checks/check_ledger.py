@@ -55,6 +55,7 @@ def split_ledger(files: SplitFiles, first: SplitTable) -> tuple[SplitLedger, Int
             labels,
             accounts,
             table.image_rows,
+            root=table.folder,
             refused=table.rejected,
             broken=broken,
         )

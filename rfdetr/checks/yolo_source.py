@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from rfdetr.checks.codes import Severity
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.polygons import ring_extents
 from rfdetr.checks.table import CategoryRow, PolygonExtents, SplitTable
@@ -23,6 +24,7 @@ from rfdetr.errors import DatasetError
 
 ANY_CLASS = 1 << 31  # number of classes when data.yaml has no usable names
 MAX_DEPTH = 100
+MANY_MISSING = 0.3  # share of the images without a label file
 
 
 def read_yolo_layout(root: Path, yaml_file: Path, collector: Collector) -> Layout:
@@ -129,7 +131,9 @@ def read_yolo_split(layout: Layout, split: SplitPaths, collector: Collector) -> 
             )
     table = _table(layout, split, (files, paths), rows, owners)
     table.rejected = rejected
+    table.readable = bool(layout.names)
     _report_shared_labels(table, collector)
+    _report_missing_labels(table, paths, owners, collector)
     _report_rotated_boxes(table, collector)
     return table
 
@@ -216,6 +220,29 @@ def _report_rotated_boxes(table: SplitTable, collector: Collector) -> None:
         if len(numbers) == len(table.boxes) and (numbers == 8).all():
             text = f"all {len(numbers):,} labels of {table.name} have four corners"
             collector.add("label-rotated", text, split=table.name, file=table.source)
+
+
+def _report_missing_labels(
+    table: SplitTable, labels: Sequence[Path], owners: Sequence[int], collector: Collector
+) -> None:
+    """Report images without a label file, which training takes as background.
+
+    They are suspicious if they are many, or if background elsewhere has an empty label file.
+    """
+    exists = [label.is_file() for label in labels]
+    missing = [number for number, found in enumerate(exists) if not found]
+    if not missing or len(missing) == len(labels):  # none at all: there is nothing to train
+        return
+    filled = set(owners)
+    empty = any(found and number not in filled for number, found in enumerate(exists))
+    text = (
+        f"{len(missing)} of {len(labels)} images of {table.name} have no label file, so they are "
+        f"trained as background, such as {table.file_names[missing[0]]}"
+    )
+    text += "; other images have an empty one" if empty else ""
+    suspicious = empty or len(missing) > MANY_MISSING * len(labels)
+    severity: Severity = "warning" if suspicious else "info"
+    collector.add("label-missing", text, severity=severity, split=table.name, file=table.source)
 
 
 def _report_shared_labels(table: SplitTable, collector: Collector) -> None:

@@ -59,6 +59,7 @@ def class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, .
     """The `names` list, or the values of a `names` mapping with the keys 0..N-1."""
     names = content.get("names")
     if isinstance(names, dict):
+        names = {_as_number(key): name for key, name in names.items()}
         keys = list(range(len(names)))
         if (
             any(isinstance(k, bool) or not isinstance(k, int) for k in names)
@@ -70,16 +71,23 @@ def class_names(content: Mapping[str, Any], problems: list[str]) -> tuple[str, .
             return ()
         names = [names[key] for key in keys]
     if not isinstance(names, list) or not names:
-        problems.append(f"names: must be a list of class names, found {names!r}.")
+        found = f"found {names!r}" if "names" in content else "the key is missing"
+        problems.append(f"names: must be a list of class names, {found}.")
         return ()
     if any(isinstance(n, dict | list) or n is None or not str(n).strip() for n in names):
         problems.append(f"names: must contain only strings that are not empty, found {names!r}.")
     count = content.get("nc")
-    if count is not None and count != len(names):
+    if count is not None and _as_number(count) != len(names):
         problems.append(
             f"nc: is {count!r} but names: has {len(names)} entries; correct one of them."
         )
     return tuple(str(name) for name in names)
+
+
+def _as_number(value: Any) -> Any:
+    """An integer that is written as text, or the value itself."""
+    written = isinstance(value, str) and value.isascii() and value.isdigit()
+    return int(value) if written and len(value) < 10 else value
 
 
 def keypoint_values(content: Mapping[str, Any], problems: list[str]) -> int:

@@ -62,22 +62,43 @@ OTHER_CONTENT: tuple[tuple[int, bytes, str], ...] = (
     (4, b"ftyphei", "HEIC, which is not read; convert it: `magick mogrify -format jpg *.heic`"),
     (4, b"ftyphev", "HEIC, which is not read; convert it: `magick mogrify -format jpg *.heic`"),
     (4, b"ftypmif1", "HEIF, which is not read; convert it: `magick mogrify -format jpg *.heif`"),
+    (4, b"ftypavi", "a damaged AVIF image"),
+    (4, b"ftyp", "a video; extract its frames"),
+    (8, b"AVI ", "a video; extract its frames"),
     (0, b"version https://git-lfs", "a pointer of Git LFS; run `git lfs pull`"),
+    (0, b"outs:", "a DVC file; run `dvc pull`"),
+    (0, b"\x1f\x8b", "a gzip archive; unpack it"),
+    (0, b"PK\3\4", "a ZIP archive; unpack it"),
+    (0, b"\0\5\x16\7", "metadata of macOS; remove the file, whose name may start with ._"),
+    (0, b"\0\0\1\0", "an icon, which is not read; convert it to PNG"),
+    (0, b"\x93NUMPY", "a NumPy array; save it as PNG or TIFF"),
+    (128, b"DICM", "a DICOM image, which is not read; convert it to PNG"),
     (0, b"8BPS", "a Photoshop file; export it as PNG"),
     (0, b"\xff\x0a", "JPEG XL, which is not read; convert it to PNG or JPEG"),
     (0, b"\0\0\0\x0cJXL", "JPEG XL, which is not read; convert it to PNG or JPEG"),
     (0, b"%PDF", "a PDF document; export its pages as PNG"),
-    (0, b"<svg", "an SVG drawing; export it as PNG"),
-    (0, b"<!DOCTYPE", "a web page, not an image (a failed download?)"),
-    (0, b"<html", "a web page, not an image (a failed download?)"),
-    (0, b"<?xml", "an XML document, not an image"),
 )
+OTHER_TEXT: tuple[tuple[bytes, str], ...] = (
+    (b"<svg", "an SVG drawing; export it as PNG"),
+    (b"<!doctype html", "a web page, not an image (a failed download?)"),
+    (b"<html", "a web page, not an image (a failed download?)"),
+    (b"<?xml", "an XML document, not an image (a failed download?)"),
+    (b"{", "JSON text, not an image (a failed download?)"),
+)
+HEADS = (JPEG_START, b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 
 
 def describe_content(data: bytes) -> str:
     """What a file is that no image format accepts."""
-    names = (text for at, magic, text in OTHER_CONTENT if data.startswith(magic, at))
-    return next(names, "no known image format")
+    found = [text for at, magic, text in OTHER_CONTENT if data.startswith(magic, at)]
+    start = data[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    found += [text for magic, text in OTHER_TEXT if start.startswith(magic)]
+    if not data.strip(b"\0"):
+        found.append("nothing but zero bytes: it was not copied completely")
+    starts = [place for head in HEADS if (place := data.find(head, 0, 256)) > 0]
+    if starts:
+        found.append(f"an image behind {min(starts)} other bytes: it was damaged when copied")
+    return found[0] if found else "no known image format"
 
 
 class ImageTooLargeError(ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,42 +44,77 @@ def _walk(folder: Path, prefix: str, parents: tuple[str, ...]) -> Iterator[tuple
     except OSError:
         return
     for entry in entries:
-        if entry.is_dir():
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # a link to itself
+            continue
+        if is_folder:
             place = os.path.realpath(entry.path)
             if place not in parents:
                 yield from _walk(folder, f"{prefix}{entry.name}/", (*parents, place))
-        elif entry.is_file():
+        elif is_file:
             yield prefix, entry.name
+
+
+def fold(name: str) -> str:
+    """A name as file systems compare it that ignore case and Unicode composition."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def spelling(name: str, actual: str) -> str:
+    """How two names differ that `fold` to the same text."""
+    if name.casefold() == actual.casefold():
+        return "in upper and lower case"
+    return "in the Unicode form of a letter: composed (NFC) or decomposed (NFD)"
+
+
+class _Present:
+    """Files below a folder by path, by name, by name without suffix, and by folded path."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self.paths = set(files)
+        self.names: dict[str, list[str]] = defaultdict(list)
+        self.stems: dict[str, list[str]] = defaultdict(list)
+        self.folded = {fold(file): file for file in reversed(files)}
+        for file in files:
+            name = file.rsplit("/", 1)[-1]
+            self.names[name].append(file)
+            self.stems[os.path.splitext(name)[0]].append(file)  # noqa: PTH122
 
 
 def missing_hints(folder: Path, names: Sequence[str]) -> list[str]:
     """For each name of a missing file below `folder`: what may be meant; empty if unknown."""
     if not names:
         return []
-    present = list_files(folder).visible
-    places: dict[str, list[str]] = defaultdict(list)
-    for file in present:
-        places[file.rsplit("/", 1)[-1]].append(file)
-    known = set(present)
-    return [
-        _hint(name, known, places, nearest=number < NEAREST) for number, name in enumerate(names)
-    ]
+    present = _Present(list_files(folder).visible)
+    return [_hint(name, present, nearest=number < NEAREST) for number, name in enumerate(names)]
 
 
-def _hint(name: str, known: set[str], places: dict[str, list[str]], *, nearest: bool) -> str:
+def _hint(name: str, present: _Present, *, nearest: bool) -> str:
     slashed = name.replace("\\", "/")
     decoded = unquote(slashed)
-    base = decoded.rsplit("/", 1)[-1]
+    plain = os.path.normpath(decoded.strip())
     causes = ["it has backslashes, write forward slashes"] if slashed != name else []
     causes += ["it is URL-encoded"] if decoded != slashed else []
+    causes += ["it has spaces around it"] if decoded.strip() != decoded else []
     cause = f"{' and '.join(causes)}; " if causes else ""
-    if decoded in known:
-        return f"{cause}{decoded} exists"
-    if len(places.get(base, ())) == 1:
-        return f"{cause}{places[base][0]} exists: the folder in the name is wrong"
-    if len(places.get(base, ())) > 1:
-        return f"{cause}{len(places[base])} other folders have a file of that name"
-    close = difflib.get_close_matches(base, places, n=1, cutoff=0.8) if nearest else []
-    if close:
-        return f"{cause}the nearest name is {places[close[0]][0]}"
-    return cause.rstrip("; ")
+    if plain in present.paths:
+        return f"{cause}{plain} exists"
+    actual = present.folded.get(fold(plain))
+    if actual is not None:
+        return f"{cause}{actual} exists: it differs {spelling(plain, actual)}"
+    found = _elsewhere(plain.rsplit("/", 1)[-1], present, nearest=nearest)
+    return f"{cause}{found}" if found else cause.rstrip("; ")
+
+
+def _elsewhere(base: str, present: _Present, *, nearest: bool) -> str:
+    """A file of this name or of a similar one in any folder."""
+    same, stems = present.names.get(base, []), present.stems.get(base, [])
+    if len(same) == 1:
+        return f"{same[0]} exists: the folder in the name is wrong"
+    if same:
+        return f"{len(same)} other folders have a file of that name"
+    if len(stems) == 1:
+        return f"{stems[0]} exists: the name has no suffix"
+    close = difflib.get_close_matches(base, present.names, n=1, cutoff=0.8) if nearest else []
+    return f"the nearest name is {present.names[close[0]][0]}" if close else ""

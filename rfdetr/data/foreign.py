@@ -12,8 +12,11 @@ import msgspec
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import iterparse
 
+from rfdetr.data.data_yaml import read_data_yaml
 from rfdetr.data.folders import list_files
+from rfdetr.errors import DatasetError
 
+EXPORT = "_annotations.coco.json"
 SAMPLES = 20  # files of one kind that are opened to recognise a format
 # The keys of a JSON object by which a format is recognised.
 JSON_KEYS = {
@@ -46,6 +49,9 @@ ADVICE = {
 def foreign_hint(root: Path) -> str:
     """A sentence about the format of the annotations in a folder, with the next step."""
     names = list_files(root).visible
+    other_place = _yolo_hint(root, names)
+    if other_place:
+        return other_place
     command = f"`rfdetr-pipeline import {shlex.quote(str(root))} --to data/mine`"
     json_kinds = [json_kind(root / name) for name in _sample(names, ".json")]
     tags = [root_tag(root / name) for name in _sample(names, ".xml")]
@@ -57,6 +63,24 @@ def foreign_hint(root: Path) -> str:
     if kind:
         return f"This looks like {ADVICE[kind]}."
     return f"An export in another format (Pascal VOC, CVAT, labelme ...) is converted by {command}."
+
+
+def _yolo_hint(root: Path, names: Sequence[str]) -> str:
+    """Where the dataset or its data.yaml may be, if only the place or the name is wrong."""
+    for name in _sample(names, ".yaml") + _sample(names, ".yml"):
+        try:
+            content = read_data_yaml(root / name)
+        except DatasetError:
+            continue
+        folder = (root / name).parent
+        if "names" in content and folder == root:
+            return f"{name} looks like the file of a YOLO dataset; rename it to data.yaml."
+        if "names" in content and "train" in content:
+            return f"The dataset seems to be {folder}, which has {name.rsplit('/', 1)[-1]}."
+    nested = next((name for name in names if name.endswith(f"/train/{EXPORT}")), None)
+    if nested:
+        return f"The dataset seems to be {root / nested.removesuffix(f'/train/{EXPORT}')}."
+    return ""
 
 
 def _sample(names: Sequence[str], suffix: str) -> list[str]:

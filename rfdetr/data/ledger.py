@@ -48,12 +48,14 @@ NOTES = frozenset({"classes.txt", "labels.txt"})
 class SplitLedger:
     """Number of files and of annotation rows per account; accounts without any are left out.
 
-    `images` is the number of images that the split lists, missing ones included.
+    `images` is the number of images that the split lists, missing ones included. `hint` says where
+    annotations may be if there are none.
     """
 
     files: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     images: int = 0
+    hint: str = field(default="", compare=False)
 
     @property
     def objects(self) -> int:
@@ -70,7 +72,8 @@ class SplitLedger:
 
     def without_objects(self) -> str:
         """Why there is nothing to train, as a clause."""
-        return f"no object to train (annotations: {_text(self.rows)})"
+        hint = f"; {self.hint}" if self.hint else ""
+        return f"no object to train (annotations: {_text(self.rows)}{hint})"
 
 
 def is_lost(account: str) -> bool:

@@ -14,10 +14,17 @@ import numpy.typing as npt
 
 from rfdetr.arrays import Integers
 from rfdetr.data.decode import CONVERT, IMAGE_SUFFIXES, UNREAD_SUFFIXES
-from rfdetr.data.folders import list_files
-from rfdetr.data.index import AnnotationIndex, PackedStrings, PolygonOutlines, raise_problems
+from rfdetr.data.folders import list_files, missing_hints
+from rfdetr.data.index import (
+    SHOWN,
+    AnnotationIndex,
+    PackedStrings,
+    PolygonOutlines,
+    raise_problems,
+)
 from rfdetr.data.layouts import Layout, SplitPaths
 from rfdetr.data.ledger import (
+    LABELS,
     TRAINED,
     SplitLedger,
     count_files,
@@ -51,8 +58,7 @@ class YoloSplits:
                 f"{places}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) for {name!r}."
                 f"{_unread_images(split)}"
             )
-        listed = [file for file in files if not file.is_file()]
-        raise_problems(root, [f"image {f} does not exist" for f in listed], "Fix the list files.")
+        raise_problems(root, _missing_images(root, files), "Fix the list files.")
         rows: list[LabelRow] = []
         first = [0]
         problems: list[str] = []
@@ -71,7 +77,7 @@ class YoloSplits:
         owners = np.repeat(np.arange(len(files)), np.diff(first))
         boxes = np.array([row.box for row in rows], np.float64).reshape(-1, 4)
         accounts = label_accounts(boxes, owners)
-        ledger = yolo_ledger(split, files, paths, accounts, owners)
+        ledger = yolo_ledger(split, files, paths, accounts, owners, root=root)
         kept = np.flatnonzero(accounts == TRAINED)
         starts = np.searchsorted(owners[kept], np.arange(len(files) + 1))
         return self._arrays(files, [rows[i] for i in kept], starts, ledger)
@@ -105,6 +111,16 @@ class YoloSplits:
         )
 
 
+def _missing_images(root: Path, files: Sequence[Path]) -> list[str]:
+    missing = [file for file in files if not file.is_file()]
+    shown = [os.path.relpath(file, root) for file in missing[:SHOWN]]
+    hints = missing_hints(root, shown) + [""] * len(missing[SHOWN:])
+    return [
+        f"image {file} does not exist" + (f" ({hint})" if hint else "")
+        for file, hint in zip(missing, hints, strict=True)
+    ]
+
+
 def label_accounts(boxes: npt.NDArray[np.float64], owners: Integers) -> Integers:
     """The account of each label line; `boxes` (n, 4) are x0, y0, x1, y1 in fractions."""
     none = np.zeros(len(boxes), bool)
@@ -118,13 +134,14 @@ def yolo_ledger(
     accounts: Integers,
     owners: Integers,
     *,
+    root: Path,
     refused: int = 0,
     broken: Collection[int] = (),
 ) -> SplitLedger:
     """The ledger of a split from the accounts of its label lines and their images `owners`.
 
-    `refused` is the number of invalid lines, `broken` are the images that cannot be decoded. A
-    label file that two images share is counted once.
+    `root` is the dataset folder, `refused` the number of invalid lines, `broken` are the images
+    that cannot be decoded. A label file that two images share is counted once.
     """
     with_objects = np.zeros(len(files), bool)
     with_objects[owners[accounts == TRAINED]] = True
@@ -136,7 +153,32 @@ def yolo_ledger(
         dict.fromkeys(folders), files, with_objects, broken=broken, labels=labels
     )
     rows = count_rows(accounts[counted[owners]], refused=refused, lost=_count_lines(lost))
-    return SplitLedger(counts, rows, len(files))
+    hint = "" if LABELS in counts else _missing_labels(root, files, labels)
+    return SplitLedger(counts, rows, len(files), hint)
+
+
+def _missing_labels(root: Path, images: Sequence[Path], labels: Sequence[Path]) -> str:
+    """Where the first label file is expected, and where files of these names are instead."""
+    if not labels:
+        return ""
+    stems = {label.stem for label in labels}
+    folders = {image.parent for image in images}
+    found = [
+        file
+        for name in list_files(root).visible
+        if name.lower().endswith(".txt") and (file := root / name).name.split(".")[0] in stems
+    ]
+    found = [file for file in found if not _belongs_elsewhere(file, folders)]
+    if found:
+        return f"{labels[0]} does not exist, but {len(found)} such file(s): {found[0]}"
+    return f"no label file exists; the first is expected to be {labels[0]}"
+
+
+def _belongs_elsewhere(label: Path, folders: Collection[Path]) -> bool:
+    """Whether a label file is where the images of another split have theirs."""
+    parts = ["images" if part == "labels" else part for part in label.parent.parts]
+    place = Path(*parts)
+    return place not in folders and place != label.parent and place.is_dir()
 
 
 def _count_lines(paths: Iterable[str]) -> int:

@@ -125,6 +125,12 @@ def _dangling(case: Case, split: str, number: int) -> None:
     path.symlink_to(case.root / "nowhere.png")
 
 
+def _self_link(case: Case, split: str, number: int) -> None:
+    path = case.image(split, number)
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.name)
+
+
 def _loop(case: Case, split: str, _number: int) -> None:
     link = case.folder(split) / "loop"
     if not link.is_symlink():
@@ -224,6 +230,7 @@ IMAGE_DEFECTS: dict[str, Defect] = {
     "linked-file": _linked_file,
     "dangling": _dangling,
     "loop": _loop,
+    "self-link": _self_link,
     "directory": _directory,
     "no-images": _empty_split,
 }

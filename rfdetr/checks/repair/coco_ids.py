@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
-from rfdetr.checks.repair.file_names import fold
+from rfdetr.data.folders import fold
 
 Record = dict[str, Any]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -11,7 +10,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from rfdetr.data.decode import IMAGE_SUFFIXES, file_size
-from rfdetr.data.folders import list_files
+from rfdetr.data.folders import fold, list_files
 
 Size = tuple[int, int] | None  # width, height
 
@@ -84,11 +83,6 @@ class ImageFinder:
         if size is None:
             return []
         return [file for file in files if file_size(self._root / file) in (size, size[::-1])]
-
-
-def fold(name: str) -> str:
-    """A name as file systems compare it that ignore case and Unicode composition."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _forms(name: str) -> Iterator[str]:

@@ -15,10 +15,11 @@ import yaml
 
 from rfdetr.checks.box_format import FILLS, YOLO, BoxFormat, box_corners
 from rfdetr.checks.dataset_report import Finding
-from rfdetr.checks.repair.file_names import ImageFinder, Wanted, fold
+from rfdetr.checks.repair.file_names import ImageFinder, Wanted
 from rfdetr.checks.repair.tree import is_utf8, replace_text
 from rfdetr.data.data_yaml import parse_yaml
 from rfdetr.data.decode import file_size
+from rfdetr.data.folders import fold
 from rfdetr.data.layouts import YAML_KEYS, YAML_NAMES, Layout, yolo_splits
 from rfdetr.data.text import read_text, split_lines
 from rfdetr.data.yolo import image_files, label_path

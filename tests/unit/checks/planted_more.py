@@ -347,6 +347,13 @@ def label_not_text(root: Path) -> Expected:
 
 
 @yolo
+def label_file_missing(root: Path) -> Expected:
+    (root / "train" / "labels" / "image_0000.txt").unlink()
+    (root / "train" / "labels" / "image_0001.txt").write_text("")
+    return Expected("label-missing", {"split": "train", "severity": "warning"})
+
+
+@yolo
 def label_without_image(root: Path) -> Expected:
     (root / "train" / "labels" / "lost.txt").write_text("0 0.5 0.5 0.2 0.2\n")
     return Expected("label-unreferenced", {"file": "train/labels/lost.txt"})

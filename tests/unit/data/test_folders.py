@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,14 @@ def test_linked_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None:
         ("images/a_b.jpg", "the nearest name is images/a b.jpg"),
         ("C:\\data\\zzz.png", "backslashes, write forward slashes"),
         ("zzz.png", ""),
+        ("images/a b.jpg ", "spaces around it; images/a b.jpg exists"),
+        ("images/A B.JPG", "images/a b.jpg exists: it differs in upper and lower case"),
+        ("u\u0308ber.jpg", "it differs in the Unicode form of a letter"),
+        ("a b", "images/a b.jpg exists: the name has no suffix"),
     ],
 )
 def test_the_cause_of_a_missing_file(tmp_path: Path, name: str, hint: str) -> None:
-    touch(tmp_path / "images" / "a b.jpg")
+    touch(tmp_path / "images" / "a b.jpg", tmp_path / "\u00fcber.jpg")
     assert hint in missing_hints(tmp_path, [name])[0]
 
 
@@ -57,6 +62,26 @@ def test_training_names_the_cause_of_missing_images(tmp_path: Path) -> None:
     path.write_text(json.dumps(document))
     with pytest.raises(DatasetError, match=r"backslashes.*the folder in the name is wrong"):
         CocoSplits(detect_layout(root)).index("train")
+
+
+def test_training_names_the_cause_of_missing_listed_images(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path)
+    (root / "train.txt").write_text(".\\train\\images\\image_0000.png\n")
+    text = (root / "data.yaml").read_text().replace("train: train/images", "train: train.txt")
+    (root / "data.yaml").write_text(text)
+    with pytest.raises(DatasetError, match=r"backslashes.*train/images/image_0000.png exists"):
+        YoloSplits(detect_layout(root)).index("train")
+
+
+def test_where_label_files_are_expected_and_where_they_are(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path)
+    (root / "train" / "labels").rename(root / "train" / "Labels")
+    ledger = YoloSplits(detect_layout(root)).index("train").ledger
+    assert "labels/image_0000.txt does not exist, but 5 such file(s)" in ledger.without_objects()
+    assert str(root / "train" / "Labels" / "image_0000.txt") in ledger.without_objects()
+    shutil.rmtree(root / "train" / "Labels")
+    ledger = YoloSplits(detect_layout(root)).index("train").ledger
+    assert "no label file exists; the first is expected to be" in ledger.without_objects()
 
 
 def test_label_files_with_an_upper_case_suffix_and_beside_the_images(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from rfdetr.data.layouts import detect_layout
 from rfdetr.errors import DatasetError
-from tests.datasets import make_yolo
+from tests.datasets import make_roboflow, make_yolo
 
 TASK = {"data": {"image": "a.jpg"}, "annotations": []}
 FOLDERS = {
@@ -43,3 +43,15 @@ def test_a_format_that_is_not_imported_is_named_with_the_export(tmp_path: Path) 
 def test_the_yaml_file_of_a_fiftyone_export_is_read(tmp_path: Path) -> None:
     root = make_yolo(tmp_path, splits={"train": 2, "valid": 1}, yaml_name="dataset.yaml")
     assert detect_layout(root).kind == "yolo"
+
+
+def test_a_dataset_in_a_subfolder_or_under_another_name_is_named(tmp_path: Path) -> None:
+    make_yolo(tmp_path / "yolo" / "set", splits={"train": 2, "valid": 1})
+    with pytest.raises(DatasetError, match=r"dataset seems to be .*/yolo/set, which has data.yaml"):
+        detect_layout(tmp_path / "yolo")
+    make_roboflow(tmp_path / "coco" / "v1", splits={"train": 2, "valid": 1})
+    with pytest.raises(DatasetError, match=r"dataset seems to be .*/coco/v1\."):
+        detect_layout(tmp_path / "coco")
+    root = make_yolo(tmp_path / "named", splits={"train": 2}, yaml_name="coco128.yaml")
+    with pytest.raises(DatasetError, match=r"coco128.yaml looks like .* rename it to data.yaml"):
+        detect_layout(root)

@@ -306,3 +306,11 @@ def test_plain_coco_with_an_annotated_test_split(tmp_path: Path) -> None:
     layout = detect_layout(root, "coco")
     assert layout.splits["test"].annotations == root / "annotations/instances_test2017.json"
     assert layout.splits["test"].images == (root / "test2017",)
+
+
+@pytest.mark.parametrize(
+    "text", ["nc: '2'\nnames: [a, b]\n", "names: {'0': a, '1': b}\n", "names: {1: b, '0': a}\n"]
+)
+def test_numbers_of_data_yaml_may_be_text(tmp_path: Path, text: str) -> None:
+    root = make_yolo(tmp_path, yaml_text=text)
+    assert detect_layout(root).names == ("a", "b")
