@@ -67,12 +67,14 @@ def check_dataset(
             previous = DatasetReport.read(previous)
     collector = Collector(config)
     sources = read_sources(dataset_dir, dataset_file, collector, config, workers)
+    levels = model.grey_levels
     if config.check_images:
         splits = [find_files(table, collector) for table in sources.tables]
+        levels = levels or _train_levels(splits)
         _inspect(
             splits,
             cache_dir,
-            _levels(splits, model),
+            levels,
             max_pixels=config.max_pixels,
             workers=workers,
             progress=progress,
@@ -98,14 +100,15 @@ def check_dataset(
     report = _report(sources, splits, collector, model, previous, ledgers=ledgers)
     classes = training_table(sources.tables)
     report.samples = draw_samples(splits, accounts, classes, model.resolution)
+    report.samples.levels = levels
     return report
 
 
-def _levels(splits: Sequence[SplitFiles], model: ModelConfig) -> Levels | None:
+def _train_levels(splits: Sequence[SplitFiles]) -> Levels | None:
     """The grey levels that training would use."""
     first = next((split for split in splits if split.table.name == "train"), None)
-    if model.grey_levels is not None or first is None:
-        return model.grey_levels
+    if first is None:
+        return None
     return dataset_levels(path for path in first.paths if path is not None)
 
 

@@ -196,7 +196,6 @@ def _print_summary(report: DatasetReport) -> None:
     boxes = sum(numbers.boxes for numbers in report.statistics.values())
     console.print(
         f"{report.dataset}: {images:,} images, {boxes:,} boxes, {len(report.class_names)} classes; "
-        f"{report.errors} errors, {report.warnings} warnings, {report.infos} notes. "
-        f"{report.verdict}",
+        f"{report.totals}. {report.verdict}",
         markup=False,
     )

@@ -178,6 +178,12 @@ class DatasetReport(BaseModel):
         return self.severities.get("info", 0)
 
     @property
+    def totals(self) -> str:
+        """Number of findings of every severity as text."""
+        numbers = ("error", self.errors), ("warning", self.warnings), ("note", self.infos)
+        return ", ".join(f"{n:,} {name}{'' if n == 1 else 's'}" for name, n in numbers)
+
+    @property
     def ok(self) -> bool:
         """Whether training may start: there are no errors."""
         return self.errors == 0

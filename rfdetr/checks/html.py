@@ -70,8 +70,10 @@ def to_html(report: DatasetReport, dataset_dir: str | os.PathLike[str]) -> str:
         most_objects=OBJECTS,
         is_lost=is_lost,
         colour=colour,
-        samples={name: sample_pictures(images) for name, images in samples.images.items()},
-        objects=object_pictures(samples.objects),
+        samples={
+            name: sample_pictures(images, samples.levels) for name, images in samples.images.items()
+        },
+        objects=object_pictures(samples.objects, samples.levels),
         pictures=finding_pictures(report, dataset_dir),
         twins=twin_pictures(report, dataset_dir),
         heat_maps=heat_maps(report),

@@ -1,7 +1,7 @@
 """Pictures of the page: images and parts of images with their boxes and masks, as data URLs.
 
-Pixels are decoded as training decodes them: as stored, without EXIF rotation, deep grey levels
-scaled by the shared rule. Every picture has a limit in bytes, which bounds the size of the page.
+Pixels are decoded as in training: as stored, without EXIF rotation, deep grey levels scaled by the
+range of the dataset. Every picture has a limit in bytes, which bounds the size of the page.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from rfdetr.checks.check_files import STATUS_CODES
 from rfdetr.checks.dataset_report import DatasetReport, Finding
 from rfdetr.checks.samples import SampleImage, SampleObject
-from rfdetr.data.decode import ImageFile, Pixels
+from rfdetr.data.decode import ImageFile, Levels, Pixels
 from rfdetr.data.masks import Mask, rasterise
 from rfdetr.errors import DatasetError
 
@@ -80,11 +80,11 @@ def colour(label: int) -> str:
     return GREY if label < 0 else f"hsl({label * 137.508 % 360:.0f}, 90%, 52%)"
 
 
-def sample_pictures(images: Iterable[SampleImage]) -> list[Drawn]:
-    """Complete images with all of their objects."""
+def sample_pictures(images: Iterable[SampleImage], levels: Levels | None = None) -> list[Drawn]:
+    """Complete images with all of their objects; `levels` are the grey levels of the dataset."""
     drawn = []
     for image in images:
-        picture = _complete(image)
+        picture = _complete(image, levels)
         if picture is not None:
             trained = [o for o in image.objects if o.trained]
             counts = Counter((o.name, colour(o.label)) for o in trained)
@@ -94,7 +94,7 @@ def sample_pictures(images: Iterable[SampleImage]) -> list[Drawn]:
 
 
 def object_pictures(
-    objects: dict[str, list[SampleImage]],
+    objects: dict[str, list[SampleImage]], levels: Levels | None = None
 ) -> dict[str, list[tuple[SampleImage, Picture]]]:
     """The object of each image with some of its surroundings, per class.
 
@@ -106,7 +106,7 @@ def object_pictures(
             by_path.setdefault(image.path, []).append(image)
     pictures: dict[int, Picture] = {}
     for path, images in by_path.items():
-        opened = _open(path)
+        opened = _open(path, levels)
         if opened is None:
             continue
         file, pixels = opened
@@ -138,7 +138,7 @@ def finding_pictures(
             continue
         if finding.action == "info" or len(found.get(code, ())) == PER_CODE:
             continue
-        picture = _with_box(folder / name, finding.details.get("box"))
+        picture = _with_box(folder / name, finding.details.get("box"), report.samples.levels)
         if picture is not None:
             found.setdefault(code, []).append((finding, picture))
     return found
@@ -154,7 +154,7 @@ def twin_pictures(report: DatasetReport, dataset_dir: str | os.PathLike[str]) ->
         other = str(finding.details.get("other_file")), str(finding.details.get("other_split"))
         sides = []
         for file, split in ((str(finding.details.get("image")), finding.split or ""), other):
-            picture = _with_box(folder / file, None)
+            picture = _with_box(folder / file, None, report.samples.levels)
             if picture is not None:
                 sides.append((split, file, picture))
         if len(sides) == 2:
@@ -162,18 +162,20 @@ def twin_pictures(report: DatasetReport, dataset_dir: str | os.PathLike[str]) ->
     return drawn
 
 
-def _open(path: Path, side: int | None = None) -> tuple[ImageFile, Pixels] | None:
+def _open(
+    path: Path, levels: Levels | None, side: int | None = None
+) -> tuple[ImageFile, Pixels] | None:
     """The file and its pixels, with a `side` in reduced size; None if it cannot be decoded."""
     try:
-        file = ImageFile(path)
+        file = ImageFile(path, levels)
         smallest = (side, side) if side else (0, 0)
         return file, file.decode(*smallest)
     except Exception:  # noqa: BLE001 - decoders of hostile files raise anything
         return None
 
 
-def _complete(image: SampleImage) -> Picture | None:
-    opened = _open(image.path, IMAGE_SIDE)
+def _complete(image: SampleImage, levels: Levels | None) -> Picture | None:
+    opened = _open(image.path, levels, IMAGE_SIDE)
     if opened is None:
         return None
     file, pixels = opened
@@ -182,9 +184,9 @@ def _complete(image: SampleImage) -> Picture | None:
     return _draw(file, pixels, view, image.objects, IMAGE_BYTES, tags=True)
 
 
-def _with_box(path: Path, box: object) -> Picture | None:
+def _with_box(path: Path, box: object, levels: Levels | None) -> Picture | None:
     """An image with the box of a finding, which may lie beyond it."""
-    opened = _open(path, SMALL_SIDE)
+    opened = _open(path, levels, SMALL_SIDE)
     if opened is None:
         return None
     file, pixels = opened

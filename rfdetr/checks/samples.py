@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rfdetr.arrays import Integers
+from rfdetr.data.decode import Levels
 
 
 class SampleObject(NamedTuple):
@@ -51,7 +52,8 @@ class BoxMaps(NamedTuple):
 
 @dataclass
 class Samples:
-    """Random images per split, random objects per class (images with one object), maps per split.
+    """Random images per split, random objects per class (images with one object), maps per split,
+    and the grey levels of 16-bit and float images that become 0 and 255.
 
     Not part of the report's identity: any two compare equal, and JSON leaves them out.
     """
@@ -59,3 +61,4 @@ class Samples:
     images: dict[str, list[SampleImage]] = field(default_factory=dict, compare=False)
     objects: dict[str, list[SampleImage]] = field(default_factory=dict, compare=False)
     maps: dict[str, BoxMaps] = field(default_factory=dict, compare=False)
+    levels: Levels | None = field(default=None, compare=False)

@@ -18,7 +18,7 @@ from rfdetr.data.categories import CategoryTable
 from rfdetr.data.ledger import TRAINED
 
 IMAGES = 12  # per split
-OBJECTS = 320  # of all classes together
+OBJECTS = 160  # of all classes together
 OBJECTS_PER_CLASS = 8
 MAX_PIXELS = 100_000_000  # larger images are not drawn: decoding takes seconds and 300 MB
 SEED = 0

@@ -358,3 +358,16 @@ def test_an_image_that_cannot_be_read_any_more_is_left_out(tmp_path: Path) -> No
     text = to_html(report, tmp_path / "data")
     assert text.endswith("</html>\n") and "train: 1 random image<" in text
     assert text.count('alt="train/002.jpg') == 1 and "001.jpg:" not in text
+
+
+def test_deep_images_are_drawn_with_the_levels_of_the_dataset(tmp_path: Path) -> None:
+    """A dim 16-bit image stays dim on the page, as in training."""
+    root = make_roboflow(tmp_path / "data", splits={"train": 4, "valid": 2}, suffix="png")
+    for number, file in enumerate(sorted(root.rglob("*.png"))):
+        grey = np.asarray(Image.open(file).convert("L")).astype(np.uint16)
+        Image.fromarray(grey * (200 if number % 2 else 10)).save(file)
+    report = check(root)
+    assert report.samples.levels is not None and report.severities["warning"] == 0
+    drawn = sample_pictures(report.samples.images["train"], report.samples.levels)
+    means = [pixels(item.picture).mean() for item in drawn]
+    assert max(means[::2]) < 0.3 * min(means[1::2])
