@@ -211,7 +211,7 @@ def test_samples_are_few_random_and_the_same_in_every_run(tmp_path: Path) -> Non
     }
     files = [int(image.file[-8:-4]) for image in first.images["train"]]
     assert files == sorted(set(files)) and files[-1] > 150
-    assert max(map(len, first.objects.values())) == 4
+    assert max(map(len, first.objects.values())) == 2
     for name, found in first.objects.items():
         assert len({image.file for image in found}) == len(found)
         assert {image.objects[0].name for image in found} == {name}
@@ -345,7 +345,7 @@ def test_ten_thousand_findings_and_eighty_classes_fit_in_five_megabytes(tmp_path
     assert sum(report.counts.values()) > 10_000
     text = to_html(report, tmp_path / "data")
     assert 1_500_000 < len(text.encode()) <= LIMIT
-    assert text.count("data:image/jpeg") > 300  # the limit leaves out no class
+    assert text.count("data:image/jpeg") > 200  # the limit leaves out no class
     assert "more; the JSON report lists" in text
     assert len(to_markdown(report).encode()) < 40_000
 
@@ -367,7 +367,8 @@ def test_deep_images_are_drawn_with_the_levels_of_the_dataset(tmp_path: Path) ->
         grey = np.asarray(Image.open(file).convert("L")).astype(np.uint16)
         Image.fromarray(grey * (200 if number % 2 else 10)).save(file)
     report = check(root)
-    assert report.samples.levels is not None and report.severities["warning"] == 0
+    assert report.samples.levels is not None
+    assert {finding.severity for finding in report.of("image-mode")} == {"info"}
     drawn = sample_pictures(report.samples.images["train"], report.samples.levels)
     means = [pixels(item.picture).mean() for item in drawn]
     assert max(means[::2]) < 0.3 * min(means[1::2])
