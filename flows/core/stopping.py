@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import psutil
@@ -23,6 +24,7 @@ TERMINATE_SECONDS = 600.0  # from SIGTERM or SIGHUP: `runtime.grace_s` ends the 
 SAME_SECONDS = 0.5  # a wrapper such as `make` or `uv run` may pass on the Ctrl-C of the terminal
 
 _received: list[int] = []
+_handler: Callable[[int, FrameType | None], None] | None = None  # of a command
 _reached: EpochProgress | None = None
 
 
@@ -48,6 +50,7 @@ def stop_on_signals() -> None:
 
     A signal that the process was started to ignore (`nohup`, a background job) stays ignored.
     """
+    global _handler  # noqa: PLW0603 - signals belong to the process
     started = 0.0
 
     def end(status: int) -> None:
@@ -76,6 +79,16 @@ def stop_on_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
+    _handler = handler
+
+
+def reclaim_sigterm() -> None:
+    """Handle SIGTERM again as `stop_on_signals` said; Prefect takes it over during a flow run.
+
+    Its handler reports every step of the crash, where one sentence is enough.
+    """
+    if _handler is not None and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, _handler)
 
 
 def note_progress(line: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from flows.core.errors import REPORT, explain
-from flows.core.stopping import stopping
+from flows.core.stopping import reclaim_sigterm, stopping
 
 LOGGERS = ("root", "prefect", "prefect.flow_runs", "prefect.task_runs")
 
@@ -23,12 +23,14 @@ class _Readable(logging.Filter):
 
 
 def readable_prefect_log() -> None:
-    """Apply the filter to the handlers that Prefect installed; repeating the call is harmless.
+    """Apply the filter to the handlers that Prefect installed, and take SIGTERM back from it.
 
-    Every flow calls it first, because a worker starts the flow without our command line.
+    Every flow calls it first, because a worker starts the flow without our command line. Repeating
+    the call is harmless.
     """
     import prefect.main  # noqa: F401 - installs the handlers
 
+    reclaim_sigterm()
     for name in LOGGERS:
         for handler in logging.getLogger(None if name == "root" else name).handlers:
             if not any(isinstance(found, _Readable) for found in handler.filters):

@@ -42,17 +42,22 @@ def statuses(root: Path) -> list[str]:
         return [status for (status,) in database.execute("select status from runs")]
 
 
+def require_one_sentence(text: str) -> None:
+    """Nothing but lines of progress, and how far the training came."""
+    lines = text.replace("^C", "").split("\n")
+    told = [line for line in lines if line.strip() and " left" not in line]
+    assert len(told) == 1, told
+    assert told[0].startswith("stopped after epoch ")
+    assert told[0].endswith(" of 500; run the same command to resume")
+
+
 def test_ctrl_c_is_one_sentence_within_ten_seconds(project: Path) -> None:
     command = retrain(project)
     printed, started = len(command.text), time.monotonic()
     command.press_interrupt()
     assert command.end() == 130
     assert time.monotonic() - started < 10
-    lines = command.text[printed:].replace("^C", "").split("\n")
-    told = [line for line in lines if line.strip() and " left" not in line]
-    assert len(told) == 1
-    assert told[0].startswith("stopped after epoch ")
-    assert told[0].endswith(" of 500; run the same command to resume")
+    require_one_sentence(command.text[printed:])
     assert command.left() == []
     assert statuses(project) == ["KILLED"]
 
@@ -73,11 +78,11 @@ def test_a_second_ctrl_c_ends_at_once(project: Path) -> None:
 @pytest.mark.parametrize("group", [False, True])
 def test_sigterm_leaves_nothing(project: Path, group: bool) -> None:
     command = retrain(project)
+    printed = len(command.text)
     (os.killpg if group else os.kill)(command.pid, signal.SIGTERM)
     assert command.end() == 143
     assert command.left() == []
-    assert "Traceback" not in command.text
-    assert "run the same command to resume" in command.text
+    require_one_sentence(command.text[printed:])
     assert statuses(project) == ["KILLED"]
 
 
