@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import numpy as np
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -113,7 +114,7 @@ def take(page: Page, target: Path) -> None:
         _browse(page, f"--screenshot={shot}")
         with Image.open(shot) as image:
             kept = image.convert("RGB").crop(page.crop)
-    if max(high - low for low, high in kept.getextrema()) < CONTRAST:
+    if np.ptp(np.asarray(kept), axis=(0, 1)).max() < CONTRAST:
         raise StackError(f"{page.url} is an empty picture")
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as temporary:

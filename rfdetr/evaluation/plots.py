@@ -112,8 +112,9 @@ def draw_class_precision(precision: Mapping[str, float], file: Path) -> None:
     title = "Average precision (IoU 0.50 to 0.95) of each class"
     if len(lowest) < len(precision):
         title += f": the lowest {TICKS} of {len(precision)}"
-    figure, axes = _axes(8, 1.5 + 0.25 * len(lowest), title=title, xlim=(0, 1))
+    figure, axes = _axes(8, 1.5 + 0.25 * len(lowest), title=title)
     figure.set_layout_engine("tight")
+    axes.set_xlim(0, 1)
     bars = axes.barh(range(len(lowest)), [value for _, value in lowest])
     axes.bar_label(bars, fmt="%.3f", padding=3)
     axes.set_yticks(range(len(lowest)), [_shown(name) for name, _ in lowest])
