@@ -359,6 +359,16 @@ class Registry:
         if version.run_id:
             self.client.log_text(version.run_id, text, path)
 
+    def read_text(self, version: Version, path: str) -> str | None:
+        """The text of an artifact of the version's run; None if it has no such file."""
+        run_id, folder = self.active_run(version), path.rpartition("/")[0]
+        if run_id is None:
+            return None
+        if path not in {file.path for file in self.client.list_artifacts(run_id, folder)}:
+            return None
+        with tempfile.TemporaryDirectory() as place:
+            return Path(self.client.download_artifacts(run_id, path, place)).read_text("utf-8")
+
 
 @contextlib.contextmanager
 def global_tracking_uri(uri: str) -> Iterator[None]:

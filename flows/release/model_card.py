@@ -7,9 +7,10 @@ the verdict of the gate, and the audit record of the promotion.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from flows.gate import report
 from flows.gate.report import Section
@@ -20,7 +21,39 @@ from rfdetr.monitoring.image_profile import ImageProfile
 FEW_BOXES = 50
 
 
-def render(
+class Card(NamedTuple):
+    """A card without its last section, which says whether and why the version was promoted.
+
+    `judged` is that section for a version that was not promoted.
+    """
+
+    heading: str
+    intro: str
+    sections: list[Section]
+    judged: Section
+
+    def files(self, promotion: AuditRecord | None = None) -> dict[str, str]:
+        """The card as {"card.md": ..., "card.html": ...}."""
+        found = [*self.sections, self.judged if promotion is None else _promotion(promotion)]
+        return {
+            "card.md": report.to_markdown(self.heading, self.intro, found),
+            "card.html": report.to_html(self.heading, self.intro, found),
+        }
+
+    def to_json(self) -> str:
+        """The card as it is stored, to be completed by a later promotion."""
+        return _STORED.dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Card:
+        """The inverse of `to_json`. Raises ValueError for any other text."""
+        return _STORED.validate_json(text)
+
+
+_STORED = TypeAdapter(Card)
+
+
+def make_card(
     name: str,
     number: int,
     card: Mapping[str, Any],
@@ -28,9 +61,8 @@ def render(
     *,
     validation: Mapping[str, Any] | None = None,
     profile: ImageProfile | None = None,
-    promotion: AuditRecord | None = None,
-) -> dict[str, str]:
-    """The card as {"card.md": ..., "card.html": ...}, from the records of the version."""
+) -> Card:
+    """The card of a version, from its records."""
     found = [
         _purpose(card),
         *_data(card, validation),
@@ -38,17 +70,14 @@ def render(
         *_profile(profile),
         _limits(card, verdict.challenger),
         _lineage(card, verdict),
-        _promotion(verdict, promotion),
     ]
-    heading = f"{name} version {number}"
     intro = (
         f"RF-DETR {card['variant']} for {len(card['class_names'])} classes, trained on "
         f"{card['dataset']['name']} and measured on {verdict.challenger.images} images."
     )
-    return {
-        "card.md": report.to_markdown(heading, intro, found),
-        "card.html": report.to_html(heading, intro, found),
-    }
+    rows = [["Gate", f"{verdict.outcome}: {verdict.reason}"]]
+    judged = Section("Promotion", "This version is not champion.", ("", "Result"), rows)
+    return Card(f"{name} version {number}", intro, found, judged)
 
 
 def _purpose(card: Mapping[str, Any]) -> Section:
@@ -134,10 +163,7 @@ def _lineage(card: Mapping[str, Any], verdict: Verdict) -> Section:
     return Section("Lineage", "", ("", "Result"), rows)
 
 
-def _promotion(verdict: Verdict, promotion: AuditRecord | None) -> Section:
-    if promotion is None:
-        rows = [["Gate", f"{verdict.outcome}: {verdict.reason}"]]
-        return Section("Promotion", "This version is not champion.", ("", "Result"), rows)
+def _promotion(promotion: AuditRecord) -> Section:
     rows = [
         ["Action", promotion.action + (" (gate overruled)" if promotion.forced else "")],
         ["By", promotion.by],

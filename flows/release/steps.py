@@ -30,6 +30,7 @@ from flows.project.project import Project
 from flows.registry.model_folder import ModelFiles
 from flows.registry.registry import Registry, Version, now
 from flows.release import champion
+from flows.release.card_files import complete_card, publish_card
 from flows.release.champion import AuditRecord
 from flows.release.description import description
 from flows.release.freshness import GATE_KEY, gate_key, pinned_version, registry_of
@@ -172,42 +173,29 @@ def judge(project: Project, number: int) -> Verdict:
     write_text_atomic(project.verdict, verdict.model_dump_json(indent=2))
     write_report(challenger, project.evaluation, title=params.dataset.name, verdict=verdict)
     add_comparison(registry, number, verdict, project.evaluation)
-    publish_card(project, registry, number, verdict)
+    _new_card(project, registry, number, verdict)
     return verdict
 
 
-def publish_card(
-    project: Project,
-    registry: Registry,
-    number: int,
-    verdict: Verdict,
-    promotion: AuditRecord | None = None,
-) -> None:
-    """Write the model card to reports/ and to the run of the version; repeated after a promotion.
-
-    The card describes the model of this project, so another version keeps the card it has.
-    """
-    from flows.release.model_card import render
+def _new_card(project: Project, registry: Registry, number: int, verdict: Verdict) -> None:
+    """Write the model card to reports/ and to the run of the version."""
+    from flows.release.model_card import make_card
     from rfdetr.monitoring.image_profile import ImageProfile
 
     card, version = project.read_card(), registry.version(number)
     if version.weights_sha256 != card["weights_sha256"]:
         return
     weights, digest = project.trained / card["weights"], card["dataset"]["digest"]
-    profile = ImageProfile.load(_profile(project, weights, digest))
     validation = project.validation.with_suffix(".json")
-    files = render(
+    made = make_card(
         registry.name,
         number,
         card,
         verdict,
         validation=read_json(validation) if validation.is_file() else None,
-        profile=profile,
-        promotion=promotion,
+        profile=ImageProfile.load(_profile(project, weights, digest)),
     )
-    for name, text in files.items():
-        write_text_atomic(project.reports / name, text)
-        registry.log_text(version, text, f"card/version-{number}/{name}")
+    publish_card(project, registry, number, made)
 
 
 def other_origin(project: Project, name: str, champion: Version) -> str | None:
@@ -261,9 +249,7 @@ def promote_winner(project: Project, number: int, verdict: Verdict) -> AuditReco
             by=champion.actor(project.env.actor),
             expected_champion=verdict.champion_version,
         )
-    if record is not None:
-        publish_card(project, registry_of(project), number, verdict, record)
-    return record and _announce(project, record)
+    return record and _announce(project, registry_of(project), record)
 
 
 def promote_by_hand(
@@ -274,16 +260,17 @@ def promote_by_hand(
     Unless `force` is set, raises RegistryError if the gate has not judged the version or refused
     it, and ChampionChangedError if it was compared with another champion.
     """
+    registry = registry_of(project)
     with registry_slot(project):
         record = champion.promote(
-            registry_of(project),
+            registry,
             number,
             reason=reason,
             by=champion.actor(project.env.actor),
             expected_champion="judged",
             force=force,
         )
-    return record and _announce(project, record)
+    return record and _announce(project, registry, record)
 
 
 def roll_back(
@@ -295,11 +282,12 @@ def roll_back(
         record = champion.rollback(
             registry, reason=reason, by=champion.actor(project.env.actor), to=to
         )
-    return _announce(project, record)
+    return _announce(project, registry, record)
 
 
-def _announce(project: Project, record: AuditRecord) -> AuditRecord:
-    """Send a notification about a change of the champion."""
+def _announce(project: Project, registry: Registry, record: AuditRecord) -> AuditRecord:
+    """Complete the model card after a change of the champion, and send a notification."""
+    complete_card(project, registry, record)
     subject, text = "champion changed", f"version {record.version}: {record.reason}"
     if record.action == "rollback":
         subject = "champion rolled back"

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import html
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from flows.config.environment import Environment
 from flows.gate.decide import decide
 from flows.gate.verdict import ClassScore, GatePolicy, Scores
+from flows.project.project import Project
+from flows.registry.registry import Registry
+from flows.release import steps
+from flows.release.card_files import publish_card
 from flows.release.champion import AuditRecord
-from flows.release.model_card import render
+from flows.release.model_card import Card, make_card
 from rfdetr.evaluation.error_types import TYPES, ErrorTypes
 from rfdetr.monitoring.image_profile import ImageProfile
+from rfdetr.tracking.client import experiment_id
+from tests.flows.projects import write_params
 
 CARD: dict[str, Any] = {
     "variant": "nano",
@@ -78,9 +87,12 @@ def _profile() -> ImageProfile:
     )
 
 
-def _card(**changes: Any) -> dict[str, str]:
+def _card(promotion: AuditRecord | None = None, **changes: Any) -> dict[str, str]:
     verdict = decide(None, _scores(), GatePolicy(min_images=1), None)
-    return render("trees", 4, CARD, verdict, **changes)
+    made = make_card("trees", 4, CARD, verdict, **changes)
+    stored = Card.from_json(made.to_json())
+    assert stored.files(promotion) == made.files(promotion)
+    return stored.files(promotion)
 
 
 def _text(page: str) -> str:
@@ -109,6 +121,41 @@ def test_both_formats_contain_the_numbers_of_the_records() -> None:
             assert number in text, number
 
 
+def test_a_promotion_by_hand_completes_the_card_of_any_model(
+    tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    write_params(tmp_path)
+    project, registry = Project(tmp_path, env=Environment.read()), Registry("tiny", tracking_uri)
+    registry.client.create_registered_model(registry.name)
+    where = experiment_id(registry.client, "rfdetr/demo", registry.uri)
+    for _ in range(3):
+        run_id = str(registry.client.create_run(where).info.run_id)
+        registry.client.create_model_version(registry.name, "file:///x", run_id=run_id)
+    verdict = decide(None, _scores(), GatePolicy(min_images=1), None)
+    for number in (1, 2):  # the third was never judged
+        made = make_card("tiny", number, CARD, verdict)
+        publish_card(project, registry, number, made)
+
+    def stored(number: int, name: str) -> str:
+        return registry.read_text(registry.version(number), f"card/version-{number}/{name}") or ""
+
+    before = stored(2, "card.md")
+    assert "This version is not champion." in before
+    for number, why in ((1, "first"), (2, "sharper lens")):
+        steps.promote_by_hand(project, number, reason=why, force=True)
+    after = stored(2, "card.md")
+    assert after.split("## Promotion")[0] == before.split("## Promotion")[0]
+    assert "sharper lens" in after and "promote (gate overruled)" in after
+    assert "sharper lens" in stored(2, "card.html")
+    steps.roll_back(project, reason="blurred")
+    assert "rollback" in stored(1, "card.md") and "blurred" in stored(1, "card.md")
+    steps.promote_by_hand(project, 3, reason="try", force=True)
+    assert registry.aliases()["champion"] == 3
+    assert stored(3, "card.md") == ""
+    assert not (tmp_path / "reports" / "card.md").exists()  # not the model of this project
+
+
 def test_names_are_escaped_and_a_version_that_is_not_champion_says_so() -> None:
     files = _card()
     assert "<b>one</b>" not in files["card.html"]
@@ -120,7 +167,7 @@ def test_names_are_escaped_and_a_version_that_is_not_champion_says_so() -> None:
 def test_weak_spots_are_limits() -> None:
     few = _scores(per_class={}, suspected_labels=None)
     verdict = decide(None, few, GatePolicy(min_images=1), None)
-    text = render("trees", 4, CARD, verdict)["card.md"]
+    text = make_card("trees", 4, CARD, verdict).files()["card.md"]
     limits = text.split("## Limits")[1].split("##")[0]
     assert limits.count("not measured") == 3
     assert "probably wrong" not in limits
@@ -132,7 +179,7 @@ def test_types_of_errors_are_a_chart_against_the_champion() -> None:
         error_types=ErrorTypes(0.88, dict.fromkeys(TYPES, 9), dict.fromkeys(TYPES, 0.032)),
     )
     verdict = decide(old, _scores(), GatePolicy(min_images=1), 3)
-    page = render("trees", 4, CARD, verdict)["card.html"]
+    page = make_card("trees", 4, CARD, verdict).files()["card.html"]
     chart = page.split('<figure class="chart">')[1].split("</figure>")[0]
     assert "<i></i>model</span><span><i></i>champion" in chart
     bars = re.findall(r"--share:([\d.]+)%\"><i></i><span>([\d.]+)<", chart)
