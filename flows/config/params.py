@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import posixpath
 import re
@@ -31,15 +33,18 @@ from flows.config.sections import (
     SourceSettings,
     ValidateSettings,
 )
-from flows.core.files import read_yaml
+from flows.core.files import parse_yaml, read_yaml
 from rfdetr.config import StrictConfig
 from rfdetr.errors import ConfigError, InputError
 from rfdetr.evaluation.slice_rules import parse_rule
+from rfdetr.files import write_text_atomic
 
+LOGGER = logging.getLogger(__name__)
 PARAMS_FILE = "params.yaml"
 # Folders of the project that stages read as code or write.
 OWN_FOLDERS = {"models", "metrics", "reports", "plots", "flows", "rfdetr", "infra", ".dvc", ".git"}
 MAPPINGS = ("sources", "slices")  # sections whose keys the user chooses
+LATER = ("slices",)  # sections that params.yaml of an older project lacks; empty by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +85,30 @@ def load_params(path: str | os.PathLike[str] = PARAMS_FILE) -> Params:
     """Read and check params.yaml. Raises one ConfigError that lists every mistake of the file.
 
     Sections and fields that the dvc.yaml beside it uses must be present: DVC does not know the
-    defaults.
+    defaults. Those that an older project lacks are added to the file.
     """
     file = Path(path)
     graph = file.with_name("dvc.yaml")
-    needed = _needed_by(read_yaml(graph)) if graph.exists() else ()
-    return parse_params(read_yaml(file), origin=str(file), needed=needed)
+    needed = _needed_by(read_yaml(graph)) if graph.exists() else set()
+    data = read_yaml(file)
+    if isinstance(data, dict):
+        data = _with_empty_sections(file, data, needed)
+    return parse_params(data, origin=str(file), needed=needed)
+
+
+def _with_empty_sections(file: Path, data: dict[str, Any], needed: set[str]) -> dict[str, Any]:
+    """`data` with the empty sections that params.yaml of an older project lacks, also on disk."""
+    added: dict[str, Any] = {name: {} for name in LATER if name in needed and name not in data}
+    if not added:
+        return data
+    lines = "".join(f"\n{name}: {{}}\n" for name in added)
+    text = file.read_text(encoding="utf-8").rstrip("\n") + "\n" + lines
+    with contextlib.suppress(ConfigError, OSError):  # then the missing sections are reported
+        if parse_yaml(text, origin=str(file)) == data | added:
+            write_text_atomic(file, text)
+            LOGGER.warning("%s: added %s, which dvc.yaml reads", file, ", ".join(added))
+            return data | added
+    return data
 
 
 def parse_params(data: Any, *, origin: str = PARAMS_FILE, needed: Iterable[str] = ()) -> Params:

@@ -5,7 +5,7 @@ A report is a list of `Section`s; both formats show the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +72,7 @@ def sections(scores: Scores, verdict: Verdict | None = None) -> Iterator[Section
     if scores.slices:
         yield _slices(scores, verdict)
     if scores.operating_point is not None:
-        yield _operating_point(scores.operating_point)
+        yield _operating_point(scores.operating_point, scores.per_class)
     if scores.error_types is not None:
         yield _error_types(scores.error_types, champion.error_types if champion else None)
     if scores.suspected_labels:
@@ -139,7 +139,7 @@ def _slice_numbers(found: SliceScore) -> list[str]:
     return [number(value) for value in values]
 
 
-def _operating_point(point: AtPoint) -> Section:
+def _operating_point(point: AtPoint, tested: Collection[str]) -> Section:
     text = (
         f"Target {point.target}, chosen on {point.chosen_on}. Here: F1 {point.f1:.4f}, precision "
         f"{point.precision:.4f}, recall {point.recall:.4f}, {point.false_alarms:.4f} false alarms "
@@ -156,7 +156,7 @@ def _operating_point(point: AtPoint) -> Section:
             words[row.shared],
             words[row.reached],
             number(row.precision),
-            number(row.recall),
+            number(row.recall if name in tested else None),
         ]
         for name, row in point.classes.items()
     ]

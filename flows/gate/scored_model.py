@@ -20,6 +20,11 @@ from rfdetr.evaluation.plots import Sample
 from rfdetr.evaluation.slices import Slice
 from rfdetr.evaluation.suspects import find_suspects
 
+CHOSEN_HERE = (
+    "the thresholds were chosen on the images that they are reported on, so these numbers are "
+    "optimistic; a test split would tell"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoredModel:
@@ -29,7 +34,8 @@ class ScoredModel:
     warm-up; `size_mb` the file size in 10^6 bytes. `settings` is a key of everything that affects
     the numbers. `evidence` are the matches per image, `slices` the numbers of each slice, and
     `point` the operating point, chosen on the validation split, if one is asked for; `model_point`
-    is the same point for the model's own labels.
+    is the same point for the model's own labels. `chosen_here` is set if these are the images that
+    it was chosen on.
     """
 
     weights_sha256: str
@@ -47,6 +53,7 @@ class ScoredModel:
     slices: dict[str, Slice]
     point: OperatingPoint | None = None
     model_point: OperatingPoint | None = None
+    chosen_here: bool = False
 
     @property
     def part(self) -> TypeResult:
@@ -137,6 +144,7 @@ class ScoredModel:
         if self.point is None:
             return None
         there, chosen = point_numbers(self.evidence), self.point.classes
+        notes = [self.point.unreached(), CHOSEN_HERE if self.chosen_here else ""]
         return AtPoint(
             target=self.point.target,
             chosen_on=self.point.split,
@@ -145,7 +153,7 @@ class ScoredModel:
             recall=there.recall,
             false_alarms=there.false_alarms,
             detections=there.detections,
-            note=self.point.unreached(),
+            note="; ".join(filter(None, notes)),
             classes={
                 row.name: ClassAtPoint(
                     threshold=row.threshold,

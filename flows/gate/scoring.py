@@ -13,13 +13,14 @@ import numpy as np
 from flows.config.sections import DatasetSettings, EvaluateSettings
 from flows.core.quiet import quiet_libraries
 from flows.gate.scored_model import ScoredModel
-from flows.gate.slice_images import images_of
+from flows.gate.slice_images import images_of, scored_split
 from flows.gate.split_run import Collector, run_split
 from rfdetr.arrays import Bools
 from rfdetr.checkpoints.record import CheckpointRecord, read_checkpoint
 from rfdetr.checkpoints.structure import infer_config
 from rfdetr.config import TrainConfig, Workers
 from rfdetr.data.coco import dataset_categories
+from rfdetr.data.layouts import detect_layout
 from rfdetr.errors import ConfigError, DatasetError, InputError
 from rfdetr.evaluation import report
 from rfdetr.evaluation.box_table import BoxTable, EvaluationData, IouType
@@ -77,6 +78,7 @@ def score_model(
         slices=scorer.slices(slices, evidence, by_area),
         point=point,
         model_point=point and scorer.for_model(point),
+        chosen_here=point is not None and scorer.chosen_here,
     )
 
 
@@ -118,8 +120,9 @@ class _Scorer:
         configs = (self.datamodule, self.model_config, self.train_config)
         collector = run_split(*configs, self.settings, split, accelerator=self.accelerator)
         columns = collector.evaluator.state()
-        if not len(columns.truth):
-            raise DatasetError(f"The {split} split of {self.dataset_dir} has no boxes.")
+        if columns.truth.crowd.all():
+            only = "only crowd regions" if len(columns.truth) else "no boxes"
+            raise DatasetError(f"The {split} split of {self.dataset_dir} has {only}.")
         if not self.labels:
             self.names = self.datamodule.class_names or []
             self.labels = label_table(self.record, self.names)
@@ -160,11 +163,18 @@ class _Scorer:
         self, target: str, columns: EvaluationData, result: EvaluationResult
     ) -> OperatingPoint:
         """The operating point, chosen on the validation split."""
-        if self.settings.split != "valid":
+        if not self.chosen_here:
             _, columns, result = self.run("valid")
         labels = result.class_ids.tolist()
         names = report.class_labels(self.names, labels)
         return choose_point(self.evidence(columns, result)[0], labels, names, target, "valid")
+
+    @property
+    def chosen_here(self) -> bool:
+        """Whether the split that is scored is the one that operating points are chosen on."""
+        if self.settings.split == "test":
+            return scored_split(detect_layout(self.dataset_dir, self.dataset.layout)) == "val"
+        return self.settings.split == "valid"
 
     def for_model(self, point: OperatingPoint) -> OperatingPoint:
         """The point for the labels of the model, also of classes that the dataset lacks."""

@@ -16,6 +16,7 @@ from flows.config.params import PARAMS_FILE, Params, load_params
 from flows.core.digest import path_digest
 from flows.core.files import read_json, read_yaml
 from flows.tracking.provenance import Provenance, collect_provenance
+from rfdetr.data.text import read_text
 from rfdetr.errors import ConfigError
 from rfdetr.evaluation.slice_rules import SliceRule, parse_rule, read_listed
 from rfdetr.tracking.client import local_store
@@ -55,7 +56,7 @@ class Project:
         """The rules of `slices`, with their list files read.
 
         A list file is relative to the project folder, or else to the dataset folder. Raises
-        ConfigError that names every one that is missing.
+        ConfigError that names every one that is missing or unreadable.
         """
         rules, problems = [], []
         for name, text in self.params.slices.items():
@@ -66,7 +67,15 @@ class Project:
                 if file is None:
                     problems.append(f"slices.{name}: neither {places[0]} nor {places[1]} exists.")
                     continue
-                listed = read_listed(file.read_text(encoding="utf-8", errors="surrogateescape"))
+                try:
+                    listed = read_listed(read_text(file), self.dataset_dir)
+                except OSError as error:
+                    reason = error.strerror or error
+                    problems.append(f"slices.{name}: {file} cannot be read: {reason}.")
+                    continue
+                except UnicodeError as error:
+                    problems.append(f"slices.{name}: {file} is {error}.")
+                    continue
                 rule = dataclasses.replace(rule, listed=listed)
             rules.append(rule)
         if problems:

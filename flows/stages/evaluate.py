@@ -77,8 +77,8 @@ def evaluate(project: Project) -> None:
         f"{main['best_threshold']:.2f}; see {project.evaluation.with_suffix('.html')}",
         flush=True,
     )
-    if point is not None and (note := point.unreached()):
-        print(f"operating point: {note}", flush=True)
+    if kept.operating_point is not None and kept.operating_point.note:
+        print(f"operating point: {kept.operating_point.note}", flush=True)
 
 
 def trained_weights(folder: Path) -> Path:

@@ -18,8 +18,10 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from rfdetr.data.text import split_lines
 from rfdetr.errors import InputError
 
 Kind = Literal["path", "file", "attribute", "area"]
@@ -62,12 +64,21 @@ def parse_rule(name: str, text: Any) -> SliceRule:
     raise InputError(EXAMPLES)
 
 
-def read_listed(text: str) -> frozenset[str]:
-    """The paths of a list file; empty lines and those that begin with # do not count."""
-    lines = (line.strip() for line in text.splitlines())
-    return frozenset(
-        line.replace("\\", "/").removeprefix("./") for line in lines if line and line[0] != "#"
-    )
+def read_listed(text: str, dataset: Path | None = None) -> frozenset[str]:
+    """The paths of a list file; empty lines and those that begin with # do not count.
+
+    Absolute paths become relative to the folder `dataset`.
+    """
+    lines = (line.strip() for line in split_lines(text))
+    paths = (line.replace("\\", "/").removeprefix("./") for line in lines if line)
+    roots = [] if dataset is None else [dataset.absolute(), dataset.resolve()]
+    found = set()
+    for path in paths:
+        for root in roots:
+            path = path.removeprefix(f"{root.as_posix()}/")  # noqa: PLW2901
+        if path[0] != "#":
+            found.add(path)
+    return frozenset(found)
 
 
 def _pattern(value: str) -> re.Pattern[str]:

@@ -22,7 +22,7 @@ from flows.registry.model_folder import ModelFiles
 from flows.registry.registry import Registry, global_tracking_uri
 from rfdetr import RFDETR
 from rfdetr.data.demo import build_demo
-from rfdetr.errors import InputError
+from rfdetr.errors import DatasetError, InputError
 from rfdetr.evaluation.operating_point import OperatingPoint
 from rfdetr.evaluation.slice_rules import parse_rule
 from rfdetr.files import sha256_file
@@ -141,6 +141,29 @@ def test_without_slices_and_point_no_number_changes(root: Path, scored: ScoredMo
     same = {k: v for k, v in scored.metrics().items() if k in plain.metrics()}
     assert plain.metrics() == same
     assert plain.settings != scored.settings
+
+
+def test_thresholds_chosen_on_the_images_they_are_reported_on_are_a_note(
+    root: Path, tmp_path: Path, scored: ScoredModel
+) -> None:
+    data, dataset = tmp_path / "data", DatasetSettings()
+    shutil.copytree(root / "data/demo", data, ignore=shutil.ignore_patterns("test"))
+    settings = EvaluateSettings(operating_point=TARGET, pictures=0)
+    found = score_model(root / "model.pth", data, dataset, settings).at_point()
+    there = scored.at_point()
+    assert found is not None and there is not None
+    note = "the thresholds were chosen on the images that they are reported on"
+    assert note in found.note and note not in there.note
+    assert {n: c.threshold for n, c in found.classes.items()} == {
+        n: c.threshold for n, c in there.classes.items()
+    }
+    labels = data / "valid" / "_annotations.coco.json"
+    document = json.loads(labels.read_text())
+    for row in document["annotations"]:
+        row["iscrowd"] = 1
+    labels.write_text(json.dumps(document))
+    with pytest.raises(DatasetError, match="has only crowd regions"):
+        score_model(root / "model.pth", data, dataset, settings)
 
 
 def test_another_point_of_the_same_weights_replaces_the_description(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -145,6 +146,20 @@ def test_only_what_dvc_cannot_do_without_has_to_be_there(
         load_params(file)
         return
     with pytest.raises(ConfigError, match=rf"1 mistake:.*\n.*read by dvc.yaml: {named}\. Add"):
+        load_params(file)
+
+
+def test_a_project_from_before_slices_gets_an_empty_section(tmp_path: Path) -> None:
+    file = shipped_without(tmp_path, "slices")
+    text = "# mine\n" + file.read_text().rstrip("\n")
+    file.write_text(text)
+    before = load_params(ROOT / "params.yaml")
+    assert load_params(file) == before
+    assert file.read_text() == text + "\n\nslices: {}\n"  # which DVC requires
+    assert load_params(file) == before
+    assert file.read_text().count("slices") == 1
+    file.write_text(json.dumps(yaml.safe_load(text)))  # a section cannot be appended
+    with pytest.raises(ConfigError, match=r"read by dvc.yaml: slices\. Add `slices: \{\}`"):
         load_params(file)
 
 

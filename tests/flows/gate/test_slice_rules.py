@@ -172,7 +172,15 @@ def test_lists_are_read_from_the_project_or_the_dataset(tmp_path: Path) -> None:
     assert [f.message for f in result.findings] == [
         "1 of 2 paths in l/fog.txt are not images of the dataset: image_7777.jpg"
     ]
-    (tmp_path / "night.txt").write_text("test/image_0001.jpg\n")
+    (tmp_path / "night.txt").write_bytes("test/image_0001.jpg\r\n".encode("utf-16"))
     project.reload()
     project.params = parse_params({"slices": {"night": "file:night.txt", "fog": "file:l/fog.txt"}})
     assert project.params.evaluate.key(project.slices) != first  # both models are scored again
+
+
+def test_a_list_that_is_not_text_is_an_error(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.params = parse_params({"slices": {"night": "file:night.txt"}})
+    (tmp_path / "night.txt").write_bytes("test/für.jpg\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"slices.night: .*night.txt is not UTF-8"):
+        _ = project.slices

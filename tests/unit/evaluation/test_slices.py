@@ -115,6 +115,12 @@ def test_lists_name_images_below_the_split_or_the_dataset() -> None:
     assert np.flatnonzero(mask).tolist() == [0, 1, 2]
 
 
+def test_lists_can_have_absolute_paths() -> None:
+    text = "/data/mine/test/a b.jpg\r\n/other/test/c.jpg\rtest/d.jpg\n  # no\n"
+    expected = {"test/a b.jpg", "/other/test/c.jpg", "test/d.jpg"}
+    assert read_listed(text, Path("/data/mine")) == expected
+
+
 def test_attributes_can_be_nested_numbers_and_lists() -> None:
     document, _ = random_set(0, images=6)
     groups = group_images([parse_rule("cam", "attribute:camera.id")], images(document))
