@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jinja2
 
+from flows.gate.suspected_labels import crops
 from flows.gate.verdict import AtPoint, Scores, SliceScore, Verdict
 from rfdetr.checks.markdown import markdown_text
 from rfdetr.evaluation.calibration import LOWEST_SCORE, Calibration
@@ -36,7 +37,8 @@ class Bars(NamedTuple):
 class Section(NamedTuple):
     """A heading, a paragraph, and a table whose first column is text and whose others are numbers.
 
-    HTML also draws `curve`, points (x, y) in 0..1 against the diagonal, and `bars`.
+    HTML also draws `curve`, points (x, y) in 0..1 against the diagonal, `bars`, and `pictures`,
+    each a data URL and a caption.
     """
 
     title: str
@@ -45,24 +47,32 @@ class Section(NamedTuple):
     rows: Sequence[Sequence[str]]
     curve: Sequence[tuple[float, float]] = ()
     bars: Bars | None = None
+    pictures: Sequence[tuple[str, str]] = ()
 
 
 def write_report(
-    scores: Scores, target: Path, *, title: str, verdict: Verdict | None = None
+    scores: Scores,
+    target: Path,
+    *,
+    title: str,
+    verdict: Verdict | None = None,
+    images: Path | None = None,
 ) -> None:
     """Write the report as `target` (.md) and beside it as .html, atomically.
 
-    `verdict` adds the comparison with the champion.
+    `verdict` adds the comparison with the champion, the dataset folder `images` crops of suspects.
     """
     heading = f"Evaluation: {title}"
     on = f"; measured on {scores.latency_on}" if scores.latency_on else ""
     intro = f"{scores.images} images{on}."
-    found = list(sections(scores, verdict))
+    found = list(sections(scores, verdict, images))
     write_text_atomic(target, to_markdown(heading, intro, found))
     write_text_atomic(target.with_suffix(HTML), to_html(heading, intro, found))
 
 
-def sections(scores: Scores, verdict: Verdict | None = None) -> Iterator[Section]:
+def sections(
+    scores: Scores, verdict: Verdict | None = None, images: Path | None = None
+) -> Iterator[Section]:
     """The sections of the report, without those that have nothing to show."""
     champion = verdict.champion if verdict else None
     if verdict is not None:
@@ -75,8 +85,8 @@ def sections(scores: Scores, verdict: Verdict | None = None) -> Iterator[Section
         yield _operating_point(scores.operating_point, scores.per_class)
     if scores.error_types is not None:
         yield _error_types(scores.error_types, champion.error_types if champion else None)
-    if scores.suspected_labels:
-        yield _suspects(scores)
+    if scores.suspects or scores.suspected_labels:
+        yield _suspects(scores, images)
     if scores.calibration is not None and scores.calibration.ece is not None:
         yield _calibration(scores.calibration)
 
@@ -186,13 +196,24 @@ def _error_types(found: ErrorTypes, champion: ErrorTypes | None) -> Section:
     return Section("Types of errors", text, header, rows, bars=bars)
 
 
-def _suspects(scores: Scores) -> Section:
+def _suspects(scores: Scores, images: Path | None) -> Section:
     text = (
-        "Labels of this split that are probably wrong, because the model is sure of something "
-        "else. `rfdetr-pipeline labels` shows them and writes corrections."
+        f"{scores.suspected_labels or 0} labels of this split are strongly suspected (0.5 or more) "
+        "to be wrong, because the model is sure of something else. The most suspicious ones are "
+        "shown: green is the label, red what the model sees. `rfdetr-pipeline labels` shows more "
+        "and writes corrections."
     )
-    rows = [["strong (suspicion 0.5 or more)", str(scores.suspected_labels)]]
-    return Section("Suspected labels", text, ("Suspects", "Number"), rows)
+    rows, pictures = [], []
+    shown = crops(scores.suspects, images) if images else ((s, "") for s in scores.suspects)
+    for suspect, url in shown:
+        kind, seen = suspect.kind.replace("_", " "), suspect.proposal or "nothing"
+        label = suspect.label or "none"
+        rows.append([kind, f"{suspect.suspicion:.2f}", label, seen, suspect.image])
+        if url:
+            change = f"{kind} {suspect.suspicion:.2f}: {label} \N{RIGHTWARDS ARROW} {seen}"
+            pictures.append((url, f"{change}, {suspect.image}"))
+    header = ("Kind", "Suspicion", "Label", "Model sees", "Image")
+    return Section("Suspected labels", text, header, rows, pictures=pictures)
 
 
 def _calibration(found: Calibration) -> Section:

@@ -19,6 +19,7 @@ from rfdetr.files import sha256_file, write_text_atomic
 if TYPE_CHECKING:
     from flows.gate.scored_model import ScoredModel
 
+SUSPECTS = 12  # shown in the report
 CACHE_VERSION = 4  # increased when cached scores lack something that the gate needs
 
 
@@ -64,7 +65,14 @@ def scores_of(project: Project, weights: Path, label: str, digest: str) -> Score
 
 def keep(project: Project, scored: ScoredModel, label: str, digest: str) -> Scores:
     """Cache the scores of a model on the test set with content `digest`."""
-    scores = scored.scores(label, digest)
+    from flows.gate.suspected_labels import image_files, suspected_labels
+    from flows.storage.packs import open_dataset
+
+    params = project.params
+    root = Path(open_dataset(project.dataset_dir, project.env.state_dir))
+    files = image_files(root, params.dataset, params.evaluate.split)
+    suspects = suspected_labels(scored, files, root, SUSPECTS)
+    scores = scored.scores(label, digest).model_copy(update={"suspects": tuple(suspects)})
     text = scores.model_dump_json()
     write_text_atomic(_cache_file(project, scored.weights_sha256, digest), text)
     return scores

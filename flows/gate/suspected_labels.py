@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import jinja2
 import numpy as np
 from PIL import Image, ImageDraw
-from pydantic import BaseModel, ConfigDict
 
 from flows.config.sections import DatasetSettings
+from flows.gate.verdict import Box, SuspectedLabel
 from rfdetr.arrays import Floats, Integers
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.decode import open_image, to_rgb
@@ -24,7 +24,6 @@ from rfdetr.evaluation.box_table import BoxTable, EvaluationData
 from rfdetr.evaluation.suspects import KINDS, STRONG, Kind, find_suspects
 from rfdetr.files import write_text_atomic
 
-Box = tuple[float, float, float, float]
 MEANING: dict[Kind, str] = {
     "wrong_class": "the model sees another class",
     "badly_placed": "the model sees the object in another place or size",
@@ -47,28 +46,6 @@ class ScoredLabels(Protocol):
     @property
     def columns(self) -> EvaluationData:
         """The labels and detections."""
-
-
-class SuspectedLabel(BaseModel):
-    """One label that is probably wrong. Boxes are x, y, width, height in pixels of the file.
-
-    `label` and `box` are those in the dataset, None if the label is missing; `proposal` and
-    `proposed_box` what the model says, None where it sees nothing; `score` is that of its
-    detection, `annotation` the number of the label within its image.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    image: str
-    image_id: int
-    kind: Kind
-    suspicion: float
-    label: str | None = None
-    box: Box | None = None
-    annotation: int | None = None
-    proposal: str | None = None
-    proposed_box: Box | None = None
-    score: float | None = None
 
 
 def suspected_labels(
@@ -226,12 +203,13 @@ def write_page(
         note=note,
         counts=[(kind, MEANING[kind], counts[kind]) for kind in KINDS if counts[kind]],
         strong=sum(suspect.suspicion >= STRONG for suspect in suspects),
-        cards=list(_cards(suspects, root)),
+        cards=list(crops(suspects, root)),
     )
     write_text_atomic(target, text.encode("utf-8", "replace").decode("utf-8"))
 
 
-def _cards(suspects: Sequence[SuspectedLabel], root: Path) -> Iterator[tuple[SuspectedLabel, str]]:
+def crops(suspects: Sequence[SuspectedLabel], root: Path) -> Iterator[tuple[SuspectedLabel, str]]:
+    """Every suspect with its surroundings as a data URL, empty if the image cannot be read."""
     decoded: tuple[str, Image.Image | None] = ("", None)
     for suspect in suspects:
         if decoded[0] != suspect.image:

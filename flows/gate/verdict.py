@@ -11,7 +11,9 @@ from rfdetr.evaluation.bootstrap import Interval
 from rfdetr.evaluation.calibration import Calibration
 from rfdetr.evaluation.error_types import ErrorTypes
 from rfdetr.evaluation.evidence import MatchEvidence
+from rfdetr.evaluation.suspects import Kind
 
+Box = tuple[float, float, float, float]
 Outcome = Literal["promote", "refuse", "approval", "no-op"]
 Evidence = Annotated[
     MatchEvidence,
@@ -91,6 +93,26 @@ class AtPoint(_Record):
     classes: dict[str, ClassAtPoint]
 
 
+class SuspectedLabel(_Record):
+    """One label that is probably wrong. Boxes are x, y, width, height in pixels of the file.
+
+    `label` and `box` are those in the dataset, None if the label is missing; `proposal` and
+    `proposed_box` what the model says, None where it sees nothing; `score` is that of its
+    detection, `annotation` the number of the label within its image.
+    """
+
+    image: str
+    image_id: int
+    kind: Kind
+    suspicion: float
+    label: str | None = None
+    box: Box | None = None
+    annotation: int | None = None
+    proposal: str | None = None
+    proposed_box: Box | None = None
+    score: float | None = None
+
+
 class Scores(_Record):
     """The scores of one model on one test set.
 
@@ -100,7 +122,7 @@ class Scores(_Record):
     holds the matches per image and class that the bootstrap resamples. `export_parity` is None if
     the ONNX export was not compared with the weights. `slices` are in the order of params.yaml.
     `operating_point` is None unless `evaluate.operating_point` is set. `suspected_labels` counts
-    the labels of the test set that are strongly suspected to be wrong.
+    the labels of the test set that are strongly suspected to be wrong, `suspects` are the first.
     """
 
     model: str
@@ -122,6 +144,7 @@ class Scores(_Record):
     calibration: Calibration | None = None
     error_types: ErrorTypes | None = None
     suspected_labels: int | None = None
+    suspects: tuple[SuspectedLabel, ...] = ()
 
     def without_evidence(self) -> Scores:
         """The numbers alone, without what is recorded per image."""

@@ -34,6 +34,7 @@ from flows.release.card_files import complete_card, publish_card
 from flows.release.champion import AuditRecord
 from flows.release.description import description
 from flows.release.freshness import GATE_KEY, gate_key, pinned_version, registry_of
+from flows.storage.packs import open_dataset
 from rfdetr.evaluation.operating_point import OperatingPoint
 from rfdetr.files import write_text_atomic
 
@@ -171,7 +172,13 @@ def judge(project: Project, number: int) -> Verdict:
     record_verdict(registry, number, verdict)
     registry.set_tags(number, {GATE_KEY: gate_key(project, digest)})
     write_text_atomic(project.verdict, verdict.model_dump_json(indent=2))
-    write_report(challenger, project.evaluation, title=params.dataset.name, verdict=verdict)
+    write_report(
+        challenger,
+        project.evaluation,
+        title=params.dataset.name,
+        verdict=verdict,
+        images=Path(open_dataset(project.dataset_dir, project.env.state_dir)),
+    )
     add_comparison(registry, number, verdict, project.evaluation)
     _new_card(project, registry, number, verdict)
     return verdict

@@ -45,9 +45,10 @@ def evaluate(project: Project) -> None:
     """
     params, reports = project.params, project.reports
     digest = project.dataset_digest()
+    data = Path(open_dataset(project.dataset_dir, project.env.state_dir))
     scored = score_model(
         trained_weights(project.trained),
-        open_dataset(project.dataset_dir, project.env.state_dir),
+        data,
         params.dataset,
         params.evaluate,
         slices=project.slices,
@@ -69,7 +70,7 @@ def evaluate(project: Project) -> None:
     write_json(project.operating_point, None if point is None else point.to_dict())
     # the gate need not score it again
     kept = score_cache.keep(project, scored, str(project.trained), digest)
-    write_report(kept, project.evaluation, title=params.dataset.name)
+    write_report(kept, project.evaluation, title=params.dataset.name, images=data)
     main = scored.metrics()
     print(
         f"{params.evaluate.split} split, {scored.result.images} images: mAP "

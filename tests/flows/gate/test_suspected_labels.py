@@ -15,6 +15,7 @@ from PIL import Image
 
 from flows.cli.main import main
 from flows.config.sections import DatasetSettings, EvaluateSettings
+from flows.gate.report import write_report
 from flows.gate.scored_model import ScoredModel
 from flows.gate.scoring import score_model
 from flows.gate.suspected_labels import image_files, proposals, suspected_labels, write_page
@@ -92,6 +93,25 @@ def test_the_page_shows_both_boxes_and_escapes_names(
     for colour in (GREEN, RED):
         assert (np.abs(crop - colour).max(axis=-1) < 60).sum() > 20
     assert crop.mean() > 20
+
+
+def test_the_report_shows_the_first_suspects(
+    data: Path, scored: ScoredModel, tmp_path: Path
+) -> None:
+    files = image_files(
+        data, DatasetSettings(name="demo", dir=str(data), layout="roboflow"), "test"
+    )
+    first = tuple(suspected_labels(scored, files, data, 2))
+    scores = scored.scores("version 1", "digest").model_copy(update={"suspects": first})
+    scores = type(scores).model_validate_json(scores.model_dump_json())
+    write_report(scores, tmp_path / "report.md", title="demo", images=data)
+    page, text = ((tmp_path / f"report.{suffix}").read_text() for suffix in ("html", "md"))
+    assert page.count("data:image/jpeg") == 2
+    for suspect in first:
+        assert f"{suspect.kind.replace('_', ' ')} {suspect.suspicion:.2f}" in page
+        assert Path(suspect.image).stem in text
+    write_report(scores, tmp_path / "report.md", title="demo")
+    assert "data:image" not in (tmp_path / "report.html").read_text()
 
 
 def test_proposals_are_a_dataset_that_the_checks_accept(
