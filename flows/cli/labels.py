@@ -53,6 +53,7 @@ def review_labels(project: Project, options: argparse.Namespace) -> int:
         suspected_labels,
         write_page,
     )
+    from flows.orchestration.gpus import gpu_of_command
     from flows.stages.evaluate import trained_weights
     from flows.stages.folds import score_folds
     from flows.storage.packs import open_dataset
@@ -61,21 +62,23 @@ def review_labels(project: Project, options: argparse.Namespace) -> int:
     params, split = project.params, str(options.split)
     root = Path(open_dataset(project.dataset_dir, project.env.state_dir))
     files = image_files(root, params.dataset, split)
-    if options.folds:
-        scored: ScoredLabels = score_folds(project, options.split, options.folds)
-        note = UNSEEN.format(options.folds)
-    else:
-        note = SEEN[split]
-        scored = score_model(
-            options.model or trained_weights(project.trained),
-            root,
-            params.dataset,
-            params.evaluate.model_copy(
-                update={"split": split, "pictures": 0, "operating_point": None}
-            ),
-            accelerator=params.runtime.accelerator,
-            num_workers=params.runtime.num_workers,
-        )
+    with gpu_of_command(project, None if options.folds else 1):
+        scored: ScoredLabels
+        if options.folds:
+            note = UNSEEN.format(options.folds)
+            scored = score_folds(project, options.split, options.folds)
+        else:
+            note = SEEN[split]
+            scored = score_model(
+                options.model or trained_weights(project.trained),
+                root,
+                params.dataset,
+                params.evaluate.model_copy(
+                    update={"split": split, "pictures": 0, "operating_point": None}
+                ),
+                accelerator=params.runtime.accelerator,
+                num_workers=params.runtime.num_workers,
+            )
     suspects = suspected_labels(scored, files, root, options.limit)
     page = project.reports / "suspected_labels.html"
     title = f"Suspected labels of {params.dataset.name}, {split} split"
