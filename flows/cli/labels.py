@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows.core.files import write_json
 from flows.project.project import Project
 from rfdetr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flows.gate.suspected_labels import ScoredLabels
 
 SEEN = {
     "train": "The model was trained on these labels and has learned some of their mistakes: "
@@ -45,44 +49,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def review_labels(project: Project, options: argparse.Namespace) -> int:
     """Score the split, and write reports/suspected_labels.html and .json."""
-    from flows.gate.scoring import score_model  # slow imports
-    from flows.gate.suspected_labels import (
-        ScoredLabels,
+    from flows.gate.suspected_labels import (  # slow imports
         image_files,
         proposals,
         suspected_labels,
         write_page,
     )
-    from flows.orchestration.gpus import gpu_of_command
-    from flows.stages.evaluate import trained_weights
-    from flows.stages.folds import score_folds
     from flows.storage.packs import open_dataset
 
     _check(options)
-    params, split = project.params, str(options.split)
+    dataset, split = project.params.dataset, str(options.split)
     root = Path(open_dataset(project.dataset_dir, project.env.state_dir))
-    files = image_files(root, params.dataset, split)
-    with gpu_of_command(project, None if options.folds else 1):
-        scored: ScoredLabels
-        if options.folds:
-            note = UNSEEN.format(options.folds)
-            scored = score_folds(project, options.split, options.folds)
-        else:
-            note = SEEN[split]
-            scored = score_model(
-                options.model or trained_weights(project.trained),
-                root,
-                params.dataset,
-                params.evaluate.model_copy(
-                    update={"split": split, "pictures": 0, "operating_point": None}
-                ),
-                accelerator=params.runtime.accelerator,
-                num_workers=params.runtime.num_workers,
-            )
+    files = image_files(root, dataset, split)
+    note = UNSEEN.format(options.folds) if options.folds else SEEN[split]
+    scored = _scored(project, options, root)
     suspects = suspected_labels(scored, files, root, options.limit)
     page = project.reports / "suspected_labels.html"
-    title = f"Suspected labels of {params.dataset.name}, {split} split"
-    write_page(page, suspects, root, title, note)
+    write_page(page, suspects, root, f"Suspected labels of {dataset.name}, {split} split", note)
     rows = [suspect.model_dump(exclude_none=True) for suspect in suspects]
     write_json(page.with_suffix(".json"), {"split": split, "note": note, "suspects": rows})
     print(f"{len(scored.columns.truth)} labels, {len(suspects)} suspects; see {page}")
@@ -98,6 +81,29 @@ def review_labels(project: Project, options: argparse.Namespace) -> int:
         write_json(options.out, proposals(scored, suspects, files))
         print(f"proposals in {options.out}")
     return 0
+
+
+def _scored(project: Project, options: argparse.Namespace, root: Path) -> ScoredLabels:
+    """The labels of the split in the unpacked dataset `root`, and what models detect."""
+    from flows.gate.scoring import score_model  # slow imports
+    from flows.orchestration.gpus import gpu_of_command
+    from flows.stages.evaluate import trained_weights
+    from flows.stages.folds import score_folds
+
+    params, split = project.params, options.split
+    with gpu_of_command(project, None if options.folds else 1):
+        if options.folds:
+            return score_folds(project, split, options.folds)
+        return score_model(
+            options.model or trained_weights(project.trained),
+            root,
+            params.dataset,
+            params.evaluate.model_copy(
+                update={"split": split, "pictures": 0, "operating_point": None}
+            ),
+            accelerator=params.runtime.accelerator,
+            num_workers=params.runtime.num_workers,
+        )
 
 
 def _check(options: argparse.Namespace) -> None:
