@@ -200,8 +200,8 @@ def _suspects(scores: Scores, images: Path | None) -> Section:
     text = (
         f"{scores.suspected_labels or 0} labels of this split are strongly suspected (0.5 or more) "
         "to be wrong, because the model is sure of something else. The most suspicious ones are "
-        "shown: green is the label, red what the model sees. `rfdetr-pipeline labels` shows more "
-        "and writes corrections."
+        "shown: green is the label, red what the model sees. The command rfdetr-pipeline labels "
+        "shows more and writes corrections."
     )
     rows, pictures = [], []
     shown = crops(scores.suspects, images) if images else ((s, "") for s in scores.suspects)
