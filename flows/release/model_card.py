@@ -122,8 +122,8 @@ def _profile(profile: ImageProfile | None) -> Iterator[Section]:
             low, middle, high = np.percentile(values, [5, 50, 95]).tolist()
             rows.append([name.replace("_", " "), *map(report.number, (low, middle, high))])
     text = (
-        f"The command rfdetr-pipeline drift compares recent images with this profile of {len(profile.files)} "
-        "training images."
+        "The command rfdetr-pipeline drift compares recent images with this profile of "
+        f"{len(profile.files)} training images."
     )
     yield Section("Drift profile", text, ("Feature", "5 %", "Median", "95 %"), rows)
 
