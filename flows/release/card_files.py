@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from flows.core.files import read_json
 from flows.core.redact import redact
 from flows.project.project import Project
 from flows.registry.registry import Registry, Version
@@ -30,7 +29,7 @@ def publish_card(
     version = registry.version(number)
     files = {**card.files(promotion), STORED: card.to_json()}
     model = project.model_card
-    if model.is_file() and read_json(model)["weights_sha256"] == version.weights_sha256:
+    if model.is_file() and project.read_card()["weights_sha256"] == version.weights_sha256:
         for name, text in files.items():
             write_text_atomic(project.reports / name, text)
     if registry.active_run(version) is not None:

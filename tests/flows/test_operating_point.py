@@ -192,6 +192,8 @@ def test_weights_without_a_point_say_so(root: Path, tmp_path: Path) -> None:
     image = str(images_of_test(root)[0])
     with pytest.raises(InputError, match="have no operating point: there is none"):
         detector.predict(image, threshold="operating_point")
-    with pytest.raises(InputError, match="must be a number up to 1 or 'operating_point'; got 'best'"):
+    with pytest.raises(
+        InputError, match="must be a number up to 1 or 'operating_point'; got 'best'"
+    ):
         detector.predict(image, threshold="best")  # type: ignore[arg-type]
     assert detector.predict(image) is not None
