@@ -67,7 +67,7 @@ MODEL_FIELDS: Missing = {
 }
 TRAIN_FIELDS: Missing = {
     "amp_dtype": ((None, "auto"), "Pass precision= to build_trainer."),
-    "augmentation_backend": (("cpu",), "Augmentations run in the data loader's processes."),
+    "augmentation_backend": (("cpu", "auto"), "Augmentations run in the data loader's processes."),
     "auto_batch_ema_headroom": ((0.7,), _BATCH),
     "auto_batch_max_targets_per_image": ((100,), _BATCH),
     "auto_batch_target_effective": ((16,), _BATCH),
@@ -103,7 +103,6 @@ EXPORT_OPTIONS: Missing = {
     "coreai_precision": ((None,), _OTHER_FORMAT),
     "coreml_precision": ((None,), _OTHER_FORMAT),
     "fp16": ((True,), _OTHER_FORMAT),
-    "infer_dir": ((None,), "The file is compared with the network on random images: omit it."),
     "max_batch_size": ((None,), _OTHER_FORMAT),
     "max_images": ((100,), _OTHER_FORMAT),
     "notes": ((None,), "Notes are not stored."),

@@ -302,13 +302,14 @@ class RFDETR(PublicNames):
         format: str = "onnx",
         verbose: bool = False,
         simplify: bool = False,
+        infer_dir: StrPath | None = None,
         **options: Any,
     ) -> OnnxExport:
         """Write an ONNX file and check it against the network; see `rfdetr.export.onnx`.
 
         The result is path-like; `verbose` prints what it is. `opset_version` is another name of
-        `opset`. `simplify` is ignored with a warning. Raises InputError for a `format` other than
-        onnx and for options that are not offered.
+        `opset`. `simplify` and `infer_dir` are ignored with a warning. Raises InputError for a
+        `format` other than onnx and for options that are not offered.
         """
         from rfdetr.export.onnx import export_onnx
 
@@ -321,13 +322,13 @@ class RFDETR(PublicNames):
             options["opset"] = options.pop("opset_version")
         known = {name: options.pop(name) for name in EXPORT_SETTINGS if name in options}
         refuse(options, EXPORT_OPTIONS, "export()")
-        if simplify:
-            warnings.warn(
-                "simplify is ignored: constants are folded already. Run onnxsim on the file for "
-                "more.",
-                UserWarning,
-                stacklevel=2,
-            )
+        ignored = [
+            "simplify is ignored: constants are folded already. Run onnxsim on the file for more."
+        ] * bool(simplify)
+        if infer_dir is not None:
+            ignored.append("infer_dir is ignored: random images compare the file with the network.")
+        if ignored:
+            warnings.warn(" ".join(ignored), UserWarning, stacklevel=2)
         self._warn_of_resized_head()
         known = {"class_names": self.model.label_names()} | known
         result = export_onnx(self.model.model, output_dir, **known)

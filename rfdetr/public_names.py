@@ -20,6 +20,7 @@ class PublicNames:
 
     means: ClassVar[list[float]] = list(MEAN)
     stds: ClassVar[list[float]] = list(STD)
+    is_optimized_inplace: ClassVar[bool] = False  # `optimize_for_inference` makes a copy
 
     if TYPE_CHECKING:
         config_class: ClassVar[type[ModelConfig]]

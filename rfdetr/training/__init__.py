@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rfdetr.installation import warn_about_public_distribution
 
 if TYPE_CHECKING:
+    from pytorch_lightning import seed_everything
+
     from rfdetr.checkpoints.convert import convert_legacy_checkpoint
     from rfdetr.training.callbacks import (
         BestModelCallback,
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
         RFDETREarlyStopping,
         RFDETREMACallback,
     )
+    from rfdetr.training.cli import RFDETRCli
     from rfdetr.training.datamodule import RFDETRDataModule
     from rfdetr.training.module import RFDETRModelModule, RFDETRModule
     from rfdetr.training.trainer import build_trainer
@@ -24,6 +27,7 @@ __all__ = [
     "BestModelCallback",
     "COCOEvalCallback",
     "DropPathCallback",
+    "RFDETRCli",
     "RFDETRDataModule",
     "RFDETREMACallback",
     "RFDETREarlyStopping",
@@ -31,14 +35,17 @@ __all__ = [
     "RFDETRModule",
     "build_trainer",
     "convert_legacy_checkpoint",
+    "seed_everything",
 ]
 
 _HOMES = {
     "RFDETRModule": "rfdetr.training.module",
     "RFDETRModelModule": "rfdetr.training.module",
+    "RFDETRCli": "rfdetr.training.cli",
     "RFDETRDataModule": "rfdetr.training.datamodule",
     "build_trainer": "rfdetr.training.trainer",
     "convert_legacy_checkpoint": "rfdetr.checkpoints.convert",
+    "seed_everything": "pytorch_lightning",
 }
 
 

@@ -21,7 +21,6 @@ from rfdetr.data.augment import Augmentation
 from rfdetr.data.batch import collate
 from rfdetr.data.coco import CocoSplits
 from rfdetr.data.dataset import DetectionDataset
-from rfdetr.data.index import AnnotationIndex
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.ledger import SplitLedger
 from rfdetr.data.levels import dataset_levels
@@ -31,6 +30,7 @@ from rfdetr.data.transforms import EvalTransform, TrainTransform
 from rfdetr.data.yolo import YoloSplits
 from rfdetr.errors import ConfigError, DatasetError
 from rfdetr.training.multi_scale import multi_scale_sizes
+from rfdetr.training.split_checks import check_classes, check_names, check_objects
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,15 @@ class RFDETRDataModule(pl.LightningDataModule):
         """The minimum of `ModelConfig.num_classes` for this data; None before `setup`."""
         first = next((self._datasets[n] for n in NAMED_FIRST if n in self._datasets), None)
         return None if first is None else first.num_classes
+
+    @property
+    def batch_size(self) -> int:
+        """`TrainConfig.batch_size`, which Lightning's tuner may change."""
+        return self.train_config.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        self.train_config.batch_size = value
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, with random views; an epoch has at least five accumulation windows."""
@@ -165,7 +174,9 @@ class RFDETRDataModule(pl.LightningDataModule):
             return self._val_as_test("a test split without images")
         if len(index) == 0:
             raise DatasetError(f"{splits.layout.root}: the {name!r} split has no images.")
-        self._check_objects(name, index)
+        self.ledgers[name] = index.ledger
+        log.info("%s, %s: %s.", splits.layout.root, name, index.ledger)
+        check_objects(splits.layout.root, name, index, self.model_config)
         if name == "train" and self.model_config.grey_levels is None:
             self.model_config.grey_levels = dataset_levels(index.paths())
         augment = self.train_config.aug_config if name == "train" else None
@@ -178,34 +189,8 @@ class RFDETRDataModule(pl.LightningDataModule):
             seed=self.order_seed,
             levels=self.model_config.grey_levels,
         )
-        self._check_names(dataset)
+        check_names(dataset, self.train_config)
         return dataset
-
-    def _check_objects(self, name: str, index: AnnotationIndex) -> None:
-        """Log the ledger of a split; refuse to train on nothing."""
-        root, ledger = self._source().layout.root, index.ledger
-        self.ledgers[name] = ledger
-        log.info("%s, %s: %s.", root, name, ledger)
-        if name == "train" and not ledger.objects:
-            raise DatasetError(
-                f"{root}: the 'train' split has {ledger.without_objects()}. "
-                "`python -m rfdetr.checks` lists the reasons."
-            )
-        if index.masked is None or index.masked.all():
-            return
-        boxes = int((~index.masked & ~index.crowd).sum())
-        if name == "train" and not index.masked.any():
-            raise DatasetError(
-                f"{root}: no annotation of the 'train' split has a segmentation, which "
-                f"{type(self.model_config).__name__} needs. Train a detection model, or export "
-                "polygons or masks."
-            )
-        if boxes:
-            warnings.warn(
-                f"{root}: {boxes:,} object(s) of the {name!r} split have no segmentation; their "
-                "boxes are used as masks.",
-                stacklevel=5,
-            )
 
     def _val_as_test(self, cause: str) -> DetectionDataset:
         if cause:
@@ -215,15 +200,6 @@ class RFDETRDataModule(pl.LightningDataModule):
             )
         return self._dataset("val")
 
-    def _check_names(self, dataset: DetectionDataset) -> None:
-        given, found = self.train_config.class_names, dataset.class_names
-        if given and len(given) != len(found):
-            raise ConfigError(
-                f"class_names has {len(given)} names, {dataset.index.root} has {len(found)} "
-                f"classes ({', '.join(found)}). Give one name per class, in this order, or omit "
-                "class_names."
-            )
-
     def _source(self) -> CocoSplits | YoloSplits:
         if self._splits is None:
             config, masks = self.train_config, self.model_config.segmentation_head
@@ -231,15 +207,6 @@ class RFDETRDataModule(pl.LightningDataModule):
             kind = YoloSplits if layout.kind == "yolo" else CocoSplits
             self._splits = kind(layout, masks=masks)
         return self._splits
-
-    def _check_classes(self, dataset: DetectionDataset) -> None:
-        if dataset.num_classes > self.model_config.num_classes:
-            names = ", ".join(dataset.class_names[:10])
-            raise DatasetError(
-                f"{dataset.index.root}: the dataset has {dataset.num_classes} classes ({names}), "
-                f"the model {self.model_config.num_classes}. Set num_classes="
-                f"{dataset.num_classes} in the model configuration."
-            )
 
     def _train_transform(self) -> TrainTransform:
         config, model = self.train_config, self.model_config
@@ -266,7 +233,7 @@ class RFDETRDataModule(pl.LightningDataModule):
 
     def _loading(self, dataset: DetectionDataset) -> dict[str, Any]:
         """Arguments that all loaders share; None in the configuration means automatic."""
-        self._check_classes(dataset)
+        check_classes(dataset, self.model_config)
         config = self.train_config
         workers = safe_workers(self._workers(len(dataset)))
         pin, persistent = config.pin_memory, config.persistent_workers

@@ -109,6 +109,15 @@ class RFDETRModule(pl.LightningModule):
             names = self.load_report.class_names
         return list(names) if names else None
 
+    @property
+    def lr(self) -> float:
+        """`TrainConfig.lr`, which Lightning's tuner may change."""
+        return self.train_config.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.train_config.lr = value
+
     def _names_of_data(self) -> list[str] | None:
         trainer = attached_trainer(self)
         if trainer is None:

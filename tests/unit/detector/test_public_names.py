@@ -91,6 +91,7 @@ def _inference() -> None:
     detector.inference(compile=False, batch_size=2, dtype="float64", compile_backend="torchscript")
     assert detector.model.optimized is not None
     assert detector.model.optimized.dtype == torch.float64
+    assert not detector.is_optimized_inplace
     with pytest.raises(InputError, match="remove_optimized_model"):
         detector.inference(inplace=True)
     with pytest.raises(InputError, match="batches of 2 at 64"):
@@ -116,10 +117,10 @@ def test_export_takes_the_public_options(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     detector = small(num_classes=3)
-    with pytest.warns(UserWarning, match="simplify is ignored"):
+    with pytest.warns(UserWarning, match="simplify is ignored.* infer_dir is ignored"):
         result = detector.export(
             tmp_path, format="onnx", opset_version=16, verbose=True, simplify=True,
-            backbone_only=False, infer_dir=None,
+            backbone_only=False, infer_dir=tmp_path,
         )  # fmt: skip
     assert Path(str(result)).is_file()
     assert os.fspath(result) == str(result)

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.tuner import Tuner
 
 from rfdetr.checkpoints.safe_io import load_file, save_file
 from rfdetr.config import TrainConfig
@@ -140,37 +141,40 @@ def test_a_plain_trainer_is_told_what_it_lacks(shapes: Path, tmp_path: Path) -> 
         pl.Trainer(**plain).fit(run.module, run.data)
 
 
-CLI = """
-from pytorch_lightning.cli import LightningCLI
-from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
-
-
-class DetectorCLI(LightningCLI):
-    def add_arguments_to_parser(self, parser):
-        for name in ("model_config", "train_config"):
-            take = lambda module, name=name: getattr(module, name)
-            parser.link_arguments("model", f"data.{name}", take, apply_on="instantiate")
-
-    def instantiate_trainer(self, **kwargs):
-        return build_trainer(self.model.train_config, self.model.model_config)
-
-
-DetectorCLI(RFDETRModule, RFDETRDataModule, save_config_callback=None)
-"""
-
-
-def test_lightning_cli_as_the_documentation_shows_it(shapes: Path, tmp_path: Path) -> None:
-    documented = (Path(__file__).parents[3] / "docs/training.md").read_text()
-    assert CLI.strip() in documented
+@pytest.mark.slow
+def test_the_command_line_of_the_documentation(shapes: Path, tmp_path: Path) -> None:
     pytest.importorskip("jsonargparse")
-    train = {"dataset_dir": str(shapes), "output_dir": str(tmp_path), "epochs": 1}
-    train |= {"num_workers": 0, "multi_scale": False, "accelerator": "cpu"}
+    train = {"dataset_dir": str(shapes), "output_dir": str(tmp_path), "epochs": 5}
+    train |= {"num_workers": 0, "multi_scale": False, "accelerator": "cpu", "grad_accum_steps": 1}
     fields = tiny_model().model_dump(include=set(tiny_model().model_fields_set), mode="json")
     model = {"model_name": "RFDETRNanoConfig", "model_config": fields, "train_config": train}
-    (tmp_path / "run.yaml").write_text(json.dumps({"model": model}))  # JSON is YAML
-    (tmp_path / "cli.py").write_text(CLI)
-    command = [sys.executable, "cli.py", "fit", "--config", "run.yaml"]
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "train/loss"}}
+    run = {"model": model, "trainer": {"callbacks": [stopping], "limit_train_batches": 2}}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))  # JSON is YAML
+    command = [sys.executable, "-m", "rfdetr.training.cli", "fit", "--config", "run.yaml"]
     path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])}
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True)
+    done = subprocess.run(
+        [*command, "--trainer.max_epochs", "1"], cwd=tmp_path, env=os.environ | path,
+        capture_output=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert (tmp_path / "checkpoint_best_total.pth").is_file()
+    stored = load_file(tmp_path / "last.ckpt")
+    assert (stored["epoch"], stored["global_step"]) == (0, 2)
+    assert any(name.startswith("EarlyStopping{'monitor'") for name in stored["callbacks"])
+
+
+def test_the_tuner_changes_batch_size_and_learning_rate(shapes: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=1), log_every_n_steps=1)
+    tuner = Tuner(run.trainer)
+    tuner.scale_batch_size(
+        run.module, datamodule=run.data, init_val=1, max_trials=2, steps_per_trial=1
+    )
+    assert run.config.batch_size == 2
+    assert run.data.train_dataloader().batch_size == 2
+    steps = {"num_training": 4, "early_stop_threshold": None}
+    found = tuner.lr_find(run.module, datamodule=run.data, **steps)  # finds `module.lr`
+    assert found is not None
+    assert len(found.results["lr"]) == 4
+    run.module.lr = 3e-4  # as a suggestion does
+    assert run.config.lr == 3e-4
