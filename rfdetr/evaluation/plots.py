@@ -123,7 +123,7 @@ def draw_class_precision(precision: Mapping[str, float], file: Path) -> None:
         figure.savefig(temporary, format="png", dpi=90)
 
 
-def _axes(width: float, height: float, **labels: str) -> tuple[Figure, Any]:
+def _axes(width: float, height: float, **settings: Any) -> tuple[Figure, Any]:
     # Without pyplot: no global state, no window, no effect on the user's own figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -131,7 +131,7 @@ def _axes(width: float, height: float, **labels: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set(**labels)
+    axes.set(**settings)
     return figure, axes
 
 

@@ -52,7 +52,7 @@ def test_all_mistakes_of_all_sections_are_reported_at_once() -> None:
     assert "9 mistakes" in text
     for part in (
         "modle: unknown section. Did you mean 'model'?",
-        "fit.epoch: unknown field. Did you mean 'epochs'? Known: aug_config,",
+        "fit.epoch: unknown field. Did you mean 'epochs'? Known: accelerate, aug_config,",
         "fit.epochs: Input should be greater than or equal to 1",
         "fit.lr:",
         "dataset.name:",
