@@ -18,9 +18,18 @@ os.environ.update(
     # `dvc` and `uvicorn` are found when the environment is not activated, too.
     PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
 )
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of many children would compile anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of many children would compile again
 
 PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups of `--dist loadgroup`: each file, and together all that share a retrained project."""
+    sharing = {item.path for item in items if "retrained" in getattr(item, "fixturenames", ())}
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("retrained" if item.path in sharing else file))
 
 
 @pytest.fixture(scope="session")

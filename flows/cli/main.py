@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from flows.cli import commands as run
 from flows.cli import flow_commands as flow
@@ -18,6 +19,7 @@ from flows.core.errors import FAILED, INTERRUPTED
 from flows.core.garbage import collect_rarely
 from flows.core.stopping import Terminated, say_last_words, stop_on_signals
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 STAGES = ("validate", "convert", "fit", "evaluate")
 
 EXAMPLES = """examples:
@@ -68,7 +70,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(required=True, metavar="command")
+    _pipeline_commands(commands)
+    _registry_commands(commands)
+    _model_commands(commands)
+    _data_commands(commands)
+    return root
 
+
+def _pipeline_commands(commands: Commands) -> None:
     starting = _add(commands, "init", init.init_command, "set the project up for your own dataset")
     init.add_options(starting)
     retrain = _add(commands, "retrain", flow.retrain_command, "run the pipeline as a Prefect flow")
@@ -91,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
         for stage in STAGES
     }
     stages["fit"].add_argument("--retry", action="store_true", help="forget failed attempts first")
+
+
+def _registry_commands(commands: Commands) -> None:
     _add(commands, "register", run.register_command, "register the trained model and run the gate")
     back = _add(
         commands, "rollback", run.rollback_command, "make an earlier version champion again"
@@ -105,6 +117,9 @@ def parser() -> argparse.ArgumentParser:
         commands, "history", run.history_command, "who promoted which version, when and why"
     )
     history.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _model_commands(commands: Commands) -> None:
     predict = _add(commands, "predict", run.predict_command, "run the champion on images")
     _predict_options(predict)
     export = _add(commands, "export", run.export_command, "write a model as an ONNX file")
@@ -122,6 +137,9 @@ def parser() -> argparse.ArgumentParser:
     )
     review = _add(commands, "labels", run.labels_command, "find labels that are probably wrong")
     labels.add_options(review)
+
+
+def _data_commands(commands: Commands) -> None:
     demo = _add(commands, "demo", run.demo_command, "build the demo dataset in a folder")
     demo.add_argument("folder", type=Path, nargs="?", default=Path("data/demo"))
     importing = _add(
@@ -137,11 +155,10 @@ def parser() -> argparse.ArgumentParser:
         commands, "doctor", run.doctor_command, "find unsent records, leaked slots and leftovers"
     )
     doctor.add_argument("--repair", action="store_true", help="apply safe repairs")
-    return root
 
 
 def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: Commands,
     name: str,
     command: Callable[[argparse.Namespace], int],
     text: str,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.datasets import make_roboflow
+from tests.flows.mlflow_fixtures import migrated_database, tracking_uri  # noqa: F401
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 
 

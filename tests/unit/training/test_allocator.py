@@ -14,7 +14,7 @@ from rfdetr.training import allocator
 kept = allocator.keep_freed_memory() if sys.argv[1] == "keep" else None
 def step():
     blocks = [torch.ones(16 << 20) for _ in range(3)]
-for _ in range(10):
+for _ in range(4):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):

@@ -111,29 +111,44 @@ def test_resume_without_adapters_folds_them_in(adapted, dataset, tmp_path):
     torch.testing.assert_close(logits(run.module.model, images), wanted, rtol=0, atol=1e-4)
 
 
+STOPPING = {"early_stopping": True, "early_stopping_patience": 1}
+
+
+def fit_freshly(run: Run) -> Run:
+    torch.manual_seed(0)
+    run.module = RFDETRModule(tiny_model(), run.config)
+    return run.fit()
+
+
+@pytest.fixture(scope="module")
+def ended(dataset, tmp_path_factory):
+    """A run that early stopping has ended."""
+    output = tmp_path_factory.mktemp("ended")
+    run = Run(tiny_model(), tiny_run(dataset, output, epochs=6, **STOPPING))
+    callback = next(c for c in run.trainer.callbacks if isinstance(c, RFDETREarlyStopping))
+    callback.min_delta = 2.0  # nothing is a gain
+    run.fit()
+    assert run.trainer.current_epoch < 6
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(dataset, tmp_path_factory):
+    """A fit of a trainer that has done nothing before."""
+    output = tmp_path_factory.mktemp("alone")
+    return fit_freshly(Run(tiny_model(), tiny_run(dataset, output, **STOPPING)))
+
+
 @pytest.mark.parametrize("call", ["validate", "predict", "test"])
 def test_a_checkpoint_that_is_only_evaluated_leaves_the_next_fit_alone(
-    done, dataset, tmp_path, call
+    ended, alone, dataset, tmp_path, call
 ):
-    stopping = {"early_stopping": True, "early_stopping_patience": 1}
-    ended = Run(tiny_model(), tiny_run(dataset, tmp_path / "ended", epochs=6, **stopping))
-    callback = next(c for c in ended.trainer.callbacks if isinstance(c, RFDETREarlyStopping))
-    callback.min_delta = 2.0  # nothing is a gain
-    ended.fit()
-    assert ended.trainer.current_epoch < 6
-
-    def fit(folder, first):
-        run = Run(tiny_model(), tiny_run(dataset, tmp_path / folder, **stopping))
-        if first:
-            other = RFDETRModule(tiny_model(), run.config)
-            run.data.setup("fit")
-            loader = run.data.val_dataloader()
-            getattr(run.trainer, first)(other, loader, ckpt_path=ended.output / "last.ckpt")
-        torch.manual_seed(0)
-        run.module = RFDETRModule(tiny_model(), run.config)
-        return run.fit()
-
-    alone, after = fit("alone", None), fit("after", call)
+    after = Run(tiny_model(), tiny_run(dataset, tmp_path, **STOPPING))
+    after.data.setup("fit")
+    other = RFDETRModule(tiny_model(), after.config)
+    evaluate = getattr(after.trainer, call)
+    evaluate(other, after.data.val_dataloader(), ckpt_path=ended.output / "last.ckpt")
+    fit_freshly(after)
     assert after.trainer.global_step == alone.trainer.global_step > 0
     best, ema = (
         [next(c for c in run.trainer.callbacks if isinstance(c, kind)) for run in (alone, after)]

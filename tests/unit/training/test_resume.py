@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,20 @@ EPOCHS, BATCHES = 3, 5
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_roboflow(tmp_path_factory.mktemp("data"), splits={"train": 10, "valid": 3})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a run without an interruption, trained once for each set of `fields`."""
+    done: dict[str, Path] = {}
+
+    def train(**fields: int) -> Path:
+        if (key := str(sorted(fields.items()))) not in done:
+            done[key] = tmp_path_factory.mktemp("uninterrupted")
+            Run(tiny_model(), tiny_run(dataset, done[key], **options(**fields))).fit()
+        return done[key]
+
+    return train
 
 
 def options(**fields):
@@ -85,21 +100,18 @@ def history(output: Path) -> list[dict[str, str]]:
         pytest.param(BATCHES + 4, 2, 0, marks=pytest.mark.slow),
     ],
 )
-def test_resumed_equals_uninterrupted(dataset, tmp_path, step, every, workers):
-    fields = {"num_workers": workers, "grad_accum_steps": 2 if workers else 1}
-    Run(tiny_model(), tiny_run(dataset, tmp_path / "whole", **options(**fields))).fit()
-    last = interrupted(dataset, tmp_path / "parts", step, every, **fields)
+def test_resumed_equals_uninterrupted(dataset, uninterrupted, tmp_path, step, every, workers):
+    fields = {"num_workers": workers, "grad_accum_steps": 2} if workers else {}
+    last = interrupted(dataset, tmp_path, step, every, **fields)
     saved = torch.load(last, weights_only=True)["global_step"]
     assert saved == (BATCHES if every is None else BATCHES + 3)
-    Run(tiny_model(), tiny_run(dataset, tmp_path / "parts", **options(**fields))).fit(last)
-    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    Run(tiny_model(), tiny_run(dataset, tmp_path, **options(**fields))).fit(last)
+    assert_same_end(uninterrupted(**fields), tmp_path)
 
 
-def test_interrupted_again_right_after_a_resume(dataset, tmp_path):
+def test_interrupted_again_right_after_a_resume(dataset, uninterrupted, tmp_path):
     """The second checkpoint has the epoch's sums from before the first interruption too."""
-    Run(tiny_model(), tiny_run(dataset, tmp_path / "whole", **options())).fit()
-    parts = tmp_path / "parts"
-    first = interrupted(dataset, parts, BATCHES + 2, 1)
-    second = interrupted(dataset, parts, BATCHES + 3, 1, first)
-    Run(tiny_model(), tiny_run(dataset, parts, **options())).fit(second)
-    assert_same_end(tmp_path / "whole", parts)
+    first = interrupted(dataset, tmp_path, BATCHES + 2, 1)
+    second = interrupted(dataset, tmp_path, BATCHES + 3, 1, first)
+    Run(tiny_model(), tiny_run(dataset, tmp_path, **options())).fit(second)
+    assert_same_end(uninterrupted(), tmp_path)

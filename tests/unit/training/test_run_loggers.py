@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pytorch_lightning.loggers import MLFlowLogger
 
+from rfdetr.tracking import sender
 from rfdetr.tracking.client import local_store, tracking_client
 from rfdetr.tracking.journal import read_state
-from rfdetr.tracking.sender import sync
 from rfdetr.training.csv_logger import HistoryCSVLogger
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 
@@ -51,8 +51,9 @@ def test_evaluations_append_to_the_history_of_the_fit(shapes, tmp_path):
 
 
 def test_training_continues_without_the_server_and_everything_arrives_later(
-    shapes, tmp_path, monkeypatch, caplog
+    shapes, tmp_path, monkeypatch, caplog, tracking_uri
 ):
+    monkeypatch.setattr(sender, "CLOSE_SECONDS", 1.0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     run = Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=1, mlflow=True, run="first"))
@@ -60,10 +61,9 @@ def test_training_continues_without_the_server_and_everything_arrives_later(
     assert run.trainer.global_step == 5
     assert "run_1/journal.jsonl have not reached MLflow" in caplog.text
 
-    store = local_store(tmp_path)
-    assert set(sync(tmp_path, store).values()) == {None}
-    assert sync(tmp_path, store) == {}  # nothing is sent twice
-    client = tracking_client(store)
+    assert set(sender.sync(tmp_path, tracking_uri).values()) == {None}
+    assert sender.sync(tmp_path, tracking_uri) == {}  # nothing is sent twice
+    client = tracking_client(tracking_uri)
     run_id = read_state(tmp_path / "mlflow/run_1").run_id
     found = client.get_run(run_id)
     assert (found.info.status, found.info.run_name) == ("FINISHED", "first")
