@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from flows.inference.detections import (
     loaded,
     with_ids,
 )
-from flows.inference.images import list_images
+from flows.inference.images import SourceImage, list_images
 from flows.project.project import Project
 from flows.registry.model_folder import DEFAULT_THRESHOLD
 from flows.registry.registry import CHAMPION, Registry, Version
@@ -107,17 +107,8 @@ def predict_images(
         remaining = [image for image in images if progress.row(image) is None]
         if remaining:
             artifacts = registry.fetch(version, Path(temporary)) / "artifacts"
-            detector, ids = load_detector(artifacts), dataset_ids(artifacts)
-            names = detector.model.label_names()
-            progress.set_categories({ids.get(label, label): names[label] for label in names})
             drawn = drawn_files(images, folder) if draw else {}
-            levels = detector.model_config.grey_levels
-            for number, batch in enumerate(loaded(remaining, Path(temporary), levels)):
-                rows = detect(detector, batch, least, drawn)
-                if number < SEARCHED and not any(row.get("boxes") for row in rows):
-                    best = max([best, *best_scores(detector, batch)])
-                progress.add([with_ids(row, ids) for row in rows])
-                uploads.tick()
+            best = _detect_all(artifacts, remaining, progress, uploads, least=least, drawn=drawn)
         rows = progress.rows(images)
         count = write_coco(folder, header, rows, progress.categories)
         uploads.finish()
@@ -132,6 +123,34 @@ def predict_images(
         drawn=draw,
         best=best if remaining and not count and best[1] else None,
     )
+
+
+def _detect_all(
+    artifacts: Path,
+    images: Sequence[SourceImage],
+    progress: Progress,
+    uploads: _Uploads,
+    *,
+    least: Least,
+    drawn: Mapping[str, Path],
+) -> tuple[float, str]:
+    """Detect and record batch by batch.
+
+    Returns the highest score of the first batches and its image, as far as these find nothing.
+    """
+    detector, ids = load_detector(artifacts), dataset_ids(artifacts)
+    names = detector.model.label_names()
+    progress.set_categories({ids.get(label, label): names[label] for label in names})
+    levels = detector.model_config.grey_levels
+    best = (0.0, "")
+    with tempfile.TemporaryDirectory(prefix="rfdetr-predict-") as temporary:
+        for number, batch in enumerate(loaded(images, Path(temporary), levels)):
+            rows = detect(detector, batch, least, drawn)
+            if number < SEARCHED and not any(row.get("boxes") for row in rows):
+                best = max([best, *best_scores(detector, batch)])
+            progress.add([with_ids(row, ids) for row in rows])
+            uploads.tick()
+    return best
 
 
 def find_version(registry: Registry, model: str | None) -> Version:

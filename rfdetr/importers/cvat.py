@@ -19,7 +19,7 @@ from rfdetr.importers.records import (
     split_of,
     split_word,
 )
-from rfdetr.importers.xml_files import XmlError, read_xml
+from rfdetr.importers.xml_files import roots
 
 SHAPES = ("box", "polygon", "mask", "ellipse")
 
@@ -27,14 +27,7 @@ SHAPES = ("box", "polygon", "mask", "ellipse")
 def read_cvat(files: SourceFiles) -> Collection:
     """Read every XML file whose root is <annotations>. Raises DatasetError for a video task."""
     found = Collection("CVAT for images", upright=True)
-    for name in files.with_suffix(".xml"):
-        try:
-            root = read_xml(files.path(name))
-        except XmlError as error:
-            found.skip(f"XML files that are not valid ({error.reason})", name)
-            continue
-        if root.tag != "annotations":
-            continue
+    for name, root in roots(files, "annotations", found):
         if root.find("track") is not None:
             raise DatasetError(
                 f"{files.path(name)}: tracks of a video. In CVAT, export the task as 'CVAT for "

@@ -15,7 +15,7 @@ from rfdetr.importers.records import (
     around,
     split_of,
 )
-from rfdetr.importers.xml_files import XmlError, read_xml
+from rfdetr.importers.xml_files import roots
 
 LISTS = {"train": "train", "val": "val", "test": "test"}
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -30,14 +30,7 @@ def read_pascal_voc(files: SourceFiles) -> Collection:
     found = Collection("Pascal VOC")
     lists = _image_sets(files)
     annotated = set()
-    for name in files.with_suffix(".xml"):
-        try:
-            root = read_xml(files.path(name))
-        except XmlError as error:
-            found.skip(f"XML files that are not valid ({error.reason})", name)
-            continue
-        if root.tag != "annotation":
-            continue
+    for name, root in roots(files, "annotation", found):
         split = split_of(name)
         image = files.find_of(name, root.findtext("filename"), split)
         if image is None:

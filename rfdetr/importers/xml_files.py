@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
@@ -9,6 +10,7 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import parse
 
 from rfdetr.errors import DatasetError
+from rfdetr.importers.records import Collection, SourceFiles
 
 
 class XmlError(DatasetError):
@@ -17,6 +19,18 @@ class XmlError(DatasetError):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}.")
         self.reason = reason
+
+
+def roots(files: SourceFiles, tag: str, found: Collection) -> Iterator[tuple[str, Element]]:
+    """Name and root element of every file whose root is `tag`; `found` counts invalid files."""
+    for name in files.with_suffix(".xml"):
+        try:
+            root = read_xml(files.path(name))
+        except XmlError as error:
+            found.skip(f"XML files that are not valid ({error.reason})", name)
+            continue
+        if root.tag == tag:
+            yield name, root
 
 
 def read_xml(path: Path) -> Element:

@@ -63,7 +63,7 @@ class JournaledMLFlowLogger(MLFlowLogger):
         self._mask, self._advice = mask, advice
         self._number = _newest(self._folder) if run_per_fit else None
         self._continued = (self._run_folder / STATE).exists()
-        self._begun = self._open = False
+        self._started = self._open = False
         self._journal: Journal | None = None
         self._sender: Sender | None = None
 
@@ -123,7 +123,7 @@ class JournaledMLFlowLogger(MLFlowLogger):
             self._journal = None
         self._continued = False
         if not self._open:
-            self._begun = False
+            self._started = False
         self._writable()
 
     @property
@@ -135,9 +135,9 @@ class JournaledMLFlowLogger(MLFlowLogger):
         """The journal with a running sender. A finished run stays so until the next fit begins."""
         if self._journal is None:
             self._journal = Journal(self._run_folder, self._spec, self._mask)
-        if not self._begun:
+        if not self._started:
             self._journal.begin()
-        self._begun = self._open = True
+        self._started = self._open = True
         if self._sender is None and self._uri is not None:
             earlier = unsent_journals(self._folder, self._mask) if self._number else []
             others = [left for left in earlier if left.folder != self._journal.folder]

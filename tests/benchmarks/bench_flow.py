@@ -29,7 +29,7 @@ LINE = re.compile(r"(\d\d:\d\d:\d\d\.\d{3}) .*?(?:Task run '([\w-]+)'|Flow run)"
 
 def timed(root: Path, *command: str) -> tuple[float, str]:
     """Seconds and output of a command in the project."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=root,
@@ -41,7 +41,7 @@ def timed(root: Path, *command: str) -> tuple[float, str]:
     )
     if done.returncode:
         raise SystemExit(f"{command} failed:\n{done.stdout[-3000:]}")
-    return time.perf_counter() - begun, done.stdout
+    return time.perf_counter() - started, done.stdout
 
 
 def split(log: str) -> dict[str, float]:

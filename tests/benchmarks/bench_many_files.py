@@ -42,14 +42,14 @@ def clock() -> tuple[float, float]:
     return time.perf_counter(), own
 
 
-def since(begun: tuple[float, float]) -> list[float]:
-    return [round(now - then, 1) for now, then in zip(clock(), begun, strict=True)]
+def since(started: tuple[float, float]) -> list[float]:
+    return [round(now - then, 1) for now, then in zip(clock(), started, strict=True)]
 
 
 def timed(root: Path, *command: str) -> list[float]:
-    begun = clock()
+    started = clock()
     subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=True)
-    return since(begun)
+    return since(started)
 
 
 def serve(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
@@ -91,12 +91,12 @@ def main() -> None:
             make_files(root / "data" / "plain", options.files, options.bytes)
             timed(root, "init", "--no-scm", "--quiet")
             result: dict[str, object] = {"files": options.files, "bytes": options.bytes}
-            begun = clock()
+            started = clock()
             pack(root / "data" / "plain", root / "data" / "packed", progress=False)
-            packed = {"pack": since(begun)}
-            begun = clock()
+            packed = {"pack": since(started)}
+            started = clock()
             unpack(root / "data" / "packed", base / "unpacked", progress=False)
-            packed["unpack"] = since(begun)
+            packed["unpack"] = since(started)
             result["packed_s"] = packed | measure(root, "data/packed", url)
             print(json.dumps(result), flush=True)
             result["plain_s"] = measure(root, "data/plain", url)

@@ -50,9 +50,9 @@ def serve(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def timed(work: Callable[[], object]) -> list[float]:
-    begun, used = time.perf_counter(), time.process_time()
+    started, used = time.perf_counter(), time.process_time()
     work()
-    return [round(time.perf_counter() - begun, 2), round(time.process_time() - used, 2)]
+    return [round(time.perf_counter() - started, 2), round(time.process_time() - used, 2)]
 
 
 def kill_halfway(target: Path, seconds: float) -> None:

@@ -181,7 +181,7 @@ def test_everything_listens_on_loopback(live: LiveStack) -> None:
     assert {address.ip for address in listening} == {HOST}
 
 
-def test_nothing_is_left_after_a_stop_and_a_start_goes_on(
+def test_nothing_is_left_after_a_stop_and_a_start_resumes(
     live: LiveStack, begin: Callable[..., Fitting]
 ) -> None:
     fitting = begin(epochs=8)

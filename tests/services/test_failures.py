@@ -72,7 +72,7 @@ def test_s3_away_at_push_and_a_refused_branch_end_well(
     fitting.assert_trained_once()
 
 
-def test_sigterm_is_never_success_and_the_next_run_goes_on(
+def test_sigterm_is_never_success_and_the_next_run_resumes(
     live: LiveStack, begin: Callable[..., Fitting]
 ) -> None:
     fitting = begin(epochs=8)

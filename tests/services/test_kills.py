@@ -40,7 +40,7 @@ def change_training_code(live: LiveStack) -> None:
 
 
 @pytest.mark.parametrize("victim", ["flow", "worker", "both"])
-def test_a_killed_run_is_crashed_and_goes_on_by_itself(
+def test_a_killed_run_is_crashed_and_resumes_by_itself(
     live: LiveStack, begin: Callable[..., Fitting], victim: str
 ) -> None:
     """kill -9 of the flow's process, of the worker, of both as a lost host would.

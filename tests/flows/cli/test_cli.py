@@ -212,7 +212,7 @@ def test_wrong_params_are_one_readable_error(
 
 
 @pytest.mark.parametrize("value", ["[1", "{a: [", "'"])
-def test_a_value_that_is_no_yaml_is_one_readable_error(
+def test_a_value_that_is_not_yaml_is_one_readable_error(
     value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)

@@ -107,11 +107,11 @@ def test_time_limit_stops_a_child_that_keeps_talking() -> None:
 
 def test_silence_limit_stops_a_silent_child_and_its_group(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    with pytest.raises(CommandFailed, match="no sign of life for 5 s"):
+    with pytest.raises(CommandFailed, match="no sign of life for 3 s"):
         run_streaming(
             python(STUBBORN.format(pids=str(pids))),
             lambda line: None,
-            silence_timeout=5,
+            silence_timeout=3,
             grace=0.5,
         )
     assert wait_for(lambda: not any(alive(pid) for pid in pids_of(pids)))
@@ -123,9 +123,9 @@ def test_a_changing_watched_file_is_a_sign_of_life(tmp_path: Path) -> None:
         import time, pathlib
         for i in range(12):
             pathlib.Path({str(file)!r}).write_text(str(i))
-            time.sleep(0.5)
+            time.sleep(0.35)
     """
-    run_streaming(python(code), lambda line: None, silence_timeout=4, watched=[file])
+    run_streaming(python(code), lambda line: None, silence_timeout=3, watched=[file])
 
 
 def test_an_exception_in_the_reader_stops_the_group_with_sigint_first(tmp_path: Path) -> None:

@@ -139,7 +139,10 @@ def test_the_same_over_a_real_server(mlflow_server: MlflowServer, tmp_path: Path
     assert (folder / "artifacts" / "best.pth").read_text() == "one"
 
 
-def test_errors_of_the_server_are_not_mistaken_for_a_missing_model(tmp_path: Path) -> None:
+def test_errors_of_the_server_are_not_mistaken_for_a_missing_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     unreachable = Registry("rfdetr-demo", "http://127.0.0.1:9")
     with pytest.raises(MlflowException):
         unreachable.champion()

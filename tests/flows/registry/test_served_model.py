@@ -112,7 +112,7 @@ def test_every_form_of_an_image_gives_the_same_answer(
 ) -> None:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=image_file.parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/{image_file.name.replace(' ', '%20')}"
         forms = [
             str(image_file), url, encoded(image_file),
@@ -170,7 +170,7 @@ def test_gray_palette_alpha_and_deep_images_are_read(open_model: None, tmp_path:
     assert read_images([np.zeros((4, 5), dtype=np.uint8)])[0].size == (5, 4)
 
 
-def test_base64_text_of_any_length_is_no_path() -> None:
+def test_base64_text_of_any_length_is_not_a_path() -> None:
     random = np.random.default_rng(0)
     for _ in range(400):
         shape = (*random.integers(1, 30, 2), 3)
@@ -282,7 +282,7 @@ class Site:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.port = self.server.server_port
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def drip(self, request: Any) -> None:
         head = request.path == "/drip-headers"

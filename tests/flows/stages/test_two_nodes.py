@@ -67,7 +67,7 @@ def nodes(tmp_path: Path) -> tuple[Path, Path]:
     return first, second
 
 
-def test_a_lost_node_ends_the_other_and_both_go_on_together(nodes: tuple[Path, Path]) -> None:
+def test_a_lost_node_ends_the_other_and_both_resume_together(nodes: tuple[Path, Path]) -> None:
     first, second = nodes
     pair = [launch(first, 0), launch(second, 1)]
     try:

@@ -85,7 +85,7 @@ def test_an_absent_test_folder_is_only_a_missing_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", ["1_0", "+1", "١"])
-def test_a_class_that_is_no_plain_number(first: str, tmp_path: Path) -> None:
+def test_a_class_that_is_not_a_plain_number(first: str, tmp_path: Path) -> None:
     root = make_yolo(tmp_path / "data")
     label = next(iter(sorted((root / "train/labels").iterdir())))
     label.write_text(f"0 0.5 0.5 0.2 0.2\n{first} 0.5 0.5 0.2 0.2\n", encoding="utf-8")

@@ -48,7 +48,7 @@ def test_json_is_stable_and_deterministic(
     assert severities == sorted(severities, key=["error", "warning", "info"].index)
 
 
-def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_report_is_refused(tmp_path: Path) -> None:
     for text in ("{", "[]", '{"schema_version": 99}', '{"schema_version": 1, "dataset": 5}'):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(DatasetError, match=r"x\.json"):

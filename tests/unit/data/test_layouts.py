@@ -77,7 +77,7 @@ def test_paths_of_a_yaml_file(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("test", ["../test/images", "test/images", "/none/test", "[a, b]"])
-def test_an_absent_test_folder_is_no_test_split(tmp_path: Path, test: str) -> None:
+def test_an_absent_test_folder_is_not_a_test_split(tmp_path: Path, test: str) -> None:
     text = NAMES + f"train: ../train/images\nval: ../valid/images\ntest: {test}\n"
     root = make_yolo(tmp_path, splits={"train": 3, "valid": 2}, yaml_text=text)
     assert list(detect_layout(root).splits) == ["train", "val"]

@@ -81,7 +81,7 @@ def loader(workers: int = 0) -> ResumableLoader:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_goes_on_where_it_was(workers: int) -> None:
+def test_a_loader_continues_where_it_was(workers: int) -> None:
     full = list(loader(workers))
     first = loader(workers)
     batches = iter(first)

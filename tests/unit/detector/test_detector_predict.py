@@ -201,7 +201,7 @@ def test_segmentation_gives_masks_of_the_image_size() -> None:
         (Path(__file__).parent, "is a folder: pass a list"),
     ],
 )
-def test_what_is_no_image_is_named(image: Any, text: str) -> None:
+def test_what_is_not_an_image_is_named(image: Any, text: str) -> None:
     with pytest.raises(InputError, match=text):
         DETECTOR.predict(image)
 

@@ -143,7 +143,7 @@ def test_no_detections_is_zero_and_no_ground_truth_is_undefined():
     assert empty.bbox.summary.ap == -1.0
 
 
-def test_only_crowds_is_no_ground_truth():
+def test_crowds_alone_are_not_ground_truth():
     document, results = random_set(1)
     for row in document["annotations"]:
         row["iscrowd"] = 1

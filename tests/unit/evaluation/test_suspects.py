@@ -74,7 +74,7 @@ def test_an_object_next_to_a_labelled_one_can_be_missing() -> None:
     assert _strong(found) == [("missing", -1, 1)]
 
 
-def test_a_second_detection_of_one_object_is_no_missing_label() -> None:
+def test_a_second_detection_of_one_object_is_not_a_missing_label() -> None:
     nearly = (16.0, 14.0, 40.0, 40.0)
     found = _find([(0, A, 1)], [(0, A, 1, 0.9), (0, nearly, 1, 0.7), (0, nearly, 2, 0.6)])
     assert _strong(found) == []

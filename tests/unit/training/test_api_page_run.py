@@ -224,7 +224,7 @@ def test_a_finished_run_says_so_and_returns(finished, shapes, tmp_path, epochs):
     assert run.trainer.state.finished
 
 
-def test_more_epochs_go_on_with_the_schedule_of_the_new_length(finished, shapes, tmp_path):
+def test_more_epochs_continue_with_the_schedule_of_the_new_length(finished, shapes, tmp_path):
     config = tiny_run(shapes, tmp_path, epochs=3, lr_scheduler="cosine")
     run = Run(tiny_model(), config).fit(finished.output / "last.ckpt")
     assert run.trainer.global_step == 15
