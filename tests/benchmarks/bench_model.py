@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shlex
 import statistics
@@ -38,6 +37,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from turns import in_turns
 
 from rfdetr.config import MODEL_CONFIGS, ModelConfig
 from rfdetr.detector import DETECTOR_CLASSES
@@ -244,19 +244,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 def compare_trees(args: argparse.Namespace) -> dict[str, Any]:
     """This checkout and another in turns; ratios above 1 are in favour of this one."""
-    own = str(Path(__file__).parents[2])
-    command = [sys.executable, __file__, *(a for a in sys.argv[1:] if a != args.tree)]
-    command.remove("--tree")
     rounds = []
-    for _ in range(args.rounds):
-        new, old = (
-            json.loads(
-                subprocess.check_output(
-                    command, text=True, env=os.environ | {"PYTHONPATH": tree}
-                ).splitlines()[-1]
-            )
-            for tree in (own, args.tree)
-        )
+    for new, old in in_turns(args):
         kind = "cpu_s" if args.device == "cpu" else "s"
         ratios = {n: old[n][kind] / new[n][kind] for n in new if isinstance(new[n], dict)}
         memory = "peak_rss_mib" if args.device == "cpu" else "peak_device_mib"

@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +25,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from turns import in_turns
 
 from rfdetr.config import MODEL_CONFIGS, SegmentationTrainConfig, TrainConfig
 from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
@@ -131,22 +129,8 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    own = str(Path(__file__).parents[2])
-    command = [sys.executable, __file__, *(a for a in sys.argv[1:] if a != args.tree)]
-    command.remove("--tree")
     rounds = []
-    for _ in range(args.rounds):
-        new, old = (
-            json.loads(
-                subprocess.check_output(
-                    command,
-                    text=True,
-                    stderr=subprocess.DEVNULL,
-                    env=os.environ | {"PYTHONPATH": tree},
-                ).splitlines()[-1]
-            )
-            for tree in (own, args.tree)
-        )
+    for new, old in in_turns(args):
         numbers = [name for name, value in new.items() if isinstance(value, float)]
         ratios = {name: old[name] / new[name] for name in numbers}
         rounds.append(ratios | {"train_img_s": 1 / ratios["train_img_s"]})
