@@ -134,7 +134,7 @@ class _Former:
         return {name: self.data[name] for name in KEPT if isinstance(self.data.get(name), dict)}
 
     def replace(self, text: str, *, force: bool) -> Path | None:
-        """Write the new file and return the copy of the former one, None if nothing was lost."""
+        """Write the new file and return the copy of the previous one, None if nothing was lost."""
         if text == self.text:
             return None
         if not (force or self.replaceable):
@@ -230,7 +230,7 @@ def _told(facts: DatasetFacts, chosen: Choices, *, told: str, kept: Path | None)
     ]
     if kept is not None:
         back = f"cp {shlex.quote(kept.name)} {PARAMS_FILE}"
-        lines.append(f"kept     the former parameters as {kept.name} (`{back}` restores them)")
+        lines.append(f"kept     the previous parameters as {kept.name} (`{back}` restores them)")
     lines.append(f"wrote    {PARAMS_FILE}: every value there has its reason")
     return lines
 

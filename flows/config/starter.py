@@ -83,7 +83,7 @@ def choose(facts: DatasetFacts, variant: str, source: str | None) -> Choices:
 
 
 def starter_text(facts: DatasetFacts, chosen: Choices, kept: Mapping[str, Any]) -> str:
-    """The text of params.yaml. `kept` are the sections that are taken from the former file."""
+    """The text of params.yaml. `kept` are the sections that are taken from the previous file."""
     usual = Hyperparameters.model_validate({})
     weights = {
         None: "from scratch; slower, and needs far more images",
