@@ -38,7 +38,7 @@ def results_of(predictions, loader):
 def trained(tmp_path_factory):
     root = make_coco(tmp_path_factory.mktemp("data"), splits={"train": 12, "val": 7}, crowd=True)
     output = tmp_path_factory.mktemp("output")
-    config = tiny_run(root, output, dataset_file="coco", epochs=5, batch_size=4, eval_interval=10)
+    config = tiny_run(root, output, dataset_file="coco", epochs=15, batch_size=4, eval_interval=10)
     run = Run(tiny_model(num_queries=16, num_select=40), config).fit()
     return root, run, run.metrics()
 
