@@ -7,6 +7,7 @@ tasks contain no stage logic: each runs `dvc repro` or a step of the release as 
 from __future__ import annotations
 
 import os
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from flows.release import freshness, steps
 from flows.release.champion import ChampionChangedError
 from rfdetr.errors import ConfigError, RFDETRError
 
+FIRST_HEARTBEAT_SECONDS = 5.0  # sent half a second after the start, delivered in batches
+
 
 def run_name() -> str:
     """The name of a flow run: dataset, variant and time, with the changes of its parameters."""
@@ -69,7 +72,7 @@ def retrain(
     params = params or RetrainParams()
     reason = resume.refusal(resumes, str(runtime.flow_run.id)) if resumes else None
     if reason:
-        return Completed(name="Skipped", message=reason)
+        return skipped(reason)
     project = Project(Path.cwd())
     os.environ.setdefault("MLFLOW_TRACKING_URI", project.tracking_uri)  # for child processes
     use_code(project, params.ref, resumes)
@@ -78,7 +81,7 @@ def retrain(
     if known is not None:
         outcome = known.tags.get("gate.outcome", "champion")
         message = f"version {known.number} was trained on this dataset already ({outcome})"
-        return Completed(name="Skipped", message=message)
+        return skipped(message)
     prepare(project)
     *before, fit, evaluate = stage_names(project)
     for stage in before:
@@ -93,6 +96,17 @@ def retrain(
     if params.publish:
         publish(project)
     return steps.summarise(project, number, steps.last_verdict(project))
+
+
+def skipped(reason: str) -> State:
+    """The end of a flow run without work, on a worker not before its first heartbeat has arrived.
+
+    A heartbeat that reaches the server after the final state looks like a lost flow run: the
+    automation would start another one, which ends as quickly, and so on without end.
+    """
+    if runtime.deployment.id is not None:
+        time.sleep(FIRST_HEARTBEAT_SECONDS)
+    return Completed(name="Skipped", message=reason)
 
 
 def use_code(project: Project, ref: str | None, resumes: str | None) -> None:

@@ -15,7 +15,10 @@ BRANCH = "main"
 
 
 def make_repository(root: Path) -> Path:
-    """The project as a git repository, with a tiny model; its schedules wait for a test."""
+    """The project as a git repository, with a tiny model.
+
+    Its schedules wait for a test, and lost flow runs are noticed sooner.
+    """
     make_project(
         root,
         dataset={"name": "tiny", "dir": "data/tiny"},
@@ -26,6 +29,8 @@ def make_repository(root: Path) -> Path:
     text = (ROOT / "prefect.yaml").read_text()
     text = text.replace('cron: "30 * * * *"', 'cron: "* * * * *"')
     (root / "prefect.yaml").write_text(text.replace("active: true", "active: false"))
+    automations = root / "infra/prefect/automations.yaml"
+    automations.write_text(automations.read_text().replace("within: 90", "within: 60"))
     git(root, "init", "--quiet", f"--initial-branch={BRANCH}")
     git(root, "config", "user.email", "test@localhost")
     git(root, "config", "user.name", "test")

@@ -200,3 +200,8 @@ def test_nothing_is_left_after_a_stop_and_a_start_resumes(
         overrides = live.parameters(fitting.run)["overrides"]
         live.wait_final(live.start(overrides=overrides), "COMPLETED")
     fitting.assert_trained_once()
+    runs = {run["id"]: run for run in live.runs()}
+    resumed = [
+        runs[r["parameters"]["resumes"]] for r in runs.values() if r["parameters"].get("resumes")
+    ]
+    assert {run["state_type"] for run in resumed} <= {"CRASHED"}, "finished runs were started again"

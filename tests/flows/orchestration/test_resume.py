@@ -76,6 +76,16 @@ def test_a_run_that_is_still_alive_is_left_alone(
     assert "it is Running" in str(resume.refusal(alive, str(uuid.uuid4())))
 
 
+def test_a_run_without_work_ends_after_its_first_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a worker only; that it helps is seen in tests/services/test_deployment.py."""
+    waited: list[float] = []
+    monkeypatch.setattr(retrain.time, "sleep", waited.append)
+    assert (retrain.skipped("no new data").name, waited) == ("Skipped", [])
+    monkeypatch.setattr(retrain.runtime.deployment, "id", "some deployment", raising=False)
+    assert retrain.skipped("no new data").name == "Skipped"
+    assert waited == [retrain.FIRST_HEARTBEAT_SECONDS]
+
+
 def test_the_commit_of_a_crashed_run_is_used_again(
     client: SyncPrefectClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
