@@ -25,11 +25,14 @@ PARITY = Path(__file__).parent / "parity"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups of `--dist loadgroup`: each file, and together all that share a retrained project."""
-    sharing = {item.path for item in items if "retrained" in getattr(item, "fixturenames", ())}
+    """Groups of `--dist loadgroup`: each file, and together all that share a Prefect server.
+
+    The project that was retrained once through that server is the most expensive fixture of all.
+    """
+    sharing = {i.path for i in items if "prefect_server" in getattr(i, "fixturenames", ())}
     for item in items:
         file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("retrained" if item.path in sharing else file))
+        item.add_marker(pytest.mark.xdist_group("prefect" if item.path in sharing else file))
 
 
 @pytest.fixture(scope="session")
