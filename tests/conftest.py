@@ -29,7 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     The project that was retrained once through that server is the most expensive fixture of all.
     """
-    sharing = {i.path for i in items if "prefect_server" in getattr(i, "fixturenames", ())}
+    default = [item for item in items if not item.get_closest_marker("slow")]
+    sharing = {i.path for i in default if "prefect_server" in getattr(i, "fixturenames", ())}
     for item in items:
         file = item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group("prefect" if item.path in sharing else file))
