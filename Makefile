@@ -66,7 +66,7 @@ format: $(READY) ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .
 
 test: $(READY) ## The default tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(READY) ## The tests of the detector on a machine with a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "gpu or not slow and not services" tests/gpu tests/unit

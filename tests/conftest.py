@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 os.environ.update(
     DO_NOT_TRACK="1",
@@ -23,17 +26,26 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each of many children would c
 PARITY = Path(__file__).parent / "parity"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups of `--dist loadgroup`: each file, and together all that share a Prefect server.
+class OnePrefectServer(LoadFileScheduling):
+    """`--dist loadfile`, with all files that use the Prefect server on one worker.
 
     The project that was retrained once through that server is the most expensive fixture of all.
+    (`--dist loadgroup` of pytest-xdist 3.8 has no effect under pytest 9.2.)
     """
-    default = [item for item in items if not item.get_closest_marker("slow")]
-    sharing = {i.path for i in default if "prefect_server" in getattr(i, "fixturenames", ())}
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("prefect" if item.path in sharing else file))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _server_of(super()._split_scope(nodeid))
+
+
+@functools.cache
+def _server_of(file: str) -> str:
+    text = (PARITY.parents[1] / file).read_text(encoding="utf-8")
+    return "prefect" if "from tests.flows.prefect_fixtures import" in text else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return OnePrefectServer(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
