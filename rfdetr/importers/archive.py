@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import lzma
 import os
+import re
 import shutil
 import stat
 import struct
@@ -69,7 +70,8 @@ def unpack(archive: Path, folder: Path) -> None:
     """
     try:
         with _open(archive) as opened:
-            entries = {_name(e): e for e in opened.infolist() if not e.is_dir()}
+            named = {_name(entry): entry for entry in opened.infolist()}
+            entries = {name: entry for name, entry in named.items() if not name.endswith("/")}
             _require_safe(archive, entries)
             _require_room(archive, entries.values(), folder)
             for name, entry in entries.items():
@@ -101,7 +103,7 @@ def _name(entry: zipfile.ZipInfo) -> str:
 def _require_safe(archive: Path, entries: Mapping[str, zipfile.ZipInfo]) -> None:
     for name, entry in entries.items():
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]):
+        if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", name):
             problem = f"the name {name!r} leads out of it"
         elif stat.S_ISLNK(entry.external_attr >> 16):
             problem = f"{name} is a link; archive the file itself"

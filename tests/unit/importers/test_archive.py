@@ -119,6 +119,15 @@ def test_names_without_an_encoding_are_utf8(tmp_path: Path) -> None:
         assert [path.name for path in folder.iterdir()] == [name]
 
 
+def test_backslashes_of_windows_are_folders(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        packed.writestr("set\\train\\", b"")
+        packed.writestr("set\\train\\a.jpg", b"x")
+        packed.writestr("set\\12:30.txt", b"x")
+    with opened_source(tmp_path / "a.zip", tmp_path / "out") as folder:
+        assert contents(folder) == {"train/a.jpg": b"x", "12:30.txt": b"x"}
+
+
 def test_other_archives_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(b"x")
     with pytest.raises(DatasetError, match="unpack this archive first"):
