@@ -6,7 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,7 @@ from rfdetr.checkpoints.record import read_checkpoint
 from rfdetr.checkpoints.safe_io import load_file, save_file, verify_file
 from rfdetr.errors import CheckpointError
 from rfdetr.files import write_text_atomic
+from rfdetr.training.callbacks.best_score import BestScore, better_of
 from rfdetr.training.callbacks.ema import ema_network, only_ema
 from rfdetr.training.callbacks.fresh_metrics import FreshMetrics
 from rfdetr.training.lightning_adapter import without_launcher
@@ -29,39 +30,6 @@ REGULAR = "checkpoint_best_regular.pth"
 EMA = "checkpoint_best_ema.pth"
 TOTAL = "checkpoint_best_total.pth"
 RECORD = "best_model.json"
-
-
-@dataclass
-class BestScore:
-    """The best value so far of the live or of the EMA weights, its epoch, step and file.
-
-    The field `averaged` (EMA weights) keeps the name that it has in checkpoints and records.
-    """
-
-    metric: str
-    file: str
-    averaged: bool
-    value: float | None = None
-    epoch: int | None = None
-    step: int | None = None
-
-    def observe(self, value: float | None, epoch: int, step: int | None = None) -> bool:
-        """True when `value` is strictly better than all before; the first one always is."""
-        if value is None or (self.value is not None and value <= self.value):
-            return False
-        self.value, self.epoch, self.step = value, epoch, step
-        return True
-
-    def forget(self) -> None:
-        """Start again: the next value is the best."""
-        self.value = self.epoch = self.step = None
-
-
-def better_of(live: BestScore, ema: BestScore) -> BestScore | None:
-    """The better score, the live one in a tie; None before the first evaluation."""
-    if ema.value is not None and (live.value is None or ema.value > live.value):
-        return ema
-    return live if live.value is not None else None
 
 
 class BestModelCallback(Checkpoint):

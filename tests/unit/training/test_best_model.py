@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rfdetr.training.callbacks import BestModelCallback
-from rfdetr.training.callbacks.best_model import EMA, REGULAR, BestScore, better_of
+from rfdetr.training.callbacks.best_model import EMA, REGULAR
+from rfdetr.training.callbacks.best_score import BestScore, better_of
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 
 
