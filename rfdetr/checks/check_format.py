@@ -23,6 +23,7 @@ from rfdetr.checks.table import SplitTable
 from rfdetr.config import ModelConfig
 
 ENOUGH_BOXES = 16  # fewer may fit another format by chance; small splits are judged together
+MOST_BOXES = 20_000  # of a larger split, every second, third ... box is judged
 LEAST_IOU = 0.3  # of a box and what its outline extends over
 MOST_DIFFER = 0.5  # share of outlines that differ from which on they are wrong rather than odd
 
@@ -67,15 +68,16 @@ def _report(
 def _written(files: SplitFiles) -> Written:
     """The boxes of a split as they are written, without those of polygons in a YOLO layout."""
     table = files.table
-    values, sizes = table.boxes, _sizes(files)[table.image_rows]
+    left_out = table.masked if table.relative else table.crowd
+    rows = np.flatnonzero((table.image_rows >= 0) & ~left_out)
+    rows = rows[:: 1 + len(rows) // MOST_BOXES]
+    values, sizes = table.boxes[rows], _sizes(files)[table.image_rows[rows]]
     if table.relative:
         values = np.concatenate([values[:, :2] + values[:, 2:] / 2, values[:, 2:]], axis=1)
-        outlines = np.full((len(values), 4), np.nan)
-        chosen = ~table.masked
-    else:
-        outlines = outline_boxes(table) / np.concatenate([sizes, sizes], axis=1)
-        chosen = finite_rows(values, sizes) & (table.image_rows >= 0) & ~table.crowd
-    return Written(values[chosen], sizes[chosen], outlines[chosen])
+        return Written(values, sizes, np.full((len(values), 4), np.nan))
+    outlines = table.outline_boxes[rows] / np.concatenate([sizes, sizes], axis=1)
+    known = finite_rows(values, sizes)
+    return Written(values[known], sizes[known], outlines[known])
 
 
 def _sizes(files: SplitFiles) -> Floats:
@@ -90,24 +92,11 @@ def _sizes(files: SplitFiles) -> Floats:
     return sizes
 
 
-def outline_boxes(table: SplitTable) -> Floats:
-    """What the polygons of each row extend over, (n, 4) x0, y0, x1, y1; NaN without a polygon."""
-    polygons = table.polygons
-    if polygons is None:
-        return np.full((len(table.boxes), 4), np.nan)
-    low, high = np.full((len(table.boxes), 2), np.inf), np.full((len(table.boxes), 2), -np.inf)
-    filled = np.isfinite(polygons.low).all(axis=1)
-    np.minimum.at(low, polygons.owner[filled], polygons.low[filled])
-    np.maximum.at(high, polygons.owner[filled], polygons.high[filled])
-    found = np.concatenate([low, high], axis=1)
-    return np.where(np.isfinite(found), found, np.nan)
-
-
 def check_outlines(table: SplitTable, collector: Collector, model: ModelConfig) -> None:
     """Report boxes that hardly overlap what their polygons extend over. Boxes are in pixels."""
     if table.label_files is not None:  # the box is that of the polygon
         return
-    outlines = outline_boxes(table)
+    outlines = table.outline_boxes
     boxes = np.concatenate([table.boxes[:, :2], table.boxes[:, :2] + table.boxes[:, 2:]], axis=1)
     judged = finite_rows(boxes, outlines) & ~table.crowd & (table.image_rows >= 0)
     judged &= (table.boxes[:, 2:] > 0).all(axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,6 +183,21 @@ class SplitTable:
         """File name of an annotation's image, or that it is unknown."""
         image = int(self.image_rows[row])
         return self.file_names[image] if image >= 0 else "unknown image"
+
+    @cached_property
+    def outline_boxes(self) -> Floats:
+        """What the polygons of each row extend over, (n, 4) x0, y0, x1, y1; NaN without any."""
+        found = np.full((len(self.boxes), 4), np.nan)
+        if self.polygons is None:
+            return found
+        filled = np.isfinite(self.polygons.low).all(axis=1)
+        owner = self.polygons.owner[filled]  # ascending
+        starts = np.flatnonzero(np.diff(owner, prepend=-1))
+        if len(starts):
+            rows = owner[starts]
+            found[rows, :2] = np.minimum.reduceat(self.polygons.low[filled], starts)
+            found[rows, 2:] = np.maximum.reduceat(self.polygons.high[filled], starts)
+        return found
 
     def scale_boxes(self, nominal: int) -> None:
         """Turn fractions into pixels; `nominal` is the side of images of unknown size."""
