@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from flows.core.redact import redact
 from flows.project.project import Project
 from flows.registry.registry import Registry, Version
-from flows.release.champion import AuditRecord
+from flows.release.audit import AuditRecord
 from rfdetr.files import write_text_atomic
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from flows.gate import report
 from flows.gate.report import Section
 from flows.gate.verdict import Scores, Verdict
-from flows.release.champion import AuditRecord
+from flows.release.audit import AuditRecord
 from rfdetr.monitoring.image_profile import ImageProfile
 
 FEW_BOXES = 50

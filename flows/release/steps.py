@@ -30,8 +30,8 @@ from flows.project.project import Project
 from flows.registry.model_folder import ModelFiles
 from flows.registry.registry import Registry, Version, now
 from flows.release import champion
+from flows.release.audit import AuditRecord, actor, history
 from flows.release.card_files import complete_card, publish_card
-from flows.release.champion import AuditRecord
 from flows.release.description import description
 from flows.release.freshness import GATE_KEY, gate_key, pinned_version, registry_of
 from flows.storage.packs import open_dataset
@@ -253,7 +253,7 @@ def promote_winner(project: Project, number: int, verdict: Verdict) -> AuditReco
             registry_of(project),
             number,
             reason=verdict.reason,
-            by=champion.actor(project.env.actor),
+            by=actor(project.env.actor),
             expected_champion=verdict.champion_version,
         )
     return record and _announce(project, registry_of(project), record)
@@ -273,7 +273,7 @@ def promote_by_hand(
             registry,
             number,
             reason=reason,
-            by=champion.actor(project.env.actor),
+            by=actor(project.env.actor),
             expected_champion="judged",
             force=force,
         )
@@ -286,9 +286,7 @@ def roll_back(
     """Restore an earlier champion of the registered model `name` (default: params.yaml's)."""
     registry = registry_of(project, name)
     with registry_slot(project, name):
-        record = champion.rollback(
-            registry, reason=reason, by=champion.actor(project.env.actor), to=to
-        )
+        record = champion.rollback(registry, reason=reason, by=actor(project.env.actor), to=to)
     return _announce(project, registry, record)
 
 
@@ -305,7 +303,7 @@ def _announce(project: Project, registry: Registry, record: AuditRecord) -> Audi
 
 def audit(project: Project) -> list[AuditRecord]:
     """Every promotion and rollback, oldest first."""
-    return champion.history(registry_of(project))
+    return history(registry_of(project))
 
 
 def summarise(project: Project, number: int, verdict: Verdict) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.registry.registry import Registry
-from flows.release.champion import history
+from flows.release.audit import history
 from rfdetr.progress import EpochProgress
 from tests.flows.mlflow_fixtures import artifacts, runs
 from tests.flows.prefect_fixtures import SECRET, Retrained

@@ -13,7 +13,7 @@ import pytest
 from flows.cli.main import main, parser
 from flows.config import params
 from flows.registry.registry import Registry, global_tracking_uri
-from flows.release.champion import history
+from flows.release.audit import history
 from flows.tracking import provenance
 from tests.flows.prefect_fixtures import Retrained
 

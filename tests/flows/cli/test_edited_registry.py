@@ -10,7 +10,7 @@ import pytest
 
 from flows.cli.main import main
 from flows.registry.registry import Registry
-from flows.release.champion import history
+from flows.release.audit import history
 from rfdetr.tracking.local_store import follow_database
 from tests.flows.prefect_fixtures import Retrained
 from tests.flows.projects import ROOT

@@ -16,14 +16,8 @@ from flows.gate.verdict import GatePolicy, Scores
 from flows.registry.registry import Registry, RegistryError, now
 from flows.release import champion as promotion
 from flows.release import steps
-from flows.release.champion import (
-    AuditRecord,
-    ChampionChangedError,
-    actor,
-    history,
-    promote,
-    rollback,
-)
+from flows.release.audit import AuditRecord, actor, history
+from flows.release.champion import ChampionChangedError, promote, rollback
 from rfdetr.tracking.client import experiment_id
 
 EXPERIMENT = "rfdetr/demo"

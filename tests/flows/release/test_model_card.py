@@ -16,8 +16,8 @@ from flows.gate.verdict import ClassScore, GatePolicy, Scores
 from flows.project.project import Project
 from flows.registry.registry import Registry
 from flows.release import steps
+from flows.release.audit import AuditRecord
 from flows.release.card_files import publish_card
-from flows.release.champion import AuditRecord
 from flows.release.model_card import Card, make_card
 from rfdetr.evaluation.error_types import TYPES, ErrorTypes
 from rfdetr.monitoring.image_profile import ImageProfile

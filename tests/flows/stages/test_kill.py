@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from flows.registry.registry import Registry
-from flows.release.champion import history
+from flows.release.audit import history
 from flows.tracking.run import unsent_journals
 from rfdetr.files import sha256_file
 from tests.flows.mlflow_fixtures import runs
