@@ -176,6 +176,8 @@ def predict_figures(config: ModelConfig, args: argparse.Namespace) -> dict[str, 
 def network_figures(config: ModelConfig, rate: float, args: argparse.Namespace) -> dict[str, Any]:
     """Eval forward, postprocess, and then the training step with the allocator as a fit sets it."""
     model = build_network(config).to(args.device).eval()
+    if hasattr(model, "graphs"):  # not in older checkouts
+        model.graphs.use = "never" if args.eager else "always"
     images = torch.randn(args.batch, 3, config.resolution, config.resolution, device=args.device)
     one, size = images[:1], torch.tensor([[480, 640]], device=args.device)
     with torch.no_grad():
@@ -264,6 +266,7 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=7, help="targets per image")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--against", help="command that times another package")
     parser.add_argument("--host", action="store_true", help="only the host work of predict()")
     parser.add_argument("--tree", help="another checkout of this repository")

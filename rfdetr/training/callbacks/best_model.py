@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from pytorch_lightning.callbacks import Checkpoint
@@ -21,6 +21,7 @@ from rfdetr.checkpoints.record import read_checkpoint
 from rfdetr.checkpoints.safe_io import load_file, save_file, verify_file
 from rfdetr.errors import CheckpointError
 from rfdetr.files import write_text_atomic
+from rfdetr.training.beside import WRITE_S, Beside
 from rfdetr.training.callbacks.best_score import BestScore, better_of
 from rfdetr.training.callbacks.ema import ema_network, only_ema
 from rfdetr.training.callbacks.fresh_metrics import FreshMetrics
@@ -37,8 +38,9 @@ class BestModelCallback(Checkpoint):
 
     `checkpoint_best_regular.pth` (live) and `checkpoint_best_ema.pth` follow their metric after
     every evaluation of a fit; `checkpoint_best_total.pth` and `best_model.json` follow the better
-    one, so an interrupted run has them too. With `run_test` the fit ends with a test of the best
-    weights on all ranks; the module then gets its own weights back.
+    one, so an interrupted run has them too. They are written beside the training. With `run_test`
+    the fit ends with a test of the best weights on all ranks; the module then gets its own weights
+    back.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class BestModelCallback(Checkpoint):
         self.live = BestScore(monitor, REGULAR, averaged=False)
         self.ema = BestScore(monitor_ema, EMA, averaged=True)
         self._metrics = FreshMetrics((monitor, monitor_ema))
+        self._writer = Beside("best model")
         self._total: BestScore | None = None  # what this run has written as the total file
         self._fits = True
         self._step: int | None = None  # of the checkpoint that is resumed
@@ -92,7 +95,8 @@ class BestModelCallback(Checkpoint):
             if not broadcast(self._bring_file(trainer, score)):
                 self._restore_file(trainer, pl_module, score, warn=score not in newer)
         if newer and self.best is not None:
-            self._save_total(trainer)
+            self._save_beside(trainer, {})
+            self._writer.wait()
         if self.best is None:
             self.best_model_path = ""
         trainer.strategy.barrier("best files of the resumed run")
@@ -127,7 +131,10 @@ class BestModelCallback(Checkpoint):
         """Write the file of `score` if the checkpoint has its weights, else forget the score."""
         network = ema_network(trainer) if score.averaged else module.model
         if network is not None and score.step is not None and score.step == self._step:
-            self._save(trainer, module, score, network)
+            content = self._content(trainer, module, score, network)
+            if content:
+                save_file(content, self.output_dir / score.file)
+                verify_file(self.output_dir / score.file)
             return
         if warn:
             rank_zero_warn(
@@ -144,28 +151,48 @@ class BestModelCallback(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         self._validated = True
-        written: dict[str, dict[str, Any]] = {}
+        improved: dict[str, dict[str, Any]] = {}
         live = pl_module.model if only_ema(trainer, pl_module) is None else None
         for score, network in ((self.live, live), (self.ema, ema_network(trainer))):
             value = self._metrics.read(trainer, score.metric)
             if network is not None and score.observe(
                 value, trainer.current_epoch, trainer.global_step
             ):
-                written[score.file] = self._save(trainer, pl_module, score, network)
-        if written:
-            self._save_total(trainer, written)
+                improved[score.file] = self._content(trainer, pl_module, score, network)
+        if improved:
+            self._save_beside(trainer, improved)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        """A checkpoint of a later step is not written before the best files it refers to.
+
+        One of the same step contains their weights.
+        """
+        if trainer.global_step not in (self.live.step, self.ema.step):
+            self._writer.wait()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Wait for the best files."""
+        self._writer.finish()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Let the best files be written; the training's own error comes first."""
+        try:
+            self._writer.finish(timeout=WRITE_S)
+        except Exception as error:  # noqa: BLE001
+            rank_zero_warn(f"The best files of the last evaluation were not written: {error!r}")
 
     def _writes(self, trainer: Any) -> bool:
         return self.save_weights and trainer.is_global_zero and not trainer.fast_dev_run
 
-    def _save(
+    def _content(
         self, trainer: Any, module: Any, score: BestScore, network: nn.Module
     ) -> dict[str, Any]:
-        """Write and verify the file of `score`; returns its content."""
+        """What the file of `score` contains, with a copy of the weights on the host."""
         if not self._writes(trainer):
             return {}
-        payload = best_payload(
-            network.state_dict(),
+        weights = network.state_dict()
+        return best_payload(
+            {name: value.to("cpu", copy=True) for name, value in weights.items()},
             module.model_config,
             module.train_config,
             class_names=module.class_names,
@@ -176,30 +203,40 @@ class BestModelCallback(Checkpoint):
             weights_epoch=score.epoch,
             global_step=score.step,
         )
-        save_file(payload, self.output_dir / score.file)
-        verify_file(self.output_dir / score.file)
-        return payload
 
-    def _save_total(
-        self, trainer: Any, written: Mapping[str, dict[str, Any]] = MappingProxyType({})
-    ) -> None:
-        """Write the better file, stripped, and record which one it is.
+    def _save_beside(self, trainer: Any, improved: Mapping[str, dict[str, Any]]) -> None:
+        """Write and verify the files of improved scores and the better file, beside the training.
 
-        `written` is the content of the files that this evaluation has improved. Nothing is read
-        unless a resumed run still has the best file of the run before.
+        Without improved scores the better file is that of a resumed run.
         """
         best = self.best
         if best is not None and self.save_weights:
             self.best_model_path = str(self.output_dir / TOTAL)
-        if best is None or not self._writes(trainer):
+        if not self._writes(trainer):
+            return
+        contents = {name: content for name, content in improved.items() if content}
+        scores = copy.deepcopy((best, self.live, self.ema))
+        self._writer.run(self._write, contents, *scores)
+
+    def _write(
+        self,
+        contents: Mapping[str, dict[str, Any]],
+        best: BestScore | None,
+        live: BestScore,
+        ema: BestScore,
+    ) -> None:
+        for name, content in contents.items():
+            save_file(content, self.output_dir / name)
+            verify_file(self.output_dir / name)
+        if best is None:
             return
         source, total = self.output_dir / best.file, self.output_dir / TOTAL
-        if best.file in written or self._total != best:
-            payload = written.get(best.file) or load_file(source)
+        if best.file in contents or self._total != best:
+            payload = contents.get(best.file) or load_file(source)
             kind = {"best_total_source": "ema" if best.averaged else "regular"}
             save_file(stripped_payload(payload) | kind, total)
             verify_file(total, copy=source)
-            self._total = replace(best)
+            self._total = best
         record = {
             "file": TOTAL,
             "source": best.file,
@@ -207,10 +244,10 @@ class BestModelCallback(Checkpoint):
             "metric": best.metric,
             "value": best.value,
             "epoch": best.epoch,
-            **self.state_dict(),
+            **_state(live, ema),
         }
         write_text_atomic(self.output_dir / RECORD, json.dumps(record, indent=2) + "\n")
-        for score in (self.live, self.ema):
+        for score in (live, ema):
             if score.value is None:  # a file of an earlier run in this folder
                 (self.output_dir / score.file).unlink(missing_ok=True)
 
@@ -242,7 +279,7 @@ class BestModelCallback(Checkpoint):
             network.load_state_dict(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"regular": asdict(self.live), "ema": asdict(self.ema)}
+        return _state(self.live, self.ema)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._fits:  # a checkpoint that is only evaluated must not affect a later fit
@@ -251,6 +288,10 @@ class BestModelCallback(Checkpoint):
             if state_dict[saved]["metric"] == score.metric:
                 score.value, score.epoch = state_dict[saved]["value"], state_dict[saved]["epoch"]
                 score.step = state_dict[saved].get("step")  # newer than the first files
+
+
+def _state(live: BestScore, ema: BestScore) -> dict[str, Any]:
+    return {"regular": asdict(live), "ema": asdict(ema)}
 
 
 def _is_newer(score: BestScore, folder: Path) -> bool:

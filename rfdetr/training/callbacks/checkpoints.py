@@ -16,11 +16,10 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO, WriteBeside
-from rfdetr.training.beside import Beside
+from rfdetr.training.beside import WRITE_S, Beside
 from rfdetr.training.lightning_adapter import repeat_validation
 
 LAST = "last.ckpt"
-WRITE_S = 3.0  # that a failed run waits for its latest checkpoint; a thread continues to write it
 TERMINATED = 128 + signal.SIGTERM
 
 

@@ -204,14 +204,14 @@ def test_the_total_file_is_left_alone_if_the_other_weights_improve(
     (best,) = (c for c in run.trainer.callbacks if isinstance(c, best_model.BestModelCallback))
     best._metrics.read = lambda _trainer, name: next(ema if "ema" in name else live)
     times: list[float] = []
-    original = best._save_total
+    original = best._write
 
     def recorded(*args: Any) -> None:
         time.sleep(0.02)
         original(*args)
         times.append((tmp_path / best_model.TOTAL).stat().st_mtime)
 
-    best._save_total = recorded
+    best._write = recorded
     run.fit()
     assert times[0] == times[1] < times[2]
     total = torch.load(tmp_path / best_model.TOTAL, weights_only=True)
