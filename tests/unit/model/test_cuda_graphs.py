@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rfdetr.model.criterion import build_criterion
-from rfdetr.model.cuda_graphs import CudaGraphs, Recorder
+from rfdetr.model.cuda_graphs import CudaGraphs
 from rfdetr.model.network import RFDETRNetwork
+from rfdetr.model.recording import Recorder
 from tests.unit.model.small import images, small_network, targets, weighted
 
 GPU = torch.cuda.is_available()
