@@ -200,8 +200,7 @@ def test_nothing_is_left_after_a_stop_and_a_start_resumes(
         overrides = live.parameters(fitting.run)["overrides"]
         live.wait_final(live.start(overrides=overrides), "COMPLETED")
     fitting.assert_trained_once()
-    runs = {run["id"]: run for run in live.runs()}
-    resumed = [
-        runs[r["parameters"]["resumes"]] for r in runs.values() if r["parameters"].get("resumes")
-    ]
-    assert {run["state_type"] for run in resumed} <= {"CRASHED"}, "finished runs were started again"
+    # A finished run that looks lost is answered by one run that refuses, never by a chain of them.
+    answers = {r["id"]: r for r in live.runs() if r["parameters"].get("resumes")}
+    resumed = [answers.get(r["parameters"]["resumes"]) for r in answers.values()]
+    assert [run for run in resumed if run and run["state_name"] == "Skipped"] == []
