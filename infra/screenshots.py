@@ -32,8 +32,9 @@ PAGE_MS = 150_000  # virtual time in which a page loads its data
 PAGE_SECONDS = 180.0
 CONTRAST = 40  # grey levels between the darkest and the lightest pixel of a page with content
 ERRORS = re.compile(
-    r"\bERR_[A-Z_]+|can.t be reached|Traceback \(most recent|RESOURCE_DOES_NOT_EXIST"
+    r"\bERR_[A-Z_]+|code: 404|Traceback \(most recent|RESOURCE_DOES_NOT_EXIST"
     r"|(?i:page not found|something went wrong|(internal|api) (server )?error|404 not found)"
+    r"|(?i:can.t (be reached|load))"
     r"|(?i:50[0234] (bad|service|gateway|internal)|(failed|unable) to (fetch|load)|does not exist)"
     r"|(?i:(run|model|version|experiment)[^.]{0,60} (was )?not found)"
 )
@@ -105,20 +106,26 @@ def report_page(path: Path) -> Page:
 def take(page: Page, target: Path) -> None:
     """Save the page as a small PNG. Raises StackError for an error page and for an empty one."""
     if page.url.startswith("http"):
-        httpx.get(page.url, timeout=30, follow_redirects=True).raise_for_status()
-    problem = problem_of(page, visible_text(_browse(page, "--dump-dom")))
-    if problem:
-        raise StackError(f"{page.url} {problem}; no picture was taken")
+        answer = httpx.get(page.url, timeout=30, follow_redirects=True)
+        if answer.is_server_error:  # Prefect sends its pages with status 404
+            answer.raise_for_status()
+    _require_content(page)
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "page.png"
         _browse(page, f"--screenshot={shot}")
         with Image.open(shot) as image:
             kept = image.convert("RGB").crop(page.crop)
+    _require_content(page)  # the server may have failed before the picture was taken
     if np.ptp(np.asarray(kept), axis=(0, 1)).max() < CONTRAST:
         raise StackError(f"{page.url} is an empty picture")
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as temporary:
         kept.quantize(COLORS, PALETTE).save(temporary, "PNG", optimize=True)
+
+
+def _require_content(page: Page) -> None:
+    if problem := problem_of(page, visible_text(_browse(page, "--dump-dom"))):
+        raise StackError(f"{page.url} {problem}; no picture was taken")
 
 
 def problem_of(page: Page, text: str) -> str | None:
