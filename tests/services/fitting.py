@@ -55,11 +55,12 @@ class Fitting:
         assert self.live.slots() == 0
 
 
-def next_run(live: LiveStack, known: set[str]) -> str:
-    """The run that an automation starts after a crash."""
+def next_run(live: LiveStack, known: set[str], *resumed: str | None) -> str:
+    """The run that an automation starts, of those that resume `resumed` (default: any)."""
 
     def new() -> list[str]:
-        return [r["id"] for r in live.runs() if r["id"] not in known]
+        new = [r for r in live.runs() if r["id"] not in known]
+        return [r["id"] for r in new if not resumed or r["parameters"].get("resumes") in resumed]
 
     return wait_for("a flow run that resumes after the crash", new)[0]
 

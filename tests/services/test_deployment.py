@@ -129,7 +129,7 @@ def test_drift_found_by_the_worker_starts_a_retraining(
     known = {run["id"] for run in live.runs()}
     check = live.start_with("drift-check/drift-hourly", source=str(tmp_path))
     live.wait_final(check, "COMPLETED")
-    retraining = next_run(live, known | {check})
+    retraining = next_run(live, known | {check}, None)
     state = live.wait_final(retraining, "COMPLETED")
     assert state["message"].startswith("version 1 was trained on this dataset already")
 
@@ -195,7 +195,7 @@ def test_nothing_is_left_after_a_stop_and_a_start_resumes(
     assert wait_for("health", lambda: all(live.health().values()))
     state = live.wait_final(fitting.run)
     if state["type"] == "CRASHED":
-        live.wait_final(next_run(live, known), "COMPLETED")
+        live.wait_final(next_run(live, known, fitting.run), "COMPLETED")
     else:  # the worker had the time to tell that it ended the run
         overrides = live.parameters(fitting.run)["overrides"]
         live.wait_final(live.start(overrides=overrides), "COMPLETED")
