@@ -82,9 +82,10 @@ class CudaGraphs:
         if self._applies(network, images):
             with self._lock:  # replays share their memory
                 graph = self._graph(network, images, mask)
-                if graph is not None and network.training:
-                    return self._train(graph, images, mask)
-                if graph is not None:
+                if graph is not None and self._recorder is not None:
+                    self._recorder.follow()
+                    if network.training:
+                        return self._train(graph, images, mask)
                     return graph.evaluate(images, mask)
         return network.compute(images, mask)
 

@@ -31,6 +31,9 @@ class Recorder(Protocol):
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record what `work` launches; returns the replay."""
 
+    def follow(self) -> None:
+        """Before a replay: wait for replays on other streams, which use the same memory."""
+
 
 class CudaRecorder:
     """Records CUDA graphs in one memory pool."""
@@ -39,6 +42,7 @@ class CudaRecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._latest = torch.cuda.current_stream(device)  # of a replay
 
     def warm_up(self, work: Callable[[], None]) -> None:
         """Run `work` on the stream of the recordings, which cannot use the cache of another one."""
@@ -55,6 +59,13 @@ class CudaRecorder:
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
+
+    def follow(self) -> None:
+        """Let the current stream wait for that of the latest replay."""
+        current = torch.cuda.current_stream(self._device)
+        if current != self._latest:
+            current.wait_stream(self._latest)
+            self._latest = current
 
 
 class SharedMemory:

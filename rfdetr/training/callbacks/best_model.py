@@ -77,11 +77,11 @@ class BestModelCallback(Checkpoint):
         self._step = checkpoint.get("global_step")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the best files of a resumed run; forget those that are missing or of a later epoch.
+        """Find the best files of a resumed run, restore them, or forget their scores.
 
         A new run in a used folder has no best file before its first evaluation. Best files that are
         newer than the checkpoint belong to a part of the run that is abandoned: they move to the
-        folder `abandoned_N`.
+        folder `abandoned_N`. Those that are older were not written before the run was killed.
         """
         self._validated, self._total = False, None
         if trainer.fast_dev_run or not self.save_weights:
@@ -91,10 +91,10 @@ class BestModelCallback(Checkpoint):
         newer = [s for s in scores if broadcast(_is_newer(s, self.output_dir))]
         if newer:
             self._abandon(trainer, newer)
-        for score in scores:
-            if not broadcast(self._bring_file(trainer, score)):
-                self._restore_file(trainer, pl_module, score, warn=score not in newer)
-        if newer and self.best is not None:
+        absent = [s for s in scores if not broadcast(self._bring_file(trainer, s))]
+        for score in absent:
+            self._restore_file(trainer, pl_module, score, warn=score not in newer)
+        if absent and self.best is not None:
             self._save_beside(trainer, {})
             self._writer.wait()
         if self.best is None:
@@ -118,10 +118,11 @@ class BestModelCallback(Checkpoint):
     def _bring_file(self, trainer: Any, score: BestScore) -> bool:
         """Whether the file of `score` is in the output folder, or was beside the checkpoint."""
         target = self.output_dir / score.file
-        if target.is_file():
+        if target.is_file() and not _is_older(score, self.output_dir):
             return True
         source = Path(trainer.ckpt_path or "").parent
-        found = (source / score.file).is_file() and not _is_newer(score, source)
+        other_epoch = _is_newer(score, source) or _is_older(score, source)
+        found = (source / score.file).is_file() and not other_epoch
         if found and trainer.is_global_zero:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / score.file, target)
@@ -296,15 +297,25 @@ def _state(live: BestScore, ema: BestScore) -> dict[str, Any]:
 
 def _is_newer(score: BestScore, folder: Path) -> bool:
     """Whether the file of `score` in `folder` is of a later epoch than the score."""
+    epoch = _stored_epoch(score, folder)
+    return epoch is not None and score.epoch is not None and epoch > score.epoch
+
+
+def _is_older(score: BestScore, folder: Path) -> bool:
+    epoch = _stored_epoch(score, folder)
+    return epoch is not None and score.epoch is not None and epoch < score.epoch
+
+
+def _stored_epoch(score: BestScore, folder: Path) -> int | None:
+    """Epoch of the file of `score` in `folder`; None without a file for the same metric."""
     file = folder / score.file
     if score.epoch is None or not file.is_file():
-        return False
+        return None
     try:
         stored = load_file(file, mmap=True)
     except CheckpointError:
-        return False
-    same_metric = stored.get("metric") == score.metric
-    return same_metric and (stored.get("epoch") or 0) > score.epoch
+        return None
+    return stored.get("epoch") if stored.get("metric") == score.metric else None
 
 
 def _free_folder(output_dir: Path) -> Path:

@@ -196,6 +196,33 @@ def test_a_best_file_is_written_and_verified_once(
     assert "epoch" not in total
 
 
+def with_scores(run: Run, *scores: float) -> Run:
+    """`run` with these values of both metrics."""
+    (best,) = (c for c in run.trainer.callbacks if isinstance(c, best_model.BestModelCallback))
+    live, ema = iter(scores), iter(scores)
+    best._metrics.read = lambda _trainer, name: next(ema if "ema" in name else live)
+    return run
+
+
+def test_best_files_that_a_killed_run_has_not_written_are_restored(
+    shapes: Path, tmp_path: Path
+) -> None:
+    """last.ckpt was complete and the best files of the same epoch were not."""
+    files = (best_model.REGULAR, best_model.EMA, best_model.TOTAL)
+    with_scores(Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=1)), 0.1).fit()
+    old = {name: (tmp_path / name).read_bytes() for name in files}
+    last = tmp_path / "last.ckpt"
+    with_scores(Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=2)), 0.2).fit(last)
+    expected = {name: torch.load(tmp_path / name, weights_only=True) for name in files}
+    for name, content in old.items():
+        (tmp_path / name).write_bytes(content)
+    with_scores(Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=3)), 0.15).fit(last)
+    for name in files:
+        found = torch.load(tmp_path / name, weights_only=True)
+        equal(found["model"], expected[name]["model"])
+        assert found["value"] == 0.2
+
+
 def test_the_total_file_is_left_alone_if_the_other_weights_improve(
     shapes: Path, tmp_path: Path
 ) -> None:
