@@ -136,7 +136,7 @@ def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path)
     import torch
 
     from rfdetr.checkpoints.best_file import best_payload
-    from rfdetr.checkpoints.convert import convert_legacy_checkpoint
+    from rfdetr.checkpoints.convert import as_lightning_checkpoint
     from rfdetr.checkpoints.pretrained import initialise_weights
     from rfdetr.checkpoints.safe_io import save_file
     from rfdetr.model.network import build_network
@@ -145,10 +145,8 @@ def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path)
     torch.manual_seed(settings.seed)
     network = build_network(config)
     report = initialise_weights(network, config)
-    legacy = target.with_suffix(".pth")
-    save_file(best_payload(network.state_dict(), config), legacy)
-    convert_legacy_checkpoint(legacy, target)
-    legacy.unlink()
+    payload = best_payload(network.state_dict(), config)
+    save_file(as_lightning_checkpoint(payload, "The file of initial weights"), target)
     encoder = "no file" if report is None else report.path
     summary = f"initial weights from seed {settings.seed}, encoder from {encoder}."
     return _about(read_checkpoint(target, mmap=True)) | {

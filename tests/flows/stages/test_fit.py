@@ -174,7 +174,9 @@ def test_a_full_disk_is_named_and_the_training_can_be_retried(ready: Path, tmp_p
     assert not (root / "models" / "trained").exists()
     assert not list(state_of(root).glob("*.tmp"))
     record = state_of(root) / "run.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), "attempts": 3}))
+    content = json.loads(record.read_text())
+    failed = {"attempts": 3, "epochs_at_start": content["finished_epochs"]}
+    record.write_text(json.dumps(content | failed))
     refused = run(root, "python", "-m", "flows.stages.fit", check=False)
     assert "run `rfdetr-pipeline fit --retry`" in refused.stderr
     assert run(root, "python", "-m", "flows.stages.fit", **{FIT_RETRY: "1"}).returncode == 0

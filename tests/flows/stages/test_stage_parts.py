@@ -18,6 +18,7 @@ from flows.config.sections import DatasetSettings, EvaluateSettings, RuntimeSett
 from flows.core.digest import path_digest
 from flows.core.errors import explain
 from flows.core.files import write_json
+from flows.fit_job import job
 from flows.fit_job.job import FitJob, command, newest_checkpoint, resolve_devices
 from flows.fit_job.resume_state import FitState
 from flows.gate.decide import decide
@@ -301,7 +302,8 @@ def test_a_node_with_other_devices_cannot_join(
     mine.model_copy(update={"devices": devices}).write(first.folder)
     env = Environment.read({"RFDETR_STATE_DIR": str(tmp_path)})
     write_params(tmp_path)
-    with pytest.raises(fit.FitError, match=words):
+    monkeypatch.setattr(job, "BEAT_SECONDS", 0.2)
+    with job.offered(first.folder), pytest.raises(fit.FitError, match=words):
         fit.join(Project(tmp_path, env))
 
 
