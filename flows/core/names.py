@@ -18,7 +18,7 @@ from rfdetr.errors import RFDETRError
 MAX_PART = 200  # bytes; file systems allow 255, and temporary names are longer
 MAX_NAME = 1000
 # Backslash and colon separate folders and drives on Windows.
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:")
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f\\]|^.:")
 
 
 class UnsafeNameError(RFDETRError, ValueError):

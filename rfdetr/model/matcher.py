@@ -94,26 +94,27 @@ class HungarianMatcher(nn.Module):
         parts = torch.split(packed, sizes)
         cost = parts[0].view(L, T, GQ)
         step = max(1, _PAIRS_AT_ONCE // (L * GQ))
-        for start in range(0, T, step):
-            rows = slice(start, start + step)
+        chunks = [slice(start, start + step) for start in range(0, T, step)]
+        for rows in chunks:
             cost[:, rows] = self._class_and_box_cost(logits, boxes, targets, rows)
         if masks is not None:
             assert targets.masks is not None
             for layer, layer_masks in zip(cost, masks, strict=True):
                 self._add_mask_cost(layer, layer_masks, targets, targets.masks)
-        table = cost.view(L, T, G, -1)
-        lowest, cheapest = table.min(dim=-1)
-        unique = torch.count_nonzero(table == lowest[..., None], dim=-1)  # 0 if lowest is NaN
-        values = cheapest, unique, targets.labels, targets.boxes
-        for part, value in zip(parts[1:], values, strict=True):
-            part.copy_(value.flatten())
-        costs, nearest, minima, labels, boxes_on_host = _to_host(packed, sizes)
+        table, cheapest, minima = cost.view(L, T, G, -1), *(p.view(L, T, G) for p in parts[1:3])
+        for rows in chunks:
+            lowest, cheapest[:, rows] = table[:, rows].min(dim=-1)
+            equal = table[:, rows] == lowest[..., None]  # all False if the lowest is NaN
+            minima[:, rows] = torch.count_nonzero(equal, dim=-1)
+        parts[3].copy_(targets.labels)
+        parts[4].copy_(targets.boxes.flatten())
+        costs, nearest, times, labels, boxes_on_host = _to_host(packed, sizes)
         raise_value_problems(labels, boxes_on_host.reshape(T, 4), targets, K)
         shape = (L, T, G)
         return _assign(
             costs.reshape(*shape, -1),
             nearest.reshape(shape).astype(np.int64),
-            minima.reshape(shape) != 1,
+            times.reshape(shape) != 1,
             targets.counts,
         )
 
