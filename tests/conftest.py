@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,15 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setenv("RFDETR_STATE_DIR", str(home / "state"))
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PL_GLOBAL_SEED"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def exact_float32() -> Iterator[None]:
+    """No TF32: a GPU then computes what the CPU computes."""
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    kept = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32 = kept

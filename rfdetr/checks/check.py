@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rfdetr.arrays import Integers
 from rfdetr.checks.cache import FactsCache
 from rfdetr.checks.check_boxes import check_boxes
 from rfdetr.checks.check_categories import check_categories, training_table
@@ -23,6 +24,7 @@ from rfdetr.checks.options import CheckConfig
 from rfdetr.checks.sampling import draw_samples
 from rfdetr.checks.sources import Sources, read_sources
 from rfdetr.checks.statistics import check_shares, fingerprints, split_statistics
+from rfdetr.checks.table import SplitTable
 from rfdetr.config import ModelConfig, RFDETRNanoConfig
 from rfdetr.data.decode import Levels
 from rfdetr.data.layouts import Kind
@@ -52,19 +54,18 @@ def check_dataset(
     """
     config = config or CheckConfig()
     model = model_config or RFDETRNanoConfig.model_validate({"pretrain_weights": None})
-    if previous is not None and not isinstance(previous, DatasetReport):
-        if Path(previous).is_dir():
-            previous = check_dataset(
-                previous,
-                dataset_file,
-                config=config,
-                model_config=model,
-                workers=workers,
-                cache_dir=cache_dir,
-                progress=progress,
-            )
-        else:
-            previous = DatasetReport.read(previous)
+    if isinstance(previous, str | os.PathLike) and Path(previous).is_dir():
+        previous = check_dataset(
+            previous,
+            dataset_file,
+            config=config,
+            model_config=model,
+            workers=workers,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    elif isinstance(previous, str | os.PathLike):
+        previous = DatasetReport.read(previous)
     collector = Collector(config)
     sources = read_sources(dataset_dir, dataset_file, collector, config, workers)
     levels = model.grey_levels
@@ -86,22 +87,28 @@ def check_dataset(
         splits = [SplitFiles.unread(table) for table in sources.tables]
     check_format(splits, collector)
     check_sizes(splits, collector)
-    ledgers, accounts = {}, []
-    for split in splits:
-        ledger, rows = split_ledger(split, sources.tables[0])
-        ledgers[split.table.name] = ledger
-        accounts.append(rows)
-        check_ledger(split.table, ledger, rows, collector, model)
-        split.table.scale_boxes(model.resolution)
-        check_boxes(split.table, collector, config, model)
-        check_outlines(split.table, collector, model)
-        check_segmentations(split.table, rows, collector, model)
+    checked = [_check_split(split, sources.tables[0], collector, model) for split in splits]
     check_categories(sources.tables, collector, config)
+    ledgers = {split.table.name: ledger for split, (ledger, _) in zip(splits, checked, strict=True)}
+    accounts = [rows for _, rows in checked]
     report = _report(sources, splits, collector, model, previous, ledgers=ledgers)
     classes = training_table(sources.tables)
     report.samples = draw_samples(splits, accounts, classes, model.resolution)
     report.samples.levels = levels
     return report
+
+
+def _check_split(
+    split: SplitFiles, first: SplitTable, collector: Collector, model: ModelConfig
+) -> tuple[SplitLedger, Integers]:
+    """The ledger of a split and the account of each annotation, after the checks of its boxes."""
+    ledger, rows = split_ledger(split, first)
+    check_ledger(split.table, ledger, rows, collector, model)
+    split.table.scale_boxes(model.resolution)
+    check_boxes(split.table, collector, collector.config, model)
+    check_outlines(split.table, collector, model)
+    check_segmentations(split.table, rows, collector, model)
+    return ledger, rows
 
 
 def _train_levels(splits: Sequence[SplitFiles]) -> Levels | None:

@@ -7,6 +7,7 @@ the backward pass of a training step are two graphs; losses and optimizer stay e
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import operator
 import threading
@@ -24,6 +25,8 @@ from rfdetr.model.types import Outputs
 
 if TYPE_CHECKING:
     from rfdetr.model.network import RFDETRNetwork
+
+log = logging.getLogger(__name__)
 
 Use = Literal["never", "evaluation", "always"]
 _MOST_GRAPHS = 24  # more sizes than multi-scale training has
@@ -160,7 +163,7 @@ class CudaGraphs:
             with torch.inference_mode(False):
                 graph = Recording(network, (images, mask), self._recorder, self._shared, warm_up)
         except RuntimeError as error:  # of the driver, or of an operation that cannot be recorded
-            self._report(f"Without CUDA graphs: {str(error).strip().splitlines()[0]}")
+            log.warning("Without CUDA graphs: %s", str(error).strip().splitlines()[0])
             self._stop()
             return None
         self._graphs.setdefault(key, []).append(graph)

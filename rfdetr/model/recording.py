@@ -90,10 +90,11 @@ class SharedMemory:
                 self._results[shapes] = [torch.empty_like(x) for _ in range(copies) for x in like]
         return self._results[shapes]
 
-    def allocate(self, weights: Sequence[Tensor]) -> None:
+    def allocate(self, network: RFDETRNetwork | None) -> None:
         """Take the memory of the gradients once."""
-        if self.parts:
+        if self.parts or network is None:
             return
+        weights = [p for p in network.parameters() if p.requires_grad]
         if len({(p.dtype, p.device) for p in weights}) != 1:
             raise RuntimeError("no weights are trained, or in several number formats.")
         self.weights = list(weights)
@@ -144,11 +145,10 @@ class Recording:
         self._training = network.training
         self._shared = shared
         self._inputs = [None if x is None else x.detach().clone() for x in example]
-        device = example[0].device
         self.batch = len(example[0])
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.anchor = torch.zeros((), device=example[0].device, requires_grad=True)
         self.rebuild: Callable[[Iterator[Tensor]], Any] = list
-        self._cast = _autocast(device)
+        self._cast = _autocast(example[0].device)
         self._live: list[Tensor] = []  # results with their autograd graph
         self._weights: list[Tensor] = []  # aliases of the trainable weights in it
         self._results: list[Tensor] = []
@@ -195,16 +195,15 @@ class Recording:
 
     def _run_forward(self) -> None:
         self._live = self._compute(self.batch)
-        memory = self._shared.results([x.detach() for x in self._live], training=self._training)
-        self._results, self._slopes = memory[: len(self._live)], memory[len(self._live) :]
-        torch._foreach_copy_(self._results, [x.detach() for x in self._live])
+        values = [x.detach() for x in self._live]
+        memory = self._shared.results(values, training=self._training)
+        self._results, self._slopes = memory[: len(values)], memory[len(values) :]
+        torch._foreach_copy_(self._results, values)
 
     def _run_backward(self) -> None:
         found = self._gradients(self._live, self._slopes)
         self._live = []
-        network = self._network()
-        assert network is not None
-        self._shared.allocate([p for p in network.parameters() if p.requires_grad])
+        self._shared.allocate(self._network())
         self._reached = [grad is not None for grad in found]
         parts = zip(self._shared.parts, found, strict=True)
         given = [(part, grad) for part, grad in parts if grad is not None]

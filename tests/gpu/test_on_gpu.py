@@ -25,17 +25,9 @@ from tests.unit.detector.small import SMALL, pixels, small, small_segmentation
 from tests.unit.model.small import targets
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_float32")]
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-
-
-@pytest.fixture(autouse=True)
-def exact_float32() -> Any:
-    kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
 
 
 @pytest.fixture(scope="module")
