@@ -68,8 +68,8 @@ def train(folder: Path, env: Environment) -> FitResult | None:
         return None
     if not (folder / RECORD).exists():
         raise DatasetError(
-            "No epoch had a validation metric, so no best model was saved: the images of the valid "
-            "split have only background. Annotate some of them and start again."
+            "No epoch had a validation metric, so no best model was saved: no image of the valid "
+            "split has boxes. Add some and start again."
         )
     best = read_json(folder / RECORD)
     return FitResult(
