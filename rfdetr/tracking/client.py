@@ -25,10 +25,13 @@ MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 def tracking_client(uri: str) -> MlflowClient:
     """A client with bounded waits; it neither reads nor changes MLflow's global tracking URI.
 
-    The artifact locations of a SQLite store that was moved are corrected.
+    Its waits draw no random numbers: they would come from the generator of a training that runs
+    meanwhile, and a failing server would change its augmentations. The artifact locations of a
+    SQLite store that was moved are corrected.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ["MLFLOW_HTTP_REQUEST_BACKOFF_JITTER"] = "0"
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 

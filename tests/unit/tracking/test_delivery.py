@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -201,3 +202,14 @@ def test_nested_values_are_flattened() -> None:
     nested = {"a": {"b": 1, "c": {"d": [2]}}, "e": {}}
     assert flatten(nested) == {"a.b": 1, "a.c.d": [2], "e": {}}
     assert set(flatten(nested, separator="/")) == {"a/b", "a/c/d", "e"}
+
+
+def test_a_failing_server_leaves_the_random_numbers_of_a_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    client = tracking_client("http://127.0.0.1:9")
+    before = random.getstate()
+    with pytest.raises(MlflowException, match="Max retries exceeded"):
+        client.get_experiment_by_name("x")
+    assert random.getstate() == before
