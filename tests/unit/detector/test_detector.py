@@ -224,7 +224,7 @@ def test_a_chosen_class_count_is_kept_with_a_warning(tmp_path: Path) -> None:
 
 
 def test_retired_arguments_are_named() -> None:
-    from rfdetr.detector import _take_retired
+    from rfdetr.detector.train import _take_retired
 
     settings = {"device": "cuda:1", "do_benchmark": True, "callbacks": {"on_train_end": []}}
     with pytest.warns(UserWarning, match="do_benchmark, callbacks as a dictionary"):

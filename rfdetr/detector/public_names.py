@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from rfdetr import compat
 from rfdetr.config import ModelConfig, SegmentationTrainConfig, TrainConfig
 from rfdetr.data.transforms import MEAN, STD
-from rfdetr.errors import InputError
 
 if TYPE_CHECKING:
-    from rfdetr.prediction import DetectorState
+    from rfdetr.detector.state import DetectorState
 
 
 class PublicNames:
-    """Mixin of `RFDETR`."""
+    """Base of the parts of `RFDETR`."""
 
     means: ClassVar[list[float]] = list(MEAN)
     stds: ClassVar[list[float]] = list(STD)
@@ -26,10 +23,6 @@ class PublicNames:
         config_class: ClassVar[type[ModelConfig]]
         model: DetectorState
         model_config: ModelConfig
-
-        def optimize_for_inference(
-            self, compile: bool = True, batch_size: int = 1, dtype: torch.dtype | str = ...
-        ) -> None: ...
 
     else:
 
@@ -51,22 +44,3 @@ class PublicNames:
         """A training configuration for this kind of model."""
         segmentation = self.model_config.segmentation_head
         return (SegmentationTrainConfig if segmentation else TrainConfig)(**settings)
-
-    def inference(
-        self,
-        compile: bool = True,
-        batch_size: int = 1,
-        dtype: torch.dtype | str = torch.float32,
-        **others: Any,
-    ) -> None:
-        """As `optimize_for_inference`."""
-        refuse(others, compat.INFERENCE_OPTIONS, "inference()")
-        self.optimize_for_inference(compile, batch_size, dtype)
-
-
-def refuse(options: dict[str, Any], missing: compat.Missing, where: str) -> None:
-    """Raise InputError for options that `missing` does not list or that ask for something."""
-    unknown, refused = compat.drop_neutral(options, missing)
-    texts = [f"{where} has no option {name!r}." for name in unknown] + refused
-    if texts:
-        raise InputError(" ".join(texts))

@@ -1,7 +1,8 @@
-"""From images to detections: what `RFDETR.predict` runs."""
+"""What a detector holds, and from images to detections: what `RFDETR.predict` runs."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,6 +133,19 @@ class DetectorState:
         if self.config.num_classes == COCO_CLASSES and names == COCO_NAMES:
             return dict(COCO_CATEGORIES)
         return {index + self.label_offset: name for index, name in enumerate(names)}
+
+    def warn_of_resized_head(self) -> None:
+        """UserWarning if the class head was resized and has not been trained since."""
+        found = self.origin.file_classes
+        if found is not None:
+            warnings.warn(
+                f"{self.origin.source} has {found} classes, num_classes is "
+                f"{self.config.num_classes}, and the resized class head has not been "
+                "trained: objects appear under several classes or under none. Omit num_classes "
+                "to predict with the file's classes, or train first.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def detect(
         self,
