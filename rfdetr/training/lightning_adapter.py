@@ -135,16 +135,17 @@ def epoch_sums(trainer: Any) -> dict[str, list[Tensor]]:
 
 
 def add_epoch_sums(trainer: Any, sums: Mapping[str, list[Tensor]]) -> bool:
-    """Add the sums of an earlier part of this epoch, on rank 0; False if nothing is logged yet.
+    """Add the sums of an earlier part of this epoch, on rank 0; False if they are not logged yet.
 
     The private names are those of `epoch_sums`.
     """
     results = trainer.fit_loop.epoch_loop._results
+    if not sums.keys() <= results.keys():
+        return False
     for key, (value, count) in sums.items() if trainer.is_global_zero else ():
-        if key in results:
-            results[key].value += value.to(results[key].value)
-            results[key].cumulated_batch_size += count.to(results[key].cumulated_batch_size)
-    return bool(results)
+        results[key].value += value.to(results[key].value)
+        results[key].cumulated_batch_size += count.to(results[key].cumulated_batch_size)
+    return True
 
 
 def set_global_step(trainer: Any, step: int) -> None:

@@ -42,6 +42,7 @@ from rfdetr.training.stored_settings import (
     stored_train_config,
     warn_ignored_settings,
 )
+from rfdetr.training.training_log import TrainingLog, logs_now
 
 Batch = tuple[NestedTensor, Sequence[dict[str, Any]]]
 
@@ -76,6 +77,7 @@ class RFDETRModule(pl.LightningModule):
         self.postprocess = PostProcess(model_config.num_select)
         self.stored_class_names: list[str] | None = None  # of the checkpoint that was loaded
         self.strict_loading = False  # on_load_checkpoint checks and reports
+        self.training_log = TrainingLog()
         self.acceleration = accelerate(self.model, model_config, train_config)
         self.save_hyperparameters(hyper_parameters(model_config, train_config))
 
@@ -204,7 +206,7 @@ class RFDETRModule(pl.LightningModule):
         terms = self.criterion(self.model(samples, targets), targets)
         loss = self._weighted(terms)
         check_finite(loss, terms, targets, attached_trainer(self))
-        self._log_training(loss, terms, len(targets))
+        self._log_training(loss, terms, len(targets), batch_idx)
         return loss / self._window
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -221,24 +223,31 @@ class RFDETRModule(pl.LightningModule):
         weights = self.criterion.weight_dict
         return torch.stack([terms[name] * weights[name] for name in terms if name in weights]).sum()
 
-    def _log_training(self, loss: Tensor, terms: dict[str, Tensor], batch_size: int) -> None:
-        if attached_trainer(self) is None:
+    def _log_training(
+        self, loss: Tensor, terms: dict[str, Tensor], batch_size: int, batch_idx: int
+    ) -> None:
+        trainer: Any = attached_trainer(self)
+        if trainer is None:
             return
         config = self.train_config
         values = {f"train/{name}": value.detach() for name, value in terms.items()}
         values["train/loss"] = loss.detach()
-        self.log_dict(
-            values,
-            on_step=False,
-            on_epoch=True,
-            batch_size=batch_size,
-            sync_dist=config.train_log_sync_dist,
-        )
         if config.train_log_on_step:
             steps = {f"{name}_step": value for name, value in values.items()}
             self.log_dict(steps, on_step=True, on_epoch=False, batch_size=batch_size)
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=batch_size)
-        rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
+        self.training_log.add(values, batch_size)
+        if not logs_now(trainer, batch_idx):
+            return
+        means, count = self.training_log.take()
+        self.log_dict(
+            means,
+            on_step=False,
+            on_epoch=True,
+            batch_size=count,
+            sync_dist=config.train_log_sync_dist,
+        )
+        self.log("loss", values["train/loss"], prog_bar=True, logger=False, batch_size=batch_size)
+        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
         rates_now = {"train/lr": rates[0], "train/lr_min": min(rates), "train/lr_max": max(rates)}
         self.log_dict(rates_now, on_step=True, on_epoch=False, batch_size=batch_size)
 

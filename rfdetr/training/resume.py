@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from rfdetr.training import lightning_adapter as adapter
 from rfdetr.training.rng import random_state, restore_random_state
 from rfdetr.training.schedule import planned_steps
+from rfdetr.training.training_log import TrainingLog
 
 KEY = "rfdetr_resume"
 
@@ -39,11 +40,13 @@ class ResumeCallback(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._add_earlier_sums(trainer)
+        earlier = self._record.get("epoch_sums", {}) if self._record is not None else {}
         checkpoint[KEY] = {
             "random": random_state(),
             "samples_per_batch": _samples_per_batch(trainer, pl_module),
             "steps_per_epoch": planned_steps(trainer)[1],
-            "epoch_sums": adapter.epoch_sums(trainer),
+            "epoch_sums": {**earlier, **adapter.epoch_sums(trainer)},
+            "training_log": pl_module.training_log.state(),
         }
 
     def on_load_checkpoint(
@@ -70,8 +73,10 @@ class ResumeCallback(Callback):
             if callable(begin):
                 begin(resumed=record is not None or trainer.global_step > 0, step=step)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Continue schedule, data order and random numbers where the checkpoint left them."""
+        state = (self._record or {}).get("training_log") if trainer.is_global_zero else None
+        pl_module.training_log = TrainingLog(state)  # the sums are those of rank 0
         if self._record is not None:
             _restore_global_step(trainer)
             _restore_schedule(trainer, self._record)
@@ -81,6 +86,9 @@ class ResumeCallback(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         self._add_earlier_sums(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._record = None
 
     def _add_earlier_sums(self, trainer: pl.Trainer) -> None:
         """Once the resumed part of an epoch has logged, add the sums of the part before it."""
