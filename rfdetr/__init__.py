@@ -6,9 +6,10 @@ Importing this package imports nothing heavy; names are loaded when they are fir
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from rfdetr.compat import NAMES
+from rfdetr.compat import AbsentModules, absent
 from rfdetr.installation import warn_about_public_distribution
 
 if TYPE_CHECKING:
@@ -48,16 +49,16 @@ __all__ = [
     "from_checkpoint",
 ]
 
+sys.meta_path.append(AbsentModules)  # type: ignore[arg-type]
+
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
         return version("rfdetr-pipeline")
-    if name in NAMES:
-        raise ImportError(f"{name}: {NAMES[name]}")
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise absent(__name__, name)
     warn_about_public_distribution()
     return getattr(importlib.import_module("rfdetr.detector"), name)
 

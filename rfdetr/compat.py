@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 KEYPOINTS = "Keypoint models are not offered: train a detection or a segmentation model."
 _SPEED = "It changes only the speed there: omit it."
@@ -122,13 +123,103 @@ INFERENCE_OPTIONS: Missing = {
 _HOSTED = (
     "Uploads to Roboflow are not offered: upload checkpoint_best_total.pth with its own client."
 )
+_PLATFORM = "Models of Roboflow's platform are not offered: the largest one here is RFDETRLarge."
+_HEAD = "Pass num_classes when you build the detector, or train: the head follows the dataset."
+_GPU_BAR = (
+    "Set progress_bar='tqdm' or 'rich'; Lightning's DeviceStatsMonitor logs the memory of a GPU."
+)
+_DATASETS = "Datasets are read by RFDETRDataModule of rfdetr.training."
+_WEIGHTS = "Weights are downloaded when a detector is built."
+# attributes and names in modules of the public package, and what to do instead
 NAMES = {
-    "callbacks": "Pass Lightning callbacks as train(callbacks=[...]).",
+    "BaseConfig": "Import ModelConfig or TrainConfig from rfdetr.config.",
+    "DEVICE": "The default device='auto' chooses the device of this machine.",
+    "GPUMemoryRichProgressBar": _GPU_BAR,
+    "GPUMemoryTQDMProgressBar": _GPU_BAR,
+    "KeypointTrainConfig": KEYPOINTS,
+    "ModelContext": "It is the type of RFDETR.model, which RFDETRNano() and other sizes make.",
+    "ModelWeights": _WEIGHTS,
+    "PretrainWeightsCompatibilityWarning": "Such cases are a UserWarning here.",
+    "RFDETR2XLarge": _PLATFORM,
     "RFDETRKeypointPreview": KEYPOINTS,
+    "RFDETRKeypointPreviewConfig": KEYPOINTS,
+    "RFDETRSeg": "Segmentation models have sizes: RFDETRSegNano to RFDETRSeg2XLarge.",
+    "RFDETRXLarge": _PLATFORM,
+    "build_dataset": _DATASETS,
+    "callbacks": "Pass Lightning callbacks as train(callbacks=[...]).",
     "deploy_to_roboflow": _HOSTED,
     "export_for_roboflow": _HOSTED,
-    "maybe_download_pretrain_weights": "Weights are downloaded when a detector is built.",
+    "get_logger": "Use logging.getLogger('rfdetr').",
+    "get_model": "The network of a detector is detector.model.model.",
+    "maybe_download_pretrain_weights": _WEIGHTS,
+    "reinitialize_detection_head": _HEAD,
 }
+_LAYOUT = "It was internal: see the folders of this package in docs/architecture.md."
+# modules of the public package, and what to do instead
+MODULES = {
+    "rfdetr.assets.model_weights": _WEIGHTS,
+    "rfdetr.cli": "Run `python -m rfdetr.training.cli` or `rfdetr-pipeline`.",
+    "rfdetr.datasets.aug_configs": "Import the presets from rfdetr.datasets.aug_config.",
+    "rfdetr.datasets.coco": _DATASETS,
+    "rfdetr.datasets.transforms": "Set aug_config in TrainConfig for other augmentations.",
+    "rfdetr.datasets.webdataset": "Datasets in shards are not offered: unpack them to a folder.",
+    "rfdetr.datasets.yolo": _DATASETS,
+    "rfdetr.deploy": "Call export() of a detector.",
+    "rfdetr.engine": "Train with train() of a detector or with rfdetr.training.",
+    "rfdetr.evaluation.coco_eval": "Use COCOEvalCallback of rfdetr.training, or evaluate().",
+    "rfdetr.evaluation.f1_sweep": "The sweep over thresholds is rfdetr.evaluation.f1.",
+    "rfdetr.evaluation.keypoint_oks": KEYPOINTS,
+    "rfdetr.export.benchmark": "Benchmarks are not offered: time predict() of a detector.",
+    "rfdetr.inference": "Detectors are built by RFDETRNano() and the other sizes.",
+    "rfdetr.main": "Train with train() of a detector or with rfdetr.training.",
+    "rfdetr.models": "The network is in rfdetr.model; a detector has it as detector.model.model.",
+    "rfdetr.platform": _PLATFORM,
+    "rfdetr.training.callbacks.drop_schedule": "Import DropPathCallback from rfdetr.training.",
+    "rfdetr.training.checkpoint": "Import convert_legacy_checkpoint from rfdetr.training.",
+    "rfdetr.training.coco_map": _LAYOUT,
+    "rfdetr.training.cuda_graph_step": "CUDA graphs are the default: see TrainConfig.accelerate.",
+    "rfdetr.training.drop_schedule": "Import DropPathCallback from rfdetr.training.",
+    "rfdetr.training.model_ema": "Import RFDETREMACallback from rfdetr.training.",
+    "rfdetr.training.param_groups": "Override RFDETRModule.configure_optimizers.",
+    "rfdetr.util": "Class names are in rfdetr.assets.coco_classes; the rest was internal.",
+    "rfdetr.utilities": "Use torchvision.ops for boxes, logging.getLogger('rfdetr'), and "
+    "rfdetr.training.seed_everything; NestedTensor is in rfdetr.data.batch.",
+    "rfdetr.visualize": "Training draws its curves into output_dir/plots.",
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question about the known name that is most similar, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+class AbsentModules:
+    """A finder that explains imports of `MODULES`. It is asked after all other finders."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        """Raise ImportError with the advice for a module of the public package."""
+        if name in MODULES:
+            raise ImportError(f"{name} is not offered. {MODULES[name]}", name=name)
+
+
+def absent(module: str, name: str) -> Exception:
+    """The error for a name that `module` does not have."""
+    if name in NAMES:
+        return ImportError(f"{name} is not offered. {NAMES[name]}", name=name)
+    return AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+class HintedAttributes:
+    """A class whose missing attributes are explained by `NAMES`."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f" {NAMES[name]}" if name in NAMES else ""
+            kind = type(self).__name__
+            raise AttributeError(f"{kind!r} object has no attribute {name!r}.{hint}")
 
 
 def drop_neutral(values: Mapping[str, Any], missing: Missing) -> tuple[dict[str, Any], list[str]]:

@@ -3,6 +3,9 @@
 Unknown fields are refused with the nearest known name, so that a typo never trains silently.
 """
 
+from typing import Any
+
+from rfdetr.compat import absent
 from rfdetr.config.model import ENCODER_SIZES, STRUCTURE_FIELDS, Encoder, ModelConfig
 from rfdetr.config.strict import Positive, StrictConfig, device_text, optional_fields
 from rfdetr.config.training import (
@@ -56,3 +59,7 @@ __all__ = [
     "device_text",
     "optional_fields",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise absent(__name__, name)

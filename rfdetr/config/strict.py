@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from typing import Annotated, Any, ClassVar
 
@@ -79,9 +78,7 @@ class StrictConfig(BaseModel):
         parts = []
         hints = {name: cls.hint_for(name) for name in unknown}
         for name, hint in hints.items():
-            near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
-            nearest = f" (did you mean '{near[0]}'?)" if near and not hint else ""
-            parts.append(f"'{name}'{nearest}")
+            parts.append(f"'{name}'{'' if hint else compat.nearest(str(name), cls.model_fields)}")
         known = ", ".join(sorted(cls.model_fields))
         advice = [hint for hint in hints.values() if hint]
         return " ".join(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -58,7 +59,7 @@ class Prediction(PublicNames):
         least = self.model.threshold(threshold)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be an integer of at least 1; got {batch_size}.")
-        _refuse(others, compat.PREDICT_OPTIONS, "predict()")
+        _refuse(others, compat.PREDICT_OPTIONS, self.predict)
         if shape is not None:
             shape = checked_shape(shape, self.model_config)
         self.model.warn_of_resized_head()
@@ -120,7 +121,7 @@ class Prediction(PublicNames):
         **others: Any,
     ) -> None:
         """As `optimize_for_inference`."""
-        _refuse(others, compat.INFERENCE_OPTIONS, "inference()")
+        _refuse(others, compat.INFERENCE_OPTIONS, self.inference)
         self.optimize_for_inference(compile, batch_size, dtype)
 
     def export(
@@ -149,7 +150,7 @@ class Prediction(PublicNames):
         if "opset_version" in options:
             options["opset"] = options.pop("opset_version")
         known = {name: options.pop(name) for name in EXPORT_SETTINGS if name in options}
-        _refuse(options, compat.EXPORT_OPTIONS, "export()")
+        _refuse(options, compat.EXPORT_OPTIONS, self.export, (*EXPORT_SETTINGS, "opset_version"))
         ignored = [
             "simplify is ignored: constants are folded already. Run onnxsim on the file for more."
         ] * bool(simplify)
@@ -165,9 +166,21 @@ class Prediction(PublicNames):
         return result
 
 
-def _refuse(options: dict[str, Any], missing: compat.Missing, where: str) -> None:
-    """Raise InputError for options that `missing` does not list or that ask for something."""
-    unknown, refused = compat.drop_neutral(options, missing)
-    texts = [f"{where} has no option {name!r}." for name in unknown] + refused
+def _refuse(
+    options: dict[str, Any],
+    missing: compat.Missing,
+    method: Callable[..., Any],
+    more: Sequence[str] = (),
+) -> None:
+    """Raise InputError for options that `missing` does not list or that ask for something.
+
+    Known are the named parameters of `method`, and `more`.
+    """
+    unknown, texts = compat.drop_neutral(options, missing)
+    if unknown:
+        parameters = inspect.signature(method).parameters.values()
+        known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD] + list(more)
+        found = ", ".join(f"{name!r}{compat.nearest(name, known)}" for name in unknown)
+        texts.append(f"{method.__name__}() has no option {found}. It takes {', '.join(known)}.")
     if texts:
         raise InputError(" ".join(texts))

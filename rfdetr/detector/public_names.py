@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rfdetr import compat
+from rfdetr.compat import HintedAttributes
 from rfdetr.config import ModelConfig, SegmentationTrainConfig, TrainConfig
 from rfdetr.data.transforms import MEAN, STD
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rfdetr.detector.state import DetectorState
 
 
-class PublicNames:
+class PublicNames(HintedAttributes):
     """Base of the parts of `RFDETR`."""
 
     means: ClassVar[list[float]] = list(MEAN)
@@ -23,13 +23,6 @@ class PublicNames:
         config_class: ClassVar[type[ModelConfig]]
         model: DetectorState
         model_config: ModelConfig
-
-    else:
-
-        def __getattr__(self, name: str) -> Any:
-            hint = f" {compat.NAMES[name]}" if name in compat.NAMES else ""
-            kind = type(self).__name__
-            raise AttributeError(f"{kind!r} object has no attribute {name!r}.{hint}")
 
     @property
     def size(self) -> str:

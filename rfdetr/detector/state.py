@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rfdetr.compat import HintedAttributes
 from rfdetr.config import ModelConfig
 from rfdetr.data.batch import normalise, pad_images
 from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
@@ -50,7 +51,7 @@ class Origin:
         return f"{kind}{epoch} from {self.source}"
 
 
-class DetectorState:
+class DetectorState(HintedAttributes):
     """Mutable state of a detector: network (`model`), post-processing and class names.
 
     `label_offset` is 1 if label i + 1 means `class_names[i]`. `square` is False if the weights were
@@ -78,6 +79,16 @@ class DetectorState:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.model.parameters()).device
+
+    @property
+    def args(self) -> ModelConfig:
+        """The configuration, under the name of the public package."""
+        return self.config
+
+    @property
+    def inference_model(self) -> FrozenNetwork | None:
+        """The optimized copy, under the name of the public package."""
+        return self.optimized
 
     @property
     def has_names(self) -> bool:

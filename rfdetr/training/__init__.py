@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rfdetr.compat import absent
 from rfdetr.installation import warn_about_public_distribution
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise absent(__name__, name)
     warn_about_public_distribution()
     home = importlib.import_module(_HOMES.get(name, "rfdetr.training.callbacks"))
     return getattr(home, name)

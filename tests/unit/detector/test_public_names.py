@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,24 @@ def _imports() -> None:
     assert classes is COCO_CLASSES
     assert training.RFDETRModelModule is training.RFDETRModule
     assert rfdetr.from_checkpoint == rfdetr.RFDETR.from_checkpoint
+
+
+def _import_paths() -> None:
+    from rfdetr import training, variants
+    from rfdetr.training import module_data, module_model
+
+    assert variants.RFDETRSegNano is rfdetr.RFDETRSegNano
+    assert variants.RFDETRNanoConfig is RFDETRNanoConfig
+    assert module_model.RFDETRModelModule is training.RFDETRModule
+    assert module_data.RFDETRDataModule is training.RFDETRDataModule
+
+
+def _state() -> None:
+    detector = small(num_classes=3)
+    assert (detector.model.args.resolution, detector.model.args.num_classes) == (64, 3)
+    assert detector.model.inference_model is None
+    detector.optimize_for_inference(compile=False)
+    assert detector.model.inference_model(torch.rand(1, 3, 64, 64))["pred_boxes"].shape[0] == 1
 
 
 def _coco_classes() -> None:
@@ -107,7 +126,18 @@ def _augmentation() -> None:
 
 @pytest.mark.parametrize(
     "behaviour",
-    [_imports, _coco_classes, _source, _shape, _constants, _configs, _inference, _augmentation],
+    [
+        _imports,
+        _import_paths,
+        _state,
+        _coco_classes,
+        _source,
+        _shape,
+        _constants,
+        _configs,
+        _inference,
+        _augmentation,
+    ],
 )
 def test_a_name_of_the_public_package_works(behaviour: Callable[[], None]) -> None:
     behaviour()
@@ -135,13 +165,23 @@ def test_export_takes_the_public_options(
         (lambda d: d.callbacks["on_fit_epoch_end"], r"train\(callbacks="),
         (lambda d: d.no_such_thing, "no attribute 'no_such_thing'.$"),
         (lambda d: rfdetr.RFDETRKeypointPreview, "Keypoint models are not offered"),
+        (lambda d: d.model.reinitialize_detection_head(5), "Pass num_classes when you build"),
+        (lambda d: d.model.no_such_thing, "no attribute 'no_such_thing'.$"),
         (lambda d: d.export(format="tflite"), "'tflite' is not offered: export writes ONNX"),
         (lambda d: d.export(quantization="int8"), "onnxruntime.quantization"),
         (lambda d: d.export(backbone_only=True), "complete network is exported"),
-        (lambda d: d.export(half=True), r"export\(\) has no option 'half'"),
+        (
+            lambda d: d.export(half=True),
+            r"export\(\) has no option 'half'. It takes .*opset_version",
+        ),
+        (lambda d: d.export(opset_versio=17), r"did you mean 'opset_version'"),
         (lambda d: d.export(openvino_precision="int8"), "belongs to another format"),
         (lambda d: d.predict(pixels(), patch_size=14), "patch size is the model's"),
-        (lambda d: d.predict(pixels(), tresh=0.1), r"predict\(\) has no option 'tresh'"),
+        (
+            lambda d: d.predict(pixels(), tresh=0.1),
+            r"has no option 'tresh' \(did you mean 'threshold'",
+        ),
+        (lambda d: d.predict(pixels(), conf=0.1), "has no option 'conf'. It takes images, thresh"),
         (lambda d: d.train(dataset_dir="x", clearml=True), "ClearML is not offered. Append"),
         (lambda d: d.train(dataset_dir="x", optimizer="sgd"), "optimizer is AdamW"),
         (lambda d: d.train(dataset_dir="x", multi_scale="per-batch"), "it is true"),
@@ -154,6 +194,43 @@ def test_what_is_not_offered_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises((InputError, ValueError, AttributeError, ImportError), match=text):
         call(small(num_classes=3))
+
+
+@pytest.mark.parametrize("name", compat.MODULES)
+def test_an_absent_module_says_what_to_do(name: str) -> None:
+    for tried in (name, f"{name}.part"):
+        with pytest.raises(ImportError, match=f"^{name} is not offered. [A-Z`].*[.]$"):
+            importlib.import_module(tried)
+    parent, _, last = name.rpartition(".")
+    with pytest.raises(ImportError, match=f"^{name} is not offered"):
+        exec(f"from {parent} import {last}")
+    exec("import rfdetr.training, rfdetr.evaluation.f1")
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'rfdetr\.no_such_module'"):
+        importlib.import_module("rfdetr.no_such_module")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("rfdetr", "RFDETRSeg"),
+        ("rfdetr.detr", "RFDETRSeg"),
+        ("rfdetr.variants", "RFDETRSeg"),
+        ("rfdetr.variants", "RFDETRKeypointPreview"),
+        ("rfdetr", "RFDETRXLarge"),
+        ("rfdetr", "ModelContext"),
+        ("rfdetr.config", "DEVICE"),
+        ("rfdetr.config", "KeypointTrainConfig"),
+        ("rfdetr.training", "GPUMemoryTQDMProgressBar"),
+        ("rfdetr.training", "get_logger"),
+        ("rfdetr.datasets", "build_dataset"),
+        ("rfdetr.assets", "ModelWeights"),
+    ],
+)
+def test_an_absent_name_says_what_to_do(module: str, name: str) -> None:
+    with pytest.raises(ImportError, match=f"^{name} is not offered. [A-Z].*[.]$"):
+        exec(f"from {module} import {name}")
+    with pytest.raises(ImportError, match="cannot import name 'NoSuchName'"):
+        exec(f"from {module} import NoSuchName")
 
 
 @pytest.mark.parametrize("table", [compat.MODEL_FIELDS, compat.TRAIN_FIELDS])

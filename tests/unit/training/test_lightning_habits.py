@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import CometLogger, WandbLogger
 from pytorch_lightning.tuner import Tuner
 
 from rfdetr.checkpoints.safe_io import load_file, save_file
@@ -131,6 +132,27 @@ def test_an_appended_logger_gets_every_metric(
     keys = {"train/loss", MAP, "val/F1", "val/loss", "val/ema_mAP_50_95", "val/AP/bolt"}
     assert keys <= summary.keys()
     assert summary[MAP] == pytest.approx(run.metrics()[MAP])
+
+
+def test_comet_keeps_every_metric_of_an_offline_run(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("comet_ml")
+    monkeypatch.setenv("COMET_START_ONLINE", "0")  # CometLogger(online=False) disables Comet
+    monkeypatch.setenv("COMET_INTERNAL_SENTRY_DSN", "")
+    run = Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=1))
+    logger = CometLogger(offline_directory=str(tmp_path / "comet"))
+    run.trainer.loggers.append(logger)
+    run.fit()
+    logger.experiment.end()
+    (archive,) = (tmp_path / "comet").glob("*.zip")
+    with zipfile.ZipFile(archive) as packed:
+        messages = [json.loads(line) for line in packed.read("messages.json").splitlines()]
+    metrics = [m["payload"]["metric"] for m in messages if m["type"] == "metric_msg"]
+    values = {one["metricName"]: one["metricValue"] for one in metrics}
+    keys = {"train/loss", MAP, "val/F1", "val/loss", "val/ema_mAP_50_95", "val/AP/bolt"}
+    assert keys <= values.keys()
+    assert float(values[MAP]) == pytest.approx(run.metrics()[MAP], abs=1e-6)
 
 
 def test_a_plain_trainer_is_told_what_it_lacks(shapes: Path, tmp_path: Path) -> None:
