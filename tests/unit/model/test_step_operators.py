@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from rfdetr.config import RFDETRNanoConfig
 from rfdetr.model import feedforward
 from rfdetr.model.criterion import build_criterion
+from rfdetr.model.cuda_graphs import CudaGraphs
 from rfdetr.model.network import build_network
+from rfdetr.model.recording import Recorder
 from tests.unit.model.host_transfers import HostTransfers
 from tests.unit.model.small import images, small_network, targets, weighted
 
@@ -57,9 +60,26 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("autocast", "most"), [(False, 1250), (True, 1380)])
+class _OneLaunch(Recorder):
+    """Repeats recorded work uncounted, as a graph is one launch."""
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            with _disable_current_modes():  # type: ignore[no-untyped-call]
+                work()
+
+        return replay
+
+
+@pytest.mark.parametrize(
+    ("autocast", "graphs", "most"),
+    [(False, False, 1250), (True, False, 1380), (True, True, 300)],
+)
 def test_operators_of_a_training_step(
-    autocast: bool, most: int, monkeypatch: pytest.MonkeyPatch
+    autocast: bool, graphs: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nano, batch 16, 7 objects per image, forward to backward.
 
@@ -71,6 +91,12 @@ def test_operators_of_a_training_step(
     model = build_network(RFDETRNanoConfig(pretrain_weights=None, num_queries=20, num_select=20))
     criterion = build_criterion(model.train().config).train()
     batch, given = images(16, 128), targets((7,) * 16)
+    if graphs:
+        model.graphs = CudaGraphs("always", _OneLaunch())
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                weighted(criterion(model(batch), given), criterion.weight_dict).backward()
+        assert model.graphs.count == 1
     with _Operators() as operators, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         weighted(criterion(model(batch), given), criterion.weight_dict).backward()
     launched = operators.counts.total()
