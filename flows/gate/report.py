@@ -12,10 +12,11 @@ from typing import NamedTuple
 import jinja2
 
 from flows.gate.suspected_labels import crops
-from flows.gate.verdict import AtPoint, Scores, SliceScore, Verdict
+from flows.gate.verdict import AtPoint, Scores, Verdict
 from rfdetr.checks.markdown import markdown_text
 from rfdetr.evaluation.calibration import LOWEST_SCORE, Calibration
 from rfdetr.evaluation.error_types import ErrorTypes
+from rfdetr.evaluation.slices import Slice
 from rfdetr.files import write_text_atomic
 
 HTML = ".html"
@@ -144,7 +145,7 @@ def _slices(scores: Scores, verdict: Verdict | None) -> Section:
     return Section("Slices", text, header, rows)
 
 
-def _slice_numbers(found: SliceScore) -> list[str]:
+def _slice_numbers(found: Slice) -> list[str]:
     values = (found.map_50_95, found.map_50, found.f1, found.false_alarms)
     return [number(value) for value in values]
 

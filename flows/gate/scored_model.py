@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flows.gate.verdict import AtPoint, ClassAtPoint, ClassScore, Scores, SliceScore
+from flows.gate.verdict import AtPoint, ClassAtPoint, ClassScore, Scores
 from rfdetr.evaluation import report
 from rfdetr.evaluation.box_table import EvaluationData, IouType
 from rfdetr.evaluation.calibration import calibration
@@ -128,7 +128,7 @@ class ScoredModel:
             latency_on=self.latency_on,
             size_mb=self.size_mb,
             evidence=self.evidence,
-            slices={name: SliceScore(**vars(found)) for name, found in self.slices.items()},
+            slices=self.slices,
             operating_point=self.at_point(),
             calibration=calibration(self.evidence),
             error_types=self.error_types(),

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import dataclasses
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
+from pydantic import BaseModel, ConfigDict
 
 from flows.config.sections import GateEvidence, GateSettings
 from rfdetr.evaluation.bootstrap import Interval
 from rfdetr.evaluation.calibration import Calibration
 from rfdetr.evaluation.error_types import ErrorTypes
 from rfdetr.evaluation.evidence import MatchEvidence
+from rfdetr.evaluation.slices import Slice
 from rfdetr.evaluation.suspects import Kind
 
 Box = tuple[float, float, float, float]
 Outcome = Literal["promote", "refuse", "approval", "no-op"]
-Evidence = Annotated[
-    MatchEvidence,
-    PlainValidator(lambda v: v if isinstance(v, MatchEvidence) else MatchEvidence.decode(v)),
-    PlainSerializer(lambda evidence: evidence.encode(), return_type=str),
-]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", ser_json_inf_nan="strings", arbitrary_types_allowed=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class ClassScore(_Record):
@@ -33,23 +28,6 @@ class ClassScore(_Record):
 
     ap: float
     boxes: int
-
-
-class SliceScore(_Record):
-    """Numbers of one slice of the test set, as in `rfdetr.evaluation.slices.Slice`.
-
-    `map_50_95`, `map_50` and `f1` are None without boxes; `false_alarms` are per image. `members`
-    are the positions of its images; an area range has `evidence` of its own instead.
-    """
-
-    images: int
-    boxes: int
-    map_50_95: float | None
-    map_50: float | None
-    f1: float | None
-    false_alarms: float
-    members: tuple[int, ...] | None = None
-    evidence: Evidence | None = None
 
 
 class SliceChange(_Record):
@@ -138,8 +116,8 @@ class Scores(_Record):
     latency_on: str | None = None
     size_mb: float | None = None
     export_parity: bool | None = None
-    evidence: Evidence | None = None
-    slices: dict[str, SliceScore] = {}
+    evidence: MatchEvidence | None = None
+    slices: dict[str, Slice] = {}
     operating_point: AtPoint | None = None
     calibration: Calibration | None = None
     error_types: ErrorTypes | None = None
@@ -149,7 +127,7 @@ class Scores(_Record):
     def without_evidence(self) -> Scores:
         """The numbers alone, without what is recorded per image."""
         slices = {
-            name: found.model_copy(update={"members": None, "evidence": None})
+            name: dataclasses.replace(found, members=None, evidence=None)
             for name, found in self.slices.items()
         }
         return self.model_copy(update={"evidence": None, "slices": slices})

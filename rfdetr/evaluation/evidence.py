@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import core_schema
 
 from rfdetr.arrays import Bools, Integers
 from rfdetr.errors import InputError
@@ -51,6 +52,16 @@ class MatchEvidence:
             column = getattr(self, name)
             if len(column) and (column.min() < 0 or column.max() >= limit):
                 raise InputError(f"match evidence: {name} index outside 0..{limit - 1}")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, *_: object) -> core_schema.CoreSchema:
+        """In a pydantic record: the text of `encode`."""
+        return core_schema.no_info_plain_validator_function(
+            lambda value: value if isinstance(value, cls) else cls.decode(value),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                cls.encode, return_schema=core_schema.str_schema()
+            ),
+        )
 
     @property
     def images(self) -> int:

@@ -14,18 +14,20 @@ from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
-from rfdetr.arrays import Bools, Floats
+from rfdetr.arrays import Bools, Floats, Integers
 from rfdetr.data.index import AnnotationIndex
 from rfdetr.data.layouts import Layout, SplitPaths
 from rfdetr.errors import InputError
 from rfdetr.evaluation.accumulate import average_precisions
 from rfdetr.evaluation.evidence import MatchEvidence
+from rfdetr.evaluation.f1 import SCORE_THRESHOLDS, score_bins
 from rfdetr.evaluation.matching import IOU_THRESHOLDS
-from rfdetr.evaluation.resample import MacroF1
 from rfdetr.evaluation.slice_rules import SliceRule, text_values
 
 MOST_SLICES = 100  # of one rule
+COLUMNS = ("label", "score", "matched", "ignored", "accepted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +149,17 @@ def score_slices(
     `evidence` are the matches of the whole split, `by_area` those of `area_ranges(rules)`.
     """
     found = {}
-    for name, mask in group_images(rules, images).items():
-        (members,) = np.nonzero(mask)
-        numbers = _slice(evidence.take(members))
-        found[name] = dataclasses.replace(numbers, members=tuple(members.tolist()))
+    groups = group_images(rules, images)
+    for rule in rules:
+        own = {name: mask for name, mask in groups.items() if name.partition("=")[0] == rule.name}
+        for (name, mask), row in zip(own.items(), _numbers(evidence, [*own.values()]), strict=True):
+            members = tuple(np.flatnonzero(mask).tolist())
+            found[name] = dataclasses.replace(row, members=members)
     names = [rule.name for rule in rules if rule.area is not None]
-    for name, own in zip(names, by_area, strict=True):
-        with_boxes = int(own.positives.any(axis=1).sum())
-        found[name] = dataclasses.replace(_slice(own), images=with_boxes, evidence=own)
+    for name, own_matches in zip(names, by_area, strict=True):
+        (row,) = _numbers(own_matches, [np.ones(own_matches.images, dtype=bool)])
+        with_boxes = int(own_matches.positives.any(axis=1).sum())
+        found[name] = dataclasses.replace(row, images=with_boxes, evidence=own_matches)
     order = {rule.name: place for place, rule in enumerate(rules)}
     return dict(sorted(found.items(), key=lambda item: order[item[0].partition("=")[0]]))
 
@@ -164,33 +169,91 @@ def area_ranges(rules: Sequence[SliceRule]) -> list[tuple[float, float]]:
     return [rule.area for rule in rules if rule.area is not None]
 
 
-def _slice(part: MatchEvidence) -> Slice:
-    """The numbers of the images of `part`."""
-    precision = _class_precisions(part)[:, part.positives.any(axis=0)]
-    f1 = MacroF1(part)(np.ones((1, part.images), dtype=np.int64))[0]
-    wrong = part.accepted & ((part.matched | part.ignored) & 1 == 0)
-    return Slice(
-        images=part.images,
-        boxes=int(part.positives.sum()),
-        map_50_95=float(precision.mean()) if precision.size else None,
-        map_50=float(precision[0].mean()) if precision.size else None,
-        f1=None if np.isnan(f1) else float(f1),
-        false_alarms=float(wrong.sum() / part.images),
+def _numbers(evidence: MatchEvidence, groups: Sequence[Bools]) -> list[Slice]:
+    """The numbers of each group of images (I,)."""
+    if not groups:
+        return []
+    row, image = _rows_of(evidence, groups)
+    part = MatchEvidence(
+        positives=np.stack([evidence.positives[g].sum(axis=0, dtype=np.int32) for g in groups]),
+        image=image,
+        **{name: getattr(evidence, name)[row] for name in COLUMNS},
     )
+    cell = part.image * part.positives.shape[1] + part.label
+    precision = _class_precisions(part, cell)
+    f1 = _best_f1(part, cell, score_bins(evidence.score)[row])
+    wrong = part.accepted & ((part.matched | part.ignored) & 1 == 0)
+    false_alarms = np.bincount(part.image[wrong], minlength=part.images)
+    rows = []
+    for number, mask in enumerate(groups):
+        own = precision[:, number, part.positives[number] > 0]
+        images = int(mask.sum())
+        rows.append(
+            Slice(
+                images=images,
+                boxes=int(part.positives[number].sum()),
+                map_50_95=float(own.mean()) if own.size else None,
+                map_50=float(own[0].mean()) if own.size else None,
+                f1=float(f1[number]) if own.size else None,
+                false_alarms=float(false_alarms[number] / images),
+            )
+        )
+    return rows
 
 
-def _class_precisions(part: MatchEvidence) -> Floats:
-    """AP (T, K) of every class at every IoU threshold; NaN without boxes."""
-    positives = part.positives.sum(axis=0)
-    starts = np.searchsorted(part.label, np.arange(len(positives)))
+def _rows_of(
+    evidence: MatchEvidence, groups: Sequence[Bools]
+) -> tuple[Integers, NDArray[np.int32]]:
+    """The detections of each group, group by group: their rows in `evidence`, and their group."""
+    if np.sum(groups, axis=0).max() > 1:  # an image can be in several groups
+        rows = [np.flatnonzero(mask[evidence.image]) for mask in groups]
+        counts = [len(own) for own in rows]
+        return np.concatenate(rows), np.repeat(np.arange(len(groups), dtype=np.int32), counts)
+    group_of = np.full(evidence.images, len(groups), dtype=np.uint16)
+    for number, mask in enumerate(groups):
+        group_of[mask] = number
+    found = group_of[evidence.image]
+    row = np.argsort(found, kind="stable")[: int((found < len(groups)).sum())]
+    return row, found[row].astype(np.int32)
+
+
+def _class_precisions(part: MatchEvidence, cell: Integers) -> Floats:
+    """AP (T, I, K) of every image and class at every IoU threshold; NaN without boxes.
+
+    `cell` (D,) numbers the image and class of each detection, ascending.
+    """
+    positives = part.positives.ravel()
+    starts = np.searchsorted(cell, np.arange(len(positives)))
     (near,) = np.nonzero(part.matched & ~part.ignored)
     (apart,) = np.nonzero(part.ignored)
+    true, not_counted = (part.matched & ~part.ignored)[near], part.ignored[apart]
     table = []
     for bit in 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16):
-        ignored = apart[part.ignored[apart] & bit > 0]
-        hits = near[(part.matched[near] & ~part.ignored[near]) & bit > 0]
-        label = part.label[hits]
-        first = starts[label]
+        ignored, hits = apart[not_counted & bit > 0], near[true & bit > 0]
+        first = starts[cell[hits]]
         skipped = np.searchsorted(ignored, hits) - np.searchsorted(ignored, first)
-        table.append(average_precisions(label, hits - first - skipped + 1, positives))
-    return np.array(table)
+        table.append(average_precisions(cell[hits], hits - first - skipped + 1, positives))
+    return np.array(table).reshape(len(IOU_THRESHOLDS), *part.positives.shape)
+
+
+def _best_f1(part: MatchEvidence, cell: Integers, bins: Integers) -> Floats:
+    """The best macro F1 (I,) of every image over the score thresholds; 0 without boxes.
+
+    `bins` (D,) are the thresholds that each detection reaches.
+    """
+    size = len(SCORE_THRESHOLDS) + 1
+    counted = part.ignored & 1 == 0
+    place = (cell * size + bins)[counted]
+    true = (part.matched & 1 == 1)[counted]
+
+    def at_or_above(places: Integers) -> Integers:
+        table = np.bincount(places, minlength=part.positives.size * size)
+        table = table.reshape(*part.positives.shape, size)
+        return np.cumsum(table[..., :0:-1], axis=-1)[..., ::-1]
+
+    positives = part.positives[..., None]
+    f1 = 2 * at_or_above(place[true]) / np.maximum(at_or_above(place) + positives, 1)
+    present = positives > 0
+    total = np.where(present, f1, 0.0).sum(axis=1)
+    best: Floats = (total / np.maximum(present.sum(axis=1), 1)).max(axis=-1)
+    return best

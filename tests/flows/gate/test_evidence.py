@@ -13,7 +13,14 @@ from flows.gate.decide import decide
 from flows.gate.verdict import GatePolicy, Scores, Verdict
 from rfdetr.errors import ConfigError
 from rfdetr.evaluation.bootstrap import RESAMPLES, Interval, paired_bootstrap
-from tests.flows.gate.simulation import detect, draw_test_set, promoted
+from tests.flows.gate.simulation import (
+    detect,
+    draw_test_set,
+    promoted,
+    surely_refused,
+    wilson,
+    wins,
+)
 from tests.flows.gate.simulation import scores as simulated
 from tests.flows.gate.test_gate import failed, matches, rule, scores
 
@@ -148,13 +155,29 @@ def test_the_old_switch_is_explained() -> None:
 
 @pytest.mark.slow
 def test_noise_is_promoted_in_at_most_five_percent_and_a_real_gain_is_seen() -> None:
-    equal, worse = promoted(0.0, 200, 200), promoted(-0.011, 200, 200)
-    print({"equal": equal, "worse by 0.011": worse})
-    assert equal["superior"] <= 0.05 and worse["non_inferior"] <= 0.05
-    assert equal["point"] > 0.4  # what the default used to promote
-    better = promoted(0.02, 1000, 60)
-    print({"better by 0.02, 1000 images": better})
-    assert better["superior"] > 0.5
+    for difference, evidence in ((0.0, "superior"), (-0.011, "non_inferior")):
+        for images, trials in ((200, 1500), (1000, 400)):
+            count = wins(difference, images, trials, evidence)  # type: ignore[arg-type]
+            print(f"{evidence}, {images} images, {difference:+}: {count} of {trials}")
+            assert wilson(count, trials)[1] <= 0.05
+    assert wins(0.0, 200, 200, "point") > 80  # what the default used to promote
+    assert wins(0.02, 1000, 60, "superior") > 30
+
+
+def test_a_known_refusal_needs_fewer_resamples() -> None:
+    policies = [GatePolicy(evidence="superior"), GatePolicy(evidence="non_inferior")]
+    outcomes = set()
+    for seed, quality in enumerate((0.9, 0.95, 1.0, 1.05, 1.1)):
+        random = np.random.default_rng(seed)
+        test = draw_test_set(60, random)
+        old, new = detect(test, 0.9, random), detect(test, quality, random)
+        for policy in policies:
+            complete = decide(simulated("a", old), simulated("b", new), policy).promote
+            assert promoted(old, new, policy) is complete
+            early = [surely_refused(old, new, policy, first) for first in (60, 104, 260)]
+            outcomes.add((complete, *early))
+    assert {any(outcome[1:]) for outcome in outcomes} == {True, False}
+    assert all(not any(early) for complete, *early in outcomes if complete)
 
 
 def test_the_simulation_draws_detectors_that_are_compared_on_the_same_boxes() -> None:

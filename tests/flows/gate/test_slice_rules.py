@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,19 @@ from flows.config.sections import DatasetSettings
 from flows.gate.decide import RULES
 from flows.gate.report import sections
 from flows.gate.slice_images import EMPTY, add_findings
-from flows.gate.verdict import AtPoint, SliceScore
+from flows.gate.verdict import AtPoint
 from flows.project.project import Project
 from rfdetr.checks.dataset_report import DatasetReport
 from rfdetr.errors import ConfigError
 from rfdetr.evaluation.slice_rules import parse_rule
+from rfdetr.evaluation.slices import Slice
 from tests.datasets import make_roboflow, make_yolo
 from tests.flows.gate.test_gate import failed, judge, matches, rule, scores
 
 
-def row(ap: float | None, boxes: int = 100, **more: Any) -> SliceScore:
+def row(ap: float | None, boxes: int = 100, **more: Any) -> Slice:
     numbers = {"map_50": ap, "f1": ap, "false_alarms": 0.5, **more}
-    return SliceScore(images=30, boxes=boxes, map_50_95=ap, **numbers)
+    return Slice(images=30, boxes=boxes, map_50_95=ap, **numbers)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def row(ap: float | None, boxes: int = 100, **more: Any) -> SliceScore:
     ],
 )
 def test_a_slice_may_not_drop_while_the_mean_rises(
-    old: SliceScore | None, new: SliceScore | None, passed: bool | None, reason: str
+    old: Slice | None, new: Slice | None, passed: bool | None, reason: str
 ) -> None:
     champion = scores(0.5, slices={"site=a": old} if old else {})
     challenger = scores(0.7, slices={"site=a": new} if new else {})
@@ -68,7 +70,7 @@ def test_the_change_of_a_slice_has_its_own_interval() -> None:
     half = row(0.5, members=tuple(range(40)))
     area = row(0.5, evidence=old.take(range(20)))  # type: ignore[arg-type]
     champion = scores(0.5, evidence=old, slices={"half": half, "small": area})
-    better = area.model_copy(update={"evidence": new.take(range(20))})  # type: ignore[arg-type]
+    better = dataclasses.replace(area, evidence=new.take(range(20)))  # type: ignore[arg-type]
     challenger = scores(0.9, evidence=new, slices={"half": half, "small": better})
     verdict = judge(champion, challenger)
     assert set(verdict.slices) == {"half", "small"}

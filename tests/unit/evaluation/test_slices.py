@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rfdetr.errors import InputError
-from rfdetr.evaluation.box_table import data_from_coco
+from rfdetr.evaluation.box_table import IouType, data_from_coco
 from rfdetr.evaluation.evaluator import evaluate_coco
 from rfdetr.evaluation.evidence import EVERY_AREA, collect_evidence, evidence_by_area
 from rfdetr.evaluation.slice_rules import parse_area, parse_rule, read_listed
@@ -29,13 +30,15 @@ def images(document: dict) -> SplitImages:
     return SplitImages(names, [f"test/{name}" for name in names], rows)
 
 
-def scored(document: dict, found: list[dict], **texts: str) -> dict:
+def scored(document: dict, found: list[dict], kind: IouType = "bbox", **texts: str) -> dict:
     rules = [parse_rule(name, text) for name, text in texts.items()]
     ids = [category["id"] for category in document["categories"]]
-    data = data_from_coco(document, found)
+    data = data_from_coco(document, found, masks=kind == "segm")
+    if kind == "segm":
+        data = dataclasses.replace(data, detections=data.detections.with_mask_areas())
     accepted = data.detections.score >= 0.5
     areas = [EVERY_AREA, *area_ranges(rules)]
-    evidence, *by_area = evidence_by_area(data, ids, areas, accepted=accepted)
+    evidence, *by_area = evidence_by_area(data, ids, areas, iou_type=kind, accepted=accepted)
     return score_slices(rules, images(document), evidence, by_area)
 
 
@@ -46,25 +49,29 @@ def only(document: dict, found: list[dict], chosen: set[int]) -> tuple[dict, lis
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_slice_has_the_numbers_of_its_images_alone(seed: int) -> None:
-    document, found = random_set(seed, images=24)
-    slices = scored(document, found, site="path:(?P<site>[^/]+)/", weather="attribute:weather")
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_a_slice_has_the_numbers_of_its_images_alone(seed: int, kind: IouType) -> None:
+    document, found = random_set(seed, images=24, masks=kind == "segm")
+    slices = scored(
+        document, found, kind, site="path:(?P<site>[^/]+)/", weather="attribute:weather"
+    )
     assert list(slices) == [
         "site=site0", "site=site1", "site=site2", "weather=fog", "weather=rain", "weather=sun",
     ]  # fmt: skip
     for name, row in slices.items():
         chosen = {document["images"][i]["id"] for i in row.members}
         alone, own = only(document, found, chosen)
-        expected = evaluate_coco(alone, own)
-        assert expected.bbox is not None
+        expected = evaluate_coco(alone, own, iou_types=(kind,))
+        part = getattr(expected, kind)
         assert row.images == len(chosen)
         assert row.boxes == sum(1 for a in alone["annotations"] if not a["iscrowd"]), name
-        assert row.map_50_95 == pytest.approx(expected.bbox.summary.ap, abs=1e-9)
-        assert row.map_50 == pytest.approx(expected.bbox.summary.ap50, abs=1e-9)
+        assert row.map_50_95 == pytest.approx(part.summary.ap, abs=1e-9)
+        assert row.map_50 == pytest.approx(part.summary.ap50, abs=1e-9)
         assert row.f1 == pytest.approx(expected.sweep.macro_f1.max(), abs=1e-9)
         half = expected.sweep  # wrong detections from score 0.5 on
-        data = data_from_coco(alone, own)
-        evidence = collect_evidence(data, half.positives * 0 + expected.class_ids)
+        data = data_from_coco(alone, own, masks=kind == "segm")
+        ids = half.positives * 0 + expected.class_ids
+        evidence = collect_evidence(data, ids, iou_type=kind)
         wrong = (evidence.score >= 0.5) & ((evidence.matched | evidence.ignored) & 1 == 0)
         assert row.false_alarms == pytest.approx(wrong.sum() / len(chosen))
 
@@ -72,17 +79,18 @@ def test_a_slice_has_the_numbers_of_its_images_alone(seed: int) -> None:
 @pytest.mark.parametrize(
     ("text", "low", "high"), [("area<32**2", 0, 1023.999), ("160 <= area <= 1600", 160, 1600)]
 )
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_a_slice_by_area_has_the_numbers_of_that_area_range(
-    text: str, low: float, high: float
+    text: str, low: float, high: float, kind: IouType
 ) -> None:
     for seed in range(3):
-        document, found = random_set(seed, images=20)
-        row = scored(document, found, size=text)["size"]
+        document, found = random_set(seed, images=20, masks=kind == "segm")
+        row = scored(document, found, kind, size=text)["size"]
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO()
             coco.dataset = document
             coco.createIndex()
-            run = COCOeval(coco, coco.loadRes(found), "bbox")
+            run = COCOeval(coco, coco.loadRes(found), kind)
             run.params.maxDets, run.params.areaRng = [1, 10, 500], [[low, high]]
             run.params.areaRngLbl = ["all"]
             run.evaluate()
