@@ -32,9 +32,15 @@ class Card(NamedTuple):
     sections: list[Section]
     judged: Section
 
-    def files(self, promotion: AuditRecord | None = None) -> dict[str, str]:
-        """The card as {"card.md": ..., "card.html": ...}."""
-        found = [*self.sections, self.judged if promotion is None else _promotion(promotion)]
+    def files(
+        self, promotion: AuditRecord | None = None, replaced: AuditRecord | None = None
+    ) -> dict[str, str]:
+        """The card as {"card.md": ..., "card.html": ...}.
+
+        `replaced` is the move that made another version champion afterwards.
+        """
+        last = self.judged if promotion is None else _promotion(promotion, replaced)
+        found = [*self.sections, last]
         return {
             "card.md": report.to_markdown(self.heading, self.intro, found),
             "card.html": report.to_html(self.heading, self.intro, found),
@@ -163,7 +169,7 @@ def _lineage(card: Mapping[str, Any], verdict: Verdict) -> Section:
     return Section("Lineage", "", ("", "Result"), rows)
 
 
-def _promotion(promotion: AuditRecord) -> Section:
+def _promotion(promotion: AuditRecord, replaced: AuditRecord | None) -> Section:
     rows = [
         ["Action", promotion.action + (" (gate overruled)" if promotion.forced else "")],
         ["By", promotion.by],
@@ -171,4 +177,8 @@ def _promotion(promotion: AuditRecord) -> Section:
         ["Reason", promotion.reason],
         ["Champion before", str(promotion.previous or "none")],
     ]
+    if replaced is not None:
+        how = "rolled back to" if replaced.action == "rollback" else "replaced by"
+        rows.append(["Champion until", replaced.at])
+        rows.append([f"Then {how}", f"version {replaced.version}: {replaced.reason}"])
     return Section("Promotion", "", ("", "Result"), rows)

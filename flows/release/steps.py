@@ -31,7 +31,7 @@ from flows.registry.model_folder import ModelFiles
 from flows.registry.registry import Registry, Version, now
 from flows.release import champion
 from flows.release.audit import AuditRecord, actor, history
-from flows.release.card_files import complete_card, publish_card
+from flows.release.card_files import complete_cards, publish_card
 from flows.release.description import description
 from flows.release.freshness import GATE_KEY, gate_key, pinned_version, registry_of
 from flows.storage.packs import open_dataset
@@ -292,7 +292,7 @@ def roll_back(
 
 def _announce(project: Project, registry: Registry, record: AuditRecord) -> AuditRecord:
     """Complete the model card after a change of the champion, and send a notification."""
-    complete_card(project, registry, record)
+    complete_cards(project, registry, record)
     subject, text = "champion changed", f"version {record.version}: {record.reason}"
     if record.action == "rollback":
         subject = "champion rolled back"

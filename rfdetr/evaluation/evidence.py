@@ -136,9 +136,14 @@ def evidence_by_area(
     matches = match(data, ids, iou_type, max_dets, areas=np.array(areas, dtype=np.float64))
     truth = data.truth.take(~data.truth.crowd & np.isin(data.truth.label, ids))
     cell = (truth.image, np.searchsorted(ids, truth.label))
-    image, label = data.detections.image[matches.row].astype(np.int32), matches.label
-    bits = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
     chosen = np.zeros(len(data.detections), dtype=bool) if accepted is None else accepted
+    shared: dict[str, Any] = {
+        "image": data.detections.image[matches.row].astype(np.int32),
+        "label": matches.label.astype(np.int32),
+        "score": matches.score.astype(np.float32),
+        "accepted": chosen[matches.row],
+    }
+    bits = 1 << np.arange(len(IOU_THRESHOLDS), dtype=np.uint16)
     found = []
     for number, (low, high) in enumerate(areas):
         positives = np.zeros((len(data.image_ids), len(ids)), dtype=np.int32)
@@ -149,14 +154,6 @@ def evidence_by_area(
         flags[1] = np.where(outside, bits.sum(), 0)
         flags[1, matches.candidate] = matches.ignored[:, :, number] @ bits
         found.append(
-            MatchEvidence(
-                positives=positives,
-                image=image,
-                label=label.astype(np.int32),
-                score=matches.score.astype(np.float32),
-                matched=flags[0],
-                ignored=flags[1],
-                accepted=chosen[matches.row],
-            )
+            MatchEvidence(positives=positives, matched=flags[0], ignored=flags[1], **shared)
         )
     return found

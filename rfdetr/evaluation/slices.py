@@ -179,7 +179,7 @@ def _numbers(evidence: MatchEvidence, groups: Sequence[Bools]) -> list[Slice]:
         image=image,
         **{name: getattr(evidence, name)[row] for name in COLUMNS},
     )
-    cell = part.image * part.positives.shape[1] + part.label
+    cell = part.image.astype(np.int64) * part.positives.shape[1] + part.label
     precision = _class_precisions(part, cell)
     f1 = _best_f1(part, cell, score_bins(evidence.score)[row])
     wrong = part.accepted & ((part.matched | part.ignored) & 1 == 0)
@@ -222,7 +222,7 @@ def _class_precisions(part: MatchEvidence, cell: Integers) -> Floats:
 
     `cell` (D,) numbers the image and class of each detection, ascending.
     """
-    positives = part.positives.ravel()
+    positives = part.positives.ravel().astype(np.int64)
     starts = np.searchsorted(cell, np.arange(len(positives)))
     (near,) = np.nonzero(part.matched & ~part.ignored)
     (apart,) = np.nonzero(part.ignored)

@@ -1,12 +1,13 @@
-"""Find planted label mistakes in the demo's test split. Prints one JSON object.
+"""Find planted label mistakes in the demo. Prints one JSON object.
 
-    rfdetr-pipeline evaluate && python -m tests.benchmarks.bench_labels --project .
+    rfdetr-pipeline fit && python -m tests.benchmarks.bench_labels --project .
     pip install --target FOLDER cleanlab==2.9.0 hotcoco==1.3.0   # for the comparison
     python -m tests.benchmarks.bench_labels --project . --others FOLDER
 
 5 % of the labels get another class, are deleted, or are moved by 0.3 to 0.6 of their size. The
-recall is the share of them among as many suspects as mistakes: `alone` with one kind of mistake,
-`together` with all three. `seconds_per_5000_images` repeats the split until it has 5,000 images.
+recall is the share of them among as many suspects as mistakes: `together` with all three kinds
+planted, `alone` with one of them, `alone_by_kind` among the suspects of this kind only, which is
+what the detections allow. `seconds_per_5000_images` repeats the split until it has 5,000 images.
 `by_kind` compares rankings of one kind each on the same detections, all three kinds planted; the
 other tools with the confidence, of several, that serves them best.
 """
@@ -21,11 +22,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from flows.config.sections import DatasetSettings, EvaluateSettings
 from rfdetr.arrays import Integers
-from rfdetr.evaluation.box_table import EvaluationData, concatenate, data_from_coco
+from rfdetr.evaluation.box_table import EvaluationData, concatenate
 from rfdetr.evaluation.matching import box_iou
 from rfdetr.evaluation.suspects import find_suspects
 from tests.benchmarks.label_oracles import Ranking, by_cleanlab, by_hotcoco, by_us
@@ -81,15 +84,19 @@ def _share(data: EvaluationData, kind: str, rows: Integers, suspects: Integers) 
 
 
 def recall_by_kind(
-    data: EvaluationData, ranking: Callable[[EvaluationData], Ranking], share: float, seed: int
+    data: EvaluationData,
+    ranking: Callable[[EvaluationData], Ranking],
+    share: float,
+    seed: int,
+    kinds: tuple[str, ...] = KINDS,
 ) -> list[float]:
     """Share of the mistakes of each kind that are first in the ranking of their own kind."""
-    changed, rows, old = plant(data, KINDS, share, seed)
+    changed, rows, old = plant(data, kinds, share, seed)
     found = ranking(changed)
-    first = {kind: found[kind][: len(rows[kind])] for kind in KINDS}
+    first = {kind: found[kind][: len(rows[kind])] for kind in kinds}
     return [
         _share(data, kind, rows[kind], first[kind] if kind == "delete" else old[first[kind]])
-        for kind in KINDS
+        for kind in kinds
     ]
 
 
@@ -106,36 +113,47 @@ def seconds(data: EvaluationData) -> float:
     return time.perf_counter() - started
 
 
+def columns_of(project: Path, split: str) -> EvaluationData:
+    """The labels of a split of the demo, and the detections of the project's trained model."""
+    from flows.gate.scoring import score_model
+
+    settings = EvaluateSettings(pictures=0).model_copy(update={"split": split})
+    weights, data = project / "models/trained/model.pth", project / "data/demo"
+    return score_model(weights, data, DatasetSettings(), settings).columns
+
+
+def recalls(data: EvaluationData, share: float, seeds: range) -> dict[str, Any]:
+    """The number of labels, and the recall of each kind in the three ways."""
+    together = [recall(data, KINDS, share, seed) for seed in seeds]
+    alone = [[recall(data, (k,), share, seed)[0] for k in KINDS] for seed in seeds]
+    by_kind = [[recall_by_kind(data, by_us, share, seed, (k,))[0] for k in KINDS] for seed in seeds]
+    ways = {"together": together, "alone": alone, "alone_by_kind": by_kind}
+    return {"labels": len(data.truth)} | {
+        way: dict(zip(KINDS, np.mean(runs, axis=0).round(3).tolist(), strict=True))
+        for way, runs in ways.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--project", type=Path, default=Path())
     parser.add_argument("--share", type=float, default=0.05)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--splits", nargs="+", default=["test", "valid"])
     parser.add_argument("--others", type=Path, help="folder with cleanlab and hotcoco")
     options = parser.parse_args()
-    truth = options.project / "data" / "demo" / "test" / "_annotations.coco.json"
-    detections = options.project / "reports" / "detections.json"
-    data = data_from_coco(json.loads(truth.read_text()), json.loads(detections.read_text()))
-
-    def mean(kinds: tuple[str, ...]) -> dict[str, float]:
-        runs = [recall(data, kinds, options.share, seed) for seed in range(options.repeats)]
-        return dict(zip(kinds, np.mean(runs, axis=0).round(3).tolist(), strict=True))
-
-    alone = {kind: mean((kind,))[kind] for kind in KINDS}
-    record = {
-        "labels": len(data.truth),
-        "alone": alone,
-        "together": mean(KINDS),
-        "seconds_per_5000_images": round(seconds(data), 2),
+    seeds = range(options.repeats)
+    splits = {split: columns_of(options.project, split) for split in options.splits}
+    record: dict[str, Any] = {
+        split: recalls(data, options.share, seeds) for split, data in splits.items()
     }
+    data = next(iter(splits.values()))
+    record["seconds_per_5000_images"] = round(seconds(data), 2)
     if options.others:
         sys.path.append(str(options.others))
 
         def by_kind(ranking: Callable[[EvaluationData], Ranking]) -> list[float]:
-            runs = [
-                recall_by_kind(data, ranking, options.share, seed)
-                for seed in range(options.repeats)
-            ]
+            runs = [recall_by_kind(data, ranking, options.share, seed) for seed in seeds]
             return np.mean(runs, axis=0).round(3).tolist()
 
         rows = {"this package": by_kind(by_us)}

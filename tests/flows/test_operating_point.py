@@ -12,6 +12,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from pycocotools import mask as coco_mask
 
 from flows.config.sections import DatasetSettings, EvaluateSettings
 from flows.gate.scored_model import ScoredModel
@@ -21,6 +22,8 @@ from flows.project.project import Project
 from flows.registry.model_folder import ModelFiles
 from flows.registry.registry import Registry, global_tracking_uri
 from rfdetr import RFDETR
+from rfdetr.checkpoints.legacy_names import to_legacy
+from rfdetr.checkpoints.safe_io import save_file
 from rfdetr.data.demo import build_demo
 from rfdetr.errors import DatasetError, InputError
 from rfdetr.evaluation.operating_point import OperatingPoint
@@ -28,8 +31,10 @@ from rfdetr.evaluation.slice_rules import parse_rule
 from rfdetr.files import sha256_file
 from rfdetr.monitoring.image_profile import ImageProfile
 from rfdetr.monitoring.profiling import profile_images
+from tests.datasets import NAMES, make_roboflow
 from tests.flows.models import register_champion
 from tests.flows.projects import ROOT, write_params
+from tests.unit.detector.small import small_segmentation
 
 TARGET = "recall>=0.5"
 
@@ -81,6 +86,74 @@ def images_of_test(root: Path) -> list[Path]:
 def test_every_way_to_detect_finds_the_same_boxes(
     root: Path, scored: ScoredModel, registry: Registry
 ) -> None:
+    agree(root, scored, registry)
+    detector = RFDETR.from_checkpoint(str(root / "model.pth"))
+    profile = profile_images(detector, images_of_test(root), point=detector.model.operating_point)
+    at_point = scored.at_point()
+    assert at_point is not None
+    assert profile.features["boxes_per_image"].sum() == at_point.detections
+    profile.save(root / "profile.npz")
+    assert ImageProfile.load(root / "profile.npz").point == detector.model.operating_point
+
+
+def test_every_way_to_detect_finds_the_same_masks(migrated_database: Path, tmp_path: Path) -> None:
+    write_params(tmp_path, registry={"name": "rfdetr-demo"})
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "mlflow.db").write_bytes(migrated_database.read_bytes())
+    make_roboflow(
+        tmp_path / "data/demo", splits={"train": 4, "valid": 12, "test": 10}, segmentation=True
+    )
+    detector = small_segmentation(num_classes=len(NAMES))
+    head = detector.model.model.class_embed
+    head.weight.data[: len(NAMES)] *= 2  # scores on both sides of every threshold
+    head.bias.data[: len(NAMES)] = 0.0
+    save_file(
+        {
+            "model": to_legacy(detector.model.model.state_dict()),
+            "args": {"class_names": list(NAMES), "num_classes": len(NAMES)},
+            "model_name": "RFDETRSegNano",
+            "model_config": detector.model_config.model_dump(mode="json"),
+        },
+        tmp_path / "model.pth",
+    )
+    for split in ("valid", "test"):
+        _label_by(
+            RFDETR.from_checkpoint(str(tmp_path / "model.pth")), tmp_path / "data/demo" / split
+        )
+    scored = score(tmp_path, TARGET, small="area<20**2")
+    assert scored.result.segm is not None and scored.slices["small"].evidence is not None
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    registry = register_champion(uri, files(tmp_path, scored.model_point))
+    agree(tmp_path, scored, registry)
+    document = json.loads((tmp_path / "out/detections.json").read_text())
+    at_point = scored.at_point()
+    assert at_point is not None
+    masks = [row for row in document["annotations"] if row["segmentation"]]
+    assert len(masks) == at_point.detections
+
+
+def _label_by(detector: RFDETR, folder: Path) -> None:
+    """Every second mask that the detector finds becomes a label."""
+    file = folder / "_annotations.coco.json"
+    document = json.loads(file.read_text())
+    ids = {row["name"]: row["id"] for row in document["categories"]}
+    rows: list[dict[str, Any]] = []
+    for image in document["images"]:
+        found = detector.predict(str(folder / image["file_name"]), threshold=0.0)[::2]
+        for mask, label in zip(found.mask, found.class_id, strict=True):
+            if mask.any():
+                code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+                box, area = coco_mask.toBbox(code).tolist(), int(mask.sum())
+                code["counts"] = code["counts"].decode()
+                known = {"id": len(rows) + 1, "image_id": image["id"], "iscrowd": 0}
+                name = detector.class_names[int(label)]
+                known |= {"category_id": ids[name], "segmentation": code}
+                rows.append({**known, "bbox": box, "area": area})
+    file.write_text(json.dumps({**document, "annotations": rows}))
+
+
+def agree(root: Path, scored: ScoredModel, registry: Registry) -> None:
+    """Evaluation, command line, API and server accept equally many detections of the test split."""
     at_point = scored.at_point()
     assert at_point is not None and at_point.detections > 5
     thresholds = {row.threshold for row in at_point.classes.values()}
@@ -92,7 +165,7 @@ def test_every_way_to_detect_finds_the_same_boxes(
     )
     assert found.detections == at_point.detections
     document = json.loads((root / "out/detections.json").read_text())
-    assert document["info"]["threshold"].startswith(f"{TARGET} ")
+    assert document["info"]["threshold"].startswith(f"{at_point.target} ")
 
     detector = RFDETR.from_checkpoint(str(root / "model.pth"))
     by_api = detector.predict([str(file) for file in images], threshold="operating_point")
@@ -110,11 +183,6 @@ def test_every_way_to_detect_finds_the_same_boxes(
     assert sum(map(len, given.boxes)) == sum(map(len, at_half))
     for row, detections in zip(rows.itertuples(), by_api, strict=True):
         assert np.allclose(sorted(row.scores), sorted(detections.confidence), atol=1e-6)
-
-    profile = profile_images(detector, images, point=detector.model.operating_point)
-    assert profile.features["boxes_per_image"].sum() == at_point.detections
-    profile.save(root / "profile.npz")
-    assert ImageProfile.load(root / "profile.npz").point == detector.model.operating_point
 
 
 def test_a_given_threshold_wins(root: Path, registry: Registry) -> None:

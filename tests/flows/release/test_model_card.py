@@ -148,8 +148,13 @@ def test_a_promotion_by_hand_completes_the_card_of_any_model(
     assert after.split("## Promotion")[0] == before.split("## Promotion")[0]
     assert "sharper lens" in after and "promote (gate overruled)" in after
     assert "sharper lens" in stored(2, "card.html")
+    first = stored(1, "card.md")
+    assert "first" in first and re.search(r"Then replaced by \| version 2: sharper lens", first)
     steps.roll_back(project, reason="blurred")
     assert "rollback" in stored(1, "card.md") and "blurred" in stored(1, "card.md")
+    assert "replaced by" not in stored(1, "card.md")  # it is champion again
+    assert "sharper lens" in stored(2, "card.html")
+    assert re.search(r"Then rolled back to \| version 1: blurred", stored(2, "card.md"))
     steps.promote_by_hand(project, 3, reason="try", force=True)
     assert registry.aliases()["champion"] == 3
     assert stored(3, "card.md") == ""

@@ -17,6 +17,7 @@ from rfdetr.data.demo import build_demo
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.yolo import YoloSplits
 from rfdetr.errors import ConfigError
+from tests.datasets import make_yolo
 from tests.flows.models import write_model
 from tests.flows.projects import make_project
 
@@ -97,12 +98,30 @@ def test_wrong_options(
         assert words in capsys.readouterr().err
 
 
+def _boxes(data: Path) -> dict[str, list[list[float]]]:
+    """The boxes of the training images by their path in the dataset, in pixels."""
+    layout = detect_layout(data)
+    index = (YoloSplits if layout.kind == "yolo" else CocoSplits)(layout).index("train")
+    found = {}
+    for i in range(len(index)):
+        with Image.open(index.path(i)) as image:
+            corners = index.pixel_boxes(index.rows(i), *image.size)
+        sides = np.c_[corners[:, :2], corners[:, 2:] - corners[:, :2]]
+        found[index.path(i).relative_to(data).as_posix()] = sides.tolist()
+    return found
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["coco", "yolo"])
 def test_the_command_trains_a_model_per_fold_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_project(tmp_path / "project")
-    data = build_demo(root / "data" / "demo", train=24, valid=6, test=8)
+    data = root / "data" / "demo"
+    if layout == "coco":
+        build_demo(data, train=24, valid=6, test=8)
+    else:
+        make_yolo(data, splits={"train": 24, "valid": 6, "test": 8})
     monkeypatch.chdir(root)
     monkeypatch.setenv("RFDETR_STATE_DIR", str(tmp_path / "state"))
     assert main(["validate"]) == 0
@@ -113,10 +132,14 @@ def test_the_command_trains_a_model_per_fold_once(
     assert "2 trainings of 2 epochs, each on the other 1 of 2 parts" in output
     assert output.count("12 images held out") == 2
     assert "Scored by 2 models, each trained without the labels that it scored." in output
-    labels = json.loads((data / "train" / "_annotations.coco.json").read_text())["annotations"]
-    assert f"{len(labels)} labels" in output
+    boxes = _boxes(data)
+    assert f"{sum(map(len, boxes.values()))} labels" in output
     record = json.loads((root / "reports" / "suspected_labels.json").read_text())
-    assert all((data / s["image"]).is_file() for s in record["suspects"])
+    labelled = [s for s in record["suspects"] if "box" in s]
+    assert labelled and all(s["image"] in boxes for s in record["suspects"])
+    for suspect in labelled:  # the label is that of this image
+        own = boxes[suspect["image"]][suspect["annotation"]]
+        assert np.allclose(own, suspect["box"], atol=0.02)
     assert len(list((tmp_path / "state" / "fit").iterdir())) == 2
     assert main(command) == 0
     assert capsys.readouterr().out.count("already trained") == 2
