@@ -8,7 +8,7 @@ from typing import get_args
 
 from flows.config.sections import GateEvidence
 from flows.gate.case import EPSILON, Case, skip
-from flows.gate.drops import class_drop, slice_drops
+from flows.gate.drops import SLICE, class_drop, slice_drops
 from flows.gate.gain import gain, images_needed
 from flows.gate.verdict import GatePolicy, Outcome, Rule, Scores, Verdict
 
@@ -36,7 +36,7 @@ def decide(
     case = Case(champion, challenger, policy)
     rules = [*(rule(case) for rule in RULES), *slice_drops(case)]
     outcome, failed = _outcome(rules)
-    why = "; ".join(rule.reason for rule in failed)
+    why = "; ".join(map(_why, failed))
     if not failed:
         why = next(r for r in rules if r.name == ("gain" if champion else "floor")).reason
     others = _with_other_evidence(case, rules)
@@ -66,6 +66,11 @@ def _outcome(rules: Sequence[Rule]) -> tuple[Outcome, list[Rule]]:
     if not failed:
         return "promote", []
     return ("approval" if names == {"approval"} else "refuse"), failed
+
+
+def _why(rule: Rule) -> str:
+    """The reason of a failed rule, with the slice that it is about."""
+    return f"{rule.name}: {rule.reason}" if rule.name.startswith(SLICE) else rule.reason
 
 
 def _with_other_evidence(case: Case, rules: Sequence[Rule]) -> dict[GateEvidence, Outcome]:

@@ -7,6 +7,8 @@ import math
 from flows.gate.case import EPSILON, Case, not_compared, skip
 from flows.gate.verdict import Rule
 
+SLICE = "slice "  # rules of slices begin with it
+
 
 def class_drop(case: Case) -> Rule:
     """No class with enough boxes may lose more than `max_class_drop` of its AP."""
@@ -38,7 +40,7 @@ def slice_drops(case: Case) -> list[Rule]:
 
 
 def _slice_drop(case: Case, name: str) -> Rule:
-    title, limit = f"slice {name}", case.policy.max_slice_drop
+    title, limit = f"{SLICE}{name}", case.policy.max_slice_drop
     if not case.comparable or case.champion is None:
         return skip(title, not_compared(case))
     old, new = case.champion.slices.get(name), case.challenger.slices.get(name)

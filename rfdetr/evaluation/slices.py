@@ -8,6 +8,7 @@ evaluation, so nothing is matched again.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,13 @@ def group_images(rules: Sequence[SliceRule], images: SplitImages) -> dict[str, B
                 f"slices.{rule.name} makes {len(own)} slices, for example "
                 f"{', '.join(list(own)[:3])}; at most {MOST_SLICES} are possible"
             )
-        groups |= {name: own[name] for name in sorted(own)}
+        groups |= {name: own[name] for name in sorted(own, key=_natural)}
     return groups
+
+
+def _natural(name: str) -> list[str]:
+    """A sort key that puts site=9 before site=10."""
+    return [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _values(rule: SliceRule, images: SplitImages) -> list[Sequence[str]]:

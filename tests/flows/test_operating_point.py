@@ -96,6 +96,7 @@ def test_every_way_to_detect_finds_the_same_boxes(
     assert ImageProfile.load(root / "profile.npz").point == detector.model.operating_point
 
 
+@pytest.mark.slow
 def test_every_way_to_detect_finds_the_same_masks(migrated_database: Path, tmp_path: Path) -> None:
     write_params(tmp_path, registry={"name": "rfdetr-demo"})
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")

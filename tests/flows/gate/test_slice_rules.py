@@ -54,6 +54,7 @@ def test_a_slice_may_not_drop_while_the_mean_rises(
     assert rule(verdict, "slice site=a").passed is passed
     assert reason in rule(verdict, "slice site=a").reason
     assert failed(verdict) == ({"slice site=a"} if passed is False else set())
+    assert ("slice site=a: " in verdict.reason) is (passed is False)
 
 
 def test_the_limits_of_slices_are_parameters_and_a_first_model_is_not_compared() -> None:

@@ -111,6 +111,29 @@ def _boxes(data: Path) -> dict[str, list[list[float]]]:
     return found
 
 
+def _plant_duplicates(data: Path) -> set[str]:
+    """Label the first object of every fourth training image twice; returns the images."""
+    file = data / "train" / "_annotations.coco.json"
+    found = set()
+    if not file.exists():
+        for labels in sorted((data / "train/labels").glob("*.txt"))[::4]:
+            label, x, *rest = labels.read_text().split("\n")[0].split()
+            again = " ".join([label, f"{float(x) + 0.002:.6f}", *rest])
+            labels.write_text(f"{labels.read_text().rstrip()}\n{again}\n")
+            found.add(f"train/images/{labels.stem}.png")
+        return found
+    document = json.loads(file.read_text())
+    rows = document["annotations"]
+    names = {image["id"]: image["file_name"] for image in document["images"]}
+    for image in [*names][::4]:
+        for row in [row for row in rows if row["image_id"] == image][:1]:
+            x, *rest = row["bbox"]
+            rows.append({**row, "id": 10_000 + len(rows), "bbox": [x + 1, *rest]})
+            found.add(f"train/{names[image]}")
+    file.write_text(json.dumps(document))
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["coco", "yolo"])
 def test_the_command_trains_a_model_per_fold_once(
@@ -122,6 +145,7 @@ def test_the_command_trains_a_model_per_fold_once(
         build_demo(data, train=24, valid=6, test=8)
     else:
         make_yolo(data, splits={"train": 24, "valid": 6, "test": 8})
+    planted = _plant_duplicates(data)
     monkeypatch.chdir(root)
     monkeypatch.setenv("RFDETR_STATE_DIR", str(tmp_path / "state"))
     assert main(["validate"]) == 0
@@ -135,9 +159,9 @@ def test_the_command_trains_a_model_per_fold_once(
     boxes = _boxes(data)
     assert f"{sum(map(len, boxes.values()))} labels" in output
     record = json.loads((root / "reports" / "suspected_labels.json").read_text())
-    labelled = [s for s in record["suspects"] if "box" in s]
-    assert labelled and all(s["image"] in boxes for s in record["suspects"])
-    for suspect in labelled:  # the label is that of this image
+    assert all(s["image"] in boxes for s in record["suspects"])
+    assert {s["image"] for s in record["suspects"] if s["kind"] == "duplicate"} == planted
+    for suspect in (s for s in record["suspects"] if "box" in s):  # a label of this image
         own = boxes[suspect["image"]][suspect["annotation"]]
         assert np.allclose(own, suspect["box"], atol=0.02)
     assert len(list((tmp_path / "state" / "fit").iterdir())) == 2

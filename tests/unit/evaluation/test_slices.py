@@ -138,6 +138,12 @@ def test_attributes_can_be_nested_numbers_and_lists() -> None:
     assert group_images([parse_rule("cam", "attribute:nothing.at.all")], images(document)) == {}
 
 
+def test_numbers_in_names_are_sorted_by_value() -> None:
+    names = [f"cam{i}/a.jpg" for i in (10, 2, 9)]
+    groups = group_images([parse_rule("cam", "path:(.+)/")], SplitImages(names, names, []))
+    assert list(groups) == ["cam=cam2", "cam=cam9", "cam=cam10"]
+
+
 def test_a_rule_that_makes_a_slice_of_each_image_is_refused() -> None:
     names = [f"{i}.jpg" for i in range(101)]
     table = SplitImages(names, names, [])
