@@ -9,11 +9,10 @@ Every kind of mistake leaves a trace when the model has not seen the label:
     spurious       a label on which nothing is detected
 
 The suspicion (0..1) grows with the score of the detection that contradicts the label, and falls
-with what confirms it. How well detections fit is taken from the split itself; the two powers, which
-make kinds comparable, were chosen with mistakes planted in the demo's training and validation
-splits (tests/benchmarks/bench_labels.py). A label without any detection is the weakest evidence,
-because models overlook objects: its suspicion is the share of spurious labels among undetected
-ones, for the recall of the model on that class.
+with what confirms it; how well detections usually fit is taken from the split itself. Recall of
+planted mistakes: tests/benchmarks/bench_labels.py. A label without any detection is the weakest
+evidence, because models overlook objects: its suspicion is the share of spurious labels among
+undetected ones, for the recall of the model on that class.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ STRONG = 0.5  # suspicion from which a label is counted as a strong suspect
 _TOUCHES = 0.1  # IoU from which a detection may mean a label
 _FITS = 0.5  # IoU from which it shows what is at the label
 _SAME = 0.8  # IoU of two labels for one object
-_CLASS_POWER, _PLACE_POWER = 1.9, 1.25  # of the share of another class, and of the misfit
 _SEEN = 0.2  # score from which the model sees an object
 _LOWEST_SCORE = 0.05
 _SPURIOUS_SHARE = 0.02  # of all labels, before anything is known
@@ -128,14 +126,13 @@ def _of_labels(
     # The label says that there is an object: only the share of the other class counts, unless the
     # model hardly sees one
     share = other / np.maximum(other + own, 1e-9)
-    wrong_class = share**_CLASS_POWER * np.minimum(1, other / _SEEN)
+    wrong_class = share**2 * np.minimum(1, other / _SEEN)
     # One detection of the right class that fits as well as they usually do confirms the place
     seen = same & (score >= _SEEN)
     agreement, _ = _highest(box, iou, seen, count)
     usual = np.median(agreement[own >= _SEEN]) if (own >= _SEEN).any() else _FITS
     _, placed_pair = _highest(box, score, seen & meant, count)
-    misfit = np.where(placed_pair >= 0, np.clip(1 - agreement / usual, 0, 1), 0)
-    badly_placed = misfit**_PLACE_POWER
+    badly_placed = np.where(placed_pair >= 0, np.clip(1 - agreement / usual, 0, 1), 0)
     explained, _ = _highest(box, score, np.ones(len(det), dtype=bool), count)
     spurious = (1 - explained) * _spurious_share(truth.label, explained)
     duplicate = _duplicates(detections, truth, pairs)
