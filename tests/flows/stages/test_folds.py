@@ -139,8 +139,8 @@ def _plant_duplicates(data: Path) -> set[str]:
 def test_the_command_trains_a_model_per_fold_once(
     layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = make_project(tmp_path / "project")
-    data = root / "data" / "demo"
+    root = make_project(tmp_path / "project", dataset={"name": "mine", "dir": "data/mine"})
+    data = root / "data" / "mine"
     if layout == "coco":
         build_demo(data, train=24, valid=6, test=8)
     else:
