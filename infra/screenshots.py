@@ -4,51 +4,39 @@ Opens the latest completed retrain flow run in Prefect, and the champion's run a
 MLflow, in headless Chromium (`chromium` on PATH, or RFDETR_CHROMIUM). The servers are those of
 PREFECT_API_URL and MLFLOW_TRACKING_URI, which `python -m infra.stack env` prints. With
 `--report reports/validation.html` only that dataset report is taken, without servers. A page that
-shows an error, or not what it is for, is refused.
+shows an error, nothing, or not what it is for is loaded again, and then refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
+import io
 import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import numpy as np
 from mlflow import MlflowClient
 from PIL import Image
 
+from infra.chromium import Page, browser
 from infra.services import StackError
 from rfdetr.files import atomic_path
 
-PAGE_MS = 150_000  # virtual time in which a page loads its data
-PAGE_SECONDS = 180.0
+MENU = 200  # width of MLflow's menu
+TIDY = """(async () => {
+  const wait = () => new Promise(done => setTimeout(done, 1000));
+  document.head.insertAdjacentHTML('beforeend', '<style>.modebar {display: none}</style>');
+  document.querySelectorAll('[aria-label*=close i]').forEach(button => button.click());
+  await wait();
+  const named = [...document.querySelectorAll('*')].find(e => /^%s$/.test(e.textContent.trim()));
+  named.%s;
+})()"""  # without the assistant and the buttons on charts; then to a section
 CONTRAST = 40  # grey levels between the darkest and the lightest pixel of a page with content
-ERRORS = re.compile(
-    r"\bERR_[A-Z_]+|code: 404|Traceback \(most recent|RESOURCE_DOES_NOT_EXIST"
-    r"|(?i:page not found|something went wrong|(internal|api) (server )?error|404 not found)"
-    r"|(?i:can.t (be reached|load))"
-    r"|(?i:50[0234] (bad|service|gateway|internal)|(failed|unable) to (fetch|load)|does not exist)"
-    r"|(?i:(run|model|version|experiment)[^.]{0,60} (was )?not found)"
-)
 COLORS = 200  # a palette keeps the files small
 PALETTE = Image.Quantize.MAXCOVERAGE  # keeps rare colours, such as those of boxes
-
-
-class Page(NamedTuple):
-    """An address, a text that the page must show, the size of the window, and what is kept."""
-
-    url: str
-    shows: str
-    size: tuple[int, int] = (1280, 800)
-    crop: tuple[int, int, int, int] | None = None  # left, top, right, bottom
 
 
 def main() -> int:
@@ -85,14 +73,24 @@ def pages() -> dict[str, Page]:
     run = client.get_run(str(version.run_id))
     record = f"{tracking}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     return {
-        "prefect-run": Page(f"{prefect}/runs/flow-run/{flow_run['id']}", str(flow_run["name"])),
+        "prefect-run": Page(
+            f"{prefect}/runs/flow-run/{flow_run['id']}",
+            str(flow_run["name"]),
+            crop=(256, 0, 1280, 900),
+        ),
         "mlflow-run": Page(
             f"{record}/model-metrics?workflowType=machine_learning",
             str(run.info.run_name),
-            size=(1600, 9000),
-            crop=(200, 6640, 1220, 7780),  # the validation charts of the demo
+            size=(1280, 1300),
+            crop=(MENU, 0, 1280, 1300),
+            script=TIDY % (r"val \(\d+\)", "scrollIntoView()"),
         ),
-        "mlflow-model": Page(f"{tracking}/#/models/{name}/versions/{version.version}", name),
+        "mlflow-model": Page(
+            f"{tracking}/#/models/{name}/versions/{version.version}",
+            name,
+            crop=(MENU, 0, 1280, 700),
+            script=TIDY % ("Description", "click()"),
+        ),
     }
 
 
@@ -105,68 +103,13 @@ def report_page(path: Path) -> Page:
 
 def take(page: Page, target: Path) -> None:
     """Save the page as a small PNG. Raises StackError for an error page and for an empty one."""
-    if page.url.startswith("http"):
-        answer = httpx.get(page.url, timeout=30, follow_redirects=True)
-        if answer.is_server_error:  # Prefect sends its pages with status 404
-            answer.raise_for_status()
-    _require_content(page)
-    with tempfile.TemporaryDirectory() as folder:
-        shot = Path(folder) / "page.png"
-        _browse(page, f"--screenshot={shot}")
-        with Image.open(shot) as image:
-            kept = image.convert("RGB").crop(page.crop)
-    _require_content(page)  # the server may have failed before the picture was taken
+    with browser() as tab, Image.open(io.BytesIO(tab.picture(page))) as image:
+        kept = image.convert("RGB").crop(page.crop)
     if np.ptp(np.asarray(kept), axis=(0, 1)).max() < CONTRAST:
         raise StackError(f"{page.url} is an empty picture")
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as temporary:
         kept.quantize(COLORS, PALETTE).save(temporary, "PNG", optimize=True)
-
-
-def _require_content(page: Page) -> None:
-    if problem := problem_of(page, visible_text(_browse(page, "--dump-dom"))):
-        raise StackError(f"{page.url} {problem}; no picture was taken")
-
-
-def problem_of(page: Page, text: str) -> str | None:
-    """What is wrong with the text of a page, as the rest of a sentence."""
-    if found := ERRORS.search(text):
-        return f"shows an error ({found[0]!r})"
-    if not text:
-        return "is empty"
-    return None if page.shows in text else f"does not show {page.shows!r}"
-
-
-def visible_text(document: str) -> str:
-    """The text of an HTML document without markup, scripts and styles, on one line."""
-    bare = re.sub(r"<(script|style|noscript)\b.*?</\1>|<[^>]*>", " ", document, flags=re.DOTALL)
-    return " ".join(html.unescape(bare).split())
-
-
-def _browse(page: Page, action: str) -> str:
-    """Load the page in Chromium and return what it prints."""
-    browser = os.environ.get("RFDETR_CHROMIUM") or shutil.which("chromium")
-    if browser is None:
-        raise StackError("Chromium is not installed; install it or set RFDETR_CHROMIUM to its path")
-    with tempfile.TemporaryDirectory() as profile:
-        command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += [
-            f"--user-data-dir={profile}",
-            f"--window-size={page.size[0]},{page.size[1]}",
-            "--blink-settings=preferredColorScheme=1",  # light, whatever the desktop prefers
-            f"--virtual-time-budget={PAGE_MS}",
-        ]
-        try:
-            done = subprocess.run(
-                [*command, action, page.url],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=PAGE_SECONDS,
-            )
-        except subprocess.SubprocessError as error:
-            raise StackError(f"Chromium cannot load {page.url}: {error}") from error
-    return done.stdout
 
 
 def _latest_flow_run(api: str) -> dict[str, Any]:

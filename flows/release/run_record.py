@@ -150,22 +150,27 @@ def _add_numbers(client: MlflowClient, run_id: str, project: Project) -> None:
     from mlflow.entities import Metric
 
     numbers = {
-        **{f"test/{k}": v for k, v in flatten(read_json(project.test_metrics)).items()},
-        **{f"fit/{k}": v for k, v in flatten(read_json(project.fit_metrics)).items()},
+        **{f"test.{k}": v for k, v in flatten(read_json(project.test_metrics)).items()},
+        **{f"fit.{k}": v for k, v in flatten(read_json(project.fit_metrics)).items()},
     }
-    price, seconds = project.params.runtime.price_per_hour, numbers.get("fit/seconds")
+    price, seconds = project.params.runtime.price_per_hour, numbers.get("fit.seconds")
     if price is not None and isinstance(seconds, int | float):
         card = project.read_card()
         devices = card["params"]["batch"]["world"]
         numbers["cost"] = seconds / 3600 * price * devices
     at = int(time.time() * 1000)
     metrics = [
-        Metric(valid_key(key), float(value), at, 0)
+        Metric(_summary_key(key), float(value), at, 0)
         for key, value in numbers.items()
         if isinstance(value, int | float)
     ]
     for start in range(0, len(metrics), MAX_METRICS):
         client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+
+
+def _summary_key(name: str) -> str:
+    """A metric of one value: without a slash, MLflow shows it below the charts of the training."""
+    return valid_key(name.replace("/", "_"))
 
 
 def add_comparison(registry: Registry, number: int, verdict: Verdict, report: Path) -> None:
@@ -175,7 +180,7 @@ def add_comparison(registry: Registry, number: int, verdict: Verdict, report: Pa
         path = f"{report.parent.name}/{file.name}"
         registry.log_text(version, file.read_text(encoding="utf-8"), path)
     changes = {
-        valid_key(f"gate/slices.{name}.{end}"): float(getattr(change, end))
+        _summary_key(f"gate.slices.{name}.{end}"): float(getattr(change, end))
         for name, change in verdict.slices.items()
         for end in ("change", "lower", "upper")
     }

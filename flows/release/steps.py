@@ -74,7 +74,7 @@ def register(project: Project, flow_run: str | None = None) -> Registered:
     run_id = complete_run(project, lineage)
     files, export_parity = model_files(project, project.trained / card["weights"], digest)
     numbers = read_json(project.test_metrics)
-    metrics = {f"test/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
+    metrics = {f"test.{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
     quiet_libraries()  # importing Lightning resets the log levels
     model_id = registry.log_model(
         files,

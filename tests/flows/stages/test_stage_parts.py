@@ -248,7 +248,7 @@ def test_a_damaged_cache_of_hashes_is_replaced(tmp_path: Path) -> None:
 
 
 def test_numbers_of_classes_with_punctuation_are_recorded(tmp_path: Path) -> None:
-    per_class = {"bolt & nut": 0.25, "50% off": 0.5, "T-joint (left)": 0.75}
+    per_class = {"bolt & nut": 0.25, "50% off": 0.5, "T-joint (left)": 0.75, "on/off": 1.0}
     write_json(tmp_path / "metrics/test.json", {"mAP50": 1.0, "per_class": per_class})
     write_json(tmp_path / "metrics/fit.json", {"seconds": 3.0})
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -256,11 +256,12 @@ def test_numbers_of_classes_with_punctuation_are_recorded(tmp_path: Path) -> Non
     (tmp_path / "params.yaml").write_text("")
     run_record._add_numbers(client, run_id, Project(tmp_path))
     assert client.get_run(run_id).data.metrics == {
-        "test/mAP50": 1.0,
-        "test/per_class.bolt _ nut": 0.25,
-        "test/per_class.50_ off": 0.5,
-        "test/per_class.T-joint _left_": 0.75,
-        "fit/seconds": 3.0,
+        "test.mAP50": 1.0,
+        "test.per_class.bolt _ nut": 0.25,
+        "test.per_class.50_ off": 0.5,
+        "test.per_class.T-joint _left_": 0.75,
+        "test.per_class.on_off": 1.0,
+        "fit.seconds": 3.0,
     }
 
 
