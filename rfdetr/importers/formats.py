@@ -128,8 +128,18 @@ def _foreign(files: SourceFiles, json_kinds: set[str]) -> str:
             "annotations in CSV files, which have no common form; export the dataset as COCO, "
             "Pascal VOC or YOLO."
         )
-    if any(name.lower().endswith(ARCHIVES) for name in files.names) and not files.images:
-        return "only archives; name a zip file itself, or unpack them first."
+    archives = [name for name in files.names if name.lower().endswith(ARCHIVES)]
+    if archives and not files.images:
+        return (
+            f"it contains only archives ({archives[0]}); unpack them, and name one of the folders."
+        )
+    if not files.names:
+        return "it is empty; name the folder with the images and their annotations."
+    if len(files.images) == len(files.names):
+        return (
+            f"{len(files.images)} images without annotations. Put the annotation files beside "
+            "them, or label the images first, for example with CVAT, Label Studio or labelme."
+        )
     known = "COCO, Pascal VOC, CVAT for images, labelme, Label Studio (JSON), YOLO"
     return f"no annotations in a format that is read ({known}). {found_in(files.root)}"
 
