@@ -24,7 +24,6 @@ from flows.core.errors import OK
 from flows.core.files import parse_yaml
 from flows.project.project import Project
 from rfdetr.config import MODEL_CONFIGS
-from rfdetr.data.layouts import Kind
 from rfdetr.errors import ConfigError
 from rfdetr.files import write_text_atomic
 
@@ -69,16 +68,16 @@ def init_command(options: argparse.Namespace) -> int:
         force=options.force,
         progress=sys.stderr.isatty(),
     )
-    facts = read_facts(project, name, adopted.dir, adopted.layout)
+    facts = adopted.facts
     variant = options.variant or "medium"
     if MODEL_CONFIGS[variant].model_fields["segmentation_head"].default and not facts.masks:
-        raise ConfigError(f"{variant} learns masks, and {adopted.dir} has boxes only: use medium.")
+        raise ConfigError(f"{variant} learns masks, and {facts.dir} has boxes only: use medium.")
     chosen = choose(facts, variant, _weights(weights, variant, project.root))
     text = starter_text(facts, chosen, before.kept())
     parse_params(parse_yaml(text, origin=PARAMS_FILE))
     kept = before.replace(text, force=options.force)
     project.reload()
-    tracked = adopt.track(project, adopted.dir)
+    tracked = adopt.track(project, facts.dir)
     print("\n".join(_told(facts, chosen, told=f"{adopted.told}; {tracked}", kept=kept)))
     for line in _warnings(facts, chosen, masks_possible=options.variant is None):
         print(f"note     {line}")
@@ -162,32 +161,6 @@ class _Former:
             if not file.exists() or file.read_text("utf-8") == self.text:
                 return file
             number += 1
-
-
-def read_facts(project: Project, name: str, folder: str, layout: Kind) -> DatasetFacts:
-    """Class names and counts of the annotation files; no image is opened."""
-    from flows.storage.packs import open_dataset
-    from rfdetr.checks.check_categories import training_table
-    from rfdetr.checks.collector import Collector
-    from rfdetr.checks.options import CheckConfig
-    from rfdetr.checks.sources import read_sources
-    from rfdetr.data.layouts import SPLITS
-
-    config = CheckConfig(check_images=False)
-    data = open_dataset(project.root / folder, project.env.state_dir)
-    tables = read_sources(data, layout, Collector(config), config, None).tables
-    by_name = {table.name: table for table in tables}
-    objects = sum(len(table.boxes) for table in tables)
-    masked = sum(int(table.masked.sum()) for table in tables)
-    return DatasetFacts(
-        name=name,
-        dir=folder,
-        layout=layout,
-        class_names=list(training_table(tables).class_names),
-        images={s: len(by_name[s].file_names) for s in SPLITS if s in by_name},
-        objects={s: len(by_name[s].boxes) for s in SPLITS if s in by_name},
-        masks=masked / objects if objects else 0.0,
-    )
 
 
 def _weights(given: str | None, variant: str, root: Path) -> str | None:

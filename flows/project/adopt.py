@@ -7,11 +7,14 @@ import os
 import re
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from flows.config.starter import DatasetFacts
 from flows.core.digest import list_files
 from flows.project.dvc import configure_dvc, dvc
+from flows.project.facts import read_facts
 from flows.project.project import Project
 from flows.project.workspace import data_stage
 from flows.storage.packs import open_dataset
@@ -27,10 +30,9 @@ HIDDEN = shutil.ignore_patterns(".*", "__MACOSX")
 
 
 class Adopted(NamedTuple):
-    """A dataset below data/: `dir` is relative to the project, `told` says how it came there."""
+    """A dataset below data/, and how it came there."""
 
-    dir: str
-    layout: Kind
+    facts: DatasetFacts
     told: str
 
 
@@ -62,8 +64,10 @@ def adopt(
 
     A folder below data/ with splits stays where it is. Anything else is copied to data/<name>, and
     converted if its layout is another or it has no splits. Repeating a call changes nothing. Raises
-    DatasetError, also if data/<name> has another content, unless `force` is set.
+    DatasetError if nothing can be trained, also if data/<name> has another content, unless `force`
+    is set.
     """
+    facts = partial(read_facts, state_dir=project.env.state_dir, name=name, source=source)
     data, target = (project.root / DATA).resolve(), project.root / DATA / name
     remove_dead_folders(data)
     try:
@@ -71,13 +75,13 @@ def adopt(
             layout = None if shares else _layout(open_dataset(place, project.env.state_dir))
             if layout is not None and source.is_dir() and data in place.parents:
                 where = f"{DATA}/{place.relative_to(data).as_posix()}"
-                return Adopted(where, layout.kind, "used where it is")
+                return Adopted(facts(place, layout.kind, dir=where), "used where it is")
             if target.resolve() == place:
                 target = target.with_name(f"{name}-imported")
             with scratch_folder(target) as fresh:
                 if layout is not None and _is_complete(layout):
                     told = _copy(source, place, fresh)
-                    kind = layout.kind
+                    kind: Kind = layout.kind
                 else:
                     report = import_dataset(
                         place,
@@ -89,10 +93,11 @@ def adopt(
                     )
                     summary = report.to_text(written=False)
                     kind, told = "roboflow", f"imported from {source}\n{summary}"
+                found = facts(fresh, kind, dir=f"{DATA}/{target.name}")
                 _put(fresh, target, force=force)
     except OSError as error:
         raise DatasetError(f"{target} cannot be written: {error}.") from error
-    return Adopted(f"{DATA}/{target.name}", kind, told)
+    return Adopted(found, told)
 
 
 def _copy(source: Path, place: Path, fresh: Path) -> str:

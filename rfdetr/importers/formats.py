@@ -128,6 +128,11 @@ def _foreign(files: SourceFiles, json_kinds: set[str]) -> str:
             "annotations in CSV files, which have no common form; export the dataset as COCO, "
             "Pascal VOC or YOLO."
         )
+    return _without_annotations(files)
+
+
+def _without_annotations(files: SourceFiles) -> str:
+    """A sentence about a folder without annotation files."""
     archives = [name for name in files.names if name.lower().endswith(ARCHIVES)]
     if archives and not files.images:
         return (
@@ -137,7 +142,7 @@ def _foreign(files: SourceFiles, json_kinds: set[str]) -> str:
         return "it is empty; name the folder with the images and their annotations."
     if len(files.images) == len(files.names):
         return (
-            f"{len(files.images)} images without annotations. Put the annotation files beside "
+            f"images ({len(files.images)}) without annotations. Put the annotation files beside "
             "them, or label the images first, for example with CVAT, Label Studio or labelme."
         )
     known = "COCO, Pascal VOC, CVAT for images, labelme, Label Studio (JSON), YOLO"

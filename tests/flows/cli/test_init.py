@@ -60,7 +60,8 @@ def test_changed_parameters_are_not_overwritten(
     source = make_coco(root.parent / "trees", splits={"train": 12, "val": 4})
     options = ["init", str(source), "--variant", "nano", "--weights", "none"]
     assert main(options) == 0
-    assert "cannot be downloaded" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "cannot be downloaded" not in told and "N/A" not in told
     file = root / "params.yaml"
     params = load_params(file)
     assert (params.dataset.layout, params.evaluate.split) == ("coco", "valid")
@@ -93,7 +94,9 @@ def test_another_format_is_imported_and_split(
     ("arguments", "said"),
     [
         (["nowhere"], "does not exist"),
-        (["empty"], "no annotations in a format that is read"),
+        (["empty"], "is empty; name the folder with the images"),
+        (["broken"], "train/_annotations.coco.json"),
+        (["bare"], "the training split has no annotations"),
         (["empty", "--name", "../up"], "use letters"),
         (["empty", "--split", "9"], "write the shares"),
         (["s3://bucket/trees"], "under `sources`"),
@@ -103,6 +106,10 @@ def test_mistakes_leave_everything_as_it_was(
     arguments: list[str], said: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (root / "empty").mkdir()
+    broken = make_roboflow(root / "broken", splits={"train": 4, "valid": 2})
+    (broken / "train/_annotations.coco.json").write_text('{"images": [')
+    bare = make_roboflow(root / "bare", splits={"train": 4, "valid": 2})
+    (bare / "train/_annotations.coco.json").write_text('{"images": [], "annotations": []}')
     before = (root / "params.yaml").read_text()
     assert main(["init", *arguments]) == 1
     error = capsys.readouterr().err

@@ -33,7 +33,7 @@ def test_a_dataset_from_elsewhere_is_copied(kind: str, tmp_path: Path) -> None:
     before = snapshot(source)
     for _ in range(2):  # repeating changes nothing
         found = take(root, source)
-        assert (found.dir, found.layout) == ("data/mine", kind)
+        assert (found.facts.dir, found.facts.layout) == ("data/mine", kind)
         assert f"copied from {source}" in found.told
     assert snapshot(source) == before
     layout = detect_layout(root / "data/mine", kind)  # type: ignore[arg-type]
@@ -50,22 +50,25 @@ def test_a_zip_file_becomes_a_dataset(kind: str, tmp_path: Path) -> None:
     left.mkdir(parents=True)
     for _ in range(2):
         found = take(tmp_path / "p", packed, dataset_name(None, packed))
-        assert found.dir == "data/My-Trees" and str(packed) in found.told
-        assert {"train", "val", "test"} == set(detect_layout(tmp_path / "p" / found.dir).splits)
+        assert found.facts.dir == "data/My-Trees" and str(packed) in found.told
+        assert {"train", "val", "test"} == set(
+            detect_layout(tmp_path / "p" / found.facts.dir).splits
+        )
     assert [p.name for p in (tmp_path / "p/data").iterdir()] == ["My-Trees"]
 
 
 def test_a_dataset_below_data_stays(tmp_path: Path) -> None:
     make_yolo(tmp_path / "data/my trees")
     found = take(tmp_path, tmp_path / "data/my trees")
-    assert found == ("data/my trees", "yolo", "used where it is")
+    assert (found.facts.dir, found.facts.layout) == ("data/my trees", "yolo")
+    assert found.told == "used where it is"
 
 
 @pytest.mark.parametrize("name", foreign.FORMATS)
 def test_other_formats_and_datasets_without_splits_are_imported(name: str, tmp_path: Path) -> None:
     foreign.FORMATS[name](tmp_path / "export")
     found = take(tmp_path / "project", tmp_path / "export")
-    assert (found.dir, found.layout) == ("data/mine", "roboflow")
+    assert (found.facts.dir, found.facts.layout) == ("data/mine", "roboflow")
     assert "imported from" in found.told and "split 0.8/0.1/0.1" in found.told
     splits = detect_layout(tmp_path / "project/data/mine").splits
     assert set(splits) == {"train", "val", "test"}
@@ -75,7 +78,7 @@ def test_other_formats_and_datasets_without_splits_are_imported(name: str, tmp_p
 def test_an_import_within_data_gets_a_folder_of_its_own(tmp_path: Path) -> None:
     foreign.voc(tmp_path / "data/mine")
     before = snapshot(tmp_path / "data/mine")
-    assert take(tmp_path, tmp_path / "data/mine").dir == "data/mine-imported"
+    assert take(tmp_path, tmp_path / "data/mine").facts.dir == "data/mine-imported"
     assert snapshot(tmp_path / "data/mine") == before
 
 
@@ -83,7 +86,7 @@ def test_an_asked_split_is_made_of_any_dataset(tmp_path: Path) -> None:
     make_roboflow(tmp_path / "set", splits={"train": 20, "valid": 5, "test": 5})
     found = take(tmp_path / "p", tmp_path / "set", split="0.5/0.5")
     assert "replaces" in found.told
-    assert set(detect_layout(tmp_path / "p" / found.dir).splits) == {"train", "val"}
+    assert set(detect_layout(tmp_path / "p" / found.facts.dir).splits) == {"train", "val"}
 
 
 def test_paths_that_lead_out_of_a_yolo_dataset_are_not_followed_later(tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_paths_that_lead_out_of_a_yolo_dataset_are_not_followed_later(tmp_path: 
     file = source / "data.yaml"
     file.write_text(f"path: {source}\n{file.read_text()}")
     found = take(tmp_path / "p", source)
-    assert "imported from" in found.told and found.layout == "roboflow"
+    assert "imported from" in found.told and found.facts.layout == "roboflow"
 
 
 def test_other_content_is_not_overwritten(tmp_path: Path) -> None:
@@ -105,6 +108,18 @@ def test_other_content_is_not_overwritten(tmp_path: Path) -> None:
     take(tmp_path / "p", tmp_path / "two", force=True)
     assert snapshot(tmp_path / "p/data/mine") != before
     assert sorted(p.name for p in (tmp_path / "p/data").iterdir()) == ["mine"]
+
+
+@pytest.mark.parametrize("text", ['{"images": [', '{"images": [], "annotations": []}', ""])
+def test_a_dataset_that_cannot_be_trained_is_refused_before_it_is_copied(
+    text: str, tmp_path: Path
+) -> None:
+    source = make_roboflow(tmp_path / "set")
+    (source / "train/_annotations.coco.json").write_text(text)
+    with pytest.raises(DatasetError, match=str(source)) as raised:
+        take(tmp_path / "p", source)
+    assert ".partial" not in str(raised.value)
+    assert not list((tmp_path / "p/data").iterdir())
 
 
 def test_names_stay_below_data() -> None:

@@ -132,3 +132,9 @@ def test_other_archives_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(b"x")
     with pytest.raises(DatasetError, match="unpack this archive first"):
         import_dataset(tmp_path / "a.tar.gz", tmp_path / "out")
+
+
+def test_an_archive_in_an_archive_is_named(tmp_path: Path) -> None:
+    packed = one(tmp_path, "inner/trees.zip")
+    with pytest.raises(DatasetError, match=r"a\.zip: it contains only archives \(trees\.zip\)"):
+        import_dataset(packed, tmp_path / "out", progress=False)

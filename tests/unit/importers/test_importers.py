@@ -426,6 +426,7 @@ def test_broken_images_and_impossible_boxes_are_counted(tmp_path: Path) -> None:
         ({"a.csv": "image,xmin"}, "CSV files"),
         ({"a.txt": "0 .5 .5 .1 .1"}, "YOLO labels without class names"),
         ({"readme.md": ""}, "no annotations in a format that is read"),
+        ({}, r"images \(1\) without annotations"),
         ({"a.json": '{"images": [], "annotations": [], "categories": []}'}, "but no images"),
     ],
 )  # fmt: skip
