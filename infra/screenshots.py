@@ -83,7 +83,7 @@ def pages() -> dict[str, Page]:
             str(run.info.run_name),
             size=(1280, 1300),
             crop=(MENU, 0, 1280, 1300),
-            script=TIDY % (r"val \(\d+\)", "scrollIntoView()"),
+            script=TIDY % (r"val\s*\(\d+\)", "scrollIntoView()"),
         ),
         "mlflow-model": Page(
             f"{tracking}/#/models/{name}/versions/{version.version}",

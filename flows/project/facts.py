@@ -29,7 +29,9 @@ def read_facts(
     for table in tables:
         if not table.readable:
             found = next(item for item in collector.findings() if item.split == table.name)
-            raise DatasetError(f"{source}: {found.file}: {found.message}. {found.advice}.")
+            raise DatasetError(
+                f"{source}: {found.file}: {found.message.rstrip('.')}. {found.advice}"
+            )
     by_name = {table.name: table for table in tables}
     if "train" not in by_name or not len(by_name["train"].boxes):
         raise DatasetError(f"{source}: the training split has no annotations; export it again.")

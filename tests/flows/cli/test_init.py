@@ -109,7 +109,9 @@ def test_mistakes_leave_everything_as_it_was(
     broken = make_roboflow(root / "broken", splits={"train": 4, "valid": 2})
     (broken / "train/_annotations.coco.json").write_text('{"images": [')
     bare = make_roboflow(root / "bare", splits={"train": 4, "valid": 2})
-    (bare / "train/_annotations.coco.json").write_text('{"images": [], "annotations": []}')
+    (bare / "train/_annotations.coco.json").write_text(
+        '{"images": [], "annotations": [], "categories": []}'
+    )
     before = (root / "params.yaml").read_text()
     assert main(["init", *arguments]) == 1
     error = capsys.readouterr().err

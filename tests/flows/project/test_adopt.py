@@ -110,7 +110,9 @@ def test_other_content_is_not_overwritten(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "p/data").iterdir()) == ["mine"]
 
 
-@pytest.mark.parametrize("text", ['{"images": [', '{"images": [], "annotations": []}', ""])
+@pytest.mark.parametrize(
+    "text", ['{"images": [', '{"images": [], "annotations": [], "categories": []}', ""]
+)
 def test_a_dataset_that_cannot_be_trained_is_refused_before_it_is_copied(
     text: str, tmp_path: Path
 ) -> None:

@@ -135,6 +135,6 @@ def test_other_archives_are_named(tmp_path: Path) -> None:
 
 
 def test_an_archive_in_an_archive_is_named(tmp_path: Path) -> None:
-    packed = one(tmp_path, "inner/trees.zip")
+    packed = one(tmp_path, "trees.zip")
     with pytest.raises(DatasetError, match=r"a\.zip: it contains only archives \(trees\.zip\)"):
         import_dataset(packed, tmp_path / "out", progress=False)
