@@ -31,9 +31,9 @@ TIDY = """(async () => {
   document.head.insertAdjacentHTML('beforeend', '<style>.modebar {display: none}</style>');
   document.querySelectorAll('[aria-label*=close i]').forEach(button => button.click());
   await wait();
-  const named = [...document.querySelectorAll('*')].find(e => /^%s$/.test(e.textContent.trim()));
-  named.%s;
-})()"""  # without the assistant and the buttons on charts; then to a section
+  const named = e => /^%s/.test(e.textContent.trim());
+  [...document.querySelectorAll('*')].findLast(named).scrollIntoView();
+})()"""  # without the assistant and the buttons on charts, from the heading that begins like this
 CONTRAST = 40  # grey levels between the darkest and the lightest pixel of a page with content
 COLORS = 200  # a palette keeps the files small
 PALETTE = Image.Quantize.MAXCOVERAGE  # keeps rare colours, such as those of boxes
@@ -83,13 +83,13 @@ def pages() -> dict[str, Page]:
             str(run.info.run_name),
             size=(1280, 1300),
             crop=(MENU, 0, 1280, 1300),
-            script=TIDY % (r"val\s*\(\d+\)", "scrollIntoView()"),
+            script=TIDY % r"val\s*\(\d+\)",
         ),
         "mlflow-model": Page(
             f"{tracking}/#/models/{name}/versions/{version.version}",
             name,
             crop=(MENU, 0, 1280, 700),
-            script=TIDY % ("Description", "click()"),
+            script=TIDY % "Registered Models",
         ),
     }
 
