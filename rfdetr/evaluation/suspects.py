@@ -131,8 +131,8 @@ def _of_labels(
     seen = same & (score >= _SEEN)
     agreement, _ = _highest(box, iou, seen, count)
     usual = np.median(agreement[own >= _SEEN]) if (own >= _SEEN).any() else _FITS
-    _, placed_pair = _highest(box, score, seen & meant, count)
-    badly_placed = np.where(placed_pair >= 0, np.clip(1 - agreement / usual, 0, 1), 0)
+    strength, placed_pair = _highest(box, score, seen & meant, count)
+    badly_placed = strength**0.25 * np.clip(1 - agreement / usual, 0, 1)
     explained, _ = _highest(box, score, np.ones(len(det), dtype=bool), count)
     spurious = (1 - explained) * _spurious_share(truth.label, explained)
     duplicate = _duplicates(detections, truth, pairs)
