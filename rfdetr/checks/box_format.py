@@ -121,10 +121,15 @@ def _by_outline(boxes: Written, native: BoxFormat) -> list[BoxFormat]:
 
 def overlaps(first: Floats, second: Floats) -> Floats:
     """IoU (n,) of boxes (n, 4) x0, y0, x1, y1, one by one; 0 for a box without area."""
+
+    def area(low: Floats, high: Floats) -> Floats:
+        width, height = (high - low).clip(0).T
+        return np.asarray(width * height)
+
     low = np.maximum(first[:, :2], second[:, :2])
     high = np.minimum(first[:, 2:], second[:, 2:])
-    shared = (high - low).clip(0).prod(axis=1)
-    areas = [(box[:, 2:] - box[:, :2]).clip(0).prod(axis=1) for box in (first, second)]
+    shared = area(low, high)
+    areas = [area(box[:, :2], box[:, 2:]) for box in (first, second)]
     union = areas[0] + areas[1] - shared
     return np.asarray(np.divide(shared, union, out=np.zeros(len(union)), where=union > 0))
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rfdetr.arrays import Integers, find_rows
 from rfdetr.checks.collector import Collector
-from rfdetr.checks.polygons import Segmentations, measure_segmentations
+from rfdetr.checks.inspection import in_forks
+from rfdetr.checks.polygons import Segmentations, joined, measure_segmentations
 from rfdetr.checks.table import NO_ID, CategoryRow, SplitTable, repeated_rows
-from rfdetr.data.coco_json import UNKNOWN, CocoFile, parse_segmentation, read_coco
+from rfdetr.data.coco_annotations import UNKNOWN, Part
+from rfdetr.data.coco_json import CocoFile, parse_segmentation, read_coco
 from rfdetr.data.coco_problems import (
     LineCounter,
     Problem,
@@ -19,7 +23,9 @@ from rfdetr.data.coco_problems import (
     outline,
     section_entries,
 )
+from rfdetr.data.spawn import usable_cores
 
+MANY_PARTS = 128  # of a file; with fewer, starting processes costs more than it saves
 TAIL = 64  # a newline this close to the end may only terminate a file of one line
 
 
@@ -37,8 +43,13 @@ def read_coco_split(
 
     `known` are the categories of the first split, which this one need not list.
     """
-    coco = read_coco(annotation_file, tolerant=True, segmentation=False)
-    measured = measure_segmentations(coco.texts, workers)
+    coco = read_coco(
+        annotation_file,
+        tolerant=True,
+        segmentation=False,
+        measure=measure_segmentations,
+        run=partial(_in_processes, workers=workers or usable_cores()),
+    )
     table = _table(name, folder, images_dir, coco, known)
     table.readable = all(problem.section != "file" for problem in coco.problems)
     table.broken_names = _broken_names(coco)
@@ -46,8 +57,14 @@ def read_coco_split(
     _report_missing(table, coco, collector)
     _report_image_records(table, coco, collector)
     _report_links(table, coco, collector)
-    _add_segmentations(table, measured())
+    _add_segmentations(table, joined(coco.measured))
     return table
+
+
+def _in_processes(
+    read: Callable[[Sequence[Part]], Any], parts: Sequence[Part], *, workers: int
+) -> list[Any]:
+    return in_forks(read, parts, workers=workers if len(parts) >= MANY_PARTS else 1)
 
 
 def _table(

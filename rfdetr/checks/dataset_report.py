@@ -269,7 +269,7 @@ class DatasetReport(BaseModel):
 def printable(value: Any) -> Any:
     """`value` with bytes of file names that are not UTF-8 written as backslash escapes."""
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
         return {printable(key): printable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import TMonitor, tqdm
 
@@ -24,6 +24,7 @@ from rfdetr.data.spawn import usable_cores
 BATCH = 32
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
+Item = TypeVar("Item")
 Paths = tuple[str, ...]
 Task = Callable[[Paths, int], list[Inspected]]
 
@@ -142,6 +143,33 @@ def _in_own_process(task: Task, path: str, max_pixels: int) -> Inspected:
             return future.result()[0]
         except BrokenProcessPool:
             return Inspected("", ImageFacts("unreadable", "the decoder crashed on this file"))
+
+
+def in_forks(
+    task: Callable[[Sequence[Item]], Any], items: Sequence[Item], *, workers: int
+) -> list[Any]:
+    """The results of `task` for consecutive shares of the items, one process each.
+
+    Forked processes inherit the task and what it refers to without copying. Where processes cannot
+    be forked, this process does all the work.
+    """
+    context = process_context()
+    if workers < 2 or len(items) < 2 or context.get_start_method() != "fork":
+        return [task(items)]
+    _inherited[:] = [(task, items)]
+    share = -(-len(items) // workers)
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = [pool.submit(_do_share, i, i + share) for i in range(0, len(items), share)]
+        _inherited.clear()
+        return [future.result() for future in futures]
+
+
+_inherited: list[tuple[Callable[[Sequence[Any]], Any], Sequence[Any]]] = []
+
+
+def _do_share(start: int, stop: int) -> Any:
+    task, items = _inherited[0]
+    return task(items[start:stop])
 
 
 def process_context() -> multiprocessing.context.BaseContext:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import struct
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -12,17 +12,14 @@ import numpy as np
 import orjson
 
 from rfdetr.arrays import Floats, Integers
-from rfdetr.checks.inspection import process_context
 from rfdetr.checks.table import PolygonExtents
 from rfdetr.data.coco_entries import NO_BYTES
 from rfdetr.data.coco_json import parse_segmentation
 from rfdetr.data.coco_problems import FAILURES
 from rfdetr.data.masks import checked_rle
-from rfdetr.data.spawn import usable_cores
 from rfdetr.errors import DatasetError
 
-CHUNK = 256  # segmentations decoded together: few enough that their numbers stay in the cache
-PARALLEL_FROM = 100_000  # segmentations; below, starting processes costs more than it saves
+CHUNK = 2048  # segmentations decoded together: few enough that their numbers stay in the cache
 NO_POLYGONS = b"[]"
 # Of null, true, false and texts: without them, lists of numbers are the only JSON that is left.
 LETTERS = (b"l", b"t", b'"')
@@ -39,94 +36,60 @@ class Segmentations(NamedTuple):
     wrong: list[tuple[int, str]]
 
 
-def measure_segmentations(
-    texts: Sequence[SegmentationText], workers: int | None = None
-) -> Callable[[], Segmentations]:
-    """Start measuring the JSON texts of all segmentations; call the result to wait for it.
-
-    Long lists are divided among forked processes, which read the texts without copying them. Where
-    processes cannot be forked, this process does the work.
-    """
-    context = process_context()
-    workers = workers or usable_cores()
-    if len(texts) < PARALLEL_FROM or workers < 2 or context.get_start_method() != "fork":
-        return lambda: _measure(texts, 0, len(texts))
-    _shared[:] = [texts]
-    pool = ProcessPoolExecutor(workers, mp_context=context)
-    share = -(-len(texts) // workers)
-    starts = range(0, len(texts), share)
-    futures = [pool.submit(_measure_shared, start, start + share) for start in starts]
-    _shared.clear()
-
-    def wait() -> Segmentations:
-        with pool:
-            return _joined([future.result() for future in futures])
-
-    return wait
+def measure_segmentations(texts: Sequence[SegmentationText]) -> Segmentations:
+    """Measure the JSON texts of segmentations, empty where there is none."""
+    firsts = range(0, len(texts), CHUNK)
+    return joined([(first, _measure_chunk(texts[first : first + CHUNK])) for first in firsts])
 
 
-_shared: list[Sequence[SegmentationText]] = []  # inherited by forked processes
-
-
-def _measure_shared(start: int, stop: int) -> Segmentations:
-    return _measure(_shared[0], start, stop)
-
-
-def _measure(texts: Sequence[SegmentationText], start: int, stop: int) -> Segmentations:
-    return _joined(
-        _measure_chunk(texts[first : min(first + CHUNK, stop)], first)
-        for first in range(start, stop, CHUNK)
-    )
-
-
-def _joined(parts: Iterable[Segmentations]) -> Segmentations:
-    parts = list(parts)
+def joined(parts: Sequence[tuple[int, Segmentations]]) -> Segmentations:
+    """What was measured of consecutive segmentations, each part with its first row."""
+    if len(parts) == 1 and not parts[0][0]:
+        return parts[0][1]
     none, corners = np.zeros(0, np.int64), np.zeros((0, 2))
-    extents = [part.polygons for part in parts]
+    extents = [part.polygons for _, part in parts]
     return Segmentations(
         PolygonExtents(
-            np.concatenate([none, *(part.owner for part in extents)]),
+            np.concatenate([none, *(part.polygons.owner + first for first, part in parts)]),
             np.concatenate([none, *(part.numbers for part in extents)]),
             np.concatenate([corners, *(part.low for part in extents)]),
             np.concatenate([corners, *(part.high for part in extents)]),
         ),
-        [mask for part in parts for mask in part.masks],
-        [row for part in parts for row in part.wrong],
+        [(first + row, mask) for first, part in parts for row, mask in part.masks],
+        [(first + row, text) for first, part in parts for row, text in part.wrong],
     )
 
 
-def _measure_chunk(texts: Sequence[SegmentationText], first: int) -> Segmentations:
-    """Segmentations of the annotation rows from `first` on."""
-    joined = b"[" + b",".join([NO_POLYGONS if text is NO_BYTES else text for text in texts]) + b"]"
-    if not any(letter in joined for letter in LETTERS):
+def _measure_chunk(texts: Sequence[SegmentationText]) -> Segmentations:
+    text = b"[" + b",".join([NO_POLYGONS if one is NO_BYTES else one for one in texts]) + b"]"
+    if not any(letter in text for letter in LETTERS):
         try:
-            return _polygons(orjson.loads(joined), first)
-        except (ValueError, TypeError):
+            return _polygons(orjson.loads(text))
+        except (ValueError, TypeError, struct.error):
             pass  # something else is among them
-    return _anything(texts, first)
+    return _anything(texts)
 
 
-def _polygons(values: Any, first: int) -> Segmentations:
-    """Lists of rings of numbers. Raises ValueError or TypeError if there is anything else."""
+def _polygons(values: Any) -> Segmentations:
+    """Lists of rings of numbers. Raises ValueError, TypeError or struct.error for others."""
     if set(map(type, values)) - {list}:
         raise TypeError
-    return _segmentations(values, [], [], first)
+    return _segmentations(values, [], [])
 
 
 def _segmentations(
     shapes: Sequence[Sequence[Any]],
     masks: list[tuple[int, dict[str, Any]]],
     wrong: list[tuple[int, str]],
-    first: int,
 ) -> Segmentations:
     rings = list(chain.from_iterable(shapes))
     numbers = np.fromiter(map(len, rings), np.int64, len(rings))
-    flat = np.fromiter(chain.from_iterable(rings), np.float64, int(numbers.sum()))
-    owner = np.repeat(np.arange(first, first + len(shapes)), list(map(len, shapes)))
+    flat = np.frombuffer(struct.pack(f"{numbers.sum()}d", *chain.from_iterable(rings)))
+    owner = np.repeat(np.arange(len(shapes)), list(map(len, shapes)))
     return Segmentations(PolygonExtents(owner, numbers, *ring_extents(numbers, flat)), masks, wrong)
 
 
-def _anything(texts: Sequence[SegmentationText], first: int) -> Segmentations:
+def _anything(texts: Sequence[SegmentationText]) -> Segmentations:
     """Segmentations of which some are masks, empty or malformed."""
     parts = [bytes(text) or b"null" for text in texts]
     wrong: list[tuple[int, str]] = []
@@ -134,15 +97,15 @@ def _anything(texts: Sequence[SegmentationText], first: int) -> Segmentations:
         values = _decoder.decode(b"[" + b",".join(parts) + b"]")
     except FAILURES:  # something else is among them: decode each on its own
         values = []
-        for row, text in enumerate(parts, first):
+        for row, text in enumerate(parts):
             try:
                 values += _decoder.decode(b"[" + text + b"]")
             except FAILURES:
                 values.append(None)
                 wrong += [(row, problem) for problem in _problems(text)]
-    masks = [(row, v) for row, v in enumerate(values, first) if isinstance(v, dict) and v]
+    masks = [(row, v) for row, v in enumerate(values) if isinstance(v, dict) and v]
     shapes = [value if isinstance(value, list) else () for value in values]
-    return _segmentations(shapes, masks, wrong, first)
+    return _segmentations(shapes, masks, wrong)
 
 
 def _problems(text: bytes) -> list[str]:

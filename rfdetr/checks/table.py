@@ -111,7 +111,7 @@ class SplitTable:
         """Images that the split lists."""
         return len(set(self.file_names)) + self.rejected_images
 
-    @property
+    @cached_property
     def source(self) -> str | None:
         """The annotation file, relative to the dataset folder."""
         return self.show(self.annotation_file) if self.annotation_file else None

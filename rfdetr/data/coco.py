@@ -11,7 +11,7 @@ import numpy as np
 
 from rfdetr.arrays import Floats, Integers, find_rows
 from rfdetr.data.categories import CategoryTable, category_table, check_ids, check_same
-from rfdetr.data.coco_json import Category, CocoFile, ImageTable, has_outline, read_coco
+from rfdetr.data.coco_json import Category, CocoFile, ImageTable, read_coco
 from rfdetr.data.decode import file_size
 from rfdetr.data.folders import missing_hints
 from rfdetr.data.index import (
@@ -140,7 +140,7 @@ def build_index(
         class_names=table.class_names,
         num_classes=table.num_classes,
         outlines=FileOutlines.of(coco.path, starts, stops) if masks else None,
-        masked=np.array([has_outline(coco.texts[i]) for i in kept], bool) if masks else None,
+        masked=rows.outlined[kept] if masks else None,
         ledger=coco_ledger(folder, images.names, owner, accounts) if check_files else SplitLedger(),
     )
 
