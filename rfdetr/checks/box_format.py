@@ -93,6 +93,20 @@ def other_formats(boxes: Written, native: BoxFormat) -> list[BoxFormat]:
         return [other for other in found if other.unit == native.unit] or found
 
 
+def impossible(boxes: Written, native: BoxFormat) -> int:
+    """How many boxes cannot be objects as `native`: beyond the image, or of less than one pixel.
+
+    Of boxes that are known by their outlines, those in another place.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        corners = native.fractions(boxes.values, boxes.sizes)
+        inside = _inside(corners, boxes.sizes)
+        pixels = (corners[:, 2:] - corners[:, :2]) * boxes.sizes
+        known = finite_rows(boxes.outlines)
+        differs = known & (overlaps(corners, boxes.outlines) < SAME_IOU)
+        return int((~inside | ~(pixels >= 1).all(axis=1) | differs).sum())
+
+
 def _others(native: BoxFormat) -> Iterator[BoxFormat]:
     formats = (BoxFormat(form, unit) for unit in UNITS for form in FORMS)
     return (other for other in formats if other != native)
@@ -103,10 +117,14 @@ def _fits(boxes: Written, written: BoxFormat, share: float) -> bool:
     if written.form == "y, x, height, width":  # shown by outlines only
         return False
     corners = written.fractions(boxes.values, boxes.sizes)
-    slack = SLACK + np.nan_to_num(1 / np.concatenate([boxes.sizes, boxes.sizes], axis=1))
-    inside = ((corners > -slack) & (corners < 1 + slack)).all(axis=1)
-    inside &= (corners[:, 2:] > corners[:, :2]).all(axis=1)
+    inside = _inside(corners, boxes.sizes)
     return bool(inside.mean() >= share and corners[inside, 2:].max(initial=0) > FILLS)
+
+
+def _inside(corners: Floats, sizes: Floats) -> Bools:
+    slack = SLACK + np.nan_to_num(1 / np.concatenate([sizes, sizes], axis=1))
+    inside = ((corners > -slack) & (corners < 1 + slack)).all(axis=1)
+    return np.asarray(inside & (corners[:, 2:] > corners[:, :2]).all(axis=1))
 
 
 def _by_outline(boxes: Written, native: BoxFormat) -> list[BoxFormat]:

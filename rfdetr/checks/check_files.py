@@ -35,6 +35,7 @@ PLAIN_CHARACTERS = frozenset(
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./()+=,@#~"
 )
 SERVICE_FILES = frozenset({ANNOTATIONS, *YAML_NAMES, "Thumbs.db", "desktop.ini", "classes.txt"})
+APPLE_DOUBLE = b"\0\5\x16\7"  # the first bytes
 SERVICE_SUFFIXES = frozenset({".json", ".cache", ".yaml", ".yml"})
 
 
@@ -155,10 +156,21 @@ def _report_stray(table: SplitTable, path: Path, collector: Collector) -> None:
 def _report_hidden(table: SplitTable, paths: Collection[Path], collector: Collector) -> None:
     """Report hidden images: copies of a tool, or images that somebody misses in training."""
     for path in paths:
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if path.suffix.lower() in IMAGE_SUFFIXES and not _is_apple_double(path):
             where = {"split": table.name, "file": table.show(path)}
             text = "images in hidden files and folders are not trained"
             collector.add("file-hidden", text, **where)
+
+
+def _is_apple_double(path: Path) -> bool:
+    """Whether macOS keeps attributes of another file in this one."""
+    if not path.name.startswith("._"):
+        return False
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(APPLE_DOUBLE)) == APPLE_DOUBLE
+    except OSError:
+        return False
 
 
 def _is_service(path: Path) -> bool:

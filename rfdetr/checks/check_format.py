@@ -13,6 +13,7 @@ from rfdetr.checks.box_format import (
     BoxFormat,
     Written,
     finite_rows,
+    impossible,
     other_formats,
     overlaps,
 )
@@ -23,6 +24,9 @@ from rfdetr.checks.table import SplitTable
 from rfdetr.config import ModelConfig
 
 ENOUGH_BOXES = 16  # fewer may fit another format by chance; small splits are judged together
+FEW_BOXES = (
+    4  # different ones are enough if half of them cannot be objects in the format of the layout
+)
 MOST_BOXES = 20_000  # of a larger split, every second, third ... box is judged
 LEAST_IOU = 0.3  # of a box and what its outline extends over
 MOST_DIFFER = 0.5  # share of outlines that differ from which on they are wrong rather than odd
@@ -42,9 +46,17 @@ def check_format(splits: Sequence[SplitFiles], collector: Collector) -> None:
         if len(alone.values) < ENOUGH_BOXES:
             boxes = Written(*(np.concatenate(columns) for columns in zip(*own, strict=True)))
         native = YOLO if split.table.relative else COCO
-        found = other_formats(boxes, native) if len(boxes.values) >= ENOUGH_BOXES else []
+        found = other_formats(boxes, native) if _enough(boxes, native) else []
         if found:
             _report(split.table, native, found, collector)
+
+
+def _enough(boxes: Written, native: BoxFormat) -> bool:
+    count = len(boxes.values)
+    if count >= ENOUGH_BOXES:
+        return True
+    different = len(np.unique(boxes.values, axis=0))
+    return different >= FEW_BOXES and 2 * impossible(boxes, native) >= count
 
 
 def _report(

@@ -14,8 +14,8 @@ from rfdetr.checks.collector import Collector
 from rfdetr.checks.inspection import in_forks
 from rfdetr.checks.polygons import Segmentations, joined, measure_segmentations
 from rfdetr.checks.table import NO_ID, CategoryRow, SplitTable, repeated_rows
-from rfdetr.data.coco_annotations import UNKNOWN, Part
-from rfdetr.data.coco_json import CocoFile, parse_segmentation, read_coco
+from rfdetr.data.coco_annotations import UNKNOWN, Part, parse_segmentation
+from rfdetr.data.coco_json import CocoFile, read_coco
 from rfdetr.data.coco_problems import (
     LineCounter,
     Problem,
@@ -205,5 +205,6 @@ def _report_links(table: SplitTable, coco: CocoFile, collector: Collector) -> No
 
 def _add_segmentations(table: SplitTable, found: Segmentations) -> None:
     table.polygons, table.masks, table.bad_segmentations = found
-    table.masked[table.polygons.owner] = True
+    numbers = table.polygons.numbers
+    table.masked[table.polygons.owner[(numbers >= 6) | (numbers % 2 == 1)]] = True
     table.masked[[row for row, _ in (*table.masks, *table.bad_segmentations)]] = True

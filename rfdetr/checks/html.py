@@ -6,8 +6,10 @@ number and bytes (pictures.py), listed findings, classes and the length of names
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+from pathlib import Path
 
 import jinja2
 from markupsafe import Markup, escape
@@ -15,8 +17,8 @@ from markupsafe import Markup, escape
 from rfdetr.checks.charts import class_chart, distribution_charts, heat_maps
 from rfdetr.checks.codes import CODES
 from rfdetr.checks.dataset_report import DatasetReport
+from rfdetr.checks.drawing import colour
 from rfdetr.checks.pictures import (
-    colour,
     finding_pictures,
     object_pictures,
     sample_pictures,
@@ -44,9 +46,35 @@ ACTIONS = {
 def write_html(
     report: DatasetReport, path: str | os.PathLike[str], dataset_dir: str | os.PathLike[str]
 ) -> None:
-    """Write the report with charts, and pictures of images in `dataset_dir`, atomically."""
+    """Write the report with charts, and pictures of images in `dataset_dir`, atomically.
+
+    A page that the same code has written for the same report and images stays as it is.
+    """
+    mark = f"<!-- {_state(report)} -->\n"
+    if report.images_checked and _ends_with(Path(path), mark.encode()):
+        return
     text = to_html(report, dataset_dir)
-    write_text_atomic(path, text.encode("utf-8", "replace").decode("utf-8"))
+    write_text_atomic(path, text.encode("utf-8", "replace").decode("utf-8") + mark)
+
+
+def _state(report: DatasetReport) -> str:
+    """A hash of what the page depends on; the report has the content hashes of the images."""
+    shown = report.samples
+    found = hashlib.sha256(report.to_json().encode())
+    found.update(repr((shown.images, shown.objects, shown.levels)).encode("utf-8", "replace"))
+    here = Path(__file__).parent
+    for file in sorted((*here.glob("*.py"), *here.glob("templates/*"))):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def _ends_with(path: Path, mark: bytes) -> bool:
+    try:
+        with path.open("rb") as stream:
+            stream.seek(-len(mark), os.SEEK_END)
+            return stream.read() == mark
+    except OSError:  # missing, or shorter than the mark
+        return False
 
 
 def to_html(report: DatasetReport, dataset_dir: str | os.PathLike[str]) -> str:

@@ -13,8 +13,8 @@ import orjson
 
 from rfdetr.arrays import Floats, Integers
 from rfdetr.checks.table import PolygonExtents
+from rfdetr.data.coco_annotations import parse_segmentation
 from rfdetr.data.coco_entries import NO_BYTES
-from rfdetr.data.coco_json import parse_segmentation
 from rfdetr.data.coco_problems import FAILURES
 from rfdetr.data.masks import checked_rle
 from rfdetr.errors import DatasetError

@@ -13,6 +13,7 @@ import yaml
 
 from rfdetr.checks.codes import Severity
 from rfdetr.checks.collector import Collector
+from rfdetr.checks.label_kinds import check_label_kind
 from rfdetr.checks.polygons import ring_extents
 from rfdetr.checks.table import CategoryRow, PolygonExtents, SplitTable
 from rfdetr.data.data_yaml import class_names, keypoint_values, parse_yaml
@@ -134,7 +135,7 @@ def read_yolo_split(layout: Layout, split: SplitPaths, collector: Collector) -> 
     table.readable = bool(layout.names)
     _report_shared_labels(table, collector)
     _report_missing_labels(table, paths, owners, collector)
-    _report_rotated_boxes(table, collector)
+    check_label_kind(table, rows, collector)
     return table
 
 
@@ -211,15 +212,6 @@ def _table(
         relative=True,
     )
     return table
-
-
-def _report_rotated_boxes(table: SplitTable, collector: Collector) -> None:
-    """Report a split in which every label has four corners, as YOLO OBB writes rotated boxes."""
-    if table.polygons is not None and len(table.boxes):
-        numbers = table.polygons.numbers
-        if len(numbers) == len(table.boxes) and (numbers == 8).all():
-            text = f"all {len(numbers):,} labels of {table.name} have four corners"
-            collector.add("label-rotated", text, split=table.name, file=table.source)
 
 
 def _report_missing_labels(

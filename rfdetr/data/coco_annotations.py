@@ -7,6 +7,7 @@ its text is in the processor's cache, and its objects are dropped before the nex
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +22,11 @@ import numpy as np
 from rfdetr.arrays import Bools, Floats, Integers
 from rfdetr.data.coco_entries import AnnotationEntry, Document
 from rfdetr.data.coco_problems import FAILURES, byte_offset
+from rfdetr.data.masks import checked_polygons
+from rfdetr.errors import DatasetError
 
 UNKNOWN = -(2**63)  # an id, width or height that the file does not give
 PART = 256 * 1024  # bytes
-LONG = 32  # bytes of a segmentation that cannot be empty
-EMPTY = frozenset({b"", b"[]", b"{}", b"null", b'""', b"0", b"false"})
 
 Measure = Callable[[Sequence[msgspec.Raw]], Any]
 Part = tuple[int, int]  # first and last + 1 byte
@@ -231,6 +232,32 @@ def _byte_ranges(
     return starts, stops, outlined
 
 
+def parse_segmentation(text: bytes) -> Any:
+    """Polygons (list of lists) or RLE (dict) from JSON text; None if it is absent or empty.
+
+    Anything else comes as it is, also NaN, which JSON forbids; text that is not JSON as text.
+    """
+    if not text:
+        return None
+    for decode in (msgspec.json.decode, json.loads):
+        try:
+            return decode(text) or None
+        except FAILURES:
+            continue
+    return text.decode("utf-8", "replace")
+
+
 def has_outline(text: bytes) -> bool:
-    """Whether the JSON text of a segmentation contains anything."""
-    return len(text) > LONG or b"".join(text.split()) not in EMPTY
+    """Whether the JSON text of a segmentation has a polygon of three points or anything else.
+
+    Without one, an object has a box only.
+    """
+    if text.count(b"]") == 2 and text.count(b",") >= 5:  # one polygon
+        return True
+    value = parse_segmentation(text)
+    if not isinstance(value, list):
+        return value is not None
+    try:
+        return any(len(ring) >= 6 for ring in checked_polygons(value))
+    except DatasetError:  # raised again where it is used
+        return True

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import codecs
 import gc
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,21 +88,6 @@ class CocoFile:
     measured: list[tuple[int, Any]] = field(repr=False)
     rejected: int = 0
     rejected_images: int = 0
-
-
-def parse_segmentation(text: bytes) -> Any:
-    """Polygons (list of lists) or RLE (dict) from JSON text; None if it is absent or empty.
-
-    Anything else comes as it is, also NaN, which JSON forbids; text that is not JSON as text.
-    """
-    if not text:
-        return None
-    for decode in (msgspec.json.decode, json.loads):
-        try:
-            return decode(text) or None
-        except FAILURES:
-            continue
-    return text.decode("utf-8", "replace")
 
 
 def read_coco(

@@ -245,7 +245,11 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
             raise self._failure(file.path, error) from error
 
     def _segmentation(self, row: int) -> Any:
-        return self.index.outlines[row] if self.index.outlines is not None else None
+        if self.index.outlines is None or (
+            self.index.masked is not None and not self.index.masked[row]
+        ):
+            return None
+        return self.index.outlines[row]
 
     @staticmethod
     def _failure(path: Path, error: DatasetError) -> DatasetError:

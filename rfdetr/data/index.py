@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rfdetr.arrays import Integers
-from rfdetr.data.coco_json import parse_segmentation
+from rfdetr.data.coco_annotations import parse_segmentation
 from rfdetr.data.ledger import SplitLedger
 from rfdetr.errors import DatasetError
 

@@ -5,6 +5,15 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"7z\xbc\xaf\x27\x1c": "7-Zip",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+}
+
 
 def read_text(path: Path) -> str:
     """The text of a file without its byte order mark.
@@ -25,6 +34,9 @@ def is_utf16(data: bytes) -> bool:
 
 def not_utf8(data: bytes) -> str:
     """What is wrong with text that cannot be decoded, with the remedy."""
+    for start, name in COMPRESSED.items():
+        if data.startswith(start):
+            return f"not text but compressed by {name}. Unpack the file"
     found = "it looks like UTF-16"
     if not is_utf16(data) and b"\0" not in data[:4]:
         found = "it may be Latin-1 or Windows-1252"

@@ -112,8 +112,9 @@ def _hint(line: str) -> str:
         return " (a confidence behind the box? Ultralytics writes it with save_conf=True)"
     if len(words) in (9, 10) and len(words) > 8 and not words[8].replace(".", "").isdigit():
         return " (DOTA labels? Export them as YOLO OBB: the class first, corners in fractions)"
-    if len(words) < 3 and "," in line:
-        return " (separated by commas? Separate numbers by spaces)"
+    for mark, name in ((",", "commas"), (";", "semicolons")):
+        if len(words) < 3 and mark in line:
+            return f" (separated by {name}? Separate numbers by spaces)"
     if len(words) > 5 and (len(words) - 5) % 3 == 0:
         return f" (keypoints? {POSE_HINT})"
     return ""

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from rfdetr.data.categories import exported_table
-from rfdetr.data.coco_json import CocoFile, parse_segmentation, read_coco
+from rfdetr.data.coco_annotations import parse_segmentation
+from rfdetr.data.coco_json import CocoFile, read_coco
 from rfdetr.importers.records import (
     Collection,
     ImportedImage,

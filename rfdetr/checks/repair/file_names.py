@@ -99,6 +99,9 @@ def _forms(name: str) -> Iterator[str]:
             return
         yield unquote(url.path)
         yield from parse_qs(url.query).get("d", ())  # Label Studio's local files
+    folder, _, last = plain.rpartition("/")
+    if re.match("[0-9a-f]{8}-.", last):  # Label Studio's uploads
+        yield f"{folder}/{last[9:]}" if folder else last[9:]
 
 
 def _tails(form: str) -> Iterator[str]:

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from rfdetr.checks import CheckConfig, DatasetReport, check_dataset
-from rfdetr.checks.html import to_html
+from rfdetr.checks.drawing import Picture
+from rfdetr.checks.html import to_html, write_html
 from rfdetr.checks.markdown import to_markdown
 from rfdetr.checks.pictures import (
-    Picture,
     finding_pictures,
     object_pictures,
     sample_pictures,
@@ -372,3 +372,23 @@ def test_deep_images_are_drawn_with_the_levels_of_the_dataset(tmp_path: Path) ->
     drawn = sample_pictures(report.samples.images["train"], report.samples.levels)
     means = [pixels(item.picture).mean() for item in drawn]
     assert max(means[::2]) < 0.3 * min(means[1::2])
+
+
+def test_a_page_is_drawn_only_when_something_changed(tmp_path: Path) -> None:
+    root, page = tmp_path / "data", tmp_path / "page.html"
+    write_split(root / "train", noise(4), outline=[TRIANGLE])
+    write_split(root / "valid", noise(2, 9))
+
+    def written() -> bool:
+        before = page.stat().st_mtime_ns if page.exists() else 0
+        write_html(check(root), page, root)
+        return page.stat().st_mtime_ns != before
+
+    assert written() and not written()
+    noise(1, 5)[0].save(root / "train" / "001.jpg")
+    assert written() and not written()
+    file = root / "train" / "_annotations.coco.json"
+    file.write_text(file.read_text().replace("80, 60, 180, 60", "80, 60, 170, 60", 1))
+    assert written() and not written()
+    page.write_text(page.read_text()[:-9])
+    assert written() and not written()

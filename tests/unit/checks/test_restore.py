@@ -150,6 +150,7 @@ CASES: dict[str, Damage] = {
     "Windows paths": _names(lambda name, split: f"C:\\data\\{split}\\{name}"),
     "percent": _encoded,
     "URL": _names(lambda name, split: f"https://example.org/{split}/{name}?size=full"),
+    "Label Studio upload": _names(lambda name, _: f"/data/upload/1/0a1b2c3d-{name}"),
     "Label Studio": _names(lambda name, split: f"/data/local-files/?d={split}/{name}"),
     "upper case": _names(lambda name, _: name.upper()),
     "no ids": _no_ids,

@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from rfdetr.checks import CheckConfig, DatasetReport, check_dataset
 from rfdetr.checks.repair.copy import EVERY_FINDING, repair_dataset
-from rfdetr.config import RFDETRNanoConfig, TrainConfig
+from rfdetr.config import RFDETRNanoConfig, RFDETRSegNanoConfig, TrainConfig
 from rfdetr.data.dataset import DetectionDataset
 from rfdetr.data.transforms import EvalTransform
 from rfdetr.errors import DatasetError
@@ -186,6 +187,103 @@ def test_a_few_boxes_prove_no_format(tmp_path: Path) -> None:
         file.write_text(json.dumps(document))
     report = check(root, tmp_path / "cache")
     assert "box-format" not in report.counts and report.counts["box-outside"] > 5
+
+
+@pytest.mark.parametrize("name", ["corners", "fractions", "YOLO", "as it should be"])
+def test_a_few_impossible_boxes_prove_a_format(name: str, tmp_path: Path) -> None:
+    """Six boxes, of less than a pixel or mostly beyond their images if they were right."""
+    root = make_roboflow(tmp_path / "data", splits={"train": 4, "valid": 2}, size=SIZE)
+    for split in ("train", "valid"):
+        file = root / split / "_annotations.coco.json"
+        document = json.loads(file.read_text())
+        document["annotations"] = list(
+            {row["image_id"]: row for row in document["annotations"]}.values()
+        )
+        for row in document["annotations"]:
+            row["bbox"] = [30 + 3 * row["id"], 20 + row["id"], 30, 25]
+            COCO[name](root, {"width": SIZE[0], "height": SIZE[1]}, row)
+        file.write_text(json.dumps(document))
+    report = check(root, tmp_path / "cache")
+    assert ("box-format" in report.counts) == (name != "as it should be"), report.counts
+
+
+@pytest.mark.parametrize("numbers", [2, 3])
+@pytest.mark.parametrize("points", [1, 2, 5, 17])
+def test_keypoints_without_kpt_shape_are_an_error(
+    points: int, numbers: int, tmp_path: Path
+) -> None:
+    root = make_yolo(tmp_path / "data", splits=SPLITS, size=SIZE)
+    rng = np.random.default_rng(points)
+    for file in root.glob("*/labels/*.txt"):
+        lines = []
+        for line in file.read_text().splitlines():
+            box = np.array(line.split()[1:], float)
+            keypoints = box[:2] + box[2:] * rng.uniform(-0.5, 0.5, (points, 2))
+            keypoints[rng.random(points) < 0.2] = 0
+            seen = (keypoints != 0).any(axis=1, keepdims=True)
+            values = np.hstack([keypoints, seen])[:, :numbers]
+            lines.append(" ".join([line, *(f"{value:.6g}" for value in values.ravel())]))
+        file.write_text("\n".join(lines))
+    report = check(root, tmp_path / "cache")
+    assert report.errors, report.counts
+    if points * numbers % 2 == 0:  # otherwise the lines are no polygons, and refused
+        found = report.of("label-pose")
+        assert f"kpt_shape: [{points}, {numbers}]" in found[0].message
+        yaml = root / "data.yaml"
+        yaml.write_text(f"{yaml.read_text()}kpt_shape: [{points}, {numbers}]\n")
+        assert not check(root, tmp_path / "cache").errors
+        total, right = trained(root)
+        assert right >= 0.8 * total > 0
+
+
+@pytest.mark.parametrize("corners", [3, 4, 6, 8])
+@pytest.mark.parametrize("centre", [(0.5, 0.5), (0.2, 0.7)])
+def test_polygons_of_equal_length_are_not_keypoints(
+    corners: int, centre: tuple[float, float], tmp_path: Path
+) -> None:
+    """Small polygons in one place, whose first two points could be a box around the others."""
+    root = make_yolo(tmp_path / "data", splits=SPLITS, size=SIZE)
+    rng = np.random.default_rng(corners)
+    angles = np.arange(corners) * 2 * np.pi / corners
+    for file in root.glob("*/labels/*.txt"):
+        lines = []
+        for line in file.read_text().splitlines():
+            turn, radius = rng.uniform(0, 6), rng.uniform(0.02, 0.1, 2)
+            ring = np.stack([np.cos(angles + turn), np.sin(angles + turn)], axis=1) * radius
+            ring += np.array(centre) + rng.uniform(-0.05, 0.05, 2)
+            lines.append(" ".join([line.split()[0], *(f"{value:.6f}" for value in ring.ravel())]))
+        file.write_text("\n".join(lines))
+    assert "label-pose" not in check(root, tmp_path / "cache").counts
+
+
+@pytest.mark.parametrize("outline", [[], [[]], [[], []], [[1, 2, 3, 4]], [[1.25] * 4, [90.5] * 4]])
+@pytest.mark.parametrize("every", [1, 2])
+def test_outlines_without_three_points_are_none(
+    outline: list[list[float]], every: int, tmp_path: Path
+) -> None:
+    """Such objects have a box only: the box is the mask, and a dataset of them is refused."""
+
+    def change(_folder: Path, _image: Record, annotation: Record) -> None:
+        if annotation and annotation["id"] % every == 0:
+            annotation["segmentation"] = outline
+
+    root = change_coco(tmp_path / "data", change)
+    model = RFDETRSegNanoConfig.model_validate({"pretrain_weights": None, "num_classes": 3})
+    report = check_dataset(
+        root, model_config=model, workers=1, cache_dir=tmp_path / "cache", progress=False
+    )
+    config = TrainConfig.model_validate({"dataset_dir": str(root), "num_workers": 0})
+    data = RFDETRDataModule(model, config)
+    if every == 1:
+        assert "segmentation-none" in report.counts
+        with pytest.raises(DatasetError, match="segmentation"):
+            data.setup("fit")
+        return
+    assert report.counts["segmentation-missing"] > 5 and "segmentation-none" not in report.counts
+    with pytest.warns(UserWarning, match="box"):
+        data.setup("fit")
+    shown = DetectionDataset(data._datasets["val"].index, EvalTransform(SIDE), masks=True)
+    assert all(shown[i][1]["masks"].flatten(1).any(1).all() for i in range(len(shown)))
 
 
 @pytest.mark.parametrize(

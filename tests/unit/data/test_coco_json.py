@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rfdetr.data.coco_annotations import UNKNOWN
-from rfdetr.data.coco_json import CocoFile, parse_segmentation, read_coco
+from rfdetr.data.coco_annotations import UNKNOWN, parse_segmentation
+from rfdetr.data.coco_json import CocoFile, read_coco
 from rfdetr.errors import DatasetError
 
 POLYGON = [[0.0, 0.0, 1.0, 1.0, 0.0, 1.0]]

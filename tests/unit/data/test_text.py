@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import gzip
+import lzma
 from pathlib import Path
 
 import pytest
 
+from rfdetr.data.coco_json import read_coco
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.text import read_text
 from rfdetr.data.yolo import YoloSplits
@@ -20,6 +23,16 @@ def test_text_in_a_certain_encoding_is_read(tmp_path: Path, encoding: str) -> No
     rows, problems = read_labels(path, 2)
     assert rows[0].box == pytest.approx((0.4, 0.3, 0.6, 0.7))
     assert [problem.line for problem in problems] == [2]
+
+
+def test_compressed_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for packed, name in ((gzip.compress(b"{}"), "gzip"), (lzma.compress(b"{}"), "xz")):
+        path.write_bytes(packed)
+        with pytest.raises(UnicodeError, match=f"compressed by {name}. Unpack the file"):
+            read_text(path)
+        with pytest.raises(DatasetError, match=f"compressed by {name}"):
+            read_coco(path)
 
 
 @pytest.mark.parametrize(
