@@ -125,7 +125,14 @@ class SplitTable:
 
     def image_file(self, row: int) -> str:
         """The image file of a row, relative to the dataset folder."""
-        return self.show(self.images_dir / self.file_names[row])
+        name = self.file_names[row]
+        if "/" in name or name in {"", ".", ".."} or self._images == ".":
+            return self.show(self.images_dir / name)
+        return f"{self._images}/{name}"  # a Path per finding costs more
+
+    @cached_property
+    def _images(self) -> str:
+        return self.show(self.images_dir)
 
     def image_place(self, row: int) -> dict[str, Any]:
         """Location of an image record, as fields of a finding."""
