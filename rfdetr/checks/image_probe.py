@@ -21,6 +21,7 @@ from rfdetr.data.decode import (
     require_pixels,
     to_rgb,
 )
+from rfdetr.data.text import read_file
 
 PROBE_VERSION = 5  # part of the cache key: increase it when a field or its meaning changes
 THUMB_SIDE = 16
@@ -65,7 +66,7 @@ class ImageFacts(msgspec.Struct, frozen=True, array_like=True):
 def read_content(path: str) -> tuple[bytes, str, ImageFacts | None]:
     """Bytes and SHA-256 of a file; if it cannot be read, the facts that say so."""
     try:
-        data = Path(path).read_bytes()
+        data = read_file(Path(path))
     except FileNotFoundError:
         return b"", "", ImageFacts("missing")
     except (OSError, ValueError) as error:

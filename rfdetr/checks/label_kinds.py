@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rfdetr.arrays import Floats
+from rfdetr.arrays import Bools, Floats
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.table import SplitTable
 from rfdetr.data.yolo_labels import POSE_HINT, LabelRow
 
 ENOUGH_ROWS = 4  # fewer polygons may look like keypoints by chance
 MOST = 0.95  # share of labels that are like keypoints
-APART = 0.3  # share of labels whose second point is far from the others, as only a size can be
+APART = 0.4  # share of labels whose second point is far from the others, as only a size can be
+HALF = 0.5  # share of labels with three keypoints or more that are no polygons
+AMID = 0.2  # share of the extent of the other points on each side of a point amid them
 BEYOND = 0.1  # keypoints may lie this share of the box beside it
 
 
@@ -50,11 +52,26 @@ def _keypoints(values: Floats, numbers: int) -> bool:
     reach = (side * (0.5 + BEYOND))[:, None]
     inside = (np.abs(places - centre[:, None]) <= reach).all(axis=2) | hidden
     box = (centre - side / 2 > -0.01) & (centre + side / 2 < 1.01) & (side > 0)
-    fits = inside.all(axis=1) & box.all(axis=1) & ~hidden.all(axis=1)
-    if fits.mean() < MOST or numbers == 3:
-        return bool(fits.mean() >= MOST)
-    others = np.concatenate([centre[:, None], np.where(hidden[..., None], np.nan, places)], axis=1)
+    shown = ~hidden.all(axis=1)
+    fits = inside.all(axis=1) & box.all(axis=1)
+    if shown.sum() < ENOUGH_ROWS or fits.mean() < MOST:
+        return False
+    return numbers == 3 or _is_no_polygon(centre[shown], side[shown], places[shown], hidden[shown])
+
+
+def _is_no_polygon(centre: Floats, side: Floats, places: Floats, hidden: Bools) -> bool:
+    """Whether the second point is often far from the others, or the first one amid the others.
+
+    Points of a polygon are neither: the second one is near, the first one at the edge.
+    """
+    seen = np.where(hidden[..., None], np.nan, places)
+    others = np.concatenate([centre[:, None], seen], axis=1)
     low, high = np.nanmin(others, axis=1), np.nanmax(others, axis=1)
     margin = (high - low).max(axis=1, keepdims=True)
     apart = ((side < low - margin) | (side > high + margin)).any(axis=1)
-    return bool(apart.mean() >= APART)
+    if places.shape[1] < 3:
+        return bool(apart.mean() >= (APART if places.shape[1] == 2 else MOST))
+    low, high = np.nanmin(seen, axis=1), np.nanmax(seen, axis=1)
+    edge = AMID * (high - low)
+    amid = ((centre > low + edge) & (centre < high - edge)).all(axis=1)
+    return bool((apart | amid).mean() >= HALF)

@@ -193,11 +193,14 @@ class SplitTable:
 
     @cached_property
     def outline_boxes(self) -> Floats:
-        """What the polygons of each row extend over, (n, 4) x0, y0, x1, y1; NaN without any."""
+        """What the polygons of each row extend over, (n, 4) x0, y0, x1, y1; NaN without any.
+
+        Training skips polygons of fewer than three points, and so are they here.
+        """
         found = np.full((len(self.boxes), 4), np.nan)
         if self.polygons is None:
             return found
-        filled = np.isfinite(self.polygons.low).all(axis=1)
+        filled = np.isfinite(self.polygons.low).all(axis=1) & (self.polygons.numbers >= 6)
         owner = self.polygons.owner[filled]  # ascending
         starts = np.flatnonzero(np.diff(owner, prepend=-1))
         if len(starts):

@@ -42,6 +42,7 @@ from rfdetr.data.coco_problems import (
     Section,
     read_entries,
 )
+from rfdetr.data.text import read_file
 from rfdetr.errors import DatasetError
 
 SHOWN = 20  # problems that an error lists
@@ -107,7 +108,7 @@ def read_coco(
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise DatasetError(f"{path}: the annotation file cannot be read: {reason}.") from error

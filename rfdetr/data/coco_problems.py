@@ -25,7 +25,7 @@ from rfdetr.data.coco_entries import (
     SegmentationText,
     value_code,
 )
-from rfdetr.data.text import is_utf16, not_utf8
+from rfdetr.data.text import is_packed, is_utf16, not_utf8
 
 MAX_PROBLEMS = 10_000  # of one section; the rest is counted
 SECTIONS = ("images", "annotations", "categories")
@@ -98,7 +98,7 @@ def outline(data: bytes) -> tuple[dict[str, msgspec.Raw], bytes, list[Problem]]:
     except RecursionError:
         reason = "lists are nested too deeply"
     except msgspec.DecodeError as error:
-        if b"\0" not in data[:4] and not is_utf16(data):
+        if b"\0" not in data[:4] and not is_utf16(data) and not is_packed(data):
             return _outline_of_python_json(data, str(error))
         reason = not_utf8(data)
     return {}, data, [Problem("json-malformed", "file", None, None, "", reason)]

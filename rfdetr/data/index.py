@@ -159,7 +159,7 @@ def missing_files(root: Path, names: Iterable[str]) -> Iterator[str]:
         by_folder[os.path.dirname(name)].append(name)  # noqa: PTH120 - a million names
     for folder, inside in by_folder.items():
         try:
-            present = {entry.name for entry in os.scandir(root / folder)}
+            present = {entry.name for entry in os.scandir(root / folder) if entry.is_file()}
         except OSError:
             present = set()
         for name in inside:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import errno
+import stat
 from pathlib import Path
 
 COMPRESSED = {
@@ -20,11 +22,23 @@ def read_text(path: Path) -> str:
 
     Raises OSError, and UnicodeError that says what the file is not and how to save it.
     """
-    data = path.read_bytes()
+    data = read_file(path)
     try:
         return data.decode("utf-16" if is_utf16(data) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise UnicodeError(not_utf8(data)) from error
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file. Raises OSError, also for a pipe, which would wait for a writer."""
+    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.read_bytes()
+
+
+def is_packed(data: bytes) -> bool:
+    """Whether the bytes are those of a compressed file."""
+    return data.startswith(tuple(COMPRESSED))
 
 
 def is_utf16(data: bytes) -> bool:

@@ -333,6 +333,13 @@ def labels_of_rotated_boxes(root: Path) -> Expected:
 
 
 @yolo
+def labels_with_keypoints(root: Path) -> Expected:
+    for path in (root / "train" / "labels").iterdir():
+        path.write_text("0 0.5 0.6 0.1 0.2 0.48 0.6 0.53 0.65\n")
+    return Expected("label-pose", {"split": "train"})
+
+
+@yolo
 def label_line_twice(root: Path) -> Expected:
     path = root / LABELS
     lines = path.read_text().splitlines()

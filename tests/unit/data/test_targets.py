@@ -236,7 +236,7 @@ def test_polygons_of_large_images_are_scaled_before_they_are_filled(
     if kind == "yolo":
         ends = 48 * np.arange(21)
         outlines = PolygonOutlines(np.concatenate(rings).ravel() / side, ends[:-1], ends[1:])
-    dataset.index = SimpleNamespace(outlines=outlines)
+    dataset.index = SimpleNamespace(outlines=outlines, masked=None)
     view = View(137.0, 203.5, 1100.0, 1100.0, 224, 224, flip)
     rows = np.arange(20)
     scaled = dataset._shown_masks(rows, file, view)

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
 from pathlib import Path
 
 import pytest
 
 from rfdetr.data.coco_json import read_coco
+from rfdetr.data.index import missing_files
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.text import read_text
 from rfdetr.data.yolo import YoloSplits
@@ -75,3 +77,15 @@ def test_lines_end_as_in_editors(tmp_path: Path) -> None:
     rows, problems = read_labels(tmp_path / "a.txt", 1)
     assert [row.line for row in rows] == [1, 2, 4]
     assert not problems
+
+
+def test_a_pipe_is_refused_and_does_not_block(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    label = next(root.glob("train/labels/*.txt"))
+    label.unlink()
+    os.mkfifo(label)
+    assert "not a regular file" in str(read_labels(label, 2)[1][0])
+    with pytest.raises(DatasetError, match="not a regular file"):
+        read_coco(label)
+    assert not list(missing_files(root, ["data.yaml"]))
+    assert list(missing_files(label.parent, [label.name])) == [label.name]
