@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from rfdetr.checks import CheckConfig, check_dataset
 from rfdetr.data.coco_json import read_coco
 from rfdetr.data.index import missing_files
 from rfdetr.data.layouts import detect_layout
 from rfdetr.data.text import read_text
 from rfdetr.data.yolo import YoloSplits
-from rfdetr.data.yolo_labels import read_labels
+from rfdetr.data.yolo_labels import parse_line, read_labels
 from rfdetr.errors import DatasetError
 from tests.datasets import make_yolo
 
@@ -89,3 +90,21 @@ def test_a_pipe_is_refused_and_does_not_block(tmp_path: Path) -> None:
         read_coco(label)
     assert not list(missing_files(root, ["data.yaml"]))
     assert list(missing_files(label.parent, [label.name])) == [label.name]
+
+
+def test_attributes_of_macos_are_not_hidden_images(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "data")
+    images = root / "train/images"
+    (images / "._image_0000.png").write_bytes(b"\0\5\x16\7" + bytes(90))
+    config = CheckConfig()
+    report = check_dataset(root, "yolo", config=config, workers=1, progress=False)
+    assert "file-hidden" not in report.counts
+    (images / "._image_0001.png").write_bytes((images / "image_0001.png").read_bytes())
+    report = check_dataset(root, "yolo", config=config, workers=1, progress=False)
+    assert report.counts["file-hidden"] == 1
+
+
+@pytest.mark.parametrize(("mark", "name"), [(",", "commas"), (";", "semicolons")])
+def test_the_wrong_separator_is_named(mark: str, name: str) -> None:
+    with pytest.raises(DatasetError, match=f"separated by {name}"):
+        parse_line(f"0{mark}0.5{mark}0.5{mark}0.2{mark}0.2", 1)
