@@ -38,6 +38,8 @@ from flows.project.publish import publish_lock
 from flows.project.workspace import prepare_workspace, stage_names
 from flows.release import freshness, steps
 from flows.release.champion import ChampionChangedError
+from flows.release.judgement import last_verdict
+from flows.release.registration import last_registered
 from rfdetr.errors import ConfigError, RFDETRError
 
 FIRST_HEARTBEAT_SECONDS = 5.0  # sent half a second after the start, delivered in batches
@@ -95,7 +97,7 @@ def retrain(
     promote(project, number, verdict, allowed=params.promote)
     if params.publish:
         publish(project)
-    return steps.summarise(project, number, steps.last_verdict(project))
+    return steps.summarise(project, number, last_verdict(project))
 
 
 def skipped(reason: str) -> State:
@@ -179,7 +181,7 @@ def register(project: Project) -> int:
     """Register the trained model, once; returns the number of its version."""
     with gpu_slot(project, 1), registry_slot(project):
         _release_step(project, "register", "--flow-run", flow_run_name() or "")
-    registered = steps.last_registered(project)
+    registered = last_registered(project)
     artifacts.show_links(registered.links())
     return registered.number
 
@@ -225,7 +227,7 @@ def publish(project: Project) -> State:
 def _judge(project: Project, number: int) -> Verdict:
     with gpu_slot(project, 1):
         _release_step(project, "judge", str(number))
-    verdict = steps.last_verdict(project)
+    verdict = last_verdict(project)
     artifacts.show_verdict(verdict)
     return verdict
 

@@ -93,17 +93,19 @@ def register_command(_options: argparse.Namespace) -> int:
     """Register models/trained and run the gate, without Prefect."""
     from flows.orchestration.gpus import gpu_of_command
     from flows.orchestration.limits import registry_slot
-    from flows.release import steps
+    from flows.release.judgement import judge
+    from flows.release.registration import register
+    from flows.release.steps import promote_winner
     from flows.release.summary import what_next
 
     project = project_here()
     with gpu_of_command(project):
         with registry_slot(project):
-            registered = steps.register(project)
-        verdict = steps.judge(project, registered.number)
+            registered = register(project)
+        verdict = judge(project, registered.number)
     print(verdict.to_markdown())
     if verdict.promote:
-        steps.promote_winner(project, registered.number, verdict)
+        promote_winner(project, registered.number, verdict)
     print(what_next(project))
     return OK
 

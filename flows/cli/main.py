@@ -17,7 +17,7 @@ from flows.config.environment import bypass_proxies
 from flows.core.child_report import report_failure
 from flows.core.errors import FAILED, INTERRUPTED
 from flows.core.garbage import collect_rarely
-from flows.core.stopping import Terminated, say_last_words, stop_on_signals
+from flows.core.stopping import Terminated, say_last_words, stop_on_signals, stopped_status
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 STAGES = ("validate", "convert", "fit", "evaluate")
@@ -51,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:  # noqa: BLE001 - a message instead of a traceback
+        stopped = stopped_status()
+        if stopped is not None:  # what a child or a server that ends reports is no fault
+            say_last_words()
+            return stopped
         report_failure("error", error)
         return FAILED
     except KeyboardInterrupt:

@@ -36,6 +36,18 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
 
 
+def read_object(path: str | os.PathLike[str], *needed: str) -> dict[str, Any]:
+    """A JSON object that has the `needed` keys. Raises ConfigError that names what is missing."""
+    found = read_json(path)
+    missing = [key for key in needed if key not in found] if isinstance(found, dict) else ["object"]
+    if missing:
+        raise ConfigError(
+            f"{path} was edited, or written by another version: it has no {', '.join(missing)}. "
+            "Restore it with `dvc checkout`, or remove it and run the stage that writes it."
+        )
+    return dict(found)
+
+
 def read_record(path: str | os.PathLike[str], kind: type[M]) -> M:
     """A record of a JSON file. Raises ConfigError if it is missing, or has other fields."""
     try:

@@ -2,6 +2,7 @@
 
 The first signal raises an exception, so that children save their state and `finally` blocks run. In
 a command, a second Ctrl-C or the end of a time limit kills every process below it, and ends it.
+When nothing runs below it any more, little is left to do: a longer wait is one for a dead server.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rfdetr.progress import EpochProgress
 
 INTERRUPT_SECONDS = 8.0  # from Ctrl-C to the end of the command
 TERMINATE_SECONDS = 600.0  # from SIGTERM or SIGHUP: `runtime.grace_s` ends the trainers before
+ALONE_SECONDS = 10.0  # from the end of the last process below a command that was told to stop
 SAME_SECONDS = 0.5  # a wrapper such as `make` or `uv run` may pass on the Ctrl-C of the terminal
 
 _received: list[int] = []
@@ -62,6 +64,13 @@ def stop_on_signals() -> None:
                 os.kill(pid, signal.SIGKILL)
         os._exit(status)
 
+    def limit(status: int, seconds: float) -> None:
+        until, alone = time.monotonic() + seconds, 0.0
+        while time.monotonic() < until and alone < ALONE_SECONDS:
+            time.sleep(0.5)
+            alone = 0.0 if _below(os.getpid()) else alone + 0.5
+        end(status)
+
     def handler(number: int, _frame: FrameType | None) -> None:
         nonlocal started
         if _received:
@@ -71,9 +80,7 @@ def stop_on_signals() -> None:
         _received.append(number)
         started = time.monotonic()
         seconds = INTERRUPT_SECONDS if number == signal.SIGINT else TERMINATE_SECONDS
-        limit = threading.Timer(seconds, end, (128 + number,))
-        limit.daemon = True
-        limit.start()
+        threading.Thread(target=limit, args=(128 + number, seconds), daemon=True).start()
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -109,6 +116,11 @@ def stopping() -> bool:
     return bool(_received)
 
 
+def stopped_status() -> int | None:
+    """The exit status of a command that was told to stop; None for another one."""
+    return 128 + _received[0] if _received else None
+
+
 def in_a_hurry() -> bool:
     """Whether the user of this command pressed Ctrl-C and waits."""
     return signal.SIGINT in _received
@@ -123,7 +135,14 @@ def kill_below(pid: int) -> None:
 
 def _below(pid: int) -> list[psutil.Process]:
     try:
-        found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+        found = psutil.Process(pid).children(recursive=True)
     except psutil.Error:
         found = []
-    return found
+    return [process for process in found if not _is_dead(process)]
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

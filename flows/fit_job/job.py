@@ -148,7 +148,7 @@ def command(folder: Path, runtime: RuntimeSettings, devices: int, run: str) -> l
             f"--rdzv-id={run}",
         ]
     return [
-        sys.executable, "-m", "torch.distributed.run", *where, f"--nproc-per-node={devices}",
+        sys.executable, "-m", "flows.fit_job.launcher", *where, f"--nproc-per-node={devices}",
         "--max-restarts=0", "-m", "flows.fit_job.worker", str(folder),
     ]  # fmt: skip
 

@@ -70,12 +70,15 @@ def _is_stale(file: Path) -> bool:
 
 
 def _living(file: Path) -> dict[str, Any]:
+    """The list without dead processes; empty if it is damaged."""
     try:
         held = json.loads(file.read_text())
-    except ValueError:
-        held = {}
-    read = {path: [i for i in infos if _is_dvc(i)] for path, infos in held.get("read", {}).items()}
-    write = {path: info for path, info in held.get("write", {}).items() if _is_dvc(info)}
+        read = {
+            path: [i for i in infos if _is_dvc(i)] for path, infos in held.get("read", {}).items()
+        }
+        write = {path: info for path, info in held.get("write", {}).items() if _is_dvc(info)}
+    except (ValueError, TypeError, AttributeError, KeyError):
+        read, write = {}, {}
     return {"write": write, "read": {path: infos for path, infos in read.items() if infos}}
 
 

@@ -14,7 +14,7 @@ from flows.config.environment import Environment
 from flows.config.overrides import write_overrides
 from flows.config.params import PARAMS_FILE, Params, load_params
 from flows.core.digest import path_digest
-from flows.core.files import read_json, read_yaml
+from flows.core.files import read_object, read_yaml
 from flows.tracking.provenance import Provenance, collect_provenance
 from rfdetr.data.text import read_text
 from rfdetr.errors import ConfigError
@@ -149,16 +149,7 @@ class Project:
 
     def read_card(self) -> dict[str, Any]:
         """The description of the trained model. Raises ConfigError if it is missing or edited."""
-        card = read_json(self.model_card)
-        found = card if isinstance(card, dict) else {}
-        missing = sorted(CARD - set(found))
-        if missing:
-            raise ConfigError(
-                f"{self.model_card} was edited, or written by another version: it has no "
-                f"{', '.join(missing)}. Restore it with `dvc checkout`, or run `rfdetr-pipeline "
-                "fit`."
-            )
-        return found
+        return read_object(self.model_card, *sorted(CARD))
 
     @property
     def registered_card(self) -> Path:

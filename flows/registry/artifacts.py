@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rfdetr.files import sha256_file
@@ -53,3 +56,23 @@ def _names(client: MlflowClient, model_id: str, folder: str | None) -> set[str]:
     except FileNotFoundError:
         return set()
     return {str(file.path) for file in found}
+
+
+@contextlib.contextmanager
+def global_tracking_uri(uri: str) -> Iterator[None]:
+    """Set MLflow's global tracking URI, through which its SQL store resolves `models:/`.
+
+    MLflow exports it to the environment as well; both are restored.
+    """
+    import mlflow
+
+    before, variable = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+        if variable is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = variable

@@ -1,13 +1,11 @@
-"""The registered model on MLflow: logged models, versions, aliases and tags.
+"""The registered model on MLflow: versions, aliases and tags.
 
 Every operation can be repeated after a failure at any point; nothing is created twice.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -18,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from flows.core.redact import redact, redact_mapping
-from flows.registry.artifacts import has_files
-from flows.registry.model_folder import ModelFiles, build_model
+from flows.registry.artifacts import global_tracking_uri, has_files
 from rfdetr.errors import RFDETRError
 from rfdetr.tracking.client import experiment_id, tracking_client
 
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous_champion"
-MODEL_NAME = "detector"
 PAGE, SHOWN = 50, 20
 MISSING_FILES = (
     "cannot be loaded: its files are missing from MLflow's artifacts. `rfdetr-pipeline doctor "
@@ -69,82 +65,7 @@ class Registry:
         self.name, self.uri = name, uri
         self.client = tracking_client(uri)
 
-    # --- logging and registering
-
-    def log_model(
-        self,
-        files: ModelFiles,
-        *,
-        experiment: str,
-        run_id: str | None,
-        metrics: Mapping[str, float] | None = None,
-        dataset: tuple[str, str] | None = None,
-    ) -> str:
-        """Log the model, unless one with these weights exists; returns the id of the logged model.
-
-        `metrics` are the test metrics and `dataset` the (name, digest) of the dataset they belong
-        to. A model whose upload was interrupted, whose files were deleted, or whose operating point
-        is another one, is uploaded again.
-        """
-        where = [experiment_id(self.client, experiment, self.uri)]
-        model, ready = self._logged(where, files.weights_sha256, run_id)
-        same = ready and model.tags.get(POINT) == files.operating_point
-        if same and has_files(self.client, model.model_id):
-            return str(model.model_id)
-        if model is None:
-            model = self.client.create_logged_model(
-                where[0], MODEL_NAME, run_id, params=files.params(), model_type="detector"
-            )
-        self.upload(model.model_id, model.source_run_id, files)
-        if not ready:
-            self._log_metrics(model.model_id, run_id, metrics or {}, dataset)
-            self.client.finalize_logged_model(model.model_id, "READY")
-        return str(model.model_id)
-
-    def upload(self, model_id: str, run_id: str | None, files: ModelFiles) -> None:
-        """Store the model folder of a logged model, or store it again."""
-        with tempfile.TemporaryDirectory(prefix="rfdetr-model-") as folder:
-            path = Path(folder) / "model"
-            build_model(path, files, model_id=model_id, run_id=run_id)
-            self.client.log_model_artifacts(model_id, str(path))
-        self._tag_point(model_id, files)
-
-    def _logged(self, where: list[str], weights: str, run_id: str | None) -> tuple[Any, bool]:
-        """The logged model of these weights, and whether it was finished; (None, False) if new."""
-        query = f"params.weights_sha256 = '{weights}' AND name = '{MODEL_NAME}'"
-        found = self.client.search_logged_models(where, filter_string=query)
-        ready = [m for m in found if str(m.status) == "READY"]
-        same_run = [m for m in found if m.source_run_id == run_id]
-        for model in ([m for m in ready if m in same_run] or ready)[:1]:
-            return model, True
-        return (same_run[0] if same_run else None), False
-
-    def _tag_point(self, model_id: str, files: ModelFiles) -> None:
-        if files.operating_point is not None:
-            self.client.set_logged_model_tags(model_id, {POINT: files.operating_point})
-        elif POINT in self.client.get_logged_model(model_id).tags:
-            self.client.delete_logged_model_tag(model_id, POINT)
-
-    def _log_metrics(
-        self,
-        model_id: str,
-        run_id: str | None,
-        metrics: Mapping[str, float],
-        dataset: tuple[str, str] | None,
-    ) -> None:
-        from mlflow.entities import Metric
-
-        if run_id is None or not metrics:
-            return
-        name, digest = dataset or (None, None)
-        about = {
-            "model_id": model_id,
-            "dataset_name": name,
-            "dataset_digest": digest and digest[:36],
-        }
-        at = int(time.time() * 1000)
-        points = [Metric(key, value, at, 0, **about) for key, value in metrics.items()]
-        self.client.log_batch(run_id, metrics=points)
+    # --- registering
 
     def register(
         self, model_id: str, *, run_id: str | None, tags: Mapping[str, Any] | None = None
@@ -368,26 +289,6 @@ class Registry:
             return None
         with tempfile.TemporaryDirectory() as place:
             return Path(self.client.download_artifacts(run_id, path, place)).read_text("utf-8")
-
-
-@contextlib.contextmanager
-def global_tracking_uri(uri: str) -> Iterator[None]:
-    """Set MLflow's global tracking URI, through which its SQL store resolves `models:/`.
-
-    MLflow exports it to the environment as well; both are restored.
-    """
-    import mlflow
-
-    before, variable = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
-        if variable is None:
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-        else:
-            os.environ["MLFLOW_TRACKING_URI"] = variable
 
 
 def now() -> str:

@@ -6,10 +6,11 @@ from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.limits import registry_slot
 from flows.project.project import Project
 from flows.registry.artifacts import weights_digest
+from flows.registry.logged_model import upload_model
 from flows.registry.registry import MISSING_FILES, Registry, Version
 from flows.release.champion import lost_champion, restore_champion
 from flows.release.freshness import registry_of
-from flows.release.steps import model_files
+from flows.release.registration import model_files
 from rfdetr.tracking.local_store import follow_database
 
 
@@ -45,7 +46,7 @@ def repair_champion(project: Project) -> list[str]:
         if version.weights_sha256 == card.get("weights_sha256") and weights.is_file():
             with gpu_slot(project, 1):
                 files, _ = model_files(project, weights, card["dataset"]["digest"])
-            registry.upload(version.model_id, version.run_id, files)
+            upload_model(registry, version.model_id, version.run_id, files)
             done.append(f"the files of version {version.number} were stored again")
     return done
 

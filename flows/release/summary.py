@@ -10,7 +10,8 @@ from flows.gate.verdict import Verdict
 from flows.project.project import Project
 from flows.registry.registry import CHALLENGER, CHAMPION
 from flows.release.freshness import registry_of
-from flows.release.steps import Registered, last_registered, last_verdict
+from flows.release.judgement import last_verdict
+from flows.release.registration import Registered, last_registered
 
 FINDS_NOTHING = (
     "  it finds nothing yet: check the boxes in the dataset report, start from published weights, "

@@ -11,9 +11,11 @@ from flows.core.errors import FAILED, INTERRUPTED, OK, USAGE
 from flows.core.garbage import exit_quickly
 from flows.core.process import die_with_parent
 from flows.core.quiet import quiet_libraries
-from flows.core.stopping import exit_on_sigterm
+from flows.core.stopping import Terminated, exit_on_sigterm
 from flows.project.project import Project
-from rfdetr.errors import ConfigError
+from rfdetr.errors import ConfigError, RFDETRError
+
+STOPPED = "it was told to stop (SIGTERM); run the same command to resume"
 
 
 def run_stage(
@@ -47,6 +49,9 @@ def run_stage(
     except KeyboardInterrupt:
         print(f"{name}: interrupted.", file=sys.stderr)
         return INTERRUPTED
+    except Terminated:
+        report_failure(f"{name} failed", RFDETRError(STOPPED))
+        raise
     except Exception as error:  # noqa: BLE001 - the last line of a stage says what happened
         report_failure(f"{name} failed", error)
         return FAILED

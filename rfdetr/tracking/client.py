@@ -39,6 +39,7 @@ def tracking_client(uri: str) -> MlflowClient:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     follow_database(uri)
     _forget_locations()
+    _retry_briefly(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -47,6 +48,14 @@ def _forget_locations() -> None:
     from mlflow.tracking._tracking_service import utils  # read in 3.17
 
     getattr(utils, "_artifact_repos_cache", {}).clear()
+
+
+def _retry_briefly(uri: str) -> None:
+    """Open a database within seconds or not at all; MLflow would try for 100 seconds."""
+    if uri.startswith(("sqlite", "postgresql", "mysql", "mssql")):
+        from mlflow.store.db import utils  # read in 3.17
+
+        utils.MAX_RETRY_COUNT = 5
 
 
 def local_store(folder: str | os.PathLike[str]) -> str:

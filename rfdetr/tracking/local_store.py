@@ -12,6 +12,8 @@ import sqlite3
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from rfdetr.errors import ConfigError
+
 FOLDER = "mlartifacts"
 LOCATIONS = {
     "experiments": "artifact_location",
@@ -25,12 +27,18 @@ def follow_database(uri: str, *, copied: bool = False) -> None:
     """Correct the artifact locations of a SQLite store whose folder was moved.
 
     Locations that exist are kept; with `copied` only if the artifacts are not beside the database
-    too. A database that is locked, or of another version, is left alone.
+    too. A database that is locked, or of another version, is left alone. Raises ConfigError if the
+    path is not a file.
     """
     kind, _, path = uri.partition(":///")
     database = Path(path)
-    if kind != "sqlite" or not database.is_file():
+    if kind != "sqlite" or not database.exists():
         return
+    if not database.is_file():
+        raise ConfigError(
+            f"{database} is not a file, so it cannot be MLflow's database. Move it away, or set "
+            "MLFLOW_TRACKING_URI to another store."
+        )
     new = (database.absolute().parent / FOLDER).as_uri()
     with contextlib.suppress(sqlite3.Error), contextlib.closing(_open(database)) as store:
         for old in _moved(store, new, copied=copied):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from flows.registry.logged_model import log_model
 from flows.registry.model_folder import ModelFiles
 from flows.registry.registry import Registry
 from flows.release.champion import promote
@@ -57,7 +58,7 @@ def register_champion(uri: str, files: ModelFiles, name: str = "rfdetr-demo") ->
     registry = Registry(name, uri)
     where = experiment_id(registry.client, "rfdetr/demo", uri)
     run_id = registry.client.create_run(where).info.run_id
-    model_id = registry.log_model(files, experiment="rfdetr/demo", run_id=run_id)
+    model_id = log_model(registry, files, experiment="rfdetr/demo", run_id=run_id)
     version = registry.register(model_id, run_id=run_id)
     promote(registry, version.number, reason="first", by="test")
     return registry

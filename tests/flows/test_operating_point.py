@@ -19,8 +19,10 @@ from flows.gate.scored_model import ScoredModel
 from flows.gate.scoring import score_model
 from flows.inference.predict import predict_images
 from flows.project.project import Project
+from flows.registry.artifacts import global_tracking_uri
+from flows.registry.logged_model import log_model
 from flows.registry.model_folder import ModelFiles
-from flows.registry.registry import Registry, global_tracking_uri
+from flows.registry.registry import Registry
 from rfdetr import RFDETR
 from rfdetr.checkpoints.legacy_names import to_legacy
 from rfdetr.checkpoints.safe_io import save_file
@@ -244,8 +246,8 @@ def test_another_point_of_the_same_weights_replaces_the_description(
     assert scored.model_point is not None
     f1 = OperatingPoint("f1", "valid", 0.4, scored.model_point.classes)
     for point, tag in ((f1, "f1 "), (None, None)):
-        model_id = registry.log_model(
-            files(root, point), experiment="rfdetr/demo", run_id=version.run_id
+        model_id = log_model(
+            registry, files(root, point), experiment="rfdetr/demo", run_id=version.run_id
         )
         assert registry.register(model_id, run_id=version.run_id).number == 1
         found = registry.version(1).operating_point

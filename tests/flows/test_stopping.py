@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import sqlite3
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.flows.commands import Command
@@ -75,12 +77,17 @@ def test_a_second_ctrl_c_ends_at_once(project: Path) -> None:
     assert command.left() == []
 
 
-@pytest.mark.parametrize("group", [False, True])
-def test_sigterm_leaves_nothing(project: Path, group: bool) -> None:
+@pytest.mark.parametrize("victims", ["command", "group", "everything"])
+def test_sigterm_leaves_nothing(project: Path, victims: str) -> None:
     command = retrain(project)
-    printed = len(command.text)
-    (os.killpg if group else os.kill)(command.pid, signal.SIGTERM)
+    printed, started = len(command.text), time.monotonic()
+    below = command.below() if victims == "everything" else []
+    (os.killpg if victims == "group" else os.kill)(command.pid, signal.SIGTERM)
+    for process in below:  # Prefect's server too, to which nothing can be reported then
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
     assert command.end() == 143
+    assert time.monotonic() - started < 40
     assert command.left() == []
     require_one_sentence(command.text[printed:])
     assert statuses(project) == ["KILLED"]

@@ -30,7 +30,7 @@ def make_repository(root: Path) -> Path:
     text = text.replace('cron: "30 * * * *"', 'cron: "* * * * *"')
     (root / "prefect.yaml").write_text(text.replace("active: true", "active: false"))
     automations = root / "infra/prefect/automations.yaml"
-    automations.write_text(automations.read_text().replace("within: 90", "within: 60"))
+    automations.write_text(automations.read_text().replace("within: 90", "within: 75"))
     git(root, "init", "--quiet", f"--initial-branch={BRANCH}")
     git(root, "config", "user.email", "test@localhost")
     git(root, "config", "user.name", "test")

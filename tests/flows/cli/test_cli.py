@@ -12,7 +12,8 @@ import pytest
 
 from flows.cli.main import main, parser
 from flows.config import params
-from flows.registry.registry import Registry, global_tracking_uri
+from flows.registry.artifacts import global_tracking_uri
+from flows.registry.registry import Registry
 from flows.release.audit import history
 from flows.tracking import provenance
 from tests.flows.prefect_fixtures import Retrained

@@ -18,6 +18,7 @@ COMMAND = """
 import os, subprocess, sys, time
 from flows.core import stopping
 stopping.INTERRUPT_SECONDS = {limit}
+stopping.ALONE_SECONDS = 1.0
 stopping.stop_on_signals()
 stopping.note_progress("epoch 1/6  loss 4.0000  mAP 0.5000  10s left")
 child = subprocess.Popen(
@@ -102,6 +103,14 @@ def test_a_child_that_does_not_end_is_killed_after_the_limit(tmp_path: Path) -> 
     assert command.process.returncode == 130
     assert "run the same command to resume" in command.errors
     assert wait_for(lambda: not alive(command.child))
+
+
+def test_a_command_without_processes_does_not_wait_for_a_dead_server(tmp_path: Path) -> None:
+    """Its child has ended, and was not waited for; Prefect would retry for a minute."""
+    command = Command(tmp_path, "child.kill(); time.sleep(60)")
+    assert command.signal(signal.SIGTERM) < 5
+    assert command.process.returncode == 143
+    assert "run the same command to resume" in command.errors
 
 
 def test_a_signal_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:

@@ -208,9 +208,10 @@ def test_dvc_locks_of_killed_processes_are_forgotten(tmp_path: Path) -> None:
         file.write_text(json.dumps(held))
         forget_dead_locks(tmp_path)
         assert json.loads(file.read_text()) == {"write": {"/b": alive}, "read": {"/c": [alive]}}
-        file.write_text(json.dumps(held)[:30])
-        forget_dead_locks(tmp_path)
-        assert json.loads(file.read_text()) == {"write": {}, "read": {}}
+        for damaged in (json.dumps(held)[:30], "[]", '{"write": {"/a": {"pid": "x"}}}'):
+            file.write_text(damaged)
+            forget_dead_locks(tmp_path)
+            assert json.loads(file.read_text()) == {"write": {}, "read": {}}
     finally:
         living.communicate()
         zombie.wait()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from mlflow.exceptions import MlflowException
 
+from flows.registry.logged_model import log_model
 from flows.registry.model_folder import ModelFiles
 from flows.registry.registry import Registry, Version
 from flows.release import champion as promotion
@@ -40,7 +41,7 @@ def new_run(registry: Registry) -> str:
 def register(registry: Registry, folder: Path, content: str, run_id: str | None = None) -> Version:
     run_id = run_id or new_run(registry)
     files = model_files(folder / content, content)
-    model_id = registry.log_model(files, experiment=EXPERIMENT, run_id=run_id)
+    model_id = log_model(registry, files, experiment=EXPERIMENT, run_id=run_id)
     return registry.register(model_id, run_id=run_id, tags={"lineage.git_commit": "c0ffee"})
 
 
@@ -100,7 +101,8 @@ def test_metrics_of_the_test_set_are_logged_on_the_model(
     registry: Registry, tmp_path: Path
 ) -> None:
     run_id = new_run(registry)
-    model_id = registry.log_model(
+    model_id = log_model(
+        registry,
         model_files(tmp_path, "one"),
         experiment=EXPERIMENT,
         run_id=run_id,
@@ -118,11 +120,14 @@ def test_missing_files_and_an_export_without_proof_are_named(
     (tmp_path / "x.onnx").write_bytes(b"onnx")
     lonely = files.model_copy(update={"onnx": tmp_path / "x.onnx"})
     with pytest.raises(CheckpointError, match="needs its parity file"):
-        registry.log_model(lonely, experiment=EXPERIMENT, run_id=None)
+        log_model(registry, lonely, experiment=EXPERIMENT, run_id=None)
     files.weights.unlink()
     with pytest.raises(CheckpointError, match=r"best\.pth is missing"):
-        registry.log_model(
-            ModelFiles(weights=files.weights, card=files.card), experiment=EXPERIMENT, run_id=None
+        log_model(
+            registry,
+            ModelFiles(weights=files.weights, card=files.card),
+            experiment=EXPERIMENT,
+            run_id=None,
         )
 
 

@@ -28,7 +28,8 @@ from mlflow.pyfunc import scoring_server
 from PIL import Image
 
 from flows.registry import served_model
-from flows.registry.registry import Registry, global_tracking_uri
+from flows.registry.artifacts import global_tracking_uri
+from flows.registry.registry import Registry
 from flows.registry.served_model import read_images
 from rfdetr import RFDETR
 from rfdetr.data.remote_images import UrlFetcher

@@ -15,9 +15,9 @@ from flows.gate.decide import decide
 from flows.gate.verdict import GatePolicy, Scores
 from flows.registry.registry import Registry, RegistryError, now
 from flows.release import champion as promotion
-from flows.release import steps
 from flows.release.audit import AuditRecord, actor, history
 from flows.release.champion import ChampionChangedError, promote, rollback
+from flows.release.judgement import record_verdict
 from rfdetr.tracking.client import experiment_id
 
 EXPERIMENT = "rfdetr/demo"
@@ -82,7 +82,7 @@ def test_verdicts_are_tags_and_json_and_a_refusal_blocks_promotion(
     three(registry)
     promote(registry, 1, **WHO)
     refused = decide(scores(0.6), scores(0.5), GatePolicy(evidence="point"))
-    steps.record_verdict(registry, 2, refused)
+    record_verdict(registry, 2, refused)
     version = registry.version(2)
     assert version.tags["gate.outcome"] == "refuse"
     assert version.tags["gate.failed"] == "gain"
@@ -94,9 +94,7 @@ def test_verdicts_are_tags_and_json_and_a_refusal_blocks_promotion(
     assert registry.aliases()["champion"] == 1
     forced = promote(registry, 2, **WHO, force=True)
     assert forced is not None and forced.forced
-    steps.record_verdict(
-        registry, 3, decide(scores(0.5), scores(0.6), GatePolicy(evidence="point"))
-    )
+    record_verdict(registry, 3, decide(scores(0.5), scores(0.6), GatePolicy(evidence="point")))
     assert promote(registry, 3, **WHO) is not None
 
 
@@ -362,7 +360,7 @@ def test_a_verdict_counts_only_against_the_champion_it_is_about(registry: Regist
     )
     with pytest.raises(RegistryError, match="version 2 was not judged by the gate"):
         promote(registry, 2, **WHO, expected_champion="judged")
-    steps.record_verdict(registry, 2, waiting)
+    record_verdict(registry, 2, waiting)
     assert registry.version(2).tags["gate.champion_version"] == "1"
     promote(registry, 3, **WHO)
     with pytest.raises(ChampionChangedError, match="compared version 2 with version 1"):
@@ -374,7 +372,7 @@ def test_a_verdict_counts_only_against_the_champion_it_is_about(registry: Regist
 
 def test_a_first_champion_by_hand_needs_a_verdict_without_one(registry: Registry) -> None:
     three(registry)
-    steps.record_verdict(
+    record_verdict(
         registry, 1, decide(None, scores(0.6), GatePolicy(manual_approval=True, evidence="point"))
     )
     assert promote(registry, 1, **WHO, expected_champion="judged") is not None

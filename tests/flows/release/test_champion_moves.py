@@ -21,6 +21,7 @@ from flows.project.project import Project
 from flows.registry.registry import CHAMPION, Registry
 from flows.release import steps
 from flows.release.champion import ChampionChangedError, history, promote
+from flows.release.judgement import record_verdict
 from rfdetr.tracking.client import experiment_id
 from tests.flows.prefect_fixtures import PrefectServer, Webhook
 from tests.flows.projects import ROOT, environment, write_params
@@ -70,7 +71,7 @@ def test_every_manual_move_is_announced_once(
     registry: Registry, webhook: Webhook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RFDETR_NOTIFY_URL", webhook.url)
-    steps.record_verdict(registry, 2, judged(2, champion=1))
+    record_verdict(registry, 2, judged(2, champion=1))
     before = len(webhook.posts)
     assert main(["promote", "2", "--reason", "looks better"]) == 0
     assert main(["promote", "2", "--reason", "looks better"]) == 0
@@ -94,7 +95,7 @@ def test_a_version_without_a_verdict_needs_force(
 def test_approving_a_verdict_about_another_champion_needs_force(
     registry: Registry, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps.record_verdict(registry, 2, judged(2, champion=1))
+    record_verdict(registry, 2, judged(2, champion=1))
     promote(registry, 3, reason="in between", by="ada")
     assert main(["promote", "2", "--reason", "approved"]) == 1
     assert "champion is version 3" in capsys.readouterr().err
@@ -168,7 +169,7 @@ def test_commands_wait_for_the_registry(
     command: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = threading.Event()
-    for name in ("steps.register", "champion.promote", "champion.rollback"):
+    for name in ("registration.register", "champion.promote", "champion.rollback"):
         monkeypatch.setattr(f"flows.release.{name}", lambda *_, **__: done.set())
     arguments = [*command.split(), *([] if command == "register" else ["--reason", "r"])]
     with registry_slot(Project(root)):

@@ -170,7 +170,7 @@ def test_a_full_disk_is_named_and_the_training_can_be_retried(ready: Path, tmp_p
     assert process.wait(60) == 1
     assert "fit failed" in text
     assert "no space left on the device" in text.splitlines()[-1]
-    assert "Traceback" not in text.rpartition("fit failed")[2]
+    assert "Traceback" not in text
     assert not (root / "models" / "trained").exists()
     assert not list(state_of(root).glob("*.tmp"))
     record = state_of(root) / "run.json"
@@ -189,7 +189,7 @@ def test_two_processes_keep_the_effective_batch_and_end_together(
     root = copied(ready, tmp_path / "project", runtime={"devices": 2}, fit={"epochs": 3})
     process = start(root)
     epochs(process, 1)
-    ranks = [p for p in trainers(root) if "torch.distributed.run" not in _command(p)]
+    ranks = [p for p in trainers(root) if "flows.fit_job.launcher" not in _command(p)]
     assert len(ranks) == 2
     os.kill(ranks[-1], signal.SIGKILL)
     started = time.monotonic()

@@ -91,7 +91,7 @@ def test_a_lost_node_ends_the_other_and_both_resume_together(nodes: tuple[Path, 
         joining = launch(second, 1)
         time.sleep(30)
         below = psutil.Process(joining.pid).children(recursive=True)
-        assert not [p for p in below if "torch.distributed.run" in p.cmdline()]
+        assert not [p for p in below if "flows.fit_job.launcher" in p.cmdline()]
         pair = [launch(first, 0), joining]
         assert [node.wait(400) for node in pair] == [0, 0], (
             first.parent / "node0.log"
