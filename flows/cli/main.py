@@ -16,11 +16,18 @@ from flows.cli import import_data, init, labels
 from flows.config.environment import bypass_proxies
 from flows.core.child_report import report_failure
 from flows.core.errors import FAILED, INTERRUPTED
-from flows.core.garbage import collect_rarely
+from flows.core.garbage import collect_rarely, without_pandas
 from flows.core.stopping import Terminated, say_last_words, stop_on_signals, stopped_status
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 STAGES = ("validate", "convert", "fit", "evaluate")
+LIGHT = (
+    run.plan_command,
+    run.history_command,
+    run.promote_command,
+    run.rollback_command,
+    run.doctor_command,
+)
 
 EXAMPLES = """examples:
   rfdetr-pipeline init ~/trees                  your own dataset instead of the demo
@@ -41,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # a process of its own
         stop_on_signals()
         collect_rarely()
+        if options.run in LIGHT and not getattr(options, "repair", False):
+            without_pandas()
         if isinstance(sys.stdout, io.TextIOWrapper):  # file names that its encoding lacks
             sys.stdout.reconfigure(errors="backslashreplace")
     bypass_proxies()

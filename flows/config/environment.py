@@ -7,9 +7,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field
 
+from flows.core.redact import redact
 from rfdetr.errors import ConfigError
 
 PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
@@ -36,7 +38,10 @@ class Environment(BaseModel, frozen=True):
 
     @classmethod
     def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
-        """Read the settings from `env`; an empty value counts as not set."""
+        """Read the settings from `env`; an empty or blank value counts as not set.
+
+        Raises ConfigError if the address of the tracking server cannot be one.
+        """
         names = {
             "state_url": "RFDETR_STATE_URL",
             "dvc_cache": "RFDETR_DVC_CACHE",
@@ -52,12 +57,32 @@ class Environment(BaseModel, frozen=True):
             "notify_url": "RFDETR_NOTIFY_URL",
             "fit_retry": FIT_RETRY,
         }
-        given: dict[str, Any] = {f: env[name] for f, name in names.items() if env.get(name)}
+        given: dict[str, Any] = {f: env[n] for f, n in names.items() if env.get(n, "").strip()}
+        if "tracking_uri" in given:
+            _require_store(given["tracking_uri"])
         given["fit_retry"] = "fit_retry" in given
         state = env.get("RFDETR_STATE_DIR")
         if not state:
             state = str(Path(env.get("XDG_CACHE_HOME") or _home() / ".cache") / "rfdetr-pipeline")
         return cls.model_validate({"state_dir": Path(state).expanduser().absolute(), **given})
+
+
+def _require_store(address: str) -> None:
+    """Raise ConfigError if MLFLOW_TRACKING_URI names neither a server nor a database."""
+    try:
+        parts = urlsplit(address)
+        server = parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port or an IPv6 address that cannot exist
+        parts, server = urlsplit(""), False
+    if parts.scheme in {"http", "https"} and server:
+        return
+    if address.startswith("databricks") or parts.scheme not in {"", "http", "https", "file"}:
+        return
+    raise ConfigError(
+        f"MLFLOW_TRACKING_URI is {redact(address)!r}, which is not the address of a tracking "
+        "server (http://host:5000) or of a database (sqlite:///file). Correct it, or unset it to "
+        "use mlflow.db in the project."
+    )
 
 
 def _home() -> Path:

@@ -52,7 +52,8 @@ def explain(error: Exception) -> str:
         if text is not None:
             return redact(text)
     trace = "".join(traceback.format_exception(error))
-    return redact(f"unexpected {type(error).__name__}\n{trace}\n{REPORT}")
+    first = next(iter(str(error).splitlines()), "")
+    return redact(f"unexpected {type(error).__name__}: {first}\n{trace}\n{REPORT}")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -87,7 +88,7 @@ def _of_library(error: BaseException, message: str) -> str | None:
             "fit.batch_size (effective_batch_size keeps the result) or fewer runtime.num_workers."
         )
     if isinstance(error, ModuleNotFoundError):
-        return f"the package {error.name} is missing. Run `make setup`, then start again."
+        return f"the package {error.name} is missing. Run `make setup` or install it; start again."
     package = type(error).__module__.partition(".")[0]
     if os.strerror(errno.ENOSPC) in message:  # a library put the system's words into its own
         return (
@@ -95,6 +96,7 @@ def _of_library(error: BaseException, message: str) -> str | None:
             "or set TMPDIR or RFDETR_STATE_DIR to another folder; then start again."
         )
     if package in LIBRARIES:
+        message = message.partition("\n(Background on this error")[0]  # SQLAlchemy's manual
         return f"{LIBRARIES[package]}: {message or type(error).__name__}"
     return None
 
@@ -111,6 +113,8 @@ def _of_database(message: str) -> str:
 
 def _of_system(error: OSError) -> str:
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    if error.errno == errno.ENOENT and not files:  # os.getcwd() does not name the folder
+        return "the current folder was deleted. Change to the project folder, then start again."
     text = f"{' -> '.join(files)}: {error.strerror}" if files else str(error.strerror or error)
     if error.errno in NO_RIGHT:
         return (

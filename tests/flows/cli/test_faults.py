@@ -131,6 +131,12 @@ FAULTS: dict[str, tuple[Callable[[Path], Environ], list[str], int, str]] = {
         "starts with http:// or https://",
     ),
     "unknown tracking server": (variables(MLFLOW_TRACKING_URI="foo://x"), ["history"], 1, "MLflow"),
+    "tracking address": (
+        variables(MLFLOW_TRACKING_URI="http://[::1"),
+        ["history"],
+        1,
+        "MLFLOW_TRACKING_URI is",
+    ),
     "proxy": (variables(http_proxy="http://127.0.0.1:9"), ["history"], 0, "promote"),
     "dataset in the project": (
         lambda _: {},
@@ -280,7 +286,7 @@ def test_errors_of_the_machine_name_the_file_and_the_way(tmp_path: Path) -> None
         (FileExistsError(17, "File exists", "/a"), "/a: File exists. Check that path"),
         (MlflowException("failed:\n[Errno 28] No space left on device: '/x'"), "set TMPDIR or"),
         (MemoryError(), "not enough memory (RAM). Set a smaller fit.batch_size"),
-        (ModuleNotFoundError("No module named 'x'", name="x"), "x is missing. Run `make setup`"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "x is missing. Run `make setup` or"),
         (ConnectionRefusedError("refused"), "the connection to a server failed: refused"),
     ]
     for error, text in cases:

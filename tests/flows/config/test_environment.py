@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.config.environment import may_name_prefect_server
+from flows.config.environment import Environment, may_name_prefect_server
+from rfdetr.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,20 @@ print([name for name in ("prefect", "torch", "mlflow") if name in sys.modules])
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["garbage", "./mlruns", "::::", "http://", "http://[::1", "http://h:99999", "file:///x"],
+)
+def test_what_cannot_be_a_tracking_server_is_refused_by_name(address: str) -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI is"):
+        Environment.read({"HOME": "/", "MLFLOW_TRACKING_URI": address})
+
+
+@pytest.mark.parametrize(
+    "address", ["http://[::1]:5000", "https://user:x@h/mlflow", "sqlite:///a b.db", "databricks"]
+)
+def test_addresses_of_tracking_servers_are_read(address: str) -> None:
+    assert Environment.read({"HOME": "/", "MLFLOW_TRACKING_URI": address}).tracking_uri == address
+    assert Environment.read({"HOME": "/", "MLFLOW_TRACKING_URI": " "}).tracking_uri is None
