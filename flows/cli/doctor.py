@@ -16,7 +16,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
-from flows.cli.machine import machine_notes, machine_problems
+from flows.cli.machine import machine_notes, machine_problems, project_problems
 from flows.config.environment import Environment
 from flows.core.errors import explain
 from flows.core.locks import BusyError, locked
@@ -56,6 +56,7 @@ def examine(project: Project, *, repair: bool = False) -> list[Finding]:
     checks: list[Callable[[], Iterator[Finding]]] = [
         _versions,
         lambda: _machine(project),
+        lambda: _project(project),
         lambda: _unsent(env, uri, repair=repair),
         lambda: _interrupted(env, uri, repair=repair),
         lambda: _old_state(env, repair=repair),
@@ -100,6 +101,15 @@ def _machine(project: Project) -> Iterator[Finding]:
             yield Finding.model_validate({"subject": "machine", "level": level, "text": text})
     if not problems and not notes:
         yield Finding(subject="machine", level="ok", text="folders, disk and git are usable")
+
+
+def _project(project: Project) -> Iterator[Finding]:
+    """Files of the project that were replaced or damaged."""
+    problems = list(project_problems(project))
+    for text in problems:
+        yield Finding(subject="project", level="problem", text=text)
+    if not problems:
+        yield Finding(subject="project", level="ok", text="files and folders are readable")
 
 
 def _unsent(env: Environment, uri: str, *, repair: bool) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What `doctor` checks about the machine: folders, disk, git, names, addresses."""
+"""What `doctor` checks about machine and project: files, folders, disk, git, addresses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from flows.core.files import read_yaml
 from flows.project.project import Project
+from flows.project.workspace import stage_names
 from rfdetr.files import dead_folders
 
 FREE_BYTES = 512 << 20
+FILES = ("params.yaml", "dvc.yaml", "dvc.lock", ".dvc/config", "mlflow.db")
+FOLDERS = (".dvc", "data", "models", "reports", "metrics", "plots", "mlartifacts")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 
@@ -30,6 +34,19 @@ def machine_problems(project: Project) -> Iterator[str]:
         address = os.environ.get(name)
         if address and not address.startswith(("http://", "https://")):
             yield f"{name} must start with http:// or https://"
+
+
+def project_problems(project: Project) -> Iterator[str]:
+    """One text for each file of the project that no command can use."""
+    for name in (*FILES, *FOLDERS):
+        path = project.root / name
+        if path.exists() and path.is_dir() != (name in FOLDERS):
+            kind = "folder" if name in FOLDERS else "file"
+            yield f"{path} is not a {kind}; move it away, then restore it from git or run again"
+    stage_names(project)
+    lock = read_yaml(project.lock_file) if project.lock_file.is_file() else {"stages": {}}
+    if not isinstance(lock, dict) or not isinstance(lock.get("stages"), dict):
+        yield f"{project.lock_file} is damaged; restore it with `git checkout`, or remove it"
 
 
 def machine_notes(project: Project) -> Iterator[str]:

@@ -18,9 +18,9 @@ from flows.core.child_report import report_failure
 from flows.core.errors import FAILED, INTERRUPTED
 from flows.core.garbage import collect_rarely, without_pandas
 from flows.core.stopping import Terminated, say_last_words, stop_on_signals, stopped_status
+from flows.project.workspace import STAGES
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-STAGES = ("validate", "convert", "fit", "evaluate")
 LIGHT = (
     run.plan_command,
     run.history_command,

@@ -89,7 +89,7 @@ def load_params(path: str | os.PathLike[str] = PARAMS_FILE) -> Params:
     """
     file = Path(path)
     graph = file.with_name("dvc.yaml")
-    needed = _needed_by(read_yaml(graph)) if graph.exists() else set()
+    needed = _needed_by(read_graph(graph)) if graph.exists() else set()
     data = read_yaml(file)
     if isinstance(data, dict):
         data = _with_empty_sections(file, data, needed)
@@ -209,12 +209,25 @@ def _slices(data: Any, problems: list[str]) -> dict[str, str]:
     return {str(key): str(value) for key, value in data.items()}
 
 
-def _needed_by(graph: Any) -> set[str]:
+def read_graph(file: Path) -> dict[str, dict[str, Any]]:
+    """The stages of a dvc.yaml. Raises ConfigError if it holds no stages."""
+    found = read_yaml(file)
+    stages = found.get("stages") if isinstance(found, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
+        raise ConfigError(
+            f"{file} has no `stages` with a mapping each. Restore it with `git checkout "
+            f"{file.name}`."
+        )
+    return stages
+
+
+def _needed_by(stages: dict[str, dict[str, Any]]) -> set[str]:
     """The sections and `section.field`s that a dvc.yaml tracks, or uses as `${section.field}`."""
     names: set[str] = set()
-    for stage in graph["stages"].values():
-        tracked = stage.get("do", stage).get("params", [])
-        names.update(name for name in tracked if isinstance(name, str))
+    for stage in stages.values():
+        body = stage.get("do", stage)
+        tracked = body.get("params") if isinstance(body, dict) else None
+        names.update(name for name in tracked or [] if isinstance(name, str))
         names.update(re.findall(r"\$\{(.+?)\}", json.dumps(stage)))
     fields = {f"{name}.{field}" for name, kind in SECTIONS.items() for field in kind.model_fields}
     used = names & fields

@@ -97,6 +97,8 @@ def _of_library(error: BaseException, message: str) -> str | None:
         )
     if package in LIBRARIES:
         message = message.partition("\n(Background on this error")[0]  # SQLAlchemy's manual
+        if package == "dvc" and "dvc.lock" in message:
+            message += ". Restore the file with `git checkout dvc.lock`, or remove it"
         return f"{LIBRARIES[package]}: {message or type(error).__name__}"
     return None
 

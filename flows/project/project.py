@@ -12,9 +12,9 @@ from typing import Any
 
 from flows.config.environment import Environment
 from flows.config.overrides import write_overrides
-from flows.config.params import PARAMS_FILE, Params, load_params
+from flows.config.params import PARAMS_FILE, Params, load_params, read_graph
 from flows.core.digest import path_digest
-from flows.core.files import read_object, read_yaml
+from flows.core.files import read_object
 from flows.tracking.provenance import Provenance, collect_provenance
 from rfdetr.data.text import read_text
 from rfdetr.errors import ConfigError
@@ -43,8 +43,7 @@ class Project:
     @cached_property
     def graph(self) -> dict[str, Any]:
         """The stages of dvc.yaml."""
-        stages: dict[str, Any] = read_yaml(self.graph_file)["stages"]
-        return stages
+        return read_graph(self.graph_file)
 
     @cached_property
     def provenance(self) -> Provenance:

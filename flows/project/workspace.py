@@ -12,8 +12,9 @@ from flows.core.process import CommandFailed, Line
 from flows.project.dvc import configure_dvc, dvc, has_remote
 from flows.project.project import Project
 from flows.storage.s3 import list_versions
-from rfdetr.errors import DatasetError
+from rfdetr.errors import ConfigError, DatasetError
 
+STAGES = ("validate", "convert", "fit", "evaluate")  # after the one that writes the data
 LISTING = "listing-"  # prefix of a version that `pin_source` wrote
 
 
@@ -102,6 +103,15 @@ def data_stage(project: Project) -> str | None:
 
 
 def stage_names(project: Project) -> Sequence[str]:
-    """The stages of a run in order: the one that writes the data, then the others of dvc.yaml."""
+    """The stages of a run in order: the one that writes the data, and those of every run.
+
+    Stages that a user added to dvc.yaml are not part of it. Raises ConfigError if one is missing.
+    """
+    missing = [name for name in STAGES if name not in project.graph]
+    if missing:
+        raise ConfigError(
+            f"{project.graph_file} has no stage {' and no stage '.join(missing)}. Restore it with "
+            "`git checkout dvc.yaml`."
+        )
     first = data_stage(project)
-    return [*([first] if first else []), *(n for n in project.graph if n not in ("demo", "fetch"))]
+    return [*([first] if first else []), *STAGES]

@@ -44,6 +44,24 @@ def content(file: str, data: bytes) -> Callable[[Path], Environ]:
     return fault
 
 
+def folder(name: str) -> Callable[[Path], Environ]:
+    def fault(root: Path) -> Environ:
+        (root / name).unlink()
+        (root / name).mkdir()
+        return {}
+
+    return fault
+
+
+def replaced(name: str) -> Callable[[Path], Environ]:
+    def fault(root: Path) -> Environ:
+        shutil.rmtree(root / name)
+        (root / name).write_text("")
+        return {}
+
+    return fault
+
+
 def without(*names: str) -> Callable[[Path], Environ]:
     def fault(root: Path) -> Environ:
         for name in names:
@@ -100,6 +118,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Environ], list[str], int, str]] = {
     "conflict in params.yaml": (conflict("params.yaml"), ["plan"], 1, "merge conflict in line 2"),
     "conflict in dvc.lock": (conflict("dvc.lock"), ["plan"], 1, "merge conflict in line 2"),
     "broken dvc.yaml": (content("dvc.yaml", b"stages: ["), ["plan"], 1, "dvc.yaml is not valid"),
+    "dvc.yaml without stages": (content("dvc.yaml", b"stages:\n"), ["plan"], 1, "has no `stages`"),
+    "a folder for a file": (folder("mlflow.db"), ["history"], 1, "mlflow.db is not a file"),
+    "a file for a folder": (replaced("models"), ["doctor"], 1, "models is not a folder"),
     "broken dvc.lock": (content("dvc.lock", b"schema: ["), ["plan"], 1, "dvc.lock"),
     "database of zeros": (content("mlflow.db", bytes(9000)), ["history"], 1, "database"),
     "damaged model card": (
@@ -164,6 +185,7 @@ SLOW_FAULTS: dict[str, tuple[Callable[[Path], Environ], list[str], int, str]] = 
 DEFAULT = (
     "conflict in dvc.lock",
     "database of zeros",
+    "a folder for a file",
     "no git",
     "odd pictures",
     "state is a file",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -154,6 +155,20 @@ def test_the_stage_that_makes_the_data_follows_the_settings(project: Path) -> No
     assert data_stage(Project(project)) == "fetch@mine"
     listed = run(project, "dvc", "stage", "list", "--name-only").split()
     assert set(stage_names(Project(project))) <= set(listed)
+
+
+def test_stages_of_a_user_are_no_part_of_a_run_and_a_lost_one_is_named(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    text = (ROOT / "dvc.yaml").read_text()
+    (tmp_path / "dvc.yaml").write_text(f"{text}\n  mine:\n    cmd: echo\n")
+    assert stage_names(Project(tmp_path))[-1] == "evaluate"
+    (tmp_path / "dvc.yaml").write_text(text.replace("  evaluate:", "  evaluat:"))
+    with pytest.raises(ConfigError, match="has no stage evaluate"):
+        stage_names(Project(tmp_path))
+    for odd in ("{}", "[1]", "stages:", "stages: {fit: 3}"):
+        (tmp_path / "dvc.yaml").write_text(odd)
+        with pytest.raises(ConfigError, match="has no `stages`"):
+            stage_names(Project(tmp_path))
 
 
 def test_the_order_of_stages_is_a_topological_order_of_the_graph(project: Path) -> None:
