@@ -37,6 +37,7 @@ LIBRARIES = {
     "sqlalchemy": "the database",
     "filelock": "the lock file",
 }
+READERS = ("dulwich", "scmrepo")  # raise ValueError and the like for damaged files of git
 
 
 def explain(error: Exception) -> str:
@@ -90,6 +91,8 @@ def _of_library(error: BaseException, message: str) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name} is missing. Run `make setup` or install it; start again."
     package = type(error).__module__.partition(".")[0]
+    if package == "builtins" and _raised_in(error) in READERS:
+        package = _raised_in(error)
     if os.strerror(errno.ENOSPC) in message:  # a library put the system's words into its own
         return (
             f"no space left on the device ({message.splitlines()[-1].strip()}). Free some space, "
@@ -101,6 +104,14 @@ def _of_library(error: BaseException, message: str) -> str | None:
             message += ". Restore the file with `git checkout dvc.lock`, or remove it"
         return f"{LIBRARIES[package]}: {message or type(error).__name__}"
     return None
+
+
+def _raised_in(error: BaseException) -> str:
+    """The package whose code raised the error."""
+    step, module = error.__traceback__, ""
+    while step is not None:
+        module, step = str(step.tb_frame.f_globals.get("__name__", "")), step.tb_next
+    return module.partition(".")[0]
 
 
 def _of_database(message: str) -> str:

@@ -137,6 +137,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Environ], list[str], int, str]] = {
     ),
     "edited record": (content("reports/verdict.json", b"{}"), ["retrain"], 1, "verdict.json was"),
     "empty pointer": (content("data/demo.dvc", b"outs: []"), ["register"], 1, "names no hash"),
+    "damaged git configuration": (content(".git/config", b"[core\n"), ["plan"], 1, "git: "),
     "no git": (without(".git"), ["plan"], 0, "up to date"),
     "no models": (without("models"), ["register"], 1, "missing"),
     "deleted artifacts": (without("mlartifacts"), PREDICT, 1, "files are missing"),
