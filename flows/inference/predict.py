@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.core.digest import digest_of
-from flows.core.files import read_json
+from flows.core.files import read_object
 from flows.core.locks import locked
 from flows.inference.coco_results import DATASET, PROGRESS, RESULTS, Progress, write_coco
 from flows.inference.detections import (
@@ -194,7 +194,7 @@ def weights_in(artifacts: Path) -> Path:
 def dataset_ids(artifacts: Path) -> dict[int, int]:
     """Label of the model -> category id of its dataset, from the card; empty for an old card."""
     card = artifacts / CARD
-    known = read_json(card).get("category_ids", []) if card.exists() else []
+    known = read_object(card).get("category_ids", []) if card.exists() else []
     return dict(enumerate(known))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flows.core.files import read_json, read_record
+from flows.core.files import read_object, read_record
 from flows.gate.decide import decide
 from flows.gate.report import write_report
 from flows.gate.score_cache import champion_scores, scores_of
@@ -71,7 +71,7 @@ def _new_card(project: Project, registry: Registry, number: int, verdict: Verdic
         number,
         card,
         verdict,
-        validation=read_json(validation) if validation.is_file() else None,
+        validation=read_object(validation) if validation.is_file() else None,
         profile=ImageProfile.load(profile_of(project, weights, digest)),
     )
     publish_card(project, registry, number, made)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from flows.core.files import read_json, read_record, write_json
+from flows.core.files import read_object, read_record, write_json
 from flows.core.quiet import quiet_libraries
 from flows.core.redact import redact
 from flows.project.project import Project
@@ -53,7 +53,7 @@ def register(project: Project, flow_run: str | None = None) -> Registered:
     lineage = _lineage(project, card, flow_run)
     run_id = complete_run(project, lineage)
     files, export_parity = model_files(project, project.trained / card["weights"], digest)
-    numbers = read_json(project.test_metrics)
+    numbers = read_object(project.test_metrics)
     metrics = {f"test.{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
     quiet_libraries()  # importing Lightning resets the log levels
     model_id = log_model(
@@ -111,8 +111,7 @@ def profile_of(project: Project, weights: Path, digest: str) -> Path:
 def _operating_point(project: Project) -> OperatingPoint | None:
     """What the stage `evaluate` chose."""
     file = project.operating_point
-    found = read_json(file) if file.exists() else None
-    return found and OperatingPoint.from_dict(found)
+    return OperatingPoint.from_dict(read_object(file)) if file.exists() else None
 
 
 def _description(project: Project, point: OperatingPoint | None) -> Path:

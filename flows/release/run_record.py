@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.core.digest import digest_of
-from flows.core.files import read_json
+from flows.core.files import read_object
 from flows.core.redact import redact, redact_mapping
 from flows.gate.report import HTML
 from flows.gate.verdict import Verdict
@@ -55,7 +55,7 @@ def complete_run(project: Project, tags: Mapping[str, Any]) -> str:
     _send_journal(project, card, uri)
     client = tracking_client(uri)
     run_id = _known_run(client, card, project.env.state_dir) or _new_run(client, project, card)
-    metrics = read_json(project.test_metrics)
+    metrics = read_object(project.test_metrics)
     state = digest_of([sha256_file(project.lock_file), metrics])[:16]
     if client.get_run(run_id).data.tags.get(RECORDED) == state:
         return run_id
@@ -150,8 +150,8 @@ def _add_numbers(client: MlflowClient, run_id: str, project: Project) -> None:
     from mlflow.entities import Metric
 
     numbers = {
-        **{f"test.{k}": v for k, v in flatten(read_json(project.test_metrics)).items()},
-        **{f"fit.{k}": v for k, v in flatten(read_json(project.fit_metrics)).items()},
+        **{f"test.{k}": v for k, v in flatten(read_object(project.test_metrics)).items()},
+        **{f"fit.{k}": v for k, v in flatten(read_object(project.fit_metrics)).items()},
     }
     price, seconds = project.params.runtime.price_per_hour, numbers.get("fit.seconds")
     if price is not None and isinstance(seconds, int | float):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from flows.core.files import read_json
+from flows.core.files import read_object
 from flows.core.redact import redact
 from flows.gate.verdict import Verdict
 from flows.project.project import Project
@@ -28,7 +28,7 @@ def what_next(project: Project) -> str:
         return (
             f"champion of {registry.name}: {f'version {champion.number}' if champion else 'none'}"
         )
-    card, numbers = project.read_card(), read_json(project.test_metrics)
+    card, numbers = project.read_card(), read_object(project.test_metrics, "map_50")
     registered, verdict = last_registered(project), last_verdict(project)
     weights = (project.trained / card["weights"]).absolute()
     threshold = numbers.get("best_threshold") or 0.5  # 0: nothing was found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.core.files import read_json, write_csv, write_json
+from flows.core.files import read_object, write_csv, write_json
 from flows.gate import score_cache
 from flows.gate.report import write_report
 from flows.gate.scored_model import ScoredModel
@@ -84,7 +84,7 @@ def evaluate(project: Project) -> None:
 
 def trained_weights(folder: Path) -> Path:
     """The weights of a model folder, verified against its model.json."""
-    card = read_json(folder / "model.json")
+    card = read_object(folder / "model.json", "weights", "weights_sha256")
     weights = folder / str(card["weights"])
     if not weights.is_file() or sha256_file(weights) != card["weights_sha256"]:
         raise ConfigError(

@@ -17,7 +17,7 @@ import orjson
 
 from flows.config.sections import DatasetSettings
 from flows.core.digest import digest_of
-from flows.core.files import read_json, write_json
+from flows.core.files import read_object, write_json
 from flows.fit_job.job import FitJob
 from flows.project.project import Project
 from flows.stages.fit import plan, trained
@@ -179,6 +179,6 @@ def _say_cost(project: Project, folds: int) -> None:
     epochs = project.params.fit.epochs
     text = f"{folds} trainings of {epochs} epochs, each on the other {folds - 1} of {folds} parts"
     if project.fit_metrics.is_file():
-        seconds = float(read_json(project.fit_metrics)["seconds"]) * (folds - 1)
+        seconds = float(read_object(project.fit_metrics, "seconds")["seconds"]) * (folds - 1)
         text += f"; about {max(1, round(seconds / 60))} min, as the last training took"
     print(f"{text}. Run the same command again to resume.", flush=True)
