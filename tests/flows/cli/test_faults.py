@@ -135,7 +135,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Environ], list[str], int, str]] = {
         1,
         "model.json was edited",
     ),
-    "edited numbers": (content("metrics/test.json", b"[]"), ["retrain"], 1, "test.json was"),
+    "edited numbers": (content("metrics/test.json", b"[]"), ["register"], 1, "test.json was"),
     "edited record": (content("reports/verdict.json", b"{}"), ["retrain"], 1, "verdict.json was"),
     "empty pointer": (content("data/demo.dvc", b"outs: []"), ["register"], 1, "names no hash"),
     "damaged git configuration": (content(".git/config", b"[core\n"), ["plan"], 1, "git: "),
