@@ -27,7 +27,7 @@ from websockets.sync.client import connect
 from websockets.sync.connection import Connection
 
 from flows.core.process import signal_group
-from infra.services import HOST, StackError
+from infra.settings import HOST, StackError
 
 ATTEMPTS = 3  # one lost request leaves an error on a page until it is loaded again
 PAGE_SECONDS = 90.0  # per attempt

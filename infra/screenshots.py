@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from infra.chromium import Page, browser
-from infra.services import StackError
+from infra.settings import StackError
 from rfdetr.files import atomic_path
 
 MENU = 200  # width of MLflow's menu

@@ -27,7 +27,8 @@ import psutil
 
 from flows.core.process import signal_group, terminate_with
 from flows.core.redact import redact
-from infra.services import Service, StackError, StackSettings, all_services, quiet_environment
+from infra.services import Service, all_services
+from infra.settings import StackError, StackSettings, quiet_environment
 from rfdetr.files import write_text_atomic
 
 START_SECONDS = 300.0  # Python starts slowly on a loaded machine

@@ -15,7 +15,7 @@ from PIL import Image
 
 from infra.chromium import Page, problem_of
 from infra.screenshots import take
-from infra.services import StackError
+from infra.settings import StackError
 from tests.flows.mlflow_fixtures import free_port
 
 TEXT = "<h1>nano trees</h1><p style='background:red'>loss, 0 errors</p>"

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from infra.screenshots import report_page
-from infra.services import StackError, buckets
+from infra.services import buckets
+from infra.settings import StackError
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"

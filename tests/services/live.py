@@ -16,7 +16,7 @@ import httpx
 import psutil
 
 from flows.core.files import read_json
-from infra.services import PORTS, StackSettings
+from infra.settings import PORTS, StackSettings
 from infra.stack import supervisor_of
 
 T = TypeVar("T")

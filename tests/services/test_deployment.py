@@ -16,7 +16,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from flows.registry.registry import Registry
-from infra.services import HOST, listens
+from infra.services import listens
+from infra.settings import HOST
 from rfdetr.data.demo import build_demo
 from tests.services.deployed import git, start, stop
 from tests.services.fitting import Fitting, next_run
