@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from flows.core.files import read_object, read_record, write_json
+from flows.core.files import read_json, read_object, read_record, write_json
 from flows.core.quiet import quiet_libraries
 from flows.core.redact import redact
 from flows.project.project import Project
@@ -111,7 +111,8 @@ def profile_of(project: Project, weights: Path, digest: str) -> Path:
 def _operating_point(project: Project) -> OperatingPoint | None:
     """What the stage `evaluate` chose."""
     file = project.operating_point
-    return OperatingPoint.from_dict(read_object(file)) if file.exists() else None
+    found = read_json(file) if file.exists() else None
+    return found and OperatingPoint.from_dict(found)
 
 
 def _description(project: Project, point: OperatingPoint | None) -> Path:
