@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import machine
-from flows.cli.machine import machine_notes, machine_problems
+from flows.cli.machine import machine_notes, machine_problems, project_problems
 from flows.config.environment import Environment, bypass_proxies
 from flows.project.dvc import configure_dvc, knows_git
 from flows.project.project import Project
@@ -29,6 +29,18 @@ def project(tmp_path: Path) -> Project:
 
 def test_an_ordinary_machine_has_no_problems(project: Project) -> None:
     assert list(machine_problems(project)) == []
+
+
+def test_files_and_folders_in_each_others_place_are_named(project: Project) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        (project.root / name).write_text((ROOT / name).read_text())
+    assert list(project_problems(project)) == []
+    (project.root / "models").write_text("")
+    (project.root / "mlflow.db").mkdir()
+    (project.root / "dvc.lock").write_text("- 1\n")
+    texts = " ".join(project_problems(project))
+    for told in ("models is not a folder", "mlflow.db is not a file", "dvc.lock is damaged"):
+        assert told in texts
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
