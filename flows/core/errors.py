@@ -92,7 +92,7 @@ def _of_library(error: BaseException, message: str) -> str | None:
         return f"the package {error.name} is missing. Run `make setup` or install it; start again."
     package = type(error).__module__.partition(".")[0]
     if package == "builtins" and _raised_in(error) in READERS:
-        package = _raised_in(error)
+        return f"git: {message}. A file of the repository is damaged; `git status` names it."
     if os.strerror(errno.ENOSPC) in message:  # a library put the system's words into its own
         return (
             f"no space left on the device ({message.splitlines()[-1].strip()}). Free some space, "
