@@ -81,29 +81,48 @@ def _of_environment(error: BaseException) -> str | None:
 
 
 def _of_library(error: BaseException, message: str) -> str | None:
+    text = _of_python(error, message) or _without_space(message)
+    package = type(error).__module__.partition(".")[0]
+    if text is not None or package not in LIBRARIES:
+        return text
+    message = message.partition("\n(Background on this error")[0]  # SQLAlchemy's manual
+    if package == "dvc" and "dvc.lock" in message:
+        message += ". Restore the file with `git checkout dvc.lock`, or remove it"
+    return f"{LIBRARIES[package]}: {message or type(error).__name__}"
+
+
+def _of_python(error: BaseException, message: str) -> str | None:
     if isinstance(error, ConnectionError | TimeoutError):
         return f"the connection to a server failed: {message or type(error).__name__}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return (
-            f"not enough memory ({message.splitlines()[0] if message else 'RAM'}). Set a smaller "
-            "fit.batch_size (effective_batch_size keeps the result) or fewer runtime.num_workers."
-        )
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name} is missing. Run `make setup` or install it; start again."
-    package = type(error).__module__.partition(".")[0]
-    if package == "builtins" and _raised_in(error) in READERS:
-        return f"git: {message}. A file of the repository is damaged; `git status` names it."
-    if os.strerror(errno.ENOSPC) in message:  # a library put the system's words into its own
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in message:
         return (
-            f"no space left on the device ({message.splitlines()[-1].strip()}). Free some space, "
-            "or set TMPDIR or RFDETR_STATE_DIR to another folder; then start again."
+            f"the name of a file or folder has bytes that are not text here ({message}). Set "
+            "LANG=C.UTF-8, or rename it; then start again."
         )
-    if package in LIBRARIES:
-        message = message.partition("\n(Background on this error")[0]  # SQLAlchemy's manual
-        if package == "dvc" and "dvc.lock" in message:
-            message += ". Restore the file with `git checkout dvc.lock`, or remove it"
-        return f"{LIBRARIES[package]}: {message or type(error).__name__}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return _without_memory(message)
+    if type(error).__module__ == "builtins" and _raised_in(error) in READERS:
+        return f"git: {message}. A file of the repository is damaged; `git status` names it."
     return None
+
+
+def _without_memory(message: str) -> str:
+    return (
+        f"not enough memory ({message.splitlines()[0] if message else 'RAM'}). Set a smaller "
+        "fit.batch_size (effective_batch_size keeps the result) or fewer runtime.num_workers."
+    )
+
+
+def _without_space(message: str) -> str | None:
+    """The text for a full disk, if a library put the system's words into its own."""
+    if os.strerror(errno.ENOSPC) not in message:
+        return None
+    return (
+        f"no space left on the device ({message.splitlines()[-1].strip()}). Free some space, "
+        "or set TMPDIR or RFDETR_STATE_DIR to another folder; then start again."
+    )
 
 
 def _raised_in(error: BaseException) -> str:
