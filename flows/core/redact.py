@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 MASK = "***"
 MIN_LITERAL = 6  # shorter values of secret variables would mask ordinary words
-FOLDERS = {"PWD", "OLDPWD"}  # set by the shell; not passwords
+PLACES = ("_FILE", "_PATH", "_DIR")  # ends of names whose value is a place, not a secret
 
 _SECRET_VARIABLE = re.compile(
     r"secret|passw|passphrase|credential|(?:api|access|account|private|signing)_?key|webhook|"
@@ -109,10 +109,14 @@ def _literals(environment: tuple[tuple[str, str], ...]) -> re.Pattern[str] | Non
     found: set[str] = set()
     for name, value in environment:
         found.update(_URI_PASSWORD.findall(value))
-        if _SECRET_VARIABLE.search(name) and name not in FOLDERS:
+        if _SECRET_VARIABLE.search(name) and not _is_place(name):
             found.add(value)
     values = sorted((v for v in found if len(v) >= MIN_LITERAL), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, values))) if values else None
+
+
+def _is_place(name: str) -> bool:
+    return name in {"PWD", "OLDPWD"} or name.endswith(PLACES)
 
 
 def redact_mapping(values: Mapping[str, Any]) -> dict[str, Any]:

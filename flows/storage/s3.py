@@ -133,13 +133,22 @@ def guard(call: Callable[[], Any], what: str) -> Any:
 
 
 def _storage_error(what: str, error: BaseException) -> StorageError:
-    from botocore.exceptions import ClientError, NoCredentialsError
+    from botocore.exceptions import (
+        ClientError,
+        ConfigParseError,
+        InvalidRegionError,
+        NoCredentialsError,
+        ProfileNotFound,
+    )
 
     if isinstance(error, NoCredentialsError):
         return AccessError(
             f"{what}: no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and "
             "AWS_ENDPOINT_URL for a server other than Amazon's)."
         )
+    if isinstance(error, ProfileNotFound | ConfigParseError | InvalidRegionError):
+        advice = "Correct AWS_PROFILE, AWS_DEFAULT_REGION or the files in ~/.aws"
+        return AccessError(f"{what}: {redact(str(error))}. {advice}.")
     if not isinstance(error, ClientError):
         return StorageError(f"{what}: {redact(str(error))}")
     code = str(error.response.get("Error", {}).get("Code", "unknown"))

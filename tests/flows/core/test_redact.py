@@ -118,3 +118,10 @@ def test_a_long_text_takes_linear_time(part: str) -> None:
     text = part * (400_000 // len(part))
     for pattern in _PATTERNS:
         pattern.sub(MASK, text)
+
+
+def test_the_place_of_a_secret_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/home/me/.aws/keys")
+    monkeypatch.setenv("OTHER_CREDENTIALS", "hunter2-planted")
+    text = redact("cannot parse /home/me/.aws/keys with hunter2-planted")
+    assert text == "cannot parse /home/me/.aws/keys with ***"
