@@ -81,6 +81,14 @@ def _of_environment(error: BaseException) -> str | None:
 
 
 def _of_library(error: BaseException, message: str) -> str | None:
+    if any(module.startswith("prefect.settings") for module in _modules(error)):
+        cause = message.partition(" [type=")[0].replace(
+            "\n", ": "
+        )  # pydantic's description follows
+        return (
+            f"Prefect's settings are not valid: {cause}. Check PREFECT_API_URL and the other "
+            "PREFECT_ variables, prefect.toml here and profiles.toml in ~/.prefect."
+        )
     text = _of_python(error, message) or _without_space(message)
     package = type(error).__module__.partition(".")[0]
     if text is not None or package not in LIBRARIES:
@@ -103,7 +111,8 @@ def _of_python(error: BaseException, message: str) -> str | None:
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return _without_memory(message)
-    if type(error).__module__ == "builtins" and _raised_in(error) in READERS:
+    raised_in = [""] + [module.partition(".")[0] for module in _modules(error)]
+    if type(error).__module__ == "builtins" and raised_in[-1] in READERS:
         return f"git: {message}. A file of the repository is damaged; `git status` names it."
     return None
 
@@ -125,12 +134,13 @@ def _without_space(message: str) -> str | None:
     )
 
 
-def _raised_in(error: BaseException) -> str:
-    """The package whose code raised the error."""
-    step, module = error.__traceback__, ""
+def _modules(error: BaseException) -> list[str]:
+    """The modules that the error passed through; it was raised in the last one."""
+    step, names = error.__traceback__, []
     while step is not None:
-        module, step = str(step.tb_frame.f_globals.get("__name__", "")), step.tb_next
-    return module.partition(".")[0]
+        names.append(str(step.tb_frame.f_globals.get("__name__", "")))
+        step = step.tb_next
+    return names
 
 
 def _of_database(message: str) -> str:

@@ -176,6 +176,12 @@ SLOW_FAULTS: dict[str, tuple[Callable[[Path], Environ], list[str], int, str]] = 
         1,
         "MLflow",
     ),
+    "wrong Prefect settings": (
+        variables(PREFECT_API_URL="http://[::1/api"),
+        ["promote", "1", "--reason", "x"],
+        1,
+        "Prefect's settings are not valid",
+    ),
     "no Prefect server": (
         variables(PREFECT_API_URL="http://127.0.0.1:9/api"),
         ["promote", "1", "--reason", "x"],
