@@ -43,6 +43,10 @@ def project_problems(project: Project) -> Iterator[str]:
         if path.exists() and path.is_dir() != (name in FOLDERS):
             kind = "folder" if name in FOLDERS else "file"
             yield f"{path} is not a {kind}; move it away, then restore it from git or run again"
+    try:
+        str(project.root).encode()
+    except UnicodeEncodeError:
+        yield f"{str(project.root)!a} has bytes that are not text here; set LANG=C.UTF-8, or rename it"
     stage_names(project)
     lock = read_yaml(project.lock_file) if project.lock_file.is_file() else {"stages": {}}
     if not isinstance(lock, dict) or not isinstance(lock.get("stages"), dict):

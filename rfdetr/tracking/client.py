@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # JavaScript of its web interface, beside "genai_development".
 MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 
+SQLITE_PATH = 500  # its limit is 512, for the journal too
+
 
 @lru_cache(maxsize=4)
 def tracking_client(uri: str) -> MlflowClient:
@@ -65,6 +67,11 @@ def local_store(folder: str | os.PathLike[str]) -> str:
         raise ConfigError(
             f"{file.parent}: the address of a SQLite file cannot contain a question mark. Rename "
             "that folder, or set MLFLOW_TRACKING_URI to another store."
+        )
+    if len(os.fsencode(file)) > SQLITE_PATH:
+        raise ConfigError(
+            f"{file.parent}: SQLite opens no file whose path is longer than {SQLITE_PATH} bytes. "
+            "Move that folder, or set MLFLOW_TRACKING_URI to another store."
         )
     return f"sqlite:///{file}"
 

@@ -92,6 +92,8 @@ def test_a_folder_that_a_store_address_cannot_name_is_told(tmp_path: Path) -> No
     state = {"state_dir": tmp_path / "state"}
     with pytest.raises(ConfigError, match="cannot contain a question mark"):
         _ = Project(tmp_path / "what?", Environment(**state)).tracking_uri
+    with pytest.raises(ConfigError, match="longer than 500 bytes"):
+        _ = Project(tmp_path / "/".join(["long" * 50] * 3), Environment(**state)).tracking_uri
     elsewhere = Environment(**state, tracking_uri="http://127.0.0.1:5000")
     assert Project(tmp_path / "what?", elsewhere).tracking_uri == "http://127.0.0.1:5000"
     odd = tmp_path / "a b#%20ä"
