@@ -46,7 +46,8 @@ def project_problems(project: Project) -> Iterator[str]:
     try:
         str(project.root).encode()
     except UnicodeEncodeError:
-        yield f"{str(project.root)!a} has bytes that are not text here; set LANG=C.UTF-8, or rename it"
+        name = ascii(str(project.root))
+        yield f"{name} has bytes that are not text here; set LANG=C.UTF-8, or rename it"
     stage_names(project)
     lock = read_yaml(project.lock_file) if project.lock_file.is_file() else {"stages": {}}
     if not isinstance(lock, dict) or not isinstance(lock.get("stages"), dict):
