@@ -6,8 +6,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-WRITE_S = 3.0  # that a failed run waits for its files; a thread continues to write them
-
 
 class Beside:
     """One thread that works through calls in order, at most one behind its caller.

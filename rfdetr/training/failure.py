@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ from rfdetr.training.lightning_adapter import end_loader_workers, handles_failur
 
 LIMIT_S = 8.0  # from the failure to its end in the trainer
 LOGGERS_S = 3.0
+FILES_S = 3.0  # that callbacks wait for files, together; threads continue to write them
 AT_EXIT_S = 4.0  # from the end of the script to the end of the process
 
 
@@ -35,7 +37,14 @@ def limit_failure(trainer: pl.Trainer, exception: BaseException) -> None:
     if not (hasattr(sys, "ps1") or "ipykernel" in sys.modules):
         lift_limit()
         status = exception.code if isinstance(exception, SystemExit) else 1
-        _Watch.current = _Watch(status if isinstance(status, int) else 1)
+        _Watch.current = _Watch(trainer, status if isinstance(status, int) else 1)
+
+
+def patience() -> float:
+    """Seconds that a callback may still wait for its files in `on_exception`."""
+    if _Watch.current is None:
+        return FILES_S
+    return max(0.0, FILES_S - (time.monotonic() - _Watch.current.started))
 
 
 def lift_limit() -> None:
@@ -50,17 +59,18 @@ class _Watch:
 
     current: _Watch | None = None
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, trainer: pl.Trainer, status: int) -> None:
         self.cancelled = False
+        self.started = time.monotonic()
+        self._trainer = weakref.ref(trainer)
         self._status = status
-        self._deadline = time.monotonic() + LIMIT_S - LOGGERS_S
         threading.Thread(target=self._run, name="failure limit", daemon=True).start()
         atexit.register(self._arm)  # where the thread does not get to run
 
     def _run(self) -> None:
         main = threading.main_thread()
-        main.join(max(0.0, self._deadline - time.monotonic()))
-        if main.is_alive() and handles_failure(main) and not self.cancelled:
+        main.join(LIMIT_S - LOGGERS_S)
+        if main.is_alive() and handles_failure(main, self._trainer()) and not self.cancelled:
             print("The failed run did not end in time; the process is ended.", file=sys.stderr)  # noqa: T201
             sys.stderr.flush()
             os._exit(self._status)

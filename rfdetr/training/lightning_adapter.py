@@ -183,15 +183,15 @@ def end_loader_workers(trainer: Any) -> None:
                 _kill_workers(iterator)
 
 
-def handles_failure(thread: threading.Thread) -> bool:
-    """Whether `thread` is still inside a trainer's entry point.
+def handles_failure(thread: threading.Thread, trainer: pl.Trainer | None) -> bool:
+    """Whether `thread` is still inside an entry point of `trainer`.
 
     _call_and_handle_interrupt, trainer/call.py.
     """
     frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None:
         if frame.f_code is _call_and_handle_interrupt.__code__:
-            return True
+            return frame.f_locals.get("trainer") is trainer
         frame = frame.f_back
     return False
 

@@ -59,11 +59,17 @@ class Pictures:
         except OSError as error:
             self._error = error
 
-    def finish(self) -> None:
-        """Wait for the pictures, and send them."""
+    def finish(self, timeout: float | None = None) -> None:
+        """Wait for the pictures, and send them.
+
+        After `timeout` seconds they are left to the thread, which draws on, and are not sent.
+        """
         if self._thread is None:
             return
-        self._thread.join()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self.__init__()  # type: ignore[misc]
+            return
         loggers, folder, step = self._target
         files, error = self._files, self._error
         self.__init__()  # type: ignore[misc]

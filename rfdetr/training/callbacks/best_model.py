@@ -21,10 +21,11 @@ from rfdetr.checkpoints.record import read_checkpoint
 from rfdetr.checkpoints.safe_io import load_file, save_file, verify_file
 from rfdetr.errors import CheckpointError
 from rfdetr.files import write_text_atomic
-from rfdetr.training.beside import WRITE_S, Beside
+from rfdetr.training.beside import Beside
 from rfdetr.training.callbacks.best_score import BestScore, better_of
 from rfdetr.training.callbacks.ema import ema_network, only_ema
 from rfdetr.training.callbacks.fresh_metrics import FreshMetrics
+from rfdetr.training.failure import patience
 from rfdetr.training.lightning_adapter import without_launcher
 
 REGULAR = "checkpoint_best_regular.pth"
@@ -178,7 +179,9 @@ class BestModelCallback(Checkpoint):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Let the best files be written; the training's own error comes first."""
         try:
-            self._writer.finish(timeout=WRITE_S)
+            self._writer.finish(timeout=patience())
+        except TimeoutError:
+            rank_zero_warn("The best files of the last evaluation are still being written.")
         except Exception as error:  # noqa: BLE001
             rank_zero_warn(f"The best files of the last evaluation were not written: {error!r}")
 

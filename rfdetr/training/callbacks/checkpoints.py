@@ -16,7 +16,8 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO, WriteBeside
-from rfdetr.training.beside import WRITE_S, Beside
+from rfdetr.training.beside import Beside
+from rfdetr.training.failure import patience
 from rfdetr.training.lightning_adapter import repeat_validation
 
 LAST = "last.ckpt"
@@ -161,7 +162,7 @@ class CheckpointCallback(Checkpoint):
     ) -> None:
         self._restore_handler()
         try:
-            self._beside.finish(timeout=WRITE_S)
+            self._beside.finish(timeout=patience())
         except TimeoutError:
             rank_zero_warn(f"{self.output_dir / LAST} is still being written.")
         except Exception as error:  # noqa: BLE001 - the training's own error comes first

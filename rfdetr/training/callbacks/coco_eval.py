@@ -195,7 +195,7 @@ class COCOEvalCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._beside.cancel()
-        self._pictures.finish()
+        self._pictures.finish(timeout=0)
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Draw the better of live and EMA weights on rank 0, beside the training."""

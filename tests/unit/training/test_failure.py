@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from rfdetr.tracking import delivery
 from rfdetr.tracking.client import local_store
 from rfdetr.tracking.mlflow_logger import FAILURE_S, NEW_STORE_S, JournaledMLFlowLogger
 from rfdetr.training import failure
+from rfdetr.training.lightning_adapter import handles_failure
+from rfdetr.training.pictures import Pictures
 from tests.datasets import make_roboflow
 from tests.unit.training.helpers import Run, StopAt, tiny_model, tiny_run
 from tests.unit.training.processes import group_is_gone, started, wait_for
@@ -84,10 +87,54 @@ def test_a_program_that_handles_the_error_continues(
     assert not watch.cancelled
     time.sleep(1)  # longer than a hanging trainer has
     again = Run(tiny_model(), config, limit_val_batches=0, max_steps=1)
+    watched, setup = [], again.data.setup
+
+    def reading(stage: str) -> None:  # before any callback of the run knows of it
+        thread = threading.current_thread()
+        watched.extend(handles_failure(thread, r.trainer) for r in (run, again))
+        setup(stage)
+
+    monkeypatch.setattr(again.data, "setup", reading)
     again.fit()
+    assert watched == [False, True]
     assert watch.cancelled
     assert failure._Watch.current is None
     assert again.trainer.global_step == 1
+
+
+def test_a_failure_does_not_wait_for_pictures(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(pl.Callback):
+        def on_validation_end(self, *args: Any) -> None:
+            raise RuntimeError("stopped by the test")
+
+    handled, drawn = threading.Event(), threading.Event()
+    draw = Pictures._work
+
+    def slowly(self: Pictures, *args: Any) -> None:
+        if handled.wait(20):
+            drawn.set()
+        draw(self, *args)
+
+    monkeypatch.setattr(Pictures, "_work", slowly)
+    run = Run(tiny_model(), tiny_run(dataset, tmp_path), limit_train_batches=1)
+    run.trainer.callbacks.append(Failing())
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        run.fit()
+    handled.set()
+    assert drawn.wait(20)
+
+
+def test_callbacks_share_the_time_for_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failure._Watch, "current", None)
+    assert failure.patience() == failure.FILES_S
+    watch = failure._Watch(pl.Trainer(logger=False, accelerator="cpu"), 1)
+    monkeypatch.setattr(failure._Watch, "current", watch)
+    watch.cancelled = True
+    assert 0 < failure.patience() <= failure.FILES_S
+    watch.started -= failure.FILES_S
+    assert failure.patience() == 0
 
 
 def test_the_last_checkpoint_of_a_failed_run_is_on_disk(dataset: Path, tmp_path: Path) -> None:
