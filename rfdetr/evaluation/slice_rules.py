@@ -165,4 +165,7 @@ def text_values(value: Any) -> Collection[str]:
         return [text for item in value for text in text_values(item)]
     if isinstance(value, bool):
         return [str(value).lower()]
-    return [str(value)] if isinstance(value, str | int | float) and value != "" else []
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = " ".join(str(value).split())
+    return [text] if isinstance(value, str | int | float) and text else []

@@ -16,7 +16,7 @@ from rfdetr.errors import InputError
 from rfdetr.evaluation.box_table import IouType, data_from_coco
 from rfdetr.evaluation.evaluator import evaluate_coco
 from rfdetr.evaluation.evidence import EVERY_AREA, collect_evidence, evidence_by_area
-from rfdetr.evaluation.slice_rules import parse_area, parse_rule, read_listed
+from rfdetr.evaluation.slice_rules import parse_area, parse_rule, read_listed, text_values
 from rfdetr.evaluation.slices import SplitImages, area_ranges, group_images, score_slices
 from tests.unit.evaluation.random_sets import random_set
 
@@ -135,6 +135,9 @@ def test_attributes_can_be_nested_numbers_and_lists() -> None:
     assert {name: np.flatnonzero(mask).tolist() for name, mask in groups.items()} == {
         "cam=0": [0, 2, 4], "cam=1": [1, 3, 5],
     }  # fmt: skip
+    assert [text_values(v) for v in (1.0, 1, 1.5, True, " a\n b ", " ", None, {"a": 1})] == [
+        ["1"], ["1"], ["1.5"], ["true"], ["a b"], [], [], [],
+    ]  # fmt: skip
     assert group_images([parse_rule("cam", "attribute:nothing.at.all")], images(document)) == {}
 
 
