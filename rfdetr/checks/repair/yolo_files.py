@@ -6,7 +6,7 @@ import codecs
 import contextlib
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ import yaml
 from rfdetr.checks.box_format import FILLS, YOLO, BoxFormat, box_corners
 from rfdetr.checks.dataset_report import Finding
 from rfdetr.checks.repair.file_names import ImageFinder, Wanted
+from rfdetr.checks.repair.label_places import labels_read, place_labels
 from rfdetr.checks.repair.tree import is_utf8, replace_text
 from rfdetr.data.data_yaml import parse_yaml
 from rfdetr.data.decode import file_size
-from rfdetr.data.folders import fold
 from rfdetr.data.layouts import YAML_KEYS, YAML_NAMES, Layout, yolo_splits
 from rfdetr.data.text import read_text, split_lines
-from rfdetr.data.yolo import image_files, label_path
-from rfdetr.data.yolo_labels import LabelRow, LineError, parse_line, read_labels
+from rfdetr.data.yolo import image_files
+from rfdetr.data.yolo_labels import LabelRow, LineError, parse_line
 from rfdetr.errors import DatasetError
 
 CLIPS = frozenset({"clip-box", "clip-polygon"})
@@ -118,12 +118,10 @@ def restore_labels(work: Path, layout: Layout, formats: Mapping[str, BoxFormat])
     """
     done: Counter[str] = Counter()
     images = listed_images(layout)
-    done["found the label file of an image"] = _place_labels(work, layout, list(images))
-    labels = {
-        image: label
-        for image in images
-        if (label := label_path(image)).is_relative_to(work) and label.is_file()
-    }
+    done["found the label file of an image"] = place_labels(
+        work, layout, list(images), _lists(layout, work)
+    )
+    labels = {i: file for i, file in labels_read(images).items() if file.is_relative_to(work)}
     texts = {image: any_text(label) for image, label in labels.items()}
     pixels = _are_pixels(texts, layout.names)
     for image, label in labels.items():
@@ -181,39 +179,6 @@ def listed_images(layout: Layout) -> dict[Path, str]:
             for image in image_files(split):
                 found.setdefault(image, split.name)
     return found
-
-
-def _place_labels(work: Path, layout: Layout, images: Sequence[Path]) -> int:
-    """Move the only label file with the name of an image, such as a.txt or a.jpg.txt, to where it
-    is read.
-    """
-    lost: dict[str, list[Path]] = defaultdict(list)
-    for image in images:
-        if image.is_relative_to(work) and not label_path(image).exists():
-            for key in {_plain(image.stem), _plain(image.name)}:
-                lost[key].append(image)
-    if not lost:
-        return 0
-    used = {label_path(image) for image in images} | set(_lists(layout, work))
-    spare: dict[str, list[Path]] = defaultdict(list)
-    for file in sorted(work.rglob("*")):
-        if file.suffix.lower() == ".txt" and _plain(file.stem) in lost and file not in used:
-            spare[_plain(file.stem)].append(file)
-    count = 0
-    for stem, files in spare.items():
-        owners = lost[stem]
-        rows, problems = read_labels(files[0], len(layout.names))
-        if len(files) == len(owners) == 1 and rows and not problems:
-            place = label_path(owners[0])
-            place.parent.mkdir(parents=True, exist_ok=True)
-            files[0].rename(place)
-            count += 1
-    return count
-
-
-def _plain(name: str) -> str:
-    """A name as tools compare it that replace spaces."""
-    return re.sub(r"[\s_-]+", "_", fold(name))
 
 
 def _restored_line(

@@ -317,6 +317,24 @@ def test_labels_are_restored(tmp_path: Path) -> None:
     assert [float(v) for v in written.split()] == pytest.approx(original, abs=1e-5)
 
 
+def test_labels_beside_the_images_stay_there(tmp_path: Path) -> None:
+    """The same names in both splits; one label has decimal commas, one is in another folder."""
+    folder = make_yolo(tmp_path / "data", splits=SPLITS, background=0)
+    for split in SPLITS:
+        for file in sorted((folder / split / "labels").iterdir()):
+            file.rename(folder / split / "images" / file.name)
+        (folder / split / "labels").rmdir()
+    before = objects(folder)
+    labels = sorted((folder / "train" / "images").glob("*.txt"))
+    repair(folder, tmp_path / "out")
+    assert objects(tmp_path / "out") == before
+    labels[0].write_text(labels[0].read_text().replace(".", ","))
+    labels[-1].rename(folder / "train" / labels[-1].name)
+    assert objects(folder) < before
+    repair(folder, tmp_path / "second")
+    assert objects(tmp_path / "second") == before
+
+
 def test_images_that_training_reads_are_kept(tmp_path: Path) -> None:
     """Float images are not converted: the conversion would make them black."""
     folder = make_roboflow(tmp_path / "data", splits=SPLITS, suffix="tif")
