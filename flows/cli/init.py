@@ -221,9 +221,10 @@ def _warnings(facts: DatasetFacts, chosen: Choices, *, masks_possible: bool) -> 
     if masks_possible and facts.masks > 0.5:
         lines.append("objects have outlines: --variant seg-medium trains masks as well as boxes")
     if not visible_gpus():
+        smaller = "" if chosen.variant == "nano" else "--variant nano --force, then "
         lines.append(
             f"no GPU: {chosen.variant} on a CPU takes seconds per image and step. For a trial: "
-            "--variant nano --force, then `rfdetr-pipeline retrain --set fit.epochs=1`"
+            f"{smaller}`rfdetr-pipeline retrain --set fit.epochs=1`"
         )
     if facts.images.get("train", 0) < 20:
         lines.append("fewer than 20 training images: good for a trial, not for a model")

@@ -147,8 +147,8 @@ def _from_scratch(model: ModelSettings, settings: ConvertSettings, target: Path)
     report = initialise_weights(network, config)
     payload = best_payload(network.state_dict(), config)
     save_file(as_lightning_checkpoint(payload, "The file of initial weights"), target)
-    encoder = "no file" if report is None else report.path
-    summary = f"initial weights from seed {settings.seed}, encoder from {encoder}."
+    encoder = "" if report is None else f", encoder from {report.path}"
+    summary = f"random initial weights of seed {settings.seed}{encoder}."
     return _about(read_checkpoint(target, mmap=True)) | {
         "kind": "scratch",
         "source_sha256": None,

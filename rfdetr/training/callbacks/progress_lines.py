@@ -53,7 +53,7 @@ class ProgressLines(Checkpoint):
         evaluated = EVALUATION * sum(int(number) for number in trainer.num_val_batches)
         total = epochs * (batches + evaluated) * seconds
         return (
-            f"about {duration(total)} for {epochs} epochs of {batches} batches, "
+            f"about {duration(total)} for {epochs} epoch{'s' * (epochs != 1)} of {batches} batches, "
             f"at {seconds:.2g} s per batch"
         )
 
