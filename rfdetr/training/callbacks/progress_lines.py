@@ -53,8 +53,8 @@ class ProgressLines(Checkpoint):
         evaluated = EVALUATION * sum(int(number) for number in trainer.num_val_batches)
         total = epochs * (batches + evaluated) * seconds
         return (
-            f"about {duration(total)} for {epochs} epoch{'s' * (epochs != 1)} of {batches} batches, "
-            f"at {seconds:.2g} s per batch"
+            f"about {duration(total)} for {epochs} epoch{'s' * (epochs != 1)} of {batches} "
+            f"batches, at {seconds:.2g} s per batch"
         )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
