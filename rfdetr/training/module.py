@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from rfdetr.checkpoints.pretrained import initialise_weights
 from rfdetr.checkpoints.record import class_names_of, read_checkpoint
@@ -21,11 +19,11 @@ from rfdetr.data.batch import NestedTensor
 from rfdetr.data.packed import PackedTargets
 from rfdetr.model.criterion import build_criterion
 from rfdetr.model.network import RFDETRNetwork, build_network
-from rfdetr.model.postprocess import PostProcess, image_masks
-from rfdetr.model.types import HostDetections
+from rfdetr.model.postprocess import PostProcess
 from rfdetr.training.acceleration import Acceleration, accelerate
-from rfdetr.training.callbacks.ema import RFDETREMACallback, only_ema
+from rfdetr.training.callbacks.ema import RFDETREMACallback
 from rfdetr.training.callbacks.process_settings import ProcessSettings
+from rfdetr.training.evaluation_steps import Batch, EvaluationSteps
 from rfdetr.training.lightning_adapter import attached_trainer, unscales_gradients
 from rfdetr.training.loaded_checkpoint import normalise_loaded
 from rfdetr.training.multi_scale import draw_size, multi_scale_sizes, resize_batch
@@ -42,12 +40,10 @@ from rfdetr.training.stored_settings import (
     stored_train_config,
     warn_ignored_settings,
 )
-from rfdetr.training.training_log import TrainingLog, logs_now
-
-Batch = tuple[NestedTensor, Sequence[dict[str, Any]]]
+from rfdetr.training.training_log import TrainingLog
 
 
-class RFDETRModule(pl.LightningModule):
+class RFDETRModule(EvaluationSteps):
     """Trains and evaluates one detector; `model` is the network.
 
     Pretrained weights are loaded at construction (`load_report` says how); a given `network` is
@@ -206,7 +202,7 @@ class RFDETRModule(pl.LightningModule):
         terms = self.criterion(self.model(samples, targets), targets)
         loss = self._weighted(terms)
         check_finite(loss, terms, targets, attached_trainer(self))
-        self._log_training(loss, terms, len(targets), batch_idx)
+        self.training_log.log(self, {**terms, "loss": loss}, len(targets), batch_idx)
         return loss / self._window
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -218,104 +214,6 @@ class RFDETRModule(pl.LightningModule):
            and the sum over the window is the gradient of the mean.
         """
         super().backward(loss * self._window, *args, **kwargs)
-
-    def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
-        weights = self.criterion.weight_dict
-        return torch.stack([terms[name] * weights[name] for name in terms if name in weights]).sum()
-
-    def _log_training(
-        self, loss: Tensor, terms: dict[str, Tensor], batch_size: int, batch_idx: int
-    ) -> None:
-        trainer: Any = attached_trainer(self)
-        if trainer is None:
-            return
-        config = self.train_config
-        values = {f"train/{name}": value.detach() for name, value in terms.items()}
-        values["train/loss"] = loss.detach()
-        if config.train_log_on_step:
-            steps = {f"{name}_step": value for name, value in values.items()}
-            self.log_dict(steps, on_step=True, on_epoch=False, batch_size=batch_size)
-        self.training_log.add(values, batch_size)
-        if not logs_now(trainer, batch_idx):
-            return
-        means, count = self.training_log.take()
-        self.log_dict(
-            means,
-            on_step=False,
-            on_epoch=True,
-            batch_size=count,
-            sync_dist=config.train_log_sync_dist,
-        )
-        self.log("loss", values["train/loss"], prog_bar=True, logger=False, batch_size=batch_size)
-        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
-        rates_now = {"train/lr": rates[0], "train/lr_min": min(rates), "train/lr_max": max(rates)}
-        self.log_dict(rates_now, on_step=True, on_epoch=False, batch_size=batch_size)
-
-    def validation_step(
-        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, Any]:
-        """{"results", "targets"} of one batch for COCOEvalCallback; logs val/loss.
-
-        Only the first of several loaders is evaluated.
-        """
-        with_loss = self.train_config.compute_val_loss and dataloader_idx == 0
-        return self._evaluate(batch, "val", with_loss)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """As `validation_step`, under test/."""
-        with_loss = self.train_config.compute_test_loss and dataloader_idx == 0
-        return self._evaluate(batch, "test", with_loss)
-
-    def predict_step(
-        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> list[dict[str, Tensor]]:
-        """One dictionary per image: scores, labels, boxes (xyxy, original pixels), masks."""
-        samples, targets = batch
-        found: list[dict[str, Any]] = []
-        for result, target in zip(
-            self.detect(self.evaluation_forward(self.model, samples), targets), targets, strict=True
-        ):
-            one: dict[str, Any] = {k: result[k] for k in ("scores", "labels", "boxes")}
-            if "mask_logits" in result:
-                height, width = target["orig_size"].reshape(2).tolist()
-                one["masks"] = image_masks(result, height, width).cpu()
-            found.append(one)
-        return found
-
-    def _evaluate(self, batch: Batch, stage: str, with_loss: bool) -> dict[str, Any]:
-        samples, targets = batch
-        trainer = attached_trainer(self)
-        ema = only_ema(trainer, self) if trainer is not None and stage == "val" else None
-        outputs = self.evaluation_forward(self.model if ema is None else ema, samples)
-        if with_loss:
-            loss = self._weighted(self.criterion(outputs, targets))
-            self.log(
-                f"{stage}/loss",
-                loss,
-                on_epoch=True,
-                batch_size=len(targets),
-                sync_dist=True,
-                add_dataloader_idx=False,
-            )
-        return {"results": self.detect(outputs, targets), "targets": targets}
-
-    def evaluation_forward(self, network: nn.Module, samples: Any) -> dict[str, Any]:
-        """Outputs of `network` (live or EMA) in the precision of evaluation."""
-        half = self.train_config.fp16_eval and self.device.type == "cuda"
-        context: contextlib.AbstractContextManager[Any] = (
-            torch.autocast("cuda", torch.float16) if half else contextlib.nullcontext()
-        )
-        with torch.no_grad(), context:
-            outputs: dict[str, Any] = network(samples)
-        return outputs
-
-    def detect(self, outputs: Any, targets: Sequence[dict[str, Any]]) -> list[HostDetections]:
-        """Detections in original pixels of the images that `targets` describe, on the CPU.
-
-        Masks stay logits of the network's size on its device: see `PostProcess.on_host`.
-        """
-        sizes = torch.stack([target["orig_size"].reshape(2) for target in targets])
-        return self.postprocess.on_host(outputs, sizes)
 
     def configure_optimizers(self) -> Any:
         """AdamW with layer-wise rates, and the schedule over the trainer's actual step count."""

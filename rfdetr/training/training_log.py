@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pytorch_lightning import LightningModule
 from torch import Tensor
+
+from rfdetr.training.lightning_adapter import attached_trainer
 
 
 class TrainingLog:
@@ -21,6 +24,37 @@ class TrainingLog:
         self._names: list[str] = list(state.get("names", []))
         self._sums: Tensor | None = state.get("sums")
         self._count = int(state.get("count", 0))
+
+    def log(
+        self, module: LightningModule, terms: dict[str, Tensor], batch_size: int, batch_idx: int
+    ) -> None:
+        """Log the losses of a batch and the learning rates; nothing without a trainer.
+
+        `terms` are the loss terms and their weighted sum "loss", all means over the batch.
+        """
+        trainer: Any = attached_trainer(module)
+        if trainer is None:
+            return
+        config: Any = module.train_config
+        values = {f"train/{name}": value.detach() for name, value in terms.items()}
+        if config.train_log_on_step:
+            steps = {f"{name}_step": value for name, value in values.items()}
+            module.log_dict(steps, on_step=True, on_epoch=False, batch_size=batch_size)
+        self.add(values, batch_size)
+        if not logs_now(trainer, batch_idx):
+            return
+        means, count = self.take()
+        module.log_dict(
+            means,
+            on_step=False,
+            on_epoch=True,
+            batch_size=count,
+            sync_dist=config.train_log_sync_dist,
+        )
+        module.log("loss", values["train/loss"], prog_bar=True, logger=False, batch_size=batch_size)
+        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        rates_now = {"train/lr": rates[0], "train/lr_min": min(rates), "train/lr_max": max(rates)}
+        module.log_dict(rates_now, on_step=True, on_epoch=False, batch_size=batch_size)
 
     @torch.no_grad()
     def add(self, values: dict[str, Tensor], count: int) -> None:
