@@ -198,12 +198,13 @@ class DetectorState(HintedAttributes):
         return pad_images(pixels, self.config.block_size).normalised()
 
     def _detections(self, result: HostDetections, size: tuple[int, int]) -> supervision.Detections:
-        """Detections of known classes: the head has outputs that mean no class."""
+        """Finite boxes of known classes: the head has outputs that mean no class."""
         import numpy as np
         import supervision
 
         known = self.label_names()
         kept = torch.tensor([n in known for n in result["labels"].tolist()], dtype=torch.bool)
+        kept &= result["boxes"].isfinite().all(dim=1)
         if not kept.all():
             result = _chosen(result, kept)
         labels = result["labels"].numpy().astype(int)

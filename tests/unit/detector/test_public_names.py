@@ -269,6 +269,13 @@ def test_labels_without_a_name_never_leave_predict() -> None:
         assert len(detector.predict(pixels(), threshold=0.99)) == 0
 
 
+def test_boxes_that_are_not_finite_never_leave_predict() -> None:
+    detector = small(num_classes=3)
+    for parameter in detector.model.model.bbox_embed.parameters():
+        parameter.data.fill_(float("nan"))
+    assert len(detector.predict(pixels(), threshold=0.0)) == 0
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[rfdetr.RFDETR, Path]:
     """A detector after one epoch, and its data."""
