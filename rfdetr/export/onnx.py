@@ -93,7 +93,7 @@ def export_onnx(
             f"batch_size must be an integer of at least 1; got {batch_size!r}. dynamic_batch=True "
             "allows any number of images."
         )
-    if opset not in OPSETS:
+    if type(opset) is not int or opset not in OPSETS:
         raise InputError(
             f"The network needs ONNX opset {OPSETS[0]} or higher, and {OPSETS[-1]} is the highest "
             f"that can be written; got {opset!r}."

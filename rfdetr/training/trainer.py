@@ -24,7 +24,7 @@ from rfdetr.training.callbacks.ema import RFDETREMACallback
 from rfdetr.training.lightning_adapter import find_checkpoints_with
 from rfdetr.training.loggers import build_loggers
 
-SHARDED = ("fsdp", "deepspeed")
+SHARDED = ("fsdp", "deepspeed", "modelparallel")
 MINUTES_IN_EPOCH = 5.0  # between the writes of last.ckpt inside a long epoch
 BF16_CAPABILITY = (8, 0)
 # what Lightning's mode for measuring its own overhead refuses

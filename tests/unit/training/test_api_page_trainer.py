@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelSummary
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO
 from rfdetr.errors import MissingDependencyError
@@ -177,7 +177,9 @@ def test_callbacks_that_are_always_there(config):
     assert {COCOEvalCallback, BestModelCallback, CheckpointCallback} <= kinds(built(config))
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "FSDP", "deepspeed_stage_2", FSDPStrategy()])
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", "FSDP", "deepspeed_stage_2", FSDPStrategy(), ModelParallelStrategy()]
+)
 def test_sharded_strategies_train_without_ema_and_warn(config, strategy):
     from rfdetr.training.trainer import build_callbacks
 
