@@ -29,7 +29,7 @@ READERS = {
     "orchestration/children.py": "the environment of children",
     "orchestration/notify.py": "Prefect calls the hooks of a flow",
     "orchestration/gpus.py": "claims GPUs for children through CUDA_VISIBLE_DEVICES",
-    "registry/registry.py": "restores what MLflow changes",
+    "registry/artifacts.py": "restores what MLflow changes",
     "core/redact.py": "masks the values of secret variables",
     "core/quiet.py": "sets defaults of MLflow",
 }
