@@ -7,7 +7,7 @@ import logging
 from flows.core.errors import REPORT, explain
 from flows.core.stopping import reclaim_sigterm, stopping
 
-LOGGERS = ("root", "prefect", "prefect.flow_runs", "prefect.task_runs")
+LOGGERS = ("root", "prefect", "prefect._internal", "prefect.flow_runs", "prefect.task_runs")
 
 
 class _Readable(logging.Filter):
