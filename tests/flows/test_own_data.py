@@ -129,7 +129,7 @@ def _require_report(root: Path) -> None:
     codes = re.findall(r"data:image/(?:jpeg|png|webp);base64,([A-Za-z0-9+/=]+)", page)
     pictures = [Image.open(io.BytesIO(base64.b64decode(code))).convert("RGB") for code in codes]
     samples = [np.asarray(p).astype(int) for p in pictures if max(p.size) >= 300]
-    assert len(samples) >= 12 + 8 + 6  # train, valid, test
+    assert len(samples) >= 12 + 6 + 6  # train, valid, test
     boxes = 0
     for pixels in samples:
         assert pixels.max() > 60 and pixels.std() > 3
