@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from flows.cli.main import main
 from flows.core.errors import REPORT, explain
+from rfdetr.tracking.local_store import follow_database
 from tests.flows.prefect_fixtures import Retrained
 from tests.flows.projects import ROOT
 
@@ -60,6 +61,13 @@ def replaced(name: str) -> Callable[[Path], Environ]:
         return {}
 
     return fault
+
+
+def deleted_artifacts(root: Path) -> Environ:
+    """The copy of the project has artifacts of its own, which are gone."""
+    follow_database(f"sqlite:///{root / 'mlflow.db'}", copied=True)
+    shutil.rmtree(root / "mlartifacts")
+    return {}
 
 
 def without(*names: str) -> Callable[[Path], Environ]:
@@ -141,7 +149,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Environ], list[str], int, str]] = {
     "damaged git configuration": (content(".git/config", b"[core\n"), ["plan"], 1, "git: "),
     "no git": (without(".git"), ["plan"], 0, "up to date"),
     "no models": (without("models"), ["register"], 1, "missing"),
-    "deleted artifacts": (without("mlartifacts"), PREDICT, 1, "files are missing"),
+    "deleted artifacts": (deleted_artifacts, PREDICT, 1, "files are missing"),
     "damaged journals": (damaged_journals, ["sync"], 0, ""),
     "odd pictures": (odd_pictures, INCOMING, 0, "3 files are not images"),
     "out is a file": (content("found", b""), PREDICT, 1, "choose another --out"),
