@@ -47,7 +47,7 @@ def what_next(project: Project) -> str:
             f"dataset report   {project.validation.with_suffix('.html')}",
             f"training         {project.fit_picture}",
             f"predictions      {project.reports / 'pictures/samples.png'}",
-            *_commands(registered),
+            *_commands(registered, served=registry_of(project).champion() is not None),
             "who and why      rfdetr-pipeline history",
         ]
     )
@@ -71,8 +71,8 @@ def _outcome(project: Project, registered: Registered, verdict: Verdict) -> list
     return lines
 
 
-def _commands(registered: Registered) -> list[str]:
-    """How to serve the champion, and where the runs are, in MLflow's view for training.
+def _commands(registered: Registered, *, served: bool) -> list[str]:
+    """How to serve a champion if there is one, and the runs in MLflow's view for training.
 
     The address of the store is spelled out, since MLflow's default fails in a folder with a space.
     """
@@ -87,8 +87,8 @@ def _commands(registered: Registered) -> list[str]:
             f"experiments      mlflow ui --backend-store-uri {uri}",
             f"                 then http://127.0.0.1:5000{page}",
         ]
-    return [
+    use = [
         "predict          rfdetr-pipeline predict IMAGES --out found",
         f"serve            {serve}",
-        *experiments,
     ]
+    return [*(use if served else []), *experiments]
