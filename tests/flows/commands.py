@@ -26,6 +26,7 @@ class Command:
         if self.pid == 0:
             os.chdir(root)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             line = [sys.executable, "-u", "-m", "flows.cli.main", *arguments]
             os.execve(sys.executable, line, dict(environment))
         self.text = ""

@@ -159,9 +159,10 @@ def test_what_the_child_leaves_in_its_group_is_killed(tmp_path: Path) -> None:
     assert wait_for(lambda: not any(alive(pid) for pid in pids_of(pids)))
 
 
-def heed_sigint() -> None:
-    """These tests may run as a background job, which ignores SIGINT."""
+def heed_signals() -> None:
+    """These tests may run as a background job or under nohup, which ignore SIGINT and SIGHUP."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_a_background_job_can_still_stop_its_child_gracefully() -> None:
@@ -194,7 +195,7 @@ exit_on_sigterm()
 run_streaming([sys.executable, "-c", {child!r}], print, grace=2)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", parent], stderr=subprocess.DEVNULL, preexec_fn=heed_sigint
+        [sys.executable, "-c", parent], stderr=subprocess.DEVNULL, preexec_fn=heed_signals
     )
     assert wait_for(lambda: pids.exists() and pids.read_text() != "")
     os.kill(process.pid, number)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.core.test_process import alive, heed_sigint, wait_for
+from tests.flows.core.test_process import alive, heed_signals, wait_for
 
 # A command whose child, in a session of its own, ignores requests to stop.
 COMMAND = """
@@ -41,7 +41,9 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN) if ignored else heed_sigint(),
+            preexec_fn=lambda: (
+                signal.signal(ignored, signal.SIG_IGN) if ignored else heed_signals()
+            ),
         )
         assert wait_for(lambda: pids.exists() and pids.read_text() != "")
         self.child = int(pids.read_text())
