@@ -199,9 +199,10 @@ class AbsentModules:
 
     @staticmethod
     def find_spec(name: str, *_: object) -> None:
-        """Raise ImportError with the advice for a module of the public package."""
+        """Raise ModuleNotFoundError with the advice for a module of the public package."""
         if name in MODULES:
-            raise ImportError(f"{name} is not offered. {MODULES[name]}", name=name)
+            # without name=: `from rfdetr import utilities` would replace the error by its own
+            raise ModuleNotFoundError(f"{name} is not offered. {MODULES[name]}")
 
 
 def absent(module: str, name: str) -> Exception:

@@ -24,9 +24,7 @@ from rfdetr.checks.table import SplitTable
 from rfdetr.config import ModelConfig
 
 ENOUGH_BOXES = 16  # fewer may fit another format by chance; small splits are judged together
-FEW_BOXES = (
-    4  # different ones are enough if half of them cannot be objects in the format of the layout
-)
+FEW_BOXES = 4  # different ones are enough if half of them cannot be objects as they are read
 MOST_BOXES = 20_000  # of a larger split, every second, third ... box is judged
 LEAST_IOU = 0.3  # of a box and what its outline extends over
 MOST_DIFFER = 0.5  # share of outlines that differ from which on they are wrong rather than odd

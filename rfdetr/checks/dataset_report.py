@@ -37,7 +37,7 @@ Identifier = Annotated[int | str, BeforeValidator(_portable)]
 class Finding(BaseModel):
     """One defect at one place. `file` is relative to the dataset folder; `line` counts from 1.
 
-    In JSON, `advice` is called "fix" and `repair`, the repair that `--fix` makes, "mend".
+    `advice` and `repair`, what `--fix` does, have other keys in JSON: those of schema version 1.
     """
 
     model_config = ConfigDict(frozen=True, populate_by_name=True)

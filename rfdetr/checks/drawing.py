@@ -166,7 +166,7 @@ def _write(
 
 
 def encode_jpeg(picture: Image.Image, limit: int) -> Picture:
-    """The picture as a JPEG of at most `limit` bytes: less quality, then less pixels."""
+    """The picture as a JPEG of at most `limit` bytes: lower quality, then fewer pixels."""
     small = picture
     while True:
         for quality in (82, 65, 45, 30):

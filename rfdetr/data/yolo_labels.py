@@ -110,7 +110,7 @@ def _hint(line: str) -> str:
     words = line.split()
     if len(words) == 6:
         return " (a confidence behind the box? Ultralytics writes it with save_conf=True)"
-    if len(words) in (9, 10) and len(words) > 8 and not words[8].replace(".", "").isdigit():
+    if len(words) in (9, 10) and not words[8].replace(".", "").isdigit():
         return " (DOTA labels? Export them as YOLO OBB: the class first, corners in fractions)"
     for mark, name in ((",", "commas"), (";", "semicolons")):
         if len(words) < 3 and mark in line:

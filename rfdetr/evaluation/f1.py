@@ -62,11 +62,31 @@ def count_matches(matches: Matches, max_dets: int) -> tuple[Integers, Integers]:
     classes, size = len(matches.positives), len(SCORE_THRESHOLDS) + 1
     cell = matches.label * size + bins
 
-    def at_or_above(flags: Bools) -> Integers:
-        table = np.bincount(cell[flags], minlength=classes * size).reshape(classes, size)
-        return np.cumsum(table[:, :0:-1], axis=1)[:, ::-1]
+    def count(flags: Bools) -> Integers:
+        return at_or_above(np.bincount(cell[flags], minlength=classes * size), classes)
 
-    return at_or_above(true), at_or_above(counted & ~true)
+    return count(true), count(counted & ~true)
+
+
+def at_or_above(table: Integers, *shape: int) -> Integers:
+    """How many reach each threshold (*shape, S), from a flat table of counts per `score_bins`."""
+    table = table.reshape(*shape, len(SCORE_THRESHOLDS) + 1)
+    return np.cumsum(table[..., :0:-1], axis=-1)[..., ::-1]
+
+
+def best_macro_f1(true: Integers, every: Integers, positives: Integers) -> Floats:
+    """The best F1 (...) over the thresholds, a mean over the classes with boxes; NaN without boxes.
+
+    `true` and `every` (..., K, S) are true positives and all detections that reach a threshold,
+    `positives` (..., K) the boxes.
+    """
+    # F1 = 2 TP / (2 TP + FP + FN), without a division by zero where nothing was detected
+    f1 = 2 * true / np.maximum(every + positives[..., None], 1)
+    present = positives > 0
+    count = present.sum(axis=-1)
+    total = np.where(present[..., None], f1, 0.0).sum(axis=-2)
+    best = (total / np.maximum(count, 1)[..., None]).max(axis=-1)
+    return np.where(count > 0, best, np.nan)
 
 
 def sweep(true: Integers, false: Integers, positives: Integers) -> F1Sweep:

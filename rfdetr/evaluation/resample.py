@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rfdetr.arrays import Bools, Floats, Integers
 from rfdetr.evaluation.accumulate import RECALL_POINTS
 from rfdetr.evaluation.evidence import MatchEvidence
-from rfdetr.evaluation.f1 import SCORE_THRESHOLDS, score_bins
+from rfdetr.evaluation.f1 import SCORE_THRESHOLDS, at_or_above, best_macro_f1, score_bins
 from rfdetr.evaluation.matching import IOU_THRESHOLDS
 
 Metric = Literal["map_50_95", "map_50", "map_75", "f1", "f1_at_point"]
@@ -142,26 +142,19 @@ class MacroF1:
         self._true = ((evidence.matched & 1) == 1)[counted]
         self._cell, self._image = cell, evidence.image[counted]
         self._positives = evidence.positives.astype(np.int64)
-        self._shape = (evidence.positives.shape[1], size)
 
     def __call__(self, weights: Integers) -> Floats:
         """The F1 (B,) with image i counted `weights[b, i]` times; NaN without any box."""
         return np.array([self._value(row) for row in weights])
 
     def _value(self, weights: Integers) -> float:
-        positives = weights @ self._positives
-        present = positives > 0
-        if not present.any():
-            return float("nan")
         weight = weights[self._image]
-        true, every = self._at_or_above(weight * self._true), self._at_or_above(weight)
-        # F1 = 2 TP / (2 TP + FP + FN), without a division by zero where nothing was detected
-        f1 = 2 * true / np.maximum(every + positives[:, None], 1)
-        return float(f1[present].mean(axis=0).max())
+        true, every = self._count(weight * self._true), self._count(weight)
+        return float(best_macro_f1(true, every, weights @ self._positives))
 
-    def _at_or_above(self, weight: Integers) -> Floats:
-        table = np.bincount(self._cell, weight, minlength=self._shape[0] * self._shape[1])
-        return np.asarray(np.cumsum(table.reshape(self._shape)[:, :0:-1], axis=1)[:, ::-1])
+    def _count(self, weight: Integers) -> Integers:
+        classes, size = self._positives.shape[1], len(SCORE_THRESHOLDS) + 1
+        return at_or_above(np.bincount(self._cell, weight, minlength=classes * size), classes)
 
 
 class MacroF1AtPoint:

@@ -23,7 +23,7 @@ from rfdetr.data.layouts import Layout, SplitPaths
 from rfdetr.errors import InputError
 from rfdetr.evaluation.accumulate import average_precisions
 from rfdetr.evaluation.evidence import MatchEvidence
-from rfdetr.evaluation.f1 import SCORE_THRESHOLDS, score_bins
+from rfdetr.evaluation.f1 import SCORE_THRESHOLDS, at_or_above, best_macro_f1, score_bins
 from rfdetr.evaluation.matching import IOU_THRESHOLDS
 from rfdetr.evaluation.slice_rules import SliceRule, text_values
 
@@ -243,7 +243,7 @@ def _class_precisions(part: MatchEvidence, cell: Integers) -> Floats:
 
 
 def _best_f1(part: MatchEvidence, cell: Integers, bins: Integers) -> Floats:
-    """The best macro F1 (I,) of every image over the score thresholds; 0 without boxes.
+    """The best macro F1 (I,) of every image over the score thresholds; NaN without boxes.
 
     `bins` (D,) are the thresholds that each detection reaches.
     """
@@ -252,14 +252,8 @@ def _best_f1(part: MatchEvidence, cell: Integers, bins: Integers) -> Floats:
     place = (cell * size + bins)[counted]
     true = (part.matched & 1 == 1)[counted]
 
-    def at_or_above(places: Integers) -> Integers:
+    def count(places: Integers) -> Integers:
         table = np.bincount(places, minlength=part.positives.size * size)
-        table = table.reshape(*part.positives.shape, size)
-        return np.cumsum(table[..., :0:-1], axis=-1)[..., ::-1]
+        return at_or_above(table, *part.positives.shape)
 
-    positives = part.positives[..., None]
-    f1 = 2 * at_or_above(place[true]) / np.maximum(at_or_above(place) + positives, 1)
-    present = positives > 0
-    total = np.where(present, f1, 0.0).sum(axis=1)
-    best: Floats = (total / np.maximum(present.sum(axis=1), 1)).max(axis=-1)
-    return best
+    return best_macro_f1(count(place[true]), count(place), part.positives.astype(np.int64))
