@@ -70,7 +70,9 @@ def parse_yaml(text: str, *, origin: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{origin} is not valid YAML: {problem}{place}.") from None
+        tabs = any(line.lstrip(" ").startswith("\t") for line in text.splitlines())
+        way = " Indent with spaces, not with tabs." if tabs else ""
+        raise ConfigError(f"{origin} is not valid YAML: {problem}{place}.{way}") from None
 
 
 def require_merged(text: str, origin: str) -> None:

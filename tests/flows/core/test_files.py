@@ -66,7 +66,10 @@ def test_a_missing_or_broken_yaml_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a\.yaml is not valid YAML"):
         read_yaml(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("a:\n  - [1")
-    with pytest.raises(ConfigError, match=r"not valid YAML: .* \(line \d+, column \d+\)"):
+    with pytest.raises(ConfigError, match=r"not valid YAML: .* \(line \d+, column \d+\)\.$"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("fit:\n\tepochs: 5\n")
+    with pytest.raises(ConfigError, match="Indent with spaces, not with tabs"):
         read_yaml(tmp_path / "a.yaml")
 
 
