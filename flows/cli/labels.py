@@ -56,6 +56,7 @@ def review_labels(project: Project, options: argparse.Namespace) -> int:
         write_page,
     )
     from flows.storage.packs import open_dataset
+    from rfdetr.evaluation.suspects import STRONG
 
     _check(options)
     dataset, split = project.params.dataset, str(options.split)
@@ -68,7 +69,11 @@ def review_labels(project: Project, options: argparse.Namespace) -> int:
     write_page(page, suspects, root, f"Suspected labels of {dataset.name}, {split} split", note)
     rows = [suspect.model_dump(exclude_none=True) for suspect in suspects]
     write_json(page.with_suffix(".json"), {"split": split, "note": note, "suspects": rows})
-    print(f"{len(scored.columns.truth)} labels, {len(suspects)} suspects; see {page}")
+    strong = sum(suspect.suspicion >= STRONG for suspect in suspects)
+    print(
+        f"{len(scored.columns.truth)} labels; of {len(suspects)} suspects, {strong} are strong "
+        f"({STRONG} or more); see {page}"
+    )
     for suspect in suspects[:10]:
         seen = f" -> {suspect.proposal}" if suspect.proposal else ""
         print(

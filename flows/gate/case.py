@@ -51,9 +51,9 @@ class Case:
         changes = {}
         for name in self.challenger.slices:
             pair = [slice_evidence(scores, name) for scores in (self.champion, self.challenger)]
-            if pair[0] is None or pair[1] is None or not pair[1].positives.any():
+            if pair[0] is None or pair[1] is None:
                 continue
-            with contextlib.suppress(InputError):  # other boxes: the rule of the slice refuses
+            with contextlib.suppress(InputError):  # too few or other boxes: see the slice's rule
                 found = paired_bootstrap(pair[0], pair[1])
                 changes[name] = SliceChange(
                     change=found.observed, lower=found.lower, upper=found.upper

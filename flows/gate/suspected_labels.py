@@ -55,6 +55,7 @@ def suspected_labels(
 
     `files` has the path of every image id; `root` is the dataset's folder.
     """
+    root = root.absolute()
     found = find_suspects(scored.columns)
     numbers = _numbers_in_image(scored.columns.truth)
     records = []

@@ -55,12 +55,12 @@ def paired_bootstrap(
     """Percentile interval of the difference, both detectors on the same resampled images.
 
     `confidence` is two-sided. Deterministic for a seed. Raises InputError when the two were not
-    scored on the same boxes, image by image, or when there are none.
+    scored on the same boxes, image by image, or when fewer than two images have boxes.
     """
     if not np.array_equal(champion.positives, challenger.positives):
         raise InputError("the two detectors were not scored on the same images and boxes")
-    if not challenger.positives.any():
-        raise InputError("the test set has no boxes: there is nothing to resample")
+    if np.count_nonzero(challenger.positives.any(axis=1)) < 2:
+        raise InputError("fewer than two images have boxes: there is nothing to resample")
     old, new = statistic(champion, metric), statistic(challenger, metric)
     random = np.random.default_rng(seed)
     images = challenger.images

@@ -70,9 +70,10 @@ def test_the_change_of_a_slice_has_its_own_interval() -> None:
     old, new = matches(0.5, images=80), matches(0.9, images=80)
     half = row(0.5, members=tuple(range(40)))
     area = row(0.5, evidence=old.take(range(20)))  # type: ignore[arg-type]
-    champion = scores(0.5, evidence=old, slices={"half": half, "small": area})
+    one = row(0.5, members=(0,))  # an interval of one image would have no width
+    champion = scores(0.5, evidence=old, slices={"half": half, "small": area, "one": one})
     better = dataclasses.replace(area, evidence=new.take(range(20)))  # type: ignore[arg-type]
-    challenger = scores(0.9, evidence=new, slices={"half": half, "small": better})
+    challenger = scores(0.9, evidence=new, slices={"half": half, "small": better, "one": one})
     verdict = judge(champion, challenger)
     assert set(verdict.slices) == {"half", "small"}
     for change in verdict.slices.values():

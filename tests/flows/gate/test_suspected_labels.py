@@ -53,7 +53,9 @@ def scored(data: Path, tmp_path_factory: pytest.TempPathFactory) -> ScoredModel:
     return dataclasses.replace(found, columns=columns)
 
 
-def test_records_name_the_file_and_what_the_model_sees(data: Path, scored: ScoredModel) -> None:
+def test_records_name_the_file_and_what_the_model_sees(
+    data: Path, scored: ScoredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = image_files(
         data, DatasetSettings(name="demo", dir=str(data), layout="roboflow"), "test"
     )
@@ -70,6 +72,8 @@ def test_records_name_the_file_and_what_the_model_sees(data: Path, scored: Score
     document = json.loads((data / "test" / "_annotations.coco.json").read_text())
     by_id = {image["id"]: image["file_name"] for image in document["images"]}
     assert by_id[wrong.image_id] == Path(wrong.image).name
+    monkeypatch.chdir(data.parent)  # as a stage runs
+    assert wrong in suspected_labels(scored, files, Path(data.name), 2)
 
 
 def test_the_page_shows_both_boxes_and_escapes_names(
