@@ -12,12 +12,13 @@ from flows.orchestration import artifacts
 from flows.orchestration.children import RETRIED, StageFailedError, log_line, run_module
 from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.prefect_log import readable_prefect_log
+from flows.orchestration.run_names import model_flow_time
 from flows.project.project import Project
 from flows.storage.s3 import is_s3
 from rfdetr.errors import ConfigError
 
 
-@flow(name="batch-predict")
+@flow(name="batch-predict", flow_run_name=model_flow_time)
 def batch_predict(
     source: str,
     out: str,

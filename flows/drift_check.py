@@ -19,12 +19,13 @@ from flows.orchestration.children import RETRIED, run_module
 from flows.orchestration.gpus import gpu_slot
 from flows.orchestration.notify import notify
 from flows.orchestration.prefect_log import readable_prefect_log
+from flows.orchestration.run_names import model_flow_time
 from flows.project.project import Project
 
 EVENT = "rfdetr.drift.detected"
 
 
-@flow(name="drift-check")
+@flow(name="drift-check", flow_run_name=model_flow_time)
 def drift_check(
     source: str | list[str] | None = None, params: DriftParams | None = None
 ) -> State | dict[str, Any]:

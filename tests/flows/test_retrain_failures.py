@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -142,5 +143,7 @@ for state in (
     )
     assert done.stdout.split() == ["FAILED"] * 4, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+    for flow in ("rollback", "drift-check", "batch-predict"):
+        assert re.search(rf"Flow run 'tiny-{flow}-\d{{4}}-\d\d-\d\d-\d{{4}}'", done.stderr), flow
     for text in ("git checkout v1", "has no version 9", "drift check failed: ", "nowhere"):
         assert text in done.stderr
