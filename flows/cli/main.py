@@ -16,7 +16,7 @@ from flows.cli import import_data, init, labels
 from flows.config.environment import bypass_proxies
 from flows.core.child_report import report_failure
 from flows.core.errors import FAILED, INTERRUPTED
-from flows.core.garbage import collect_rarely, without_pandas
+from flows.core.garbage import collect_rarely, without_tables
 from flows.core.stopping import Terminated, say_last_words, stop_on_signals, stopped_status
 from flows.project.workspace import STAGES
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop_on_signals()
         collect_rarely()
         if options.run in LIGHT and not getattr(options, "repair", False):
-            without_pandas()
+            without_tables()
         if isinstance(sys.stdout, io.TextIOWrapper):  # file names that its encoding lacks
             sys.stdout.reconfigure(errors="backslashreplace")
     bypass_proxies()

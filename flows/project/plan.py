@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -31,20 +32,17 @@ def plan_stages(project: Project) -> list[StagePlan]:
     Raises BusyError while another DVC process is running in the folder.
     """
     from dvc.lock import LockError
-    from dvc.repo import Repo
+    from dvc.repo import Repo, lock_repo
 
     root = project.root
     forget_dead_locks(root)
     with Repo(str(root)) as repo:
         try:
-            status = repo.status()
+            with lock_repo(repo):  # so that both read dvc.yaml once
+                status = repo.status()
+                upstream = _upstream(repo.index.stages)
         except LockError as error:
             raise BusyError(f"{root} is in use by another process: {error}") from error
-        upstream = {
-            stage.addressing: {parent.addressing for parent in repo.index.graph.successors(stage)}
-            for stage in repo.index.graph
-            if stage.addressing
-        }
     plans: dict[str, StagePlan] = {}
     for name in stage_names(project):
         reasons = _reasons(status.get(name, []))
@@ -57,6 +55,20 @@ def plan_stages(project: Project) -> list[StagePlan]:
         after = tuple(f"after {parent}" for parent in sorted(waiting))
         plans[name] = StagePlan(stage=name, state=state, reasons=(*reasons, *after))
     return list(plans.values())
+
+
+def _upstream(stages: Sequence[Any]) -> dict[str, set[str]]:
+    """The names of the stages whose results each stage reads. DVC's own graph loads networkx."""
+    owners = {Path(out.fs_path): stage.addressing for stage in stages for out in stage.outs}
+    return {
+        stage.addressing: {
+            owner
+            for path, owner in owners.items()
+            for read in (Path(dep.fs_path) for dep in stage.deps)
+            if path.is_relative_to(read) or read.is_relative_to(path)
+        }
+        for stage in stages
+    }
 
 
 def _source_changes(project: Project) -> list[str]:
