@@ -19,12 +19,12 @@ from torch import nn
 from rfdetr.checkpoints.best_file import best_payload, stripped_payload
 from rfdetr.checkpoints.record import read_checkpoint
 from rfdetr.checkpoints.safe_io import load_file, save_file, verify_file
-from rfdetr.errors import CheckpointError
 from rfdetr.files import write_text_atomic
 from rfdetr.training.beside import Beside
 from rfdetr.training.callbacks.best_score import BestScore, better_of
 from rfdetr.training.callbacks.ema import ema_network, only_ema
 from rfdetr.training.callbacks.fresh_metrics import FreshMetrics
+from rfdetr.training.callbacks.stored_best import free_folder, is_newer, is_older
 from rfdetr.training.failure import patience
 from rfdetr.training.lightning_adapter import without_launcher
 
@@ -89,7 +89,7 @@ class BestModelCallback(Checkpoint):
             return
         scores = [score for score in (self.live, self.ema) if score.value is not None]
         broadcast = trainer.strategy.broadcast
-        newer = [s for s in scores if broadcast(_is_newer(s, self.output_dir))]
+        newer = [s for s in scores if broadcast(is_newer(s, self.output_dir))]
         if newer:
             self._abandon(trainer, newer)
         absent = [s for s in scores if not broadcast(self._bring_file(trainer, s))]
@@ -104,7 +104,7 @@ class BestModelCallback(Checkpoint):
 
     def _abandon(self, trainer: Any, newer: list[BestScore]) -> None:
         """Move the files of later epochs, and what was chosen from them, to a folder."""
-        folder = _free_folder(self.output_dir)
+        folder = free_folder(self.output_dir)
         if trainer.is_global_zero:
             folder.mkdir()
             for name in (*(score.file for score in newer), TOTAL, RECORD):
@@ -119,10 +119,10 @@ class BestModelCallback(Checkpoint):
     def _bring_file(self, trainer: Any, score: BestScore) -> bool:
         """Whether the file of `score` is in the output folder, or was beside the checkpoint."""
         target = self.output_dir / score.file
-        if target.is_file() and not _is_older(score, self.output_dir):
+        if target.is_file() and not is_older(score, self.output_dir):
             return True
         source = Path(trainer.ckpt_path or "").parent
-        other_epoch = _is_newer(score, source) or _is_older(score, source)
+        other_epoch = is_newer(score, source) or is_older(score, source)
         found = (source / score.file).is_file() and not other_epoch
         if found and trainer.is_global_zero:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -296,36 +296,6 @@ class BestModelCallback(Checkpoint):
 
 def _state(live: BestScore, ema: BestScore) -> dict[str, Any]:
     return {"regular": asdict(live), "ema": asdict(ema)}
-
-
-def _is_newer(score: BestScore, folder: Path) -> bool:
-    """Whether the file of `score` in `folder` is of a later epoch than the score."""
-    epoch = _stored_epoch(score, folder)
-    return epoch is not None and score.epoch is not None and epoch > score.epoch
-
-
-def _is_older(score: BestScore, folder: Path) -> bool:
-    epoch = _stored_epoch(score, folder)
-    return epoch is not None and score.epoch is not None and epoch < score.epoch
-
-
-def _stored_epoch(score: BestScore, folder: Path) -> int | None:
-    """Epoch of the file of `score` in `folder`; None without a file for the same metric."""
-    file = folder / score.file
-    if score.epoch is None or not file.is_file():
-        return None
-    try:
-        stored = load_file(file, mmap=True)
-    except CheckpointError:
-        return None
-    return stored.get("epoch") if stored.get("metric") == score.metric else None
-
-
-def _free_folder(output_dir: Path) -> Path:
-    number = 1
-    while (folder := output_dir / f"abandoned_{number}").exists():
-        number += 1
-    return folder
 
 
 @rank_zero_only
