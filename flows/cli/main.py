@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except Exception as error:  # noqa: BLE001 - a message instead of a traceback
         stopped = stopped_status()
-        if stopped is not None:  # what a child or a server that ends reports is no fault
+        if stopped is not None:  # errors of a child or server that ends too are expected
             say_last_words()
             return stopped
         report_failure("error", error)

@@ -15,7 +15,7 @@ from flows.registry.registry import Registry
 def export_model(project: Project, model: str | None, target: Path) -> Exported:
     """Write the ONNX file `target` of a version (number or alias, default: champion) or a file.
 
-    Raises ConfigError if there is no such version, CheckpointError for a file that is no model.
+    Raises ConfigError if there is no such version, CheckpointError for a file that is not a model.
     """
     if model is not None and Path(model).is_file():
         exported = export_once(Path(model), project.env.state_dir)

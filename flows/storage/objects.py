@@ -94,7 +94,7 @@ def _receive(
 def _matches(path: Path, info: ObjectInfo) -> bool | None:
     """Whether the file is the content of an object; None if what the server says cannot tell.
 
-    An ETag that differs from the MD5 sum is no proof: some servers compute it in another way.
+    An ETag that differs from the MD5 sum proves nothing: some servers compute it in another way.
     """
     if path.stat().st_size != info.size:
         return False

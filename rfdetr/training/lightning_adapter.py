@@ -198,7 +198,7 @@ def handles_failure(thread: threading.Thread, trainer: pl.Trainer | None) -> boo
 
 def _kill_workers(iterator: Any) -> None:
     iterator._shutdown = True  # torch leaves the iterator alone from now on
-    torch._C._remove_worker_pids(id(iterator))  # their end is no error
+    torch._C._remove_worker_pids(id(iterator))  # they end as expected
     iterator._worker_pids_set = False
     if hasattr(iterator, "_pin_memory_thread"):
         iterator._pin_memory_thread_done_event.set()
