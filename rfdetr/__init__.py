@@ -49,6 +49,9 @@ __all__ = [
     "from_checkpoint",
 ]
 
+# found as attributes of the package after `import rfdetr`
+_MODULES = frozenset({"assets", "config", "datasets", "detr", "training", "variants"})
+
 sys.meta_path.append(AbsentModules)  # type: ignore[arg-type]
 
 
@@ -57,6 +60,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("rfdetr-pipeline")
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise absent(__name__, name)
     warn_about_public_distribution()

@@ -113,10 +113,10 @@ EXPORT_OPTIONS: Missing = {
     "soc": ((None,), _OTHER_FORMAT),
     "quantization": ((None,), "Quantize the ONNX file with onnxruntime.quantization."),
 }
-PREDICT_OPTIONS: Missing = {
-    "patch_size": ((None,), "The patch size is the model's: omit it."),
-}
+_DEVICE = "The network stays where it is: pass device when you build the detector."
+PREDICT_OPTIONS: Missing = {"device": ((None,), _DEVICE)}
 INFERENCE_OPTIONS: Missing = {
+    "device": ((None,), _DEVICE),
     "compile_backend": (("torchscript",), "compile=True records the operators once: omit it."),
     "inplace": ((False,), "The network is kept: call remove_optimized_model() to return to it."),
 }
@@ -130,25 +130,34 @@ _GPU_BAR = (
 )
 _DATASETS = "Datasets are read by RFDETRDataModule of rfdetr.training."
 _WEIGHTS = "Weights are downloaded when a detector is built."
+_TYPE = "It is the type of a setting: write the values of the setting as text."
 # attributes and names in modules of the public package, and what to do instead
 NAMES = {
+    "AmpDtype": _TYPE,
+    "AugmentationBackend": _TYPE,
     "BaseConfig": "Import ModelConfig or TrainConfig from rfdetr.config.",
+    "CocoEvalBackend": _TYPE,
     "DEVICE": "The default device='auto' chooses the device of this machine.",
+    "DatasetFile": _TYPE,
+    "EncoderName": _TYPE,
     "GPUMemoryRichProgressBar": _GPU_BAR,
     "GPUMemoryTQDMProgressBar": _GPU_BAR,
     "KeypointTrainConfig": KEYPOINTS,
     "ModelContext": "It is the type of RFDETR.model, which RFDETRNano() and other sizes make.",
     "ModelWeights": _WEIGHTS,
+    "MultiScale": "Set multi_scale to true or false.",
     "PretrainWeightsCompatibilityWarning": "Such cases are a UserWarning here.",
     "RFDETR2XLarge": _PLATFORM,
     "RFDETRKeypointPreview": KEYPOINTS,
     "RFDETRKeypointPreviewConfig": KEYPOINTS,
     "RFDETRSeg": "Segmentation models have sizes: RFDETRSegNano to RFDETRSeg2XLarge.",
     "RFDETRXLarge": _PLATFORM,
+    "SchedulerType": _TYPE,
     "build_dataset": _DATASETS,
     "callbacks": "Pass Lightning callbacks as train(callbacks=[...]).",
     "deploy_to_roboflow": _HOSTED,
     "export_for_roboflow": _HOSTED,
+    "get_coco_api_from_dataset": _DATASETS,
     "get_logger": "Use logging.getLogger('rfdetr').",
     "get_model": "The network of a detector is detector.model.model.",
     "maybe_download_pretrain_weights": _WEIGHTS,
@@ -175,6 +184,7 @@ MODULES = {
     "rfdetr.models": "The network is in rfdetr.model; a detector has it as detector.model.model.",
     "rfdetr.platform": _PLATFORM,
     "rfdetr.training.callbacks.drop_schedule": "Import DropPathCallback from rfdetr.training.",
+    "rfdetr.training.callbacks.gpu_memory_progress_bar": _GPU_BAR,
     "rfdetr.training.checkpoint": "Import convert_legacy_checkpoint from rfdetr.training.",
     "rfdetr.training.coco_map": _LAYOUT,
     "rfdetr.training.cuda_graph_step": "CUDA graphs are the default: see TrainConfig.accelerate.",
@@ -188,8 +198,26 @@ MODULES = {
 }
 
 
+# names that users of other trainers type
+SYNONYMS = {
+    "data": "dataset_dir",
+    "dataset": "dataset_dir",
+    "dataset_path": "dataset_dir",
+    "image_size": "resolution",
+    "img_size": "resolution",
+    "imgsz": "resolution",
+    "learning_rate": "lr",
+    "min_delta": "early_stopping_min_delta",
+    "name": "run",
+    "patience": "early_stopping_patience",
+    "scheduler": "lr_scheduler",
+    "weights": "pretrain_weights",
+}
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A question about the known name that is most similar, or nothing."""
+    name = SYNONYMS.get(name, name)
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
@@ -207,8 +235,10 @@ class AbsentModules:
 
 def absent(module: str, name: str) -> Exception:
     """The error for a name that `module` does not have."""
-    if name in NAMES:
-        return ImportError(f"{name} is not offered. {NAMES[name]}", name=name)
+    inside = f"{module}.{name}"
+    if name in NAMES or inside in MODULES:
+        shown, advice = (name, NAMES[name]) if name in NAMES else (inside, MODULES[inside])
+        return ImportError(f"{shown} is not offered. {advice}", name=name)
     return AttributeError(f"module {module!r} has no attribute {name!r}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -17,14 +17,19 @@ def as_text(value: Any) -> Any:
 
 
 Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 def device_text(value: Any) -> Any:
-    """The text of a torch.device or of the number of a GPU; any other value as it is."""
+    """The text of a torch.device or of the number of a GPU; any other value as it is.
+
+    Text is in lower case.
+    """
     if type(value) is int:
         return f"cuda:{value}"
+    if isinstance(value, str):
+        return value.lower()
     kind = type(value)  # a torch.device, recognised without importing torch
     return str(value) if (kind.__module__, kind.__name__) == ("torch", "device") else value
 
@@ -67,6 +72,14 @@ class StrictConfig(BaseModel):
             self.__dict__.update(kept)
             self.model_fields_set.intersection_update(kept_set)
             raise
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):
+                return super().__getattr__(name)
+            advice = self.not_offered.get(name, ((), ""))[1]
+            raise AttributeError(f"{advice} {self._unknown_text([name])}".strip())
 
     @classmethod
     def hint_for(cls, name: str) -> str | None:  # noqa: ARG003

@@ -14,7 +14,7 @@ from rfdetr.config.strict import NonNegative, Positive, Probability, StrictConfi
 
 ProgressBar = Literal["tqdm", "rich"]
 Workers = Annotated[int, Field(ge=0)] | Literal["auto"]
-Factor = Annotated[float, Field(gt=0)]
+Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # keys of lr_scheduler_kwargs -> fields of Hyperparameters
 SCHEDULE_FIELDS = {
@@ -28,6 +28,8 @@ SCHEDULE_FIELDS = {
 def _absolute(value: Any) -> Any:
     if not isinstance(value, str | os.PathLike):
         return value
+    if not os.fspath(value):
+        raise ValueError("the name of the folder is empty")
     return str(Path(value).expanduser().absolute())
 
 
@@ -177,8 +179,12 @@ class TrainConfig(Hyperparameters):
     def hint_for(cls, name: str) -> str | None:
         if name in compat.TRAINER_ARGUMENTS:
             return f"Pass {name}= to build_trainer instead."
-        if name in ModelConfig.model_fields:
-            return f"{name} is a setting of the model: RFDETRNano({name}=...) or its configuration."
+        of_model = compat.SYNONYMS.get(name, name)
+        if of_model in ModelConfig.model_fields:
+            return (
+                f"{of_model} is a setting of the model: RFDETRNano({of_model}=...) or its "
+                "configuration."
+            )
         return None
 
     @model_validator(mode="before")
@@ -188,6 +194,10 @@ class TrainConfig(Hyperparameters):
         if not isinstance(data, dict):
             return data
         schedule = data.get("lr_scheduler_kwargs") or {}
+        if not isinstance(schedule, dict):
+            raise ValueError(  # noqa: TRY004
+                f"lr_scheduler_kwargs must be a dictionary; got {schedule!r}."
+            )
         unknown = sorted(set(schedule) - set(SCHEDULE_FIELDS))
         if unknown:
             raise ValueError(
@@ -201,7 +211,7 @@ class TrainConfig(Hyperparameters):
             data["auto_batch_size"] = True
         if data.get("compute_val_loss") == "auto":
             del data["compute_val_loss"]
-        if data.get("multi_scale") in {"per-batch", "per-sample"}:
+        if data.get("multi_scale") in ("per-batch", "per-sample"):
             raise ValueError(
                 f"multi_scale={data['multi_scale']!r} is not offered: it is true (one resolution "
                 "for all images of an optimizer step) or false."

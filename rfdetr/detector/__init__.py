@@ -7,8 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from rfdetr import config as configs
 from rfdetr.checkpoints.download import resolve_weights
 from rfdetr.checkpoints.pretrained import LoadReport, initialise_weights, load_record
@@ -17,7 +15,7 @@ from rfdetr.checkpoints.safe_io import StrPath
 from rfdetr.checkpoints.structure import infer_config, infer_config_class
 from rfdetr.config import MODEL_CONFIGS, ModelConfig
 from rfdetr.detector.predict import Prediction
-from rfdetr.detector.state import DetectorState, Origin
+from rfdetr.detector.state import DetectorState, Origin, torch_device
 from rfdetr.detector.train import Training
 from rfdetr.errors import CheckpointError, ConfigError
 from rfdetr.model.network import RFDETRNetwork, build_network
@@ -48,7 +46,7 @@ class RFDETR(Training, Prediction):
         self, network: RFDETRNetwork, config: ModelConfig, report: LoadReport | None
     ) -> None:
         self.model_config = config
-        self.model = DetectorState(network.to(_device(config.device)).eval(), config)
+        self.model = DetectorState(network.to(torch_device(config.device)).eval(), config)
         if report is not None and report.class_names:
             self.model.class_names = list(report.class_names)
             self.model.label_offset = report.label_offset
@@ -112,28 +110,6 @@ def _check_size(record: CheckpointRecord, sized: type[RFDETR]) -> None:
             f"{record.path} is a checkpoint of {own}, not of {expected}. Load it with "
             f"{own}.from_checkpoint, or with RFDETR.from_checkpoint for any size."
         )
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"device {name!r} is unknown: use auto, cpu, cuda, cuda:1 (the second GPU) or mps."
-            ) from error
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            cause = str(error).partition("\n")[0].rstrip(".")
-            raise ConfigError(
-                f"device {name!r} cannot be used here: {cause}. Use cpu, or auto for the device "
-                "that this machine has."
-            ) from error
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _ignore_trust(settings: dict[str, Any]) -> None:

@@ -26,6 +26,14 @@ IMAGES_AT_ONCE = 8
 EXPORT_SETTINGS = ("shape", "batch_size", "dynamic_batch", "opset", "check")
 
 
+class WithoutImage(dict[str, Any]):
+    """The metadata of detections that do not keep their image: says how to get it."""
+
+    def __missing__(self, name: str) -> Any:
+        how = ": call predict(..., include_source_image=True)" if name == "source_image" else ""
+        raise KeyError(f"{name} is not kept{how}")
+
+
 class Prediction(PublicNames):
     """`predict`, `optimize_for_inference` and `export` of `RFDETR`."""
 
@@ -34,8 +42,9 @@ class Prediction(PublicNames):
         images: Any,
         threshold: float | Literal["operating_point"] = 0.5,
         shape: tuple[int, int] | None = None,
-        *,
+        patch_size: int | None = None,
         include_source_image: bool | None = None,
+        *,
         batch_size: int = IMAGES_AT_ONCE,
         dtype: torch.dtype | str = torch.float32,
         **others: Any,
@@ -48,18 +57,23 @@ class Prediction(PublicNames):
         `data["source_shape"]` (N, 2) the height and width of the image. `metadata["source_image"]`
         is the image as a uint8 RGB array (H, W, 3): for a single image, or for every image of a
         list with `include_source_image=True`, which keeps all of them in memory. `shape` (height,
-        width) replaces the resolution of the network. Weights trained with
-        square_resize_div_64=False see images as in validation: at their own aspect ratio, padded
-        to the largest of the batch. A list is processed in batches of `batch_size`; at most two
-        are in memory. `dtype` float16 or bfloat16 runs the network in mixed precision. The
-        threshold "operating_point" is the threshold per class in the model.json beside the weights,
-        as registered models have it. Raises InputError or FileNotFoundError for anything that is
-        not an image.
+        width) replaces the resolution of the network; `patch_size` can only be the network's.
+        Weights trained with square_resize_div_64=False see images as in validation: at their own
+        aspect ratio, padded to the largest of the batch. A list is processed in batches of
+        `batch_size`; at most two are in memory. `dtype` float16 or bfloat16 runs the network in
+        mixed precision. The threshold "operating_point" is the threshold per class in the
+        model.json beside the weights, as registered models have it. Raises InputError or
+        FileNotFoundError for anything that is not an image.
         """
         least = self.model.threshold(threshold)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size must be an integer of at least 1; got {batch_size}.")
         _refuse(others, compat.PREDICT_OPTIONS, self.predict)
+        if patch_size not in (None, self.model_config.patch_size):
+            raise InputError(
+                f"patch_size is {self.model_config.patch_size} in this model; got {patch_size}: "
+                "omit it."
+            )
         if shape is not None:
             shape = checked_shape(shape, self.model_config)
         self.model.warn_of_resized_head()
@@ -81,14 +95,20 @@ class Prediction(PublicNames):
         with torch.inference_mode(), eval_mode(self.model.model):
             for batch in read_batches(sources, batch_size, self.model.config.grey_levels):
                 part = self.model.detect(batch, least, dtype, shape)
-                if include_source_image or (include_source_image is None and single):
-                    for detections, image in zip(part, batch, strict=True):
+                for detections, image in zip(part, batch, strict=True):
+                    if include_source_image or (include_source_image is None and single):
                         detections.metadata["source_image"] = image.copy()
+                    else:
+                        detections.metadata = WithoutImage()
                 found += part
         return found[0] if single else found
 
     def optimize_for_inference(
-        self, compile: bool = True, batch_size: int = 1, dtype: torch.dtype | str = torch.float32
+        self,
+        compile: bool = True,
+        batch_size: int = 1,
+        dtype: torch.dtype | str = torch.float32,
+        **others: Any,
     ) -> None:
         """Predict with a fixed copy in `dtype`, for `batch_size` images at a time.
 
@@ -98,6 +118,7 @@ class Prediction(PublicNames):
         Images are resized to squares, with a warning if the weights were trained with
         square_resize_div_64=False.
         """
+        _refuse(others, compat.INFERENCE_OPTIONS, self.optimize_for_inference)
         if not self.model.square:
             warnings.warn(
                 "The optimized model resizes images to squares, but the weights were trained with "
@@ -113,21 +134,14 @@ class Prediction(PublicNames):
         """Predict with the network itself again."""
         self.model.optimized = None
 
-    def inference(
-        self,
-        compile: bool = True,
-        batch_size: int = 1,
-        dtype: torch.dtype | str = torch.float32,
-        **others: Any,
-    ) -> None:
+    def inference(self, *settings: Any, **options: Any) -> None:
         """As `optimize_for_inference`."""
-        _refuse(others, compat.INFERENCE_OPTIONS, self.inference)
-        self.optimize_for_inference(compile, batch_size, dtype)
+        self.optimize_for_inference(*settings, **options)
 
     def export(
         self,
         output_dir: StrPath = "output",
-        *,
+        *others: Any,
         format: str = "onnx",
         verbose: bool = False,
         simplify: bool = False,
@@ -142,6 +156,11 @@ class Prediction(PublicNames):
         """
         from rfdetr.export.onnx import export_onnx
 
+        if others:
+            raise InputError(
+                "export() takes output_dir without its name, other options by name, for example "
+                "opset_version=17."
+            )
         if format.lower() != "onnx":
             raise InputError(
                 f"format {format!r} is not offered: export writes ONNX files. Convert the file "
@@ -179,7 +198,8 @@ def _refuse(
     unknown, texts = compat.drop_neutral(options, missing)
     if unknown:
         parameters = inspect.signature(method).parameters.values()
-        known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD] + list(more)
+        more_than_one = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        known = [one.name for one in parameters if one.kind not in more_than_one] + list(more)
         found = ", ".join(f"{name!r}{compat.nearest(name, known)}" for name in unknown)
         texts.append(f"{method.__name__}() has no option {found}. It takes {', '.join(known)}.")
     if texts:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rfdetr.checkpoints.legacy_names import from_legacy
 from rfdetr.compat import HintedAttributes
 from rfdetr.config import ModelConfig
 from rfdetr.data.batch import normalise, pad_images
@@ -19,7 +20,7 @@ from rfdetr.data.coco_names import COCO_CATEGORIES, COCO_CLASSES, COCO_NAMES
 from rfdetr.data.decode import Pixels
 from rfdetr.data.transforms import EvalTransform
 from rfdetr.data.upload import resized
-from rfdetr.errors import InputError
+from rfdetr.errors import ConfigError, InputError
 from rfdetr.evaluation.operating_point import OperatingPoint, read_point
 from rfdetr.export.frozen import FrozenNetwork
 from rfdetr.model.network import RFDETRNetwork
@@ -62,6 +63,8 @@ class DetectorState(HintedAttributes):
 
     def __init__(self, network: RFDETRNetwork, config: ModelConfig) -> None:
         self.model = network
+        register: Any = network.register_load_state_dict_pre_hook
+        register(_take_public_weights)
         self.config = config
         self.postprocess = PostProcess(config.num_select)
         self.resolution = config.resolution
@@ -234,6 +237,47 @@ def _accepted(result: HostDetections, point: OperatingPoint) -> HostDetections:
     """The detections above the threshold of their class."""
     kept = point.accepts(result["labels"].numpy(), result["scores"].numpy())
     return _chosen(result, torch.from_numpy(kept))
+
+
+def _take_public_weights(
+    network: torch.nn.Module,  # noqa: ARG001
+    state: dict[str, Any],
+    prefix: str,
+    *_: Any,
+) -> None:
+    """Let `load_state_dict` take the weights of a `.pth` file, which have other names."""
+    if not prefix:
+        named = from_legacy(state)
+        state.clear()
+        state.update(named)
+
+
+def torch_device(name: Any) -> torch.device:
+    """The device called `name`; "auto" is the best one of this machine.
+
+    Raises ConfigError for a device that is unknown or that this machine does not have.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device {name!r} is unknown: use auto, cpu, cuda, cuda:1 (the second GPU) or mps."
+        ) from error
+    if device.type == "meta":
+        raise ConfigError("device 'meta' computes nothing: use auto, cpu, cuda or mps.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"device {name!r} cannot be used here: {cause}. Use cpu, or auto for the device "
+            "that this machine has."
+        ) from error
+    return device
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rfdetr.config import ModelConfig, device_text
 from rfdetr.detector.public_names import PublicNames
-from rfdetr.detector.state import Origin
+from rfdetr.detector.state import Origin, torch_device
 from rfdetr.errors import ConfigError
 from rfdetr.model.network import RFDETRNetwork
 
@@ -133,12 +133,14 @@ def _take_classes(network: RFDETRNetwork, found: int | None) -> None:
 
 def _take_retired(settings: dict[str, Any]) -> list[Any]:
     """Translate `device`, drop arguments without an effect with a warning, return callbacks."""
-    device = device_text(settings.pop("device", None))
-    if device is not None:
-        kind, _, index = str(device).partition(":")
-        settings.setdefault("accelerator", {"cuda": "gpu"}.get(kind, kind))
-        if index:
-            settings.setdefault("devices", f"{index},")
+    name = device_text(settings.pop("device", None))
+    if name == "auto":
+        settings.setdefault("accelerator", "auto")
+    elif name is not None:
+        device = torch_device(name)
+        settings.setdefault("accelerator", {"cuda": "gpu"}.get(device.type, device.type))
+        if device.type == "cuda" and device.index is not None:
+            settings.setdefault("devices", f"{device.index},")
     retired = [name for name in ("start_epoch", "do_benchmark") if settings.pop(name, None)]
     callbacks = settings.pop("callbacks", None) or []
     if _is_callback(callbacks):

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ DISTINCT = 4  # images of the probe
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """An exported file, usable as its path.
+    """An exported file, usable as its path: other attributes are those of `path`.
 
     `max_difference` is the largest absolute difference from the network.
     """
@@ -56,6 +57,13 @@ class OnnxExport:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_") or name == "path":  # not while it is copied or unpickled
+                raise AttributeError(name)
+            return getattr(self.path, name)
 
     def describe(self) -> str:
         """The file and its properties in one line."""

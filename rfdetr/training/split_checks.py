@@ -35,13 +35,19 @@ def check_objects(root: Path, name: str, index: AnnotationIndex, model: ModelCon
 
 
 def check_names(dataset: DetectionDataset, train_config: TrainConfig) -> None:
-    """ConfigError unless `class_names` has one name per class of the dataset."""
+    """ConfigError unless `class_names` has a different name for each class of the dataset."""
     given, found = train_config.class_names, dataset.class_names
     if given and len(given) != len(found):
         raise ConfigError(
             f"class_names has {len(given)} names, {dataset.index.root} has {len(found)} "
             f"classes ({', '.join(found)}). Give one name per class, in this order, or omit "
             "class_names."
+        )
+    if given and given != found and len(set(given)) < len(given):
+        repeated = ", ".join(sorted({name for name in given if given.count(name) > 1}))
+        raise ConfigError(
+            f"class_names repeats {repeated}: give every class a name of its own. To train two "
+            "classes as one, merge them in the dataset."
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rfdetr.compat import absent
+
 if TYPE_CHECKING:
     from rfdetr.training.callbacks.best_model import BestModelCallback
     from rfdetr.training.callbacks.checkpoints import CheckpointCallback
@@ -34,7 +36,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise absent(__name__, name)
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

@@ -22,11 +22,14 @@ from rfdetr.checkpoints.safe_io import load_file, save_file, verify_file
 from rfdetr.files import write_text_atomic
 from rfdetr.training.beside import Beside
 from rfdetr.training.callbacks.best_score import BestScore, better_of
+from rfdetr.training.callbacks.early_stopping import RFDETREarlyStopping
 from rfdetr.training.callbacks.ema import ema_network, only_ema
 from rfdetr.training.callbacks.fresh_metrics import FreshMetrics
 from rfdetr.training.callbacks.stored_best import free_folder, is_newer, is_older
 from rfdetr.training.failure import patience
 from rfdetr.training.lightning_adapter import without_launcher
+
+__all__ = ["BestModelCallback", "RFDETREarlyStopping"]  # as in the public package
 
 REGULAR = "checkpoint_best_regular.pth"
 EMA = "checkpoint_best_ema.pth"

@@ -223,8 +223,10 @@ def test_a_chosen_class_count_is_kept_with_a_warning(tmp_path: Path) -> None:
         few.train(dataset_dir=data, dataset_file="yolo", output_dir=tmp_path / "few", **TRAIN)
 
 
-def test_retired_arguments_are_named() -> None:
+def test_retired_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from rfdetr.detector.train import _take_retired
+
+    monkeypatch.setattr("rfdetr.detector.train.torch_device", torch.device)  # as if it were there
 
     settings = {"device": "cuda:1", "do_benchmark": True, "callbacks": {"on_train_end": []}}
     with pytest.warns(UserWarning, match="do_benchmark, callbacks as a dictionary"):

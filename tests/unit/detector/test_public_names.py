@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from rfdetr.assets.coco_classes import COCO_CLASSES
 from rfdetr.config import RFDETRNanoConfig, SegmentationTrainConfig, TrainConfig
 from rfdetr.data.augment import Augmentation
 from rfdetr.datasets import aug_config
-from rfdetr.errors import ConfigError, InputError
+from rfdetr.errors import ConfigError, DatasetError, InputError
 from tests.datasets import make_roboflow
 from tests.unit.detector.small import (
     SMALL,
@@ -53,6 +56,11 @@ def _import_paths() -> None:
     assert variants.RFDETRNanoConfig is RFDETRNanoConfig
     assert module_model.RFDETRModelModule is training.RFDETRModule
     assert module_data.RFDETRDataModule is training.RFDETRDataModule
+    from rfdetr.training.callbacks.best_model import RFDETREarlyStopping
+
+    assert RFDETREarlyStopping is training.RFDETREarlyStopping
+    code = "import rfdetr; print(rfdetr.detr.RFDETRNano is rfdetr.variants.RFDETRNano)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True\n"
 
 
 def _state() -> None:
@@ -71,10 +79,12 @@ def _source() -> None:
     detections = small(num_classes=3).predict(pixels(), threshold=0.0)
     np.testing.assert_array_equal(detections.metadata["source_image"], pixels())
     assert detections.data["source_shape"].tolist() == [[50, 70]] * len(detections)
-    assert small().predict(pixels(), 0.0, include_source_image=False).metadata == {}
+    assert small().predict(pixels(), 0.0, None, 16, False).metadata == {}
     images = [pixels(), pixels(30, 40)]
     without = small().predict(images, 0.0)
     assert [found.metadata for found in without] == [{}, {}]
+    with pytest.raises(KeyError, match=r"not kept: call predict.*include_source_image=True"):
+        _ = without[0].metadata["source_image"]
     assert len(sv.Detections.merge(without)) == sum(map(len, without))
     found = small().predict(images, 0.0, include_source_image=True)
     for image, one in zip(images, found, strict=True):
@@ -154,6 +164,12 @@ def test_export_takes_the_public_options(
         )  # fmt: skip
     assert Path(str(result)).is_file()
     assert os.fspath(result) == str(result)
+    assert (result.parent, result.suffix, result.exists()) == (tmp_path, ".onnx", True)
+    assert copy.copy(result) == result
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = result.no_such_thing
+    with pytest.raises(InputError, match="other options by name"):
+        detector.export(tmp_path, None, False, 17)
     assert "opset 16, batch 1, 64 x 64 pixels" in capsys.readouterr().out
 
 
@@ -176,7 +192,18 @@ def test_export_takes_the_public_options(
         ),
         (lambda d: d.export(opset_versio=17), r"did you mean 'opset_version'"),
         (lambda d: d.export(openvino_precision="int8"), "belongs to another format"),
-        (lambda d: d.predict(pixels(), patch_size=14), "patch size is the model's"),
+        (lambda d: d.predict(pixels(), patch_size=14), "patch_size is 16 in this model; got 14"),
+        (lambda d: d.predict(pixels(), device="cuda"), "pass device when you build the detector"),
+        (lambda d: d.optimize_for_inference(device="cpu"), "pass device when you build"),
+        (lambda d: d.optimize_for_inference(compiled=True), "did you mean 'compile'"),
+        (lambda d: d.get_train_config(dataset_dir="x").optimizer, "The optimizer is AdamW"),
+        (lambda d: d.get_train_config(dataset_dir="x").epoch, "did you mean 'epochs'"),
+        (lambda d: d.train(dataset_dir="x", learning_rate=1), r"did you mean 'lr'"),
+        (lambda d: d.train(dataset_dir="x", imgsz=640), r"RFDETRNano\(resolution=...\)"),
+        (lambda d: d.train(dataset_dir="x", lr=float("inf")), "finite number"),
+        (lambda d: d.train(dataset_dir="x", output_dir=""), "folder is empty"),
+        (lambda d: d.train(dataset_dir="x", lr_scheduler_kwargs=[1]), "must be a dictionary"),
+        (lambda d: d.train(dataset_dir="x", multi_scale=[1]), "valid boolean"),
         (
             lambda d: d.predict(pixels(), tresh=0.1),
             r"has no option 'tresh' \(did you mean 'threshold'",
@@ -219,6 +246,9 @@ def test_an_absent_module_says_what_to_do(name: str) -> None:
         ("rfdetr", "RFDETRXLarge"),
         ("rfdetr", "ModelContext"),
         ("rfdetr.config", "DEVICE"),
+        ("rfdetr.config", "MultiScale"),
+        ("rfdetr.config", "EncoderName"),
+        ("rfdetr.training.callbacks", "GPUMemoryRichProgressBar"),
         ("rfdetr.config", "KeypointTrainConfig"),
         ("rfdetr.training", "GPUMemoryTQDMProgressBar"),
         ("rfdetr.training", "get_logger"),
@@ -231,6 +261,49 @@ def test_an_absent_name_says_what_to_do(module: str, name: str) -> None:
         exec(f"from {module} import {name}")
     with pytest.raises(ImportError, match="cannot import name 'NoSuchName'"):
         exec(f"from {module} import NoSuchName")
+
+
+def test_absent_modules_as_attributes_say_what_to_do() -> None:
+    with pytest.raises(ImportError, match=r"^rfdetr.models is not offered. The network is in"):
+        _ = rfdetr.models
+    assert not hasattr(rfdetr, "no_such_module")
+
+
+@pytest.mark.parametrize("name", ["CPU", "cpu:0", torch.device("cpu"), "auto"])
+def test_a_device_has_many_names(name: Any, tmp_path: Path) -> None:
+    """Training is reached: the dataset is missing."""
+    if name != "auto":
+        assert small(device=name).model.device.type == "cpu"
+    with pytest.raises(DatasetError, match="the dataset folder does not exist"):
+        small().train(dataset_dir=tmp_path / "none", device=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("cuda:99", "device 'cuda:99' cannot be used here: .*Use cpu, or auto"),
+        ("gpu", "device 'gpu' is unknown: use auto, cpu, cuda"),
+        ("meta", "device 'meta' computes nothing"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_one_sentence(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        small(device=name)
+    with pytest.raises(ConfigError, match=text):
+        small().train(dataset_dir="x", device=name)
+
+
+def test_load_state_dict_takes_the_weights_of_a_file(trained: tuple[rfdetr.RFDETR, Path]) -> None:
+    file = trained[1] / "checkpoint_best_total.pth"
+    detector = rfdetr.from_checkpoint(file, device="cpu")
+    weights = torch.load(file, weights_only=True)["model"]
+    other = small(num_classes=detector.model_config.num_classes)
+    given = dict(weights)
+    other.model.model.load_state_dict(weights)
+    assert weights.keys() == given.keys()
+    np.testing.assert_array_equal(
+        other.predict(pixels(), 0.0).confidence, detector.predict(pixels(), 0.0).confidence
+    )
 
 
 @pytest.mark.parametrize("table", [compat.MODEL_FIELDS, compat.TRAIN_FIELDS])

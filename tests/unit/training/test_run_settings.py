@@ -95,6 +95,9 @@ def test_another_number_of_class_names_is_refused(shapes: Path, tmp_path: Path) 
     run = Run(tiny_model(), tiny_run(shapes, tmp_path, class_names=["X", "Y"]))
     with pytest.raises(ConfigError, match=r"class_names has 2 names, .* has 3 classes"):
         run.fit()
+    run = Run(tiny_model(), tiny_run(shapes, tmp_path, class_names=["X", "Y", "X"]))
+    with pytest.raises(ConfigError, match="class_names repeats X: give every class a name of its"):
+        run.fit()
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
