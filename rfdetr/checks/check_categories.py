@@ -60,7 +60,7 @@ def training_table(tables: Sequence[SplitTable]) -> CategoryTable:
     if id_problems(first.categories, first.raw_ids):
         listed = sorted(first.categories, key=lambda category: category.id)
         return CategoryTable({c.id: i for i, c in enumerate(listed)}, tuple(c.name for c in listed))
-    used = np.unique(first.category_rows[first.category_rows >= 0]).tolist()
+    used = np.flatnonzero(np.bincount(first.category_rows[first.category_rows >= 0])).tolist()
     return category_table(first.categories, {first.categories[row].id for row in used}, raw=raw)
 
 

@@ -48,6 +48,8 @@ class Collector:
     ) -> None:
         """Record a finding for each of these annotations; the image's name is added."""
         listed: list[int] = self.take(code, rows, severity).tolist()
+        if not listed:  # line numbers may take reading the file
+            return
         for row, place in zip(listed, table.annotation_places(listed), strict=True):
             text = f"{message(row)} ({table.image_name(row)})"
             details = table.annotation_details(row)

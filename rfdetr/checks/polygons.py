@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -10,8 +9,9 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import orjson
+from PIL.ImagePath import Path as PointPath
 
-from rfdetr.arrays import Floats, Integers
+from rfdetr.arrays import Integers
 from rfdetr.checks.table import PolygonExtents
 from rfdetr.data.coco_annotations import parse_segmentation
 from rfdetr.data.coco_entries import NO_BYTES
@@ -20,6 +20,7 @@ from rfdetr.data.masks import checked_rle
 from rfdetr.errors import DatasetError
 
 CHUNK = 2048  # segmentations decoded together: few enough that their numbers stay in the cache
+NO_POINTS = (np.nan, np.nan)
 NO_POLYGONS = b"[]"
 # Of null, true, false and texts: without them, lists of numbers are the only JSON that is left.
 LETTERS = (b"l", b"t", b'"')
@@ -64,15 +65,17 @@ def _measure_chunk(texts: Sequence[SegmentationText]) -> Segmentations:
     text = b"[" + b",".join([NO_POLYGONS if one is NO_BYTES else one for one in texts]) + b"]"
     if not any(letter in text for letter in LETTERS):
         try:
-            return _polygons(orjson.loads(text))
-        except (ValueError, TypeError, struct.error):
+            return _polygons(orjson.loads(text), text.count(b"["))
+        except (ValueError, TypeError):
             pass  # something else is among them
     return _anything(texts)
 
 
-def _polygons(values: Any) -> Segmentations:
-    """Lists of rings of numbers. Raises ValueError, TypeError or struct.error for others."""
+def _polygons(values: Any, lists: int) -> Segmentations:
+    """Rings of numbers, from a text of that many `lists`. Raises ValueError or TypeError."""
     if set(map(type, values)) - {list}:
+        raise TypeError
+    if lists != 1 + len(values) + sum(map(len, values)):  # points may be lists, or rings missing
         raise TypeError
     return _segmentations(values, [], [])
 
@@ -83,10 +86,17 @@ def _segmentations(
     wrong: list[tuple[int, str]],
 ) -> Segmentations:
     rings = list(chain.from_iterable(shapes))
-    numbers = np.fromiter(map(len, rings), np.int64, len(rings))
-    flat = np.frombuffer(struct.pack(f"{numbers.sum()}d", *chain.from_iterable(rings)))
     owner = np.repeat(np.arange(len(shapes)), list(map(len, shapes)))
-    return Segmentations(PolygonExtents(owner, numbers, *ring_extents(numbers, flat)), masks, wrong)
+    return Segmentations(ring_extents(owner, rings), masks, wrong)
+
+
+def ring_extents(owner: Integers, rings: Sequence[Sequence[float]]) -> PolygonExtents:
+    """The extents of rings [x, y, x, y, ...] with the rows they belong to."""
+    numbers = np.fromiter(map(len, rings), np.int64, len(rings))
+    if (numbers % 2 > 0).any() or not numbers.all():  # a last number without a partner, or no point
+        rings = [ring[: len(ring) // 2 * 2] or NO_POINTS for ring in rings]
+    corners = np.array([PointPath(ring).getbbox() for ring in rings]).reshape(-1, 4)
+    return PolygonExtents(owner, numbers, corners[:, :2], corners[:, 2:])
 
 
 def _anything(texts: Sequence[SegmentationText]) -> Segmentations:
@@ -116,26 +126,6 @@ def _problems(text: bytes) -> list[str]:
     if not isinstance(value, list):
         return [f"is {type(value).__name__}, not a list of polygons"]
     return ["contains something that is not a list of numbers"]
-
-
-def ring_extents(numbers: Integers, values: Floats) -> tuple[Floats, Floats]:
-    """Lowest and highest x, y (k, 2) of rings with `numbers` values each; NaN without a point."""
-    low = np.full((len(numbers), 2), np.nan)
-    high = np.full((len(numbers), 2), np.nan)
-    ends = np.cumsum(numbers)
-    even = numbers - numbers % 2
-    if (even != numbers).any():  # leave out a last number without a partner
-        values = np.delete(values, ends[even != numbers] - 1)
-        ends = np.cumsum(even)
-    filled = even > 0
-    starts = ((ends - even) // 2)[filled]
-    if len(starts):
-        points = values.reshape(-1, 2)
-        for axis in (0, 1):
-            column = points[:, axis]
-            low[filled, axis] = np.minimum.reduceat(column, starts)
-            high[filled, axis] = np.maximum.reduceat(column, starts)
-    return low, high
 
 
 def rle_problem(mask: dict[str, Any], width: float, height: float) -> str | None:

@@ -56,7 +56,7 @@ def split_statistics(
         colour_mean=_colour_mean(files),
         image_sizes={f"{width:.0f} x {height:.0f}": count for (width, height), count in sizes},
         other_image_sizes=len(known) - sum(count for _, count in sizes),
-        median_box=_median(table.boxes[kept, 2:]),
+        median_box=_median(table.boxes[:, 2:][kept]),
         median_box_input=_median(resized[kept]),
     )
 
@@ -117,11 +117,9 @@ def fingerprints(files: SplitFiles) -> dict[str, tuple[str, str]]:
     """File name -> (content hash, hash of its boxes), for comparing versions of a dataset."""
     table = files.table
     digests = _box_digests(table)
-    result = {}
-    for row, name in enumerate(table.file_names):
-        found = files.facts[row]
-        result[name] = (found.hash[:32] if found else "", digests[row])
-    return dict(sorted(result.items()))
+    hashes = (found.hash[:32] if found else "" for found in files.facts)
+    rows = zip(table.file_names, zip(hashes, digests, strict=True), strict=True)
+    return dict(sorted(dict(rows).items()))
 
 
 def _box_digests(table: SplitTable) -> list[str]:
@@ -140,7 +138,8 @@ def _box_digests(table: SplitTable) -> list[str]:
             state = _mix(state ^ column.astype(np.uint64))
         sums = np.zeros(len(table.file_names), np.uint64)
         np.add.at(sums, table.image_rows[kept], state)
-    return [f"{value:016x}" for value in sums.tolist()]
+    text = sums.astype(">u8").tobytes().hex()
+    return [text[i : i + 16] for i in range(0, len(text), 16)]
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

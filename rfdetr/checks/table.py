@@ -226,7 +226,7 @@ class SplitTable:
         """Width and height (n, 2) of each annotation's image; NaN where they are unknown."""
         known = (np.isfinite(self.sizes) & (self.sizes > 0)).all(axis=1, keepdims=True)
         sizes = np.where(known, self.sizes, np.nan)
-        return np.asarray(np.vstack([sizes, [np.nan, np.nan]])[self.image_rows])
+        return np.vstack([sizes, [np.nan, np.nan]]).take(self.image_rows, axis=0)
 
 
 def repeated_rows(values: npt.NDArray[Any]) -> Integers:

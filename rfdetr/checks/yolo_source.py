@@ -15,7 +15,7 @@ from rfdetr.checks.codes import Severity
 from rfdetr.checks.collector import Collector
 from rfdetr.checks.label_kinds import check_label_kind
 from rfdetr.checks.polygons import ring_extents
-from rfdetr.checks.table import CategoryRow, PolygonExtents, SplitTable
+from rfdetr.checks.table import CategoryRow, SplitTable
 from rfdetr.data.data_yaml import class_names, keypoint_values, parse_yaml
 from rfdetr.data.layouts import Layout, SplitPaths, yolo_splits
 from rfdetr.data.text import read_text
@@ -176,18 +176,15 @@ def _table(
     corners = np.array([row.box for row in rows], np.float64).reshape(-1, 4)
     classes = np.array([row.label for row in rows], np.int64)
     rings = np.array([i for i, row in enumerate(rows) if row.polygon], np.int64)
-    numbers = np.array([len(rows[i].polygon) for i in rings], np.int64)
-    values = np.array([value for i in rings for value in rows[i].polygon], np.float64)
-    low, high = ring_extents(numbers, values)
+    polygons = [rows[i].polygon for i in rings]
     lines = [row.line for row in rows]
     masked = np.zeros(len(rows), bool)
     masked[rings] = True
-    outlines = np.split(values, np.cumsum(numbers))
 
     def outline(row: int) -> list[list[float]] | None:
         if not masked[row]:
             return None
-        points = outlines[int(np.searchsorted(rings, row))].reshape(-1, 2)
+        points = np.reshape(rows[row].polygon, (-1, 2))
         return [(points * table.sizes[owners[row]]).ravel().tolist()]
 
     table = SplitTable(
@@ -203,7 +200,7 @@ def _table(
         category_rows=np.where(classes < len(layout.names), classes, -1),
         boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
         masked=masked,
-        polygons=PolygonExtents(rings, numbers, low, high),
+        polygons=ring_extents(rings, polygons),
         categories=[CategoryRow(i, name) for i, name in enumerate(layout.names)],
         label_files=[_show(layout.root, label) for label in labels],
         split=split,
