@@ -79,6 +79,13 @@ def _bomb(case: Case, split: str, number: int) -> None:
     _content(bytes(data))(case, split, number)
 
 
+def _one_pixel(case: Case, split: str, number: int) -> None:
+    """The placeholder that a failed download leaves."""
+    stream = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(stream, "PNG")
+    _content(stream.getvalue())(case, split, number)
+
+
 def _rotated(case: Case, split: str, number: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = 5 + number % 4
@@ -202,6 +209,7 @@ IMAGE_DEFECTS: dict[str, Defect] = {
     "empty-content": _content(b""),
     "missing": _content(None),
     "truncated": _truncated,
+    "one-pixel": _one_pixel,
     "bomb": _bomb,
     "rotated": _rotated,
     "leaked": _leaked,

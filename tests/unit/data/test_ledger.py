@@ -14,6 +14,7 @@ from PIL import Image
 
 from rfdetr.checks import CheckConfig, DatasetReport, check_dataset
 from rfdetr.config import RFDETRNanoConfig, RFDETRSegNanoConfig, TrainConfig
+from rfdetr.data import coco
 from rfdetr.data.demo import build_demo
 from rfdetr.data.ledger import SplitLedger
 from rfdetr.errors import DatasetError
@@ -105,6 +106,19 @@ def test_the_ledger_is_logged_and_written(tmp_path: Path, caplog: pytest.LogCapt
     report = check(root)
     assert DatasetReport.model_validate_json(report.to_json()).ledger["train"] == ledger
     assert isinstance(ledger, SplitLedger)
+
+
+@pytest.mark.parametrize(("most_read", "smaller"), [(5_000, slice(-1, None)), (1, slice(3))])
+def test_objects_beyond_a_file_that_is_smaller_than_listed_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_read: int, smaller: slice
+) -> None:
+    monkeypatch.setattr(coco, "MOST_READ", most_read)
+    root = make_roboflow(tmp_path / "data")
+    for path in sorted((root / "train").glob("*.jpg"))[smaller]:
+        Image.new("RGB", (1, 1)).save(path)
+    ledger = load(root).ledgers["train"]
+    assert ledger.rows["dropped: the box lies outside the image"]
+    assert check(root).ledger["train"] == ledger
 
 
 def test_training_on_crowds_alone_is_refused(tmp_path: Path) -> None:
