@@ -88,7 +88,7 @@ def _table(
         annotation_ids=np.where(annotations.ids == UNKNOWN, NO_ID, annotations.ids),
         image_rows=find_rows(images.ids, annotations.image_ids),
         category_rows=find_rows(category_ids, annotations.category_ids),
-        boxes=np.asfortranarray(annotations.boxes),  # the checks work on columns
+        boxes=annotations.boxes,
         areas=annotations.areas,
         crowd=annotations.crowd,
         categories=categories,

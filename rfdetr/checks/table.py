@@ -197,7 +197,7 @@ class SplitTable:
 
         Training skips polygons of fewer than three points, and so are they here.
         """
-        found = np.full((len(self.boxes), 4), np.nan)
+        found = np.full((len(self.boxes), 4), np.nan, order="F")
         if self.polygons is None:
             return found
         filled = np.isfinite(self.polygons.low).all(axis=1) & (self.polygons.numbers >= 6)
@@ -205,8 +205,10 @@ class SplitTable:
         starts = np.flatnonzero(np.diff(owner, prepend=-1))
         if len(starts):
             rows = owner[starts]
-            found[rows, :2] = np.minimum.reduceat(self.polygons.low[filled], starts)
-            found[rows, 2:] = np.maximum.reduceat(self.polygons.high[filled], starts)
+            for axis in (0, 1):
+                low, high = self.polygons.low[filled, axis], self.polygons.high[filled, axis]
+                found[rows, axis] = np.minimum.reduceat(low, starts)
+                found[rows, axis + 2] = np.maximum.reduceat(high, starts)
         return found
 
     def scale_boxes(self, nominal: int) -> None:

@@ -170,13 +170,14 @@ def annotation_table(entries: list[AnnotationEntry], text: bytes, offset: int) -
     Without `text` there are no byte ranges.
     """
     count = len(entries)
-    boxes = itertools.chain.from_iterable(map(attrgetter("bbox"), entries))
+    numbers = itertools.chain.from_iterable(map(attrgetter("bbox"), entries))
+    boxes = np.fromiter(numbers, np.float64, 4 * count).reshape(count, 4)
     starts, stops, outlined = _byte_ranges(entries, text, offset)
     return AnnotationTable(
         ids=column(entries, "id"),
         image_ids=column(entries, "image_id"),
         category_ids=column(entries, "category_id"),
-        boxes=np.fromiter(boxes, np.float64, 4 * count).reshape(count, 4),
+        boxes=np.asfortranarray(boxes),  # the checks work on columns
         areas=column(entries, "area", np.float64, np.nan),
         crowd=np.fromiter(map(bool, map(attrgetter("iscrowd"), entries)), np.bool_, count),
         starts=starts,
