@@ -154,4 +154,4 @@ def overlaps(first: Floats, second: Floats) -> Floats:
 
 def finite_rows(*columns: Floats) -> Bools:
     """Rows in which every column is finite."""
-    return np.asarray(np.isfinite(np.concatenate(columns, axis=1)).all(axis=1))
+    return np.asarray(np.logical_and.reduce([np.isfinite(c).all(axis=1) for c in columns]))

@@ -37,7 +37,7 @@ def split_statistics(
     filled = [counts.get(name, 0) for name in names if counts.get(name, 0)]
     resized = input_sides(table, model.resolution)
     known = table.sizes[np.isfinite(table.sizes).all(axis=1)]
-    sizes = Counter(map(tuple, known.tolist())).most_common(COMMON_SIZES)
+    sizes = Counter(zip(*known.T.tolist(), strict=True)).most_common(COMMON_SIZES)
     sides = np.sqrt(np.clip(resized, 0, None).prod(axis=1))
     sides = sides[kept & np.isfinite(sides)]
     return SplitStatistics(
