@@ -76,12 +76,13 @@ class SetCriterion(nn.Module):
             targets, logits.shape[1], logits.device, with_masks=masks is not None
         )
         num_groups = self.group_detr if self.training else 1
+        mean_count = _MeanOverProcesses(flat.total * num_groups, logits.device)
         detached = None if masks is None else [_detach(m) for m in masks]
         matches = self.matcher.match_layers(
             logits.detach(), boxes.detach(), detached, flat, num_groups
         )
         indices = _pair_indices(matches, flat, logits.device)
-        num_boxes = _mean_over_processes(flat.total * num_groups, logits.device)
+        num_boxes = mean_count.result()
         terms = _class_and_box_losses(logits, boxes, indices, flat, num_boxes)
         losses: dict[str, Tensor] = {}
         counts = [len(query) for query, _ in matches[0]]
@@ -226,17 +227,25 @@ def _pair_indices(
     return packed[:, 0], packed[:, 1], packed[:, 2]
 
 
-def _mean_over_processes(count: int, device: torch.device) -> Tensor | float:
-    """max(1, count averaged over the processes of a distributed run).
+class _MeanOverProcesses:
+    """max(1, count averaged over the processes of a distributed run), computed beside the matching.
 
     DDP averages the gradients of the processes. With this normalisation the average equals the
     gradient of one process that has all images.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return float(max(1, count))
-    total = torch.full((), float(count), device=device)
-    dist.all_reduce(total)
-    return (total / dist.get_world_size()).clamp(min=1)
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._count = float(count)
+        self._total: Tensor | None = None
+        if dist.is_available() and dist.is_initialized():
+            self._total = torch.full((), self._count, device=device)
+            self._work: Any = dist.all_reduce(self._total, async_op=True)
+
+    def result(self) -> Tensor | float:
+        if self._total is None:
+            return max(1.0, self._count)
+        self._work.wait()
+        return (self._total / dist.get_world_size()).clamp(min=1)
 
 
 def _detach(masks: Masks) -> Masks:

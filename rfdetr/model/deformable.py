@@ -21,17 +21,18 @@ def sample_levels(
     """
     B, _, heads, D = value.shape
     Q, L, P = locations.shape[1], locations.shape[3], locations.shape[4]
-    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*heads, Q, P, 2)
+    # Queries are the last axis throughout: sums over the few samples are fast then.
+    grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # (L, B*heads, P, Q, 2)
     samples, start = [], 0
     for level, (h, w) in enumerate(spatial_shapes):
         x = value[:, start : start + h * w].permute(0, 2, 3, 1)  # (B, heads, D, h*w)
         x = x.reshape(B * heads, D, h, w)
-        samples.append(F.grid_sample(x, grids[level], align_corners=False))  # (B*heads, D, Q, P)
+        samples.append(F.grid_sample(x, grids[level], align_corners=False))  # (B*heads, D, P, Q)
         start += h * w
-    sampled = torch.cat(samples, dim=-1) if L > 1 else samples[0]  # (B*heads, D, Q, L*P)
-    weights = weights.transpose(1, 2).reshape(B * heads, 1, Q, L * P)
+    sampled = torch.cat(samples, dim=2) if L > 1 else samples[0]  # (B*heads, D, L*P, Q)
+    weights = weights.permute(0, 2, 3, 1).reshape(B * heads, 1, L * P, Q)
     # An einsum makes this one batched product per query, which is slower than product and sum.
-    output = (sampled * weights).sum(-1)  # (B*heads, D, Q)
+    output = (sampled * weights).sum(2)  # (B*heads, D, Q)
     return output.reshape(B, heads * D, Q).transpose(1, 2)
 
 

@@ -27,7 +27,7 @@ from rfdetr.training.evaluation_steps import Batch, EvaluationSteps
 from rfdetr.training.lightning_adapter import attached_trainer, unscales_gradients
 from rfdetr.training.loaded_checkpoint import normalise_loaded
 from rfdetr.training.multi_scale import draw_size, multi_scale_sizes, resize_batch
-from rfdetr.training.non_finite import check_finite
+from rfdetr.training.non_finite import FiniteCheck
 from rfdetr.training.optimizer import build_optimizer
 from rfdetr.training.resume import ResumeCallback, prepare_loggers
 from rfdetr.training.schedule import lr_factor, planned_steps
@@ -40,7 +40,7 @@ from rfdetr.training.stored_settings import (
     stored_train_config,
     warn_ignored_settings,
 )
-from rfdetr.training.training_log import TrainingLog
+from rfdetr.training.training_log import TrainingLog, logs_now
 
 
 class RFDETRModule(EvaluationSteps):
@@ -74,6 +74,7 @@ class RFDETRModule(EvaluationSteps):
         self.stored_class_names: list[str] | None = None  # of the checkpoint that was loaded
         self.strict_loading = False  # on_load_checkpoint checks and reports
         self.training_log = TrainingLog()
+        self._finite = FiniteCheck()
         self.acceleration = accelerate(self.model, model_config, train_config)
         self.save_hyperparameters(hyper_parameters(model_config, train_config))
 
@@ -196,12 +197,15 @@ class RFDETRModule(EvaluationSteps):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted loss, divided by `accumulate_grad_batches`.
 
-        Raises NonFiniteLossError, on all ranks together.
+        Raises NonFiniteLossError for this or an earlier batch, on all ranks together.
         """
         samples, targets = batch
         terms = self.criterion(self.model(samples, targets), targets)
         loss = self._weighted(terms)
-        check_finite(loss, terms, targets, attached_trainer(self))
+        trainer = attached_trainer(self)
+        self._finite.add(loss, terms, targets, trainer)
+        if trainer is None or self._finite.is_full or logs_now(trainer, batch_idx):
+            self._finite.check(trainer)
         self.training_log.log(self, {**terms, "loss": loss}, len(targets), batch_idx)
         return loss / self._window
 
@@ -254,8 +258,13 @@ class RFDETRModule(EvaluationSteps):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
+    def on_validation_start(self) -> None:
+        """Weights are neither evaluated nor saved after a loss that was not finite."""
+        self._finite.check(attached_trainer(self))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what identifies the model: its class and the names of its classes."""
+        self._finite.check(attached_trainer(self))
         checkpoint["model_name"] = type(self.model_config).__name__.removesuffix("Config")
         checkpoint["class_names"] = self.class_names
         settings = checkpoint.get("hyper_parameters", {}).get("model_config")

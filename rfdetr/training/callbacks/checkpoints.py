@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
@@ -19,6 +18,7 @@ from rfdetr.checkpoints.lightning_io import LegacyCheckpointIO, WriteBeside
 from rfdetr.training.beside import Beside
 from rfdetr.training.failure import patience
 from rfdetr.training.lightning_adapter import repeat_validation
+from rfdetr.training.rank_flags import RankFlags, largest
 
 LAST = "last.ckpt"
 TERMINATED = 128 + signal.SIGTERM
@@ -33,6 +33,7 @@ class CheckpointCallback(Checkpoint):
     `interval` epochs. The state is copied and a thread writes it while training continues; the end
     of a fit, also by an error, waits for it. On SIGTERM the current optimizer step ends,
     `last.ckpt` is written and all ranks leave the fit; the main process exits with status 143.
+    Several ranks tell each other about once a second, so that some steps may follow the signal.
     """
 
     def __init__(
@@ -56,10 +57,13 @@ class CheckpointCallback(Checkpoint):
         self._handler: Any = None
         self._saved_at = 0.0
         self._latest_step = 0
+        self._flags, self._validation_flags = RankFlags(), RankFlags()
+        self._validated, self._shared = 0, 0.0  # batches of this validation, and those of all ranks
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock and install the signal handler."""
         self._saved_at, self._latest_step = time.monotonic(), trainer.global_step
+        self._flags.restart(trainer.global_step)
         self._terminated = False
         if threading.current_thread() is threading.main_thread():
             # replaces Lightning's handler, which enters a collective wherever the signal arrives
@@ -77,7 +81,8 @@ class CheckpointCallback(Checkpoint):
         if last or inside_window:
             return
         by_step = self.every_n_steps is not None and step % self.every_n_steps == 0
-        stop, by_time = self._any_rank(trainer, self._terminated, self._older(self.every_minutes))
+        due = self._older(self.every_minutes)
+        stop, by_time = self._flags.at(trainer, step, self._terminated, due)
         if stop or by_step or by_time:
             self._save(trainer)
         if stop:
@@ -87,11 +92,21 @@ class CheckpointCallback(Checkpoint):
         """Whether the latest checkpoint is that old."""
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ranks with more batches than others keep to themselves at the end."""
+        if self._handler is not None and not trainer.sanity_checking:
+            self._validation_flags.restart(0)
+            self._shared = -largest(trainer, [-float(sum(trainer.num_val_batches))])[0]
+            self._validated = 0
+
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Save and leave if the run is terminated during validation."""
         if self._handler is None or trainer.sanity_checking:
             return
-        if any(self._any_rank(trainer, self._terminated)):
+        self._validated += 1
+        if self._validated > self._shared:
+            return
+        if any(self._validation_flags.at(trainer, self._validated, self._terminated)):
             repeat_validation(trainer)
             self._save(trainer)
             self._leave(trainer)
@@ -102,7 +117,7 @@ class CheckpointCallback(Checkpoint):
             return
         epoch = trainer.current_epoch + 1
         kept = f"checkpoint_{trainer.current_epoch}.ckpt" if epoch % self.interval == 0 else None
-        stop, due = self._any_rank(trainer, self._terminated, self._older(self.last_minutes))
+        stop, due = self._flags.now(trainer, self._terminated, self._older(self.last_minutes))
         steps_done = 0 < trainer.max_steps <= trainer.global_step
         last = self._is_last_epoch(trainer) or trainer.should_stop or steps_done
         if stop or last or kept or (due and epoch % self.last_epochs == 0):
@@ -131,15 +146,6 @@ class CheckpointCallback(Checkpoint):
     @staticmethod
     def _is_smoke_run(trainer: Any) -> bool:
         return bool(trainer.fast_dev_run) or trainer.state.fn != TrainerFn.FITTING
-
-    @staticmethod
-    def _any_rank(trainer: pl.Trainer, *flags: bool) -> list[bool]:
-        """Whether each flag is set on any rank, in one collective."""
-        if trainer.world_size == 1:
-            return list(flags)
-        given = torch.tensor(flags, dtype=torch.int64, device=trainer.strategy.root_device)
-        total: Any = trainer.strategy.reduce(given, reduce_op="sum")
-        return [count > 0 for count in total.tolist()]
 
     def _leave(self, trainer: pl.Trainer) -> None:
         self._beside.finish()

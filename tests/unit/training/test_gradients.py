@@ -11,6 +11,7 @@ import torch
 from rfdetr.errors import DatasetError, NonFiniteLossError
 from rfdetr.training import RFDETRDataModule, RFDETRModule, build_trainer
 from tests.datasets import make_roboflow
+from tests.unit.model.host_transfers import HostTransfers
 from tests.unit.training.helpers import Run, tiny_model, tiny_run
 
 
@@ -146,3 +147,43 @@ def test_repeated_model_settings_in_the_training_configuration_are_ignored_with_
         module = RFDETRModule(tiny_model(), config)
     assert module.criterion.group_detr == 1
     assert module.postprocess.num_select == 10
+
+
+def test_nothing_is_saved_after_a_loss_that_is_not_finite(shapes, tmp_path):
+    """Step 1 is not logged, so its loss is first read before the checkpoint is written."""
+    run = Run(tiny_model(), tiny_run(shapes, tmp_path))
+    file = tmp_path / "user.ckpt"
+
+    class PoisonAndSave(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+            if trainer.global_step == 1:
+                batch[0].tensors.fill_(float("nan"))
+
+        def on_train_batch_end(self, trainer, *args) -> None:
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(file)
+
+    run.trainer.callbacks.append(PoisonAndSave())
+    with pytest.raises(NonFiniteLossError, match="not finite at step 1"):
+        run.fit()
+    assert run.trainer.global_step == 2
+    assert not file.exists()
+
+
+def test_a_step_of_a_fit_reads_once_from_the_device(shapes, tmp_path):
+    """The matcher's copy; losses are read, checked and logged in other steps."""
+    run = Run(tiny_model(), tiny_run(shapes, tmp_path, epochs=1))
+    found: dict[int, list[str]] = {}
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+            self.transfers = HostTransfers()
+            self.transfers.__enter__()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+            self.transfers.__exit__(None, None, None)
+            found[batch_idx] = self.transfers.to_host
+
+    run.trainer.callbacks.append(Watch())
+    run.fit()
+    assert [len(found[step]) for step in range(5)] == [2, 1, 1, 1, 2]  # first and last are logged
