@@ -12,7 +12,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock retrain plan stack stack-stop deploy check docs format test test-gpu test-services test-all clean
+.PHONY: help setup lock retrain plan stack stack-stop deploy check docs format test test-gpu bench-gpu test-services test-all clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ test: $(READY) ## The default tests
 
 test-gpu: $(READY) ## The tests of the detector on a machine with a GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "gpu or not slow and not services" tests/gpu tests/unit
+
+bench-gpu: $(READY) ## Every speed goal in one table (PUBLIC=python-with-the-public-package)
+	$(BIN)/python tests/benchmarks/bench_goals.py $(if $(PUBLIC),--public "$(PUBLIC)")
 
 test-services: $(READY) ## The tests on real servers (PostgreSQL, S3, MLflow, Prefect, worker)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m services --numprocesses 3 --dist loadfile --no-loadscope-reorder $(SERVICES)
