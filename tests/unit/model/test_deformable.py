@@ -34,3 +34,18 @@ def test_sampling_locations_stay_exact_under_bfloat16_autocast(autocast: bool) -
             torch.zeros(1, WIDTH, 4), reference[None, :, None], memory, [(1, WIDTH)]
         )
     assert torch.allclose(found.float(), memory, atol=1e-2)
+
+
+def test_initial_points_end_at_the_edge_of_the_reference_box() -> None:
+    """On a map of x coordinates, two points right (and left) of 0.5 in a box of width 0.4."""
+    attention = DeformableAttention(dim=4, num_heads=4, num_levels=1, num_points=2)
+    attention.initialise()
+    for projection in (attention.value_proj, attention.output_proj):
+        torch.nn.init.eye_(projection.weight)
+    side = 20
+    x = (torch.arange(side) + 0.5) / side
+    memory = x.repeat(side)[None, :, None].expand(1, side * side, 4)
+    box = torch.tensor([0.5, 0.5, 0.4, 0.2])[None, None, None]
+    found = attention(torch.zeros(1, 1, 4), box, memory, ((side, side),))
+    # right, down, left, up: mean of 0.6 and 0.7, of 0.4 and 0.3
+    torch.testing.assert_close(found[0, 0], torch.tensor([0.65, 0.5, 0.35, 0.5]))
