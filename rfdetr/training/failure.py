@@ -21,16 +21,17 @@ LIMIT_S = 8.0  # from the failure to its end in the trainer
 LOGGERS_S = 3.0
 FILES_S = 3.0  # that callbacks wait for files, together; threads continue to write them
 AT_EXIT_S = 4.0  # from the end of the script to the end of the process
+END_S = 9.0  # from the failure to the end of the process, if the script ends within LIMIT_S
 
 
 def limit_failure(trainer: pl.Trainer, exception: BaseException) -> None:
     """Bound what follows a failure; call it in `on_exception`.
 
     Loader workers are killed, and loggers have LOGGERS_S to end, or what their `failure_seconds`
-    say. If the trainer has not raised the
-    error after LIMIT_S, or if the process has not ended AT_EXIT_S after its main thread, it is
-    ended, with the status of a SystemExit (SIGTERM: 143) or else 1. A program that handles the
-    error continues undisturbed until it ends; an interactive session is never ended.
+    say. If the trainer has not raised the error LIMIT_S after the failure, or if the process has
+    not ended AT_EXIT_S after its main thread (END_S after the failure at the latest), it is ended,
+    with the status of a SystemExit (SIGTERM: 143) or else 1. A program that handles the error
+    continues undisturbed until it ends; an interactive session is never ended.
     """
     end_loader_workers(trainer)
     _end_loggers(trainer.loggers, exception)
@@ -76,15 +77,22 @@ class _Watch:
             os._exit(self._status)
         main.join()
         self._arm()
-        time.sleep(AT_EXIT_S)
+        time.sleep(self._at_exit())
         if not self.cancelled:
             os._exit(self._status)
+
+    def _at_exit(self) -> float:
+        """Seconds for the exit: fewer if the handling of the failure took most of the time."""
+        since = time.monotonic() - self.started  # the loggers had their time before
+        if since > LIMIT_S - LOGGERS_S:  # the program handled the error and continued
+            return AT_EXIT_S
+        return min(AT_EXIT_S, END_S - LOGGERS_S - since)
 
     def _arm(self) -> None:
         if not self.cancelled:
             # a thread of C, which also runs while Python ends its own threads and destructors
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            faulthandler.dump_traceback_later(AT_EXIT_S + 1, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(self._at_exit() + 1, exit=True, file=nowhere)
 
 
 def _end_loggers(loggers: Sequence[Logger], exception: BaseException) -> None:

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,3 +172,20 @@ def test_a_failed_script_waits_for_the_store_that_it_creates(
     client = connect(local_store(tmp_path / "mlflow"))
     assert client.get_run(logger.run_id).info.status == "FAILED"
     assert logger.failure_seconds == FAILURE_S
+
+
+def test_a_slow_handling_leaves_less_time_for_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loggers, handling and exit together end within END_S."""
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    monkeypatch.setattr(failure.atexit, "register", lambda _: None)
+    now = 10_000.0
+    monkeypatch.setattr(failure, "time", SimpleNamespace(monotonic=lambda: now))
+    watch = failure._Watch(pl.Trainer(logger=False, accelerator="cpu"), 1)
+    spent = []
+    for handling in (0.0, 1.0, 3.0, 4.9):
+        watch.started = now - handling
+        spent.append(failure.LOGGERS_S + handling + watch._at_exit())
+    assert max(spent) <= failure.END_S
+    assert spent[0] == failure.LOGGERS_S + failure.AT_EXIT_S
+    watch.started -= 3600  # the program handled the error and continued
+    assert watch._at_exit() == failure.AT_EXIT_S
