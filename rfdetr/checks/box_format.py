@@ -18,6 +18,8 @@ FITS = 0.99  # share of the boxes that fit in the way in which they were written
 FITS_AS_READ = 0.95  # boxes are taken as read from this share on
 FILLS = 0.5  # of many boxes, one ends beyond this share of its image
 SAME_IOU = 0.8  # of a box and its outline
+SAME_AREA = 0.01  # relative difference of an area in the file and that of its box
+SWAPPED = "y, x, height, width"
 
 
 def _top_left(values: Floats) -> Floats:
@@ -34,7 +36,7 @@ FORMS: dict[str, Callable[[Floats], Floats]] = {
     "x, y, width, height": _top_left,
     "centre x, centre y, width, height": _centre,
     "x0, y0, x1, y1": lambda values: values,
-    "y, x, height, width": lambda values: _top_left(values[:, [1, 0, 3, 2]]),
+    SWAPPED: lambda values: _top_left(values[:, [1, 0, 3, 2]]),
 }
 # What a number is divided by to be a fraction of the image; None: the side in pixels.
 UNITS = {"pixels": None, "fractions": 1.0, "percent": 100.0, "thousandths": 1000.0}
@@ -69,13 +71,15 @@ YOLO = BoxFormat("centre x, centre y, width, height", "fractions")
 
 
 class Written(NamedTuple):
-    """Boxes as they are written, `values` (n, 4), with the sizes (n, 2) of their images, and what
-    their outlines extend over (n, 4) x0, y0, x1, y1 in fractions; NaN if unknown.
+    """Boxes as they are written, `values` (n, 4), with the sizes (n, 2) of their images, what their
+    outlines extend over (n, 4) x0, y0, x1, y1 in fractions, and their areas (n,) in the file; NaN
+    if unknown.
     """
 
     values: Floats
     sizes: Floats
     outlines: Floats
+    areas: Floats
 
 
 def other_formats(boxes: Written, native: BoxFormat) -> list[BoxFormat]:
@@ -90,6 +94,8 @@ def other_formats(boxes: Written, native: BoxFormat) -> list[BoxFormat]:
         if _fits(boxes, native, FITS_AS_READ):
             return []
         found = [other for other in _others(native) if _fits(boxes, other, FITS)]
+        if not _may_be_swapped(boxes):
+            found = [other for other in found if other.form != SWAPPED]
         return [other for other in found if other.unit == native.unit] or found
 
 
@@ -112,10 +118,15 @@ def _others(native: BoxFormat) -> Iterator[BoxFormat]:
     return (other for other in formats if other != native)
 
 
+def _may_be_swapped(boxes: Written) -> bool:
+    """Whether the last two numbers of the boxes are their sides, as the areas in the file prove."""
+    area = boxes.values[:, 2] * boxes.values[:, 3]
+    same = np.abs(boxes.areas - area) <= SAME_AREA * area
+    return bool(same.mean() >= FITS)
+
+
 def _fits(boxes: Written, written: BoxFormat, share: float) -> bool:
     """Whether this share of the boxes lies in the images, and some are not in a corner of them."""
-    if written.form == "y, x, height, width":  # shown by outlines only
-        return False
     corners = written.fractions(boxes.values, boxes.sizes)
     inside = _inside(corners, boxes.sizes)
     return bool(inside.mean() >= share and corners[inside, 2:].max(initial=0) > FILLS)

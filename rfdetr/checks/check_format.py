@@ -84,10 +84,11 @@ def _written(files: SplitFiles) -> Written:
     values, sizes = table.boxes[rows], _sizes(files)[table.image_rows[rows]]
     if table.relative:
         values = np.concatenate([values[:, :2] + values[:, 2:] / 2, values[:, 2:]], axis=1)
-        return Written(values, sizes, np.full((len(values), 4), np.nan))
+        return Written(values, sizes, np.full((len(values), 4), np.nan), np.full(len(rows), np.nan))
     outlines = table.outline_boxes[rows] / np.concatenate([sizes, sizes], axis=1)
     known = finite_rows(values, sizes)
-    return Written(values[known], sizes[known], outlines[known])
+    areas = np.full(len(rows), np.nan) if table.areas is None else table.areas[rows]
+    return Written(values[known], sizes[known], outlines[known], areas[known])
 
 
 def _sizes(files: SplitFiles) -> Floats:

@@ -92,6 +92,8 @@ def outline(data: bytes) -> tuple[dict[str, msgspec.Raw], bytes, list[Problem]]:
         return _top_level(data), data, []
     except msgspec.ValidationError:
         reason = "the top level is not an object {}"
+        if data.lstrip().startswith(b"["):
+            reason += "; a list holds detections (COCO results) or annotations without their images"
         return {}, data, [Problem("json-structure", "file", None, None, "", reason)]
     except UnicodeDecodeError:
         reason = not_utf8(data)

@@ -111,6 +111,18 @@ def letterboxed(image: Image.Image) -> Image.Image:
     return square
 
 
+def with_areas(change: Change) -> Change:
+    """The area of each annotation is that of its box as it is written."""
+
+    def apply(folder: Path, image: Record, annotation: Record) -> None:
+        change(folder, image, annotation)
+        if annotation:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+
+    return apply
+
+
+PERCENT = box(lambda x, y, w, h, W, H: (100 * x / W, 100 * y / H, 100 * w / W, 100 * h / H))
 CORNERS = box(lambda x, y, w, h, *_: (x, y, x + w, y + h))
 COCO: dict[str, Change] = {
     "as it should be": box(lambda x, y, w, h, *_: (x, y, w, h)),
@@ -120,7 +132,9 @@ COCO: dict[str, Change] = {
     "swapped axes": box(lambda x, y, w, h, *_: (y, x, h, w), outlines=True),
     "fractions": box(lambda x, y, w, h, W, H: (x / W, y / H, w / W, h / H)),
     "YOLO": box(lambda x, y, w, h, W, H: ((x + w / 2) / W, (y + h / 2) / H, w / W, h / H)),
-    "percent": box(lambda x, y, w, h, W, H: (100 * x / W, 100 * y / H, 100 * w / W, 100 * h / H)),
+    "percent": PERCENT,
+    "percent, areas": with_areas(PERCENT),
+    "swapped axes, areas": with_areas(box(lambda x, y, w, h, *_: (y, x, h, w))),
     "larger than annotated": pixels(lambda image: image.resize((192, 128))),
     "smaller than annotated": pixels(lambda image: image.resize((48, 32))),
     "letterboxed": pixels(letterboxed),
