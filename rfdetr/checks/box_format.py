@@ -94,9 +94,10 @@ def other_formats(boxes: Written, native: BoxFormat) -> list[BoxFormat]:
         if _fits(boxes, native, FITS_AS_READ):
             return []
         found = [other for other in _others(native) if _fits(boxes, other, FITS)]
-        if not _may_be_swapped(boxes):
-            found = [other for other in found if other.form != SWAPPED]
-        return [other for other in found if other.unit == native.unit] or found
+        swapped = BoxFormat(SWAPPED, native.unit) if _may_be_swapped(boxes) else None
+        found = [other for other in found if other.form != SWAPPED or other == swapped]
+        likely = [other for other in found if other.unit == native.unit and other != swapped]
+        return likely or found
 
 
 def impossible(boxes: Written, native: BoxFormat) -> int:

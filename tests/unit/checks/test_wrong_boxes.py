@@ -143,7 +143,7 @@ COCO: dict[str, Change] = {
     "annotated turned": size(64, 96),
     "annotated too small": size(60, 40),
 }
-DECISIONS = {"letterboxed"}  # cannot be corrected with certainty
+DECISIONS = {"letterboxed", "swapped axes, areas"}  # cannot be corrected with certainty
 
 
 def agrees(root: Path, cache: Path, name: str) -> None:
