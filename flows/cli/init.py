@@ -104,7 +104,13 @@ class _Former:
 
     def __init__(self, project: Project) -> None:
         self.file = project.params_file
-        self.text = self.file.read_text("utf-8") if self.file.exists() else ""
+        try:
+            self.text = self.file.read_text("utf-8") if self.file.exists() else ""
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{self.file} is not UTF-8 text ({error}). Restore it with `git checkout "
+                f"{self.file.name}`, or move it away: `init` writes a new one."
+            ) from None
         try:
             data = parse_yaml(self.text, origin=str(self.file))
         except ConfigError:
@@ -158,7 +164,7 @@ class _Former:
         while True:
             end = "" if number == 1 else f"-{number}"
             file = self.file.with_name(f"params.{safe}{end}.yaml")
-            if not file.exists() or file.read_text("utf-8") == self.text:
+            if not file.exists() or file.read_bytes() == self.text.encode():
                 return file
             number += 1
 

@@ -121,6 +121,16 @@ def test_mistakes_leave_everything_as_it_was(
     assert [p.name for p in (root / "data").iterdir()] == [".gitignore"]
 
 
+def test_parameters_that_are_not_text_are_named(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "params.yaml").write_bytes(b"\xff\xfe")
+    make_roboflow(root / "trees", splits={"train": 4, "valid": 2})
+    assert main(["init", "trees"]) == 1
+    assert "params.yaml is not UTF-8 text" in capsys.readouterr().err
+    assert (root / "params.yaml").read_bytes() == b"\xff\xfe"
+
+
 def test_wrong_weights_are_refused_before_the_parameters_are_written(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
