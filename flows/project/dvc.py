@@ -123,7 +123,10 @@ def configure_dvc(root: Path, env: Environment) -> None:
 def knows_git(root: Path) -> bool:
     """Whether DVC's local settings exist, and say correctly whether the project is in git."""
     local = root / ".dvc" / "config.local"
-    return local.is_file() and ("no_scm" in local.read_text("utf-8", "replace")) != _has_git(root)
+    try:
+        return local.is_file() and ("no_scm" in local.read_text("utf-8")) != _has_git(root)
+    except UnicodeDecodeError:  # `configure_dvc` names the file
+        return False
 
 
 def _has_git(root: Path) -> bool:

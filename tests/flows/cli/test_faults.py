@@ -130,7 +130,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Environ], list[str], int, str]] = {
     "a folder for a file": (folder("mlflow.db"), ["history"], 1, "mlflow.db is not a file"),
     "a file for a folder": (replaced("models"), ["doctor"], 1, "models is not a folder"),
     "broken dvc.lock": (content("dvc.lock", b"schema: ["), ["plan"], 1, "dvc.lock"),
-    "binary DVC settings": (content(".dvc/config.local", b"\x80"), ["plan"], 1, "config.local"),
+    "binary DVC settings": (content(".dvc/config.local", b"\x80"), ["plan"], 1, ".dvc: "),
     "database of zeros": (content("mlflow.db", bytes(9000)), ["history"], 1, "database"),
     "damaged model card": (
         content("models/trained/model.json", b"{"),
