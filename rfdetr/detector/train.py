@@ -69,6 +69,7 @@ class Training(PublicNames):
         from rfdetr.training.callbacks.ema import ema_network
 
         module: Any = trainer.lightning_module
+        fit: Any = trainer.fit_loop
         state, train_config = self.model, module.train_config
         state.model = module.model.to(state.device).eval()
         self.model_config = state.config = module.model_config
@@ -81,7 +82,7 @@ class Training(PublicNames):
         state.origin = Origin(
             f"the {'' if complete else 'interrupted '}training in {train_config.output_dir}",
             averaged=complete and ema_network(trainer) is not None,
-            epoch=max(0, trainer.current_epoch - complete),
+            epoch=max(0, fit.epoch_progress.current.started - 1),
         )
 
     def _any_classes(self) -> ModelConfig:

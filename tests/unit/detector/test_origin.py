@@ -175,3 +175,18 @@ def test_a_checkpoint_never_needs_trust(known: rfdetr.RFDETR, tmp_path: Path) ->
     with pytest.warns(UserWarning, match="trust_checkpoint is ignored"):
         other = small(pretrain_weights=str(file), trust_checkpoint=False)
     assert again.class_names == other.class_names == known.class_names
+
+
+class FailsAtTheEnd(pl.Callback):
+    def on_train_end(self, *_: Any) -> None:
+        raise RuntimeError("stopped by the test")
+
+
+def test_a_failure_after_the_last_epoch_names_that_epoch(
+    known: rfdetr.RFDETR, tmp_path: Path
+) -> None:
+    data = make_roboflow(tmp_path / "data", splits={"train": 2, "valid": 1})
+    settings = {**TRAIN, "epochs": 1, "callbacks": [FailsAtTheEnd()]}
+    with pytest.raises(RuntimeError, match="stopped by the test"):
+        known.train(dataset_dir=data, output_dir=tmp_path / "out", **settings)
+    assert "live weights of epoch 0 from the interrupted training in" in repr(known)
