@@ -17,6 +17,7 @@ from flows.config.environment import bypass_proxies
 from flows.core.child_report import report_failure
 from flows.core.errors import FAILED, INTERRUPTED
 from flows.core.garbage import collect_rarely, without_tables
+from flows.core.quiet import readable_warnings
 from flows.core.stopping import Terminated, say_last_words, stop_on_signals, stopped_status
 from flows.project.workspace import STAGES
 
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # a process of its own
         stop_on_signals()
         collect_rarely()
+        readable_warnings()
         if options.run in LIGHT and not getattr(options, "repair", False):
             without_tables()
         if isinstance(sys.stdout, io.TextIOWrapper):  # file names that its encoding lacks

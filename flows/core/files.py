@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from rfdetr.data.text import read_file
 from rfdetr.errors import ConfigError
 from rfdetr.files import atomic_path, write_text_atomic
 
@@ -29,7 +30,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Plain data of a JSON file. Raises ConfigError that names a missing or broken file."""
     file = Path(path)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(read_file(file).decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file} is missing; run the stage that writes it.") from None
     except ValueError as error:
@@ -88,7 +89,7 @@ def require_merged(text: str, origin: str) -> None:
 def read_yaml(path: Path) -> Any:
     """Plain data of a YAML file. Raises ConfigError that names a missing or broken file."""
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"), origin=str(path))
+        return parse_yaml(read_file(path).decode("utf-8"), origin=str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing; run from the project's root folder.") from None
     except UnicodeDecodeError as error:

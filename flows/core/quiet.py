@@ -1,4 +1,4 @@
-"""Silences library messages on which a user of the pipeline cannot act."""
+"""Warnings as one line each; library messages on which a user cannot act are silenced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,37 @@ ADVICE = (
     ".*isinstance\\(treespec, LeafSpec\\)",
     ".*does not have many workers which may be a bottleneck",
     "SOCKS support in urllib3",  # requests' own filter is lost when two threads import
+    "The image has one colour",  # the warning of its file has been shown
 )
+
+
+_standard = warnings.formatwarning
+
+
+def readable_warnings() -> None:
+    """Show a warning as one line without its place in the code; ignore those of `ADVICE`.
+
+    For processes of their own, whose standard error users read.
+    """
+    warnings.formatwarning = _one_line
+    _ignore_advice()
+
+
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _standard(message, category, filename, lineno, line)
+
+
+def _ignore_advice() -> None:
+    for text in ADVICE:
+        warnings.filterwarnings("ignore", message=text)
 
 
 def quiet_libraries() -> None:
@@ -26,5 +56,4 @@ def quiet_libraries() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in ADVICE:
-        warnings.filterwarnings("ignore", message=message)
+    _ignore_advice()

@@ -10,7 +10,7 @@ from flows.core.child_report import report_failure, report_start
 from flows.core.errors import FAILED, INTERRUPTED, OK, USAGE
 from flows.core.garbage import exit_quickly
 from flows.core.process import die_with_parent
-from flows.core.quiet import quiet_libraries
+from flows.core.quiet import quiet_libraries, readable_warnings
 from flows.core.stopping import Terminated, exit_on_sigterm
 from flows.project.project import Project
 from rfdetr.errors import ConfigError, RFDETRError
@@ -40,6 +40,7 @@ def run_stage(
     die_with_parent()
     exit_on_sigterm()
     exit_quickly()
+    readable_warnings()
     quiet_libraries()
     report_start()
     try:

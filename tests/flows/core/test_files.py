@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows.core import locks
-from flows.core.files import parse_yaml, read_yaml, write_csv
+from flows.core.files import parse_yaml, read_json, read_yaml, write_csv
 from flows.core.locks import BusyError, locked
 from rfdetr.errors import ConfigError
 from rfdetr.files import new_folder
@@ -110,3 +110,10 @@ def test_who_waits_for_a_lock_says_for_whom(
         assert not entered.is_set()
     waiting.join(10)
     assert entered.is_set()
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_yaml, read_json):
+        with pytest.raises(OSError, match="not a regular file"):
+            read(tmp_path / "pipe")
