@@ -5,8 +5,9 @@ Importing this package imports nothing heavy; names are loaded when they are fir
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rfdetr.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rfdetr.checks.check import check_dataset
@@ -15,16 +16,14 @@ if TYPE_CHECKING:
     from rfdetr.checks.options import CheckConfig
 
 __all__ = ["CODES", "CheckConfig", "DatasetReport", "Finding", "check_dataset"]
-MODULES = {
-    "CODES": "codes",
-    "CheckConfig": "options",
-    "DatasetReport": "dataset_report",
-    "Finding": "dataset_report",
-    "check_dataset": "check",
-}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "CODES": "codes",
+        "CheckConfig": "options",
+        "DatasetReport": "dataset_report",
+        "Finding": "dataset_report",
+        "check_dataset": "check",
+    },
+)

@@ -34,6 +34,19 @@ class WithoutImage(dict[str, Any]):
         raise KeyError(f"{name} is not kept{how}")
 
 
+def _inference_dtype(dtype: torch.dtype | str, *, optimized: bool) -> torch.dtype:
+    """The number format of `predict`. Raises InputError."""
+    found = number_format(dtype)
+    if found == torch.float64:
+        raise InputError("predict computes in float32, float16 or bfloat16.")
+    if optimized and found != torch.float32:
+        raise InputError(
+            "The optimized model has a number format of its own: pass dtype to "
+            "optimize_for_inference, or call remove_optimized_model()."
+        )
+    return found
+
+
 class Prediction(PublicNames):
     """`predict`, `optimize_for_inference` and `export` of `RFDETR`."""
 
@@ -79,16 +92,9 @@ class Prediction(PublicNames):
         self.model.warn_of_resized_head()
         single = not isinstance(images, list | tuple)
         sources: Sequence[Any] = [images] if single else images
-        dtype = number_format(dtype)
-        if dtype == torch.float64:
-            raise InputError("predict computes in float32, float16 or bfloat16.")
         optimized = self.model.optimized
+        dtype = _inference_dtype(dtype, optimized=optimized is not None)
         if optimized is not None:
-            if dtype != torch.float32:
-                raise InputError(
-                    "The optimized model has a number format of its own: pass dtype to "
-                    "optimize_for_inference, or call remove_optimized_model()."
-                )
             optimized.check(len(sources), shape or self.model.resolution)
             batch_size = optimized.batch_size
         found: list[supervision.Detections] = []

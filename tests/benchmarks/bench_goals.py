@@ -44,15 +44,15 @@ class Row(NamedTuple):
     goal: str
 
 
+STEPS = (
+    (("nano", 4), ">= 2.0 eager, >= 1.2 fastest"),
+    (("nano", 16), ">= 2.0 eager, >= 1.2 fastest"),
+    (("medium", 8), ">= 2.0 eager"),
+    (("seg-nano", 4), ">= 1.5 eager"),
+)
 ROWS = [
-    Row("training step, ms", "step", "nano", 4, "step_ms", ">= 2.0 eager, >= 1.2 fastest"),
-    Row("training step, ms", "step", "nano", 16, "step_ms", ">= 2.0 eager, >= 1.2 fastest"),
-    Row("training step, ms", "step", "medium", 8, "step_ms", ">= 2.0 eager"),
-    Row("training step, ms", "step", "seg-nano", 4, "step_ms", ">= 1.5 eager"),
-    Row("peak memory of the step, MiB", "step", "nano", 4, "peak_mib", "<= 0.85"),
-    Row("peak memory of the step, MiB", "step", "nano", 16, "peak_mib", "<= 0.85"),
-    Row("peak memory of the step, MiB", "step", "medium", 8, "peak_mib", "<= 0.85"),
-    Row("peak memory of the step, MiB", "step", "seg-nano", 4, "peak_mib", "<= 0.85"),
+    *(Row("training step, ms", "step", *work, "step_ms", goal) for work, goal in STEPS),
+    *(Row("peak memory of the step, MiB", "step", *w, "peak_mib", "<= 0.85") for w, _ in STEPS),
     Row("fit, img/s", "fit", "nano", 16, "fit_img_s", ">= 2.5 eager"),
     Row("validation with EMA, s", "fit", "nano", 16, "validation_s", ">= 1.5"),
     Row("predict, one image, ms", "predict", "nano", 1, "predict_ms", ">= 1.5"),

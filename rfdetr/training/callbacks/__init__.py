@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rfdetr.compat import absent
+from rfdetr.lazy import lazy_names
 
 if TYPE_CHECKING:
     from rfdetr.training.callbacks.best_model import BestModelCallback
@@ -24,20 +23,17 @@ __all__ = [
     "RFDETREarlyStopping",
 ]
 
-_HOMES = {
-    "BestModelCallback": "best_model",
-    "COCOEvalCallback": "coco_eval",
-    "CheckpointCallback": "checkpoints",
-    "DropPathCallback": "drop_path",
-    "RFDETREMACallback": "ema",
-    "RFDETREarlyStopping": "early_stopping",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise absent(__name__, name)
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "BestModelCallback": "best_model",
+        "COCOEvalCallback": "coco_eval",
+        "CheckpointCallback": "checkpoints",
+        "DropPathCallback": "drop_path",
+        "RFDETREMACallback": "ema",
+        "RFDETREarlyStopping": "early_stopping",
+    },
+)
 
 
 def __dir__() -> list[str]:
