@@ -55,8 +55,9 @@ def fit(project: Project) -> None:
     training is running, AttemptsError if it keeps failing, and Terminated if it was stopped.
     """
     require_valid(project)
-    with trained(project, plan(project)) as state:
-        collect(project, state.folder, state.read().seconds)
+    job = plan(project)
+    with trained(project, job) as state:
+        collect(project, job, state.folder, state.read().seconds)
 
 
 @contextlib.contextmanager

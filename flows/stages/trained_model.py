@@ -22,13 +22,17 @@ WEIGHTS, CARD = "model.pth", "model.json"
 CURVES = ("train/loss", "val/loss", "val/mAP_50_95", "val/mAP_50", "val/ema_mAP_50_95", "val/F1")
 
 
-def collect(project: Project, state: Path, seconds: float) -> None:
-    """Write the outputs of the stage from the finished training in the folder `state`."""
-    job, result = FitJob.read(state), FitResult.read(state)
+def collect(project: Project, job: FitJob, state: Path, seconds: float) -> None:
+    """Write the outputs of the stage from the finished training in the folder `state`.
+
+    A copy of the project that was since moved or removed may have trained it, so files are those of
+    `job`, the plan of this project; only the parameters are those of the training.
+    """
+    result, params = FitResult.read(state), FitJob.read(state).params
     with new_folder(project.trained) as folder:
         copy_atomic(state / "checkpoint_best_total.pth", folder / WEIGHTS)
         digest = sha256_file(folder / WEIGHTS)
-        card = _card(job, result, digest, project.provenance)
+        card = _card(job, params, result, digest, project.provenance)
         write_json(folder / CARD, {**card, "fingerprint": state.name})
         rows = list(epoch_rows(state / "metrics.csv"))
         _write_curves(rows, project.fit_curves)
@@ -36,7 +40,9 @@ def collect(project: Project, state: Path, seconds: float) -> None:
         write_json(project.fit_metrics, _metrics(result, rows, seconds))
 
 
-def _card(job: FitJob, result: FitResult, digest: str, made: Provenance) -> dict[str, Any]:
+def _card(
+    job: FitJob, params: dict[str, Any], result: FitResult, digest: str, made: Provenance
+) -> dict[str, Any]:
     source = read_json(Path(job.initial).with_name(CARD))
     ids = dataset_categories(job.train["dataset_dir"], job.train["dataset_file"])
     return {
@@ -59,7 +65,7 @@ def _card(job: FitJob, result: FitResult, digest: str, made: Provenance) -> dict
         "dataset": job.dataset,
         "source": {key: source.get(key) for key in ("source", "kind", "source_sha256")},
         "mlflow_run_id": result.mlflow_run_id,
-        "params": job.params,
+        "params": params,
         "git_commit": made.git_commit,
         "git_dirty": made.git_dirty,
         "packages": {name: made.packages[name] for name in PACKAGES if name in made.packages},
